@@ -1,0 +1,58 @@
+"""Train on this machine: in this very process, where ``breakpoint()`` works, or as several ranks.
+
+    python launch/local.py                        # configs/digits.yaml, one process
+    python launch/local.py --ranks 2              # two ranks: gloo on CPUs, nccl on GPUs
+    python launch/local.py --nodes 2 --ranks 2    # two pretend nodes of two ranks each
+    python launch/local.py --config mine.yaml --trainer.max_epochs 3 --model.lr 0.01
+
+Whatever is not listed below goes to the trainer untouched: an optional command (fit, validate, test), then keys of the
+config; see them all with --print_config.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lockstep.errors import LockstepError
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
+
+
+def positive(text: str) -> int:
+    """A whole number of at least one."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as ``arguments`` say and return the exit status: 0, 1 (failed while running), 2 (usage), 130 (Ctrl-C)."""
+    parser = argparse.ArgumentParser(
+        prog="launch/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--nodes", type=positive, default=1, help="pretend nodes (default 1)")
+    parser.add_argument("--ranks", type=positive, default=1, help="ranks on each node (default 1)")
+    own, rest = parser.parse_known_args(arguments)
+    if not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
+        at = 1 if rest and not rest[0].startswith("-") else 0
+        rest[at:at] = ["--config", str(DEFAULT_CONFIG)]
+    # A shell inside a Slurm allocation must not make this run look like one of its tasks.
+    for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+        del os.environ[name]
+    # Only now: torch and lightning take seconds to import, and nobody should wait for a usage error.
+    from lockstep.local import train_locally
+
+    try:
+        return train_locally(rest, own.nodes, own.ranks, ["python", "launch/local.py", *arguments])
+    except LockstepError as error:
+        print(f"lockstep: {error.sentence}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Distributed training that keeps every rank in lockstep."""

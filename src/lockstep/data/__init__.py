@@ -1,0 +1,1 @@
+"""DataModules, one file each, over one base."""

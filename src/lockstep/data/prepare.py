@@ -1,0 +1,74 @@
+"""Make a folder of data appear whole or not at all, however many jobs try at once and whatever is killed."""
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lockstep.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+def publish(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` make a folder beside ``target``, flush it to disk, then rename it to ``target``.
+
+    Nothing happens where ``target`` exists. Another process that wants the same folder waits; the lock is the kernel's,
+    so that a killed process does not leave it behind, and what it had begun is removed by the next one.
+
+    Args:
+        target: The folder to make.
+        fill: Called with an empty folder; downloads, verifies and unpacks into it.
+
+    Raises:
+        UsageError: The folder cannot be written, or the download failed; what to do instead is said.
+    """
+    if target.exists():
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.with_name(f".{target.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("waiting for another job that prepares %s", target)
+            lock.acquire()
+        try:
+            if not target.exists():
+                _make(target, fill)
+        finally:
+            lock.release()
+    # torchvision raises a RuntimeError where no mirror answers or a checksum is wrong.
+    except (OSError, RuntimeError) as error:
+        raise UsageError(
+            f"data.root: {target} is missing and could not be prepared ({error}); "
+            "prepare it on a machine that can and copy it here."
+        ) from error
+
+
+def _make(target: Path, fill: Callable[[Path], None]) -> None:
+    for stale in target.parent.glob(f".{target.name}.*.partial"):
+        shutil.rmtree(stale)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        fill(partial)
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        partial.rename(target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    log.info("prepared %s", target)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

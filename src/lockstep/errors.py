@@ -1,0 +1,28 @@
+"""What a person is told when something is wrong: one sentence, and the exit status that goes with it."""
+
+
+class LockstepError(Exception):
+    """A condition with a known remedy; shown as one sentence, without a traceback.
+
+    Pickles and travels out of a DataLoader worker: its only argument is the sentence.
+    """
+
+    exit_status = 1
+
+    @property
+    def sentence(self) -> str:
+        """The sentence itself, also when a DataLoader worker has put its traceback around it."""
+        text = str(self)
+        if "Original Traceback" not in text:
+            return text
+        return text.rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
+
+
+class UsageError(LockstepError):
+    """Found before training starts: a wrong key, value, file or combination. Exit status 2."""
+
+    exit_status = 2
+
+
+class RunError(LockstepError):
+    """Found while training: a damaged file, a loss that is not a number. Exit status 1."""

@@ -1,0 +1,39 @@
+"""One way to speak: each line names its rank; only rank zero speaks unless something is wrong."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from lockstep.world import World
+
+
+def start_logging(world: World, file: Path | None = None) -> None:
+    """Send the log of lockstep to standard error and, on rank zero, to ``file`` as well.
+
+    Ranks other than zero show warnings and errors only; so does lightning, whose greetings and tips are not news.
+    """
+    prefix = f"[rank {world.rank}] " if world.size > 1 else ""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if file is not None and world.is_zero:
+        handlers.append(logging.FileHandler(file))
+    formatter = logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S")
+    logger = logging.getLogger("lockstep")
+    stop_logging()
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if world.is_zero else logging.WARNING)
+    logger.propagate = False
+    # lightning 2.6 asks torch 2.15 in a way that torch has begun to give up.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def stop_logging() -> None:
+    """Undo ``start_logging``: a process may train more than once."""
+    logger = logging.getLogger("lockstep")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,58 @@
+"""Two small networks for the small data sets; larger ones come from torchvision by name."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Fully connected layers with ReLU and dropout between them.
+
+    Args:
+        shape: Shape of one input, channels first: (C, H, W).
+        num_classes: Number of outputs.
+        hidden: Width of each hidden layer.
+        dropout: Share of each hidden layer that is dropped while training.
+    """
+
+    def __init__(
+        self, shape: Sequence[int] = (1, 8, 8), num_classes: int = 10, hidden: Sequence[int] = (64,), dropout: float = 0.0
+    ) -> None:
+        widths = [math.prod(shape), *hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in itertools.pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU(), nn.Dropout(dropout)]
+        super().__init__(*layers, nn.Linear(widths[-1], num_classes))
+
+
+class ConvNet(nn.Module):
+    """Blocks of two 3×3 convolutions with group norm, each block after the first at half the resolution; then the mean.
+
+    Group norm, not batch norm: it does not depend on how many samples a rank has, so one rank and many compute the same.
+
+    Args:
+        in_channels: Channels of the input (B, C, H, W); any size.
+        num_classes: Number of outputs.
+        widths: Channels of each block, multiples of 8.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (32, 64)) -> None:
+        super().__init__()
+        channels = [in_channels, *widths]
+        blocks: list[nn.Module] = []
+        for number, (fan_in, fan_out) in enumerate(itertools.pairwise(channels)):
+            stride = 1 if number == 0 else 2
+            blocks += [self._unit(fan_in, fan_out, stride), self._unit(fan_out, fan_out, 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    @staticmethod
+    def _unit(fan_in: int, fan_out: int, stride: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False), nn.GroupNorm(8, fan_out), nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of ``images`` (B, C, H, W)."""
+        output: Tensor = self.head(self.blocks(images).mean(dim=(2, 3)))
+        return output

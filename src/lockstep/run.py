@@ -1,0 +1,153 @@
+"""A run's folder, ``runs/<name>/<id>/``: one training, however often it restarts.
+
+No torch here: the launcher makes the folder before any rank exists.
+"""
+
+import json
+import os
+import platform
+import re
+import secrets
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lockstep.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and where it keeps everything. ``id`` is the W&B id too.
+
+    Attributes:
+        folder: ``<root>/<name>/<id>``, private to the user (0700).
+    """
+
+    folder: Path
+
+    @classmethod
+    def create(cls, root: Path, name: str) -> "Run":
+        """Make a new, empty run folder.
+
+        Raises:
+            UsageError: ``name`` cannot be a folder's name, or the folder cannot be written.
+        """
+        if not re.fullmatch(r"[\w.+=-]+", name) or name in (".", ".."):
+            raise UsageError(f"run.name: {name!r} must be letters, digits and . _ + = - only; it names a folder.")
+        identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        folder = root.absolute() / name / identity
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise UsageError(
+                f"run.root: the run folder {folder} cannot be written ({error.strerror}); choose another with --run.root."
+            ) from None
+        for part in ("logs", "checkpoints"):
+            (folder / part).mkdir()
+        return cls(folder)
+
+    @property
+    def id(self) -> str:
+        """The folder's own name: the time of creation and four random digits; sorts by time."""
+        return self.folder.name
+
+    @property
+    def name(self) -> str:
+        """What the run is called in its config."""
+        return self.folder.parent.name
+
+    @property
+    def config(self) -> Path:
+        """The complete, resolved config."""
+        return self.folder / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per logged step."""
+        return self.folder / "metrics.csv"
+
+    @property
+    def result(self) -> Path:
+        """Written once, at the end."""
+        return self.folder / "result.json"
+
+    @property
+    def status(self) -> Path:
+        """Where the run is now; replaced every few seconds."""
+        return self.folder / "status.json"
+
+    @property
+    def launch(self) -> Path:
+        """What was typed, where, and on which code."""
+        return self.folder / "launch.yaml"
+
+    def log(self, attempt: int, rank: int) -> Path:
+        """The log of one rank in one attempt; its folder is made."""
+        folder = self.folder / "logs" / str(attempt)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{rank}.log"
+
+    def begin_attempt(self) -> int:
+        """Count one more start of this run: 1 for the first. Called once per job, before the ranks start."""
+        attempt = 1 + max((int(path.name) for path in (self.folder / "logs").iterdir() if path.name.isdigit()), default=0)
+        (self.folder / "logs" / str(attempt)).mkdir()
+        return attempt
+
+    def describe_launch(self, command: Sequence[str], nodes: int, ranks: int) -> None:
+        """Write ``launch.yaml``: command line, resources, machine and git commit."""
+        facts = {
+            "command": shlex.join(command),
+            "nodes": nodes,
+            "ranks_per_node": ranks,
+            "host": platform.node(),
+            "python": platform.python_version(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "git": git_state(Path.cwd()),
+        }
+        self.launch.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout around ``folder`` and whether it has uncommitted changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "changed": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_whole(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace ``path`` by ``content`` as JSON: a reader sees the old file or the new one, never a part.
+
+    A number that is not finite becomes null, so that the file is JSON to every reader.
+    """
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value

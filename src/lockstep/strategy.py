@@ -1,0 +1,248 @@
+"""How the ranks work together: which device each has, how they meet, and what they do with gradients and data."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lockstep.errors import LockstepError, UsageError
+from lockstep.order import GlobalBatches, Sharding
+from lockstep.world import World
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass
+class DDPOptions:
+    """Options of ``strategy: ddp``; source: torch.nn.parallel.DistributedDataParallel.
+
+    Args:
+        static_graph: Promise that every step uses the same parameters in the same way; saves the search for unused ones.
+        find_unused_parameters: Search for parameters that a step did not use; needed where the model branches.
+        bucket_mb: Gradients are reduced in buckets of this many MiB while backward goes on.
+        bucket_view: Let gradients be views into the buckets: one copy of them less in memory.
+        gradient_compression: Send gradients as bfloat16 or float16 instead of float32: half the traffic, fewer digits.
+        timeout_minutes: How long a collective waits for a rank before it gives up.
+    """
+
+    static_graph: bool = False
+    find_unused_parameters: bool = False
+    bucket_mb: int = 25
+    bucket_view: bool = True
+    gradient_compression: Literal["none", "bf16", "fp16"] = "none"
+    timeout_minutes: int = 30
+
+
+class WorldEnvironment(ClusterEnvironment):
+    """Tells lightning what ``World`` knows; with it lightning's own detection of Slurm and torchrun stays out of the way."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+        # lightning reads this one before it builds a strategy.
+        rank_zero_only.rank = world.rank
+
+    creates_processes_externally = True
+
+    @property
+    def main_address(self) -> str:
+        return self._world.environ().get("MASTER_ADDR", "127.0.0.1")
+
+    @property
+    def main_port(self) -> int:
+        return int(self._world.environ().get("MASTER_PORT", "0"))
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._world.size
+
+    def set_world_size(self, size: int) -> None:
+        assert size == self._world.size, (size, self._world)
+
+    def global_rank(self) -> int:
+        return self._world.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        assert rank == self._world.rank, (rank, self._world)
+
+    def local_rank(self) -> int:
+        return self._world.local_rank
+
+    def node_rank(self) -> int:
+        return self._world.node_rank
+
+
+def devices_of_node(world: World, accelerator: str) -> list[torch.device]:
+    """One device for each rank of this node.
+
+    Args:
+        world: How many ranks share the node.
+        accelerator: As in lightning's Trainer; ``auto`` takes GPUs where every rank can have one, else the CPU.
+
+    Raises:
+        UsageError: There are fewer GPUs than ranks, or the accelerator is not one that lockstep drives.
+    """
+    visible = torch.cuda.device_count()
+    if accelerator == "auto":
+        # Apple's GPU is one device without collectives: good for one process alone.
+        if not visible and world.size == 1 and torch.backends.mps.is_available():
+            return [torch.device("mps")]
+        accelerator = "gpu" if visible else "cpu"
+    if accelerator == "mps" and world.size == 1:
+        return [torch.device("mps")]
+    if accelerator == "cpu":
+        return [torch.device("cpu")] * world.local_size
+    if accelerator not in ("gpu", "cuda"):
+        raise UsageError(f"trainer.accelerator: {accelerator!r} with {world.size} ranks; valid are auto, cpu, gpu and cuda.")
+    if visible == 1 and world.launcher != "local":
+        # A cluster that gives each task its own GPU shows each of them as number 0.
+        return [torch.device("cuda", 0)] * world.local_size
+    if visible < world.local_size:
+        raise UsageError(
+            f"{world.local_size} ranks on this node, but only {visible} GPUs are visible; "
+            "use fewer ranks or --trainer.accelerator cpu."
+        )
+    return [torch.device("cuda", index) for index in range(world.local_size)]
+
+
+def join(world: World, device: torch.device, timeout: timedelta) -> None:
+    """Meet the other ranks: start the process group (nccl on GPUs, gloo on CPUs). A single process has none."""
+    if world.size == 1:
+        return
+    on_gpu = device.type == "cuda"
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun does: the ranks of a node share its cores
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(
+        backend="nccl" if on_gpu else "gloo",
+        init_method=world.rendezvous,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
+
+
+def leave() -> None:
+    """End the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class _Ordered(Strategy):
+    """What every lockstep strategy does with data: each loader goes in the run's order, and an uneven last batch counts
+    each of its samples alike."""
+
+    sharding: Sharding
+
+    def process_dataloader(self, dataloader: object) -> object:
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        owner = type(trainer.datamodule or self.lightning_module).__name__ if trainer is not None else "DataLoader"
+        ordered = self.sharding.in_order(dataloader, owner)
+        if trainer is not None and isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches):
+            # lightning tells the epoch only after the workers of a resumed run have begun to fetch.
+            ordered.batch_sampler.sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+        return ordered
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        weight = self._batch_weight()
+        return super().backward(closure_loss if weight == 1 else closure_loss * weight, optimizer, *args, **kwargs)
+
+    def _batch_weight(self) -> float:
+        module = self.lightning_module
+        if module is None or self.sharding.world.size == 1:
+            return 1.0
+        loader = module.trainer.train_dataloader
+        batches = getattr(loader, "batch_sampler", None)
+        return batches.weight(module.trainer.fit_loop.batch_idx) if isinstance(batches, GlobalBatches) else 1.0
+
+
+class SingleDevice(_Ordered, SingleDeviceStrategy):
+    """One process: no process group, no wrapper."""
+
+    def __init__(self, device: torch.device, sharding: Sharding) -> None:
+        super().__init__(device=device)
+        self.sharding = sharding
+
+
+class DDP(_Ordered, DDPStrategy):
+    """Distributed data parallel: every rank has the whole model, gradients are averaged while backward goes on."""
+
+    def __init__(self, devices: list[torch.device], sharding: Sharding, options: DDPOptions) -> None:
+        hooks: dict[str, Callable[..., Any] | None] = {
+            "none": None,
+            "bf16": default_hooks.bf16_compress_hook,
+            "fp16": default_hooks.fp16_compress_hook,
+        }
+        super().__init__(
+            parallel_devices=devices,
+            cluster_environment=WorldEnvironment(sharding.world),
+            timeout=timedelta(minutes=options.timeout_minutes),
+            static_graph=options.static_graph,
+            find_unused_parameters=options.find_unused_parameters,
+            bucket_cap_mb=options.bucket_mb,
+            gradient_as_bucket_view=options.bucket_view,
+        )
+        self._hook = hooks[options.gradient_compression]
+        self.sharding = sharding
+
+    def _register_ddp_hooks(self) -> None:
+        # lightning registers hooks on GPUs only; gloo takes them as well.
+        if self._hook is not None:
+            assert isinstance(self.model, DistributedDataParallel)
+            self.model.register_comm_hook(None, self._hook)
+
+
+def make_strategy(name: str, ddp: DDPOptions, devices: list[torch.device], sharding: Sharding) -> Strategy:
+    """The strategy called ``name`` in the config, for this rank.
+
+    A world of one needs no strategy: whatever is named, it trains on its one device.
+    """
+    if name != "ddp":
+        raise UsageError(f"strategy: {name!r} is not known; valid is 'ddp'.")
+    if sharding.world.size == 1:
+        return SingleDevice(devices[0], sharding)
+    return DDP(devices, sharding, ddp)
+
+
+def from_rank_zero(make: Callable[[], T], world: World) -> T:
+    """What ``make`` returns on rank zero, on every rank; its ``LockstepError`` is raised on every rank too."""
+    if world.size == 1:
+        return make()
+    message: list[Any] = [None]
+    if world.is_zero:
+        try:
+            message = [make()]
+        except LockstepError as error:
+            message = [error]
+    torch.distributed.broadcast_object_list(message, src=0)
+    if isinstance(message[0], LockstepError):
+        raise message[0]
+    made: T = message[0]
+    return made
+
+
+def on_all_ranks(value: T, world: World) -> list[T]:
+    """The ``value`` of every rank, by rank; every rank must call."""
+    values = [value] * world.size
+    if world.size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values

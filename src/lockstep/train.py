@@ -1,0 +1,151 @@
+"""One training, from a config to its result: ``python -m lockstep.train [fit|validate|test] --config FILE …``."""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from os import environ
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lockstep.config import make_objects, parse
+from lockstep.errors import LockstepError, UsageError
+from lockstep.logs import start_logging
+from lockstep.nearest import did_you_mean
+from lockstep.order import Sharding, mix
+from lockstep.report import draw, five_lines, weights_sha256
+from lockstep.run import Run, write_whole
+from lockstep.strategy import devices_of_node, from_rank_zero, join, leave, make_strategy, on_all_ranks
+from lockstep.tracking import start_wandb, sync_command
+from lockstep.trainer import make_trainer, resolve_precision
+from lockstep.world import World
+
+log = logging.getLogger(__name__)
+
+COMMANDS = ("fit", "validate", "test")
+
+
+def train(
+    command: str, parser: ArgumentParser, config: Namespace, world: World, run: Run | None = None, attempt: int = 1
+) -> dict[str, Any]:
+    """Carry out ``command`` on this rank, together with all others, and return what ``result.json`` says.
+
+    Args:
+        command: fit, validate or test.
+        parser: Makes the classes that ``config`` names.
+        config: As ``parse`` gave it.
+        world: This rank's place.
+        run: The run's folder, where a launcher has made one; else rank zero makes it.
+        attempt: Number of this start of the run.
+    """
+    devices = devices_of_node(world, config.trainer.accelerator)
+    config.trainer.precision = resolve_precision(config.trainer.precision, devices[world.local_rank])
+    join(world, devices[world.local_rank], timedelta(minutes=config.ddp.timeout_minutes))
+    run = run or from_rank_zero(lambda: Run.create(config.run.root, config.run.name), world)
+    start_logging(world, run.log(attempt, 0))
+    if world.is_zero:
+        run.config.write_text(parser.dump(config, skip_none=False))
+
+    seed_everything(config.seed_everything, verbose=False)
+    made = make_objects(parser, config)
+    made.data.prepare_data_per_node = not config.shared_filesystem
+    # Every rank has drawn the same weights; from here on each draws its own dropout.
+    torch.manual_seed(mix(config.seed_everything, world.rank) >> 1)
+
+    strategy = make_strategy(config.strategy, config.ddp, devices, Sharding(world, config.seed_everything))
+    wandb = start_wandb(run, config.wandb, config.as_dict(), world)
+    trainer, rates = make_trainer(config, made.trainer, strategy, run, attempt, wandb)
+
+    began = time.monotonic()
+    result: dict[str, Any] = {"status": "failed", "command": command, "world_size": world.size, "attempts": attempt}
+    try:
+        result["metrics"] = carry_out(command, trainer, made.model, made.data, config)
+        result["status"] = "finished"
+    except BaseException as error:
+        result["reason"] = error.sentence if isinstance(error, LockstepError) else f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        total = time.monotonic() - began
+        result["global_step"], result["epochs"] = trainer.global_step, trainer.current_epoch
+        result["seconds"] = {"training": round(rates.train_seconds, 3), "total": round(total, 3), "lost": 0.0}
+        if result["status"] == "finished":
+            result["weights_sha256"] = weights_sha256(made.model.state_dict())
+            result["skipped_files"] = len(set().union(*on_all_ranks(getattr(made.data, "skipped", set()), world)))
+        if world.is_zero:
+            write_whole(run.result, result)
+        if wandb is not None:
+            wandb.finish(exit_code=0 if result["status"] == "finished" else 1)
+    if world.is_zero:
+        draw(run)
+        for line in five_lines(run, result, sync_command(run) if wandb is not None and wandb.offline else None):
+            log.info(line)
+    leave()
+    return result
+
+
+def carry_out(
+    command: str, trainer: Trainer, module: LightningModule, data: LightningDataModule, config: Namespace
+) -> dict[str, float]:
+    """Fit and test, or only evaluate; return the newest value of every metric."""
+    checkpoint = find_checkpoint(config.ckpt_path)
+    if command == "fit":
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        metrics = dict(trainer.logged_metrics)
+        if config.run.test and is_overridden("test_step", module) and is_overridden("test_dataloader", data):
+            trainer.test(module, datamodule=data, verbose=False)
+            metrics |= trainer.logged_metrics
+    else:
+        evaluate = trainer.validate if command == "validate" else trainer.test
+        evaluate(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        metrics = dict(trainer.logged_metrics)
+    return {name: float(value) for name, value in sorted(metrics.items())}
+
+
+def find_checkpoint(path: str | None) -> str | None:
+    """The checkpoint at ``path``: the file itself, or the newest one of a run folder.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if path is None or Path(path).is_file():
+        return path
+    if (newest := Path(path) / "checkpoints" / "last.ckpt").is_file():
+        return str(newest)
+    raise UsageError(f"ckpt_path: {path} is no checkpoint file, nor a run folder with checkpoints/last.ckpt in it.")
+
+
+def main(arguments: Sequence[str], world: World) -> int:
+    """Train as one rank of ``world`` and return the exit status: 0, 1 (failed while running) or 2 (usage).
+
+    Any exception but a ``LockstepError`` goes on to the caller, with its own traceback.
+    """
+    try:
+        command, keys = split_command(arguments)
+        train(command, *parse(keys), world)
+        return 0
+    except LockstepError as error:
+        if world.is_zero or error.exit_status == 1:
+            print(f"lockstep: {error.sentence}", file=sys.stderr)
+        return error.exit_status
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that ``arguments`` begin with, fit by default, and the rest."""
+    if not arguments or arguments[0].startswith("-"):
+        return "fit", list(arguments)
+    if arguments[0] not in COMMANDS:
+        raise UsageError(f"{arguments[0]!r} is no command{did_you_mean(arguments[0], COMMANDS)}")
+    return arguments[0], list(arguments[1:])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:], World.from_env(environ)))
+    except UsageError as error:
+        sys.exit(f"lockstep: {error.sentence}")
