@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
@@ -130,12 +131,24 @@ def parse(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     try:
         config = parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise UsageError(explain(parser, str(error))) from None
+        raise UsageError(_damaged_yaml(arguments) or explain(parser, str(error))) from None
     if config.seed_everything < 0:
         raise UsageError(f"seed_everything: {config.seed_everything} must be 0 or more.")
     if config.checkpoint.best < 1:
         raise UsageError(f"checkpoint.best: {config.checkpoint.best} must be 1 or more.")
     return parser, config
+
+
+def _damaged_yaml(arguments: Sequence[str]) -> str:
+    """A sentence about the first config file that is no YAML; jsonargparse does not say which one it is."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        path = following if argument == "--config" else argument.removeprefix("--config=")
+        if argument.startswith("--config") and Path(path).is_file():
+            try:
+                yaml.safe_load(Path(path).read_text())
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                return f"config: {path} is no valid YAML ({' '.join(str(error).split())})."
+    return ""
 
 
 def make_objects(parser: ArgumentParser, config: Namespace) -> Namespace:
@@ -145,12 +158,13 @@ def make_objects(parser: ArgumentParser, config: Namespace) -> Namespace:
         Exception: Whatever a class raises; jsonargparse's own wrapping of it is taken off.
     """
     try:
-        return parser.instantiate(config)
+        made: Namespace = parser.instantiate(config)
     except ValueError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise cause from None
+    return made
 
 
 def explain(parser: ArgumentParser, text: str) -> str:
@@ -169,7 +183,10 @@ def explain(parser: ArgumentParser, text: str) -> str:
     path = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)))
     value = _first(r"Got value: (.*)", text) or _first(r"val=['\"]?(.*?)['\"]?\)$", text) or _first(r"Given value: (.*)", text)
     if unknown := re.search(r"Option '([^']+)' is not accepted", text):
-        owner = re.findall(r"class_path '([^']+)'", text[: unknown.start()])[-1]
+        owners = re.findall(r"class_path '([^']+)'", text[: unknown.start()])
+        if not owners:
+            return _unknown_key(unknown[1], "", keys)
+        owner = owners[-1]
         given = _first(rf"'{unknown[1]}': ([^,}}]+)", text) or (value if "NestedArg" in text else "")
         return _unknown_key(f"{path}.{unknown[1]}", given, [f"{path}.{name}" for name in _arguments(owner)], owner)
     if base := _first(r"not correspond to a subclass of (\w+)", text):
@@ -177,7 +194,9 @@ def explain(parser: ArgumentParser, text: str) -> str:
     for pattern in (r"No module named .*", r"module '.*' has no attribute '.*'", r"cannot import name .*"):
         if problem := _first(f"({pattern})", text):
             return f"{path}: {_class_path(value)} does not exist ({problem}); run from the folder that holds your module."
-    if expected := dict.fromkeys(re.findall(r"Expected an? ([^\n]+?)(?:\. Got value.*)?$", text, flags=re.MULTILINE)):
+    found = re.findall(r"^( *)(?:- )?Expected an? ([^\n]+?)(?:\. Got value.*)?$", text, flags=re.MULTILINE)
+    # The deepest ones are about the value itself; the others are about what it is part of.
+    if expected := list(dict.fromkeys(kind for indent, kind in found if indent == max(i for i, _ in found))):
         choices = [choice for item in expected for choice in re.findall(r"'([^']+)'", item) if "Literal" in item]
         hint = did_you_mean(value, choices) if choices else "."
         return f"{path}: {value!r} is not valid: expected {' or '.join(map(_type_name, expected))}{hint}"
@@ -199,7 +218,7 @@ def _arguments(class_path: str) -> list[str]:
         module, _, name = class_path.rpartition(".")
         for cls in inspect.getmro(getattr(importlib.import_module(module), name)):
             if "__init__" in vars(cls):
-                parameters = inspect.signature(cls.__init__).parameters.values()
+                parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
                 names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
                 if all(p.kind is not p.VAR_KEYWORD for p in parameters):
                     break

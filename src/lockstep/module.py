@@ -47,7 +47,7 @@ class Scores(nn.Module):
     def counts(self) -> dict[str, Tensor]:
         """How many samples were seen and how many were right, over all ranks (every rank must call)."""
         with self.accuracy.sync_context(should_sync=torch.distributed.is_initialized()):
-            right, wrong = self.accuracy.tp.sum(), self.accuracy.fn.sum()
+            right, wrong = torch.as_tensor(self.accuracy.tp).sum(), torch.as_tensor(self.accuracy.fn).sum()
         return {"samples": (right + wrong).double(), "correct": right.double()}
 
     def reset(self) -> None:
@@ -84,7 +84,7 @@ class Classifier(LightningModule):
 
     def __init__(
         self,
-        network: str | nn.Module = "resnet18",
+        network: nn.Module | str = "resnet18",
         num_classes: int = 10,
         network_args: dict[str, Any] | None = None,
         criterion: nn.Module | None = None,
@@ -118,7 +118,7 @@ class Classifier(LightningModule):
         self.step_size, self.gamma = step_size, gamma
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.network.to(memory_format=torch.channels_last)
         if compile:
             self.network.compile()  # in place: the names in a checkpoint stay as they are
         self.scores = nn.ModuleDict({f"{stage}_scores": Scores(num_classes) for stage in ("train", "val", "test")})
@@ -229,6 +229,8 @@ def torchvision_classifier(name: str, num_classes: int, arguments: dict[str, Any
         UsageError: No such model, or it does not take one of the arguments.
     """
     names = torchvision.models.list_models(module=torchvision.models)
+    if "." in name:
+        raise UsageError(f"model.network: {name!r} is not the import path of an nn.Module, nor a torchvision model's name.")
     if name not in names:
         raise UsageError(f"model.network: torchvision has no classification model {name!r}{did_you_mean(name, names)}")
     if name in ("googlenet", "inception_v3"):

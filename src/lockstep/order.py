@@ -104,8 +104,8 @@ class Order(Sampler[int]):
             return torch.randperm(len(self), generator=generator).tolist()
         with random_state_kept():
             seed_cpu(seed)
-            if isinstance(generator := getattr(self.source, "generator", None), torch.Generator):
-                generator.manual_seed(seed)
+            if isinstance(own := getattr(self.source, "generator", None), torch.Generator):
+                own.manual_seed(seed)
             return list(self.source)
 
 
@@ -129,7 +129,7 @@ class GlobalBatches(BatchSampler):
     """
 
     def __init__(self, order: Order, batch_size: int, drop_last: bool, world: World, name: str = "DataLoader") -> None:
-        self.sampler = order
+        self.sampler = self.order = order  # lightning looks for ``sampler`` to tell it the epoch
         self.drop_last = drop_last
         self.world = world
         if order.shuffled and batch_size % world.size:
@@ -156,7 +156,7 @@ class GlobalBatches(BatchSampler):
         if rest and not self.drop_last:
             if rest >= self.world.size or not ends:
                 ends.append(samples)
-            elif self.sampler.shuffled:
+            elif self.order.shuffled:
                 raise UsageError(
                     f"{name}: the last batch of an epoch has {rest} of {samples} samples, fewer than the {self.world.size} "
                     "ranks; set drop_last: true or choose another batch_size."
@@ -186,7 +186,7 @@ class GlobalBatches(BatchSampler):
         return first, first + share + (rank < more)
 
     def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
-        epoch, indices = self.sampler.epoch, self.sampler.indices()
+        epoch, indices = self.order.epoch, self.order.indices()
         for batch in range(len(self)):
             start, end = self._mine(batch)
             yield [(epoch, index) for index in indices[start:end]]

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
@@ -53,8 +53,6 @@ class WorldEnvironment(ClusterEnvironment):
     def __init__(self, world: World) -> None:
         super().__init__()
         self._world = world
-        # lightning reads this one before it builds a strategy.
-        rank_zero_only.rank = world.rank
 
     creates_processes_externally = True
 
@@ -124,6 +122,8 @@ def devices_of_node(world: World, accelerator: str) -> list[torch.device]:
 
 def join(world: World, device: torch.device, timeout: timedelta) -> None:
     """Meet the other ranks: start the process group (nccl on GPUs, gloo on CPUs). A single process has none."""
+    # lightning guesses it from the environment when it is imported, which is too early for a forked rank.
+    rank_zero_only.rank = world.rank  # type: ignore[attr-defined]
     if world.size == 1:
         return
     on_gpu = device.type == "cuda"
@@ -155,11 +155,11 @@ class _Ordered(Strategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        owner = type(trainer.datamodule or self.lightning_module).__name__ if trainer is not None else "DataLoader"
+        owner = type(getattr(trainer, "datamodule", None) or self.lightning_module).__name__
         ordered = self.sharding.in_order(dataloader, owner)
         if trainer is not None and isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches):
             # lightning tells the epoch only after the workers of a resumed run have begun to fetch.
-            ordered.batch_sampler.sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+            ordered.batch_sampler.order.set_epoch(trainer.current_epoch)
         return ordered
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

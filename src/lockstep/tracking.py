@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 import yaml
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from lockstep.config import WandbOptions
 from lockstep.run import Run

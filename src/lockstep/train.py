@@ -50,7 +50,7 @@ def train(
     run = run or from_rank_zero(lambda: Run.create(config.run.root, config.run.name), world)
     start_logging(world, run.log(attempt, 0))
     if world.is_zero:
-        run.config.write_text(parser.dump(config, skip_none=False))
+        run.config.write_text(parser.dump(config, skip_unset=False))
 
     seed_everything(config.seed_everything, verbose=False)
     made = make_objects(parser, config)

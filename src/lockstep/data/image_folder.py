@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
+from torchcodec.decoders import decode_image
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from lockstep.data.base import ImageData, Part
@@ -184,7 +184,7 @@ class ImageFiles(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Undecodable:
         path, label = self.files[index]
         try:
-            image = decode_image(read_file(path), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            return Undecodable(path, str(error).splitlines()[0])
+            image = decode_image(path, mode="RGB")
+        except (RuntimeError, ValueError) as error:
+            return Undecodable(path, str(error).splitlines()[0].rpartition(": ")[2])
         return self.transform(image), label
