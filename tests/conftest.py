@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +14,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 
 import local
+import torch
 
 from lockstep.logs import stop_logging
+
+# The ranks are forked from this process, and a thread pool does not survive a fork.
+torch.set_num_threads(1)
 
 REPO = Path(__file__).parents[1]
 
@@ -53,14 +58,21 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Start ``launch/local.py`` in this process: ``launch("--ranks", "2", …)``, in a run folder below ``tmp_path``."""
+    """Call ``launch/local.py``'s main: ``launch("--ranks", "2", …)``, in a run folder below ``tmp_path``.
+
+    In a fork: a process that has once run backward cannot fork ranks any more, and pytest's must be able to.
+    """
 
     def start(*arguments: str) -> Outcome:
         root = tmp_path / "runs"
         before = set(root.glob("*/*"))
-        status = local.main([*arguments, "--run.root", str(root)])
+        command = [*arguments, "--run.root", str(root)]
+        process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(local.main(command)))
+        process.start()
+        process.join()
         made = [folder for folder in root.glob("*/*") if folder not in before]
-        return Outcome(status, made[0] if made else root)
+        assert process.exitcode is not None
+        return Outcome(process.exitcode, made[0] if made else root)
 
     return start
 

@@ -207,6 +207,12 @@ class NoData(LightningDataModule):
     """Has no loaders."""
 
 
-def test_an_exception_of_ones_own_class_comes_through_as_it_is(launch: Launch) -> None:
-    with pytest.raises(ArithmeticError, match="one's own mistake"):
-        launch(*SMALL, "--model.network", "test_bad_input.Broken")
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_an_exception_of_ones_own_class_comes_through_as_it_is(
+    launch: Launch, capfd: pytest.CaptureFixture[str], ranks: str
+) -> None:
+    assert launch("--ranks", ranks, *SMALL, "--model.network", "test_bad_input.Broken").status == RUNNING
+    said = capfd.readouterr().err
+    assert said.count("ArithmeticError: one's own mistake") == 1
+    assert 'raise ArithmeticError("one' in said
+    assert said.count("Traceback") == 1

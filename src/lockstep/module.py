@@ -8,7 +8,7 @@ import torchvision
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lockstep.errors import UsageError
@@ -30,29 +30,33 @@ class Scores(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.loss = MeanMetric(nan_strategy="disable")
+        # Not a MeanMetric: torchmetrics 1.9's forgets the weights with ``nan_strategy="disable"``, and with any other it
+        # waits for the device at each update.
+        self.loss, self.samples = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss (), logits (B, num_classes) and labels (B,)."""
-        self.loss.update(loss.detach(), weight=len(labels))
+        self.loss.update(loss.detach() * len(labels))
+        self.samples.update(len(labels))
         self.accuracy.update(logits.detach(), labels)
 
     def take(self) -> dict[str, Tensor]:
         """Loss and accuracy since the last call, over all ranks (every rank must call), and start again."""
-        values = {"loss": self.loss.compute(), "accuracy": self.accuracy.compute()}
+        values = {"loss": self.loss.compute() / self.samples.compute(), "accuracy": self.accuracy.compute()}
         self.reset()
         return values
 
     def counts(self) -> dict[str, Tensor]:
         """How many samples were seen and how many were right, over all ranks (every rank must call)."""
         with self.accuracy.sync_context(should_sync=torch.distributed.is_initialized()):
-            right, wrong = torch.as_tensor(self.accuracy.tp).sum(), torch.as_tensor(self.accuracy.fn).sum()
-        return {"samples": (right + wrong).double(), "correct": right.double()}
+            right = torch.as_tensor(self.accuracy.tp).sum()
+        return {"samples": self.samples.compute(), "correct": right.double()}
 
     def reset(self) -> None:
         """Forget all batches."""
         self.loss.reset()
+        self.samples.reset()
         self.accuracy.reset()
 
 

@@ -94,6 +94,8 @@ def _rank(target: Callable[[World], Any], world: World, sender: Connection, log:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        # Both layers: the parent may have put something else than file descriptor 1 behind sys.stdout.
+        sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
     os.environ.update(world.environ())
     if (shared := _devices(world, os.environ.get("CUDA_VISIBLE_DEVICES"))) is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = shared
