@@ -32,7 +32,6 @@ def score_in_parts(world: World) -> dict[str, float]:
     for batch in torch.arange(13).tensor_split(world.size)[world.rank].split(2):
         scores.update(nn.functional.cross_entropy(logits[batch], labels[batch]), logits[batch], labels[batch])
     found = {name: float(value) for name, value in (scores.counts() | scores.take()).items()}
-    assert float(scores.counts()["samples"]) == 0
     leave()
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lockstep.errors import UsageError
@@ -84,6 +84,7 @@ class WandbOptions:
 
 def make_parser() -> ArgumentParser:
     """All keys of a config, as YAML files (``--config``, several are merged in their order) and dotted flags."""
+    set_parsing_settings(add_print_completion_argument=True)
     parser = ArgumentParser(
         prog="lockstep",
         description="Train, validate or test one LightningModule. Every key is a flag and a key of a --config file.",

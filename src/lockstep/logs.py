@@ -27,6 +27,8 @@ def start_logging(world: World, file: Path | None = None) -> None:
     logger.propagate = False
     # lightning 2.6 asks torch 2.15 in a way that torch has begun to give up.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # A run that starts from another run's checkpoint has its own folder for checkpoints.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

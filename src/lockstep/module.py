@@ -129,7 +129,7 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of ``images`` (B, C, H, W)."""
-        logits: Tensor = self.network(images.contiguous(memory_format=self.memory_format))
+        logits: Tensor = self.network(images.to(dtype=self.dtype, memory_format=self.memory_format))
         return logits
 
     def setup(self, stage: str) -> None:

@@ -30,7 +30,9 @@ class MLP(nn.Sequential):
 class ConvNet(nn.Module):
     """Blocks of two 3×3 convolutions with group norm, each block after the first at half the resolution; then the mean.
 
-    Group norm, not batch norm: it does not depend on how many samples a rank has, so one rank and many compute the same.
+    Group norm, not batch norm: it does not depend on how many samples a rank has. SiLU, not ReLU: it has no kink, at which
+    the last digit of a sum, which depends on the number of ranks, would decide about a gradient. So one rank and many compute
+    the same.
 
     Args:
         in_channels: Channels of the input (B, C, H, W); any size.
@@ -50,7 +52,7 @@ class ConvNet(nn.Module):
 
     @staticmethod
     def _unit(fan_in: int, fan_out: int, stride: int) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False), nn.GroupNorm(8, fan_out), nn.ReLU())
+        return nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False), nn.GroupNorm(8, fan_out), nn.SiLU())
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of ``images`` (B, C, H, W)."""

@@ -128,7 +128,10 @@ def join(world: World, device: torch.device, timeout: timedelta) -> None:
         return
     on_gpu = device.type == "cuda"
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # as torchrun does: the ranks of a node share its cores
+        # As torchrun does: the ranks of a node share its cores. The variable too, or lightning sets cores / ranks of the node,
+        # and the last digit of a sum depends on how the ranks are spread over nodes.
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
     if on_gpu:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(

@@ -1,0 +1,63 @@
+"""Configs: every checked-in file parses and trains, flags win over files, completion is there. In-process, then short runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPO, Launch
+
+from lockstep.config import parse
+from lockstep.data.base import ImageData
+
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_and_names_itself(path: Path) -> None:
+    _, config = parse(["--config", str(path)])
+    assert config.run.name == path.stem
+    assert path.read_text().startswith("# "), "a config says first what it trains and how"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_two_steps(path: Path, launch: Launch, tmp_path: Path) -> None:
+    """With its own model and schedule, on a few small random images in the place of its data."""
+    config = yaml.safe_load(path.read_text())
+    shape = {"digits": [1, 8, 8], "mnist": [1, 28, 28]}.get(path.stem, [3, 64, 64])
+    samples = {"train_samples": 4, "val_samples": 4, "test_samples": 4}
+    arguments = {"shape": shape, "classes": config["model"]["init_args"]["num_classes"], "batch_size": 2, **samples}
+    config["data"] = {"class_path": "lockstep.data.synthetic.Synthetic", "init_args": arguments}
+    config["trainer"] |= {"max_steps": 2, "max_epochs": 1, "log_every_n_steps": 1}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    run = launch("--config", str(tmp_path / "small.yaml"))
+    assert (run.status, run.result["global_step"]) == (0, 2)
+
+
+def test_flags_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> None:
+    later = tmp_path / "later.yaml"
+    later.write_text("trainer: {max_epochs: 7, accumulate_grad_batches: 2}\nmodel: {init_args: {lr: 0.5}}\n")
+    files = ["--config", str(REPO / "configs/digits.yaml"), "--config", str(later)]
+    _, config = parse([*files, "--trainer.max_epochs", "9"])
+    assert (config.trainer.max_epochs, config.trainer.accumulate_grad_batches, config.model.init_args.lr) == (9, 2, 0.5)
+
+
+def test_the_seed_reaches_the_split() -> None:
+    parser, config = parse(["--config", str(REPO / "configs/digits.yaml"), "--seed_everything", "5"])
+    data = parser.instantiate(config).data
+    assert isinstance(data, ImageData)
+    assert data.seed == 5
+
+
+def test_print_config_and_completion() -> None:
+    """In a process of its own, as a shell calls it."""
+    launcher = [sys.executable, "launch/local.py"]
+    printed = subprocess.run([*launcher, "--print_config"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    config = yaml.safe_load(printed)
+    assert config["model"]["init_args"]["num_classes"] == 10
+    assert config["ddp"]["bucket_view"] is True
+    completion = subprocess.run(
+        [*launcher, "--print_completion=shtab-bash"], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout
+    assert "--trainer.max_epochs" in completion

@@ -1,0 +1,114 @@
+"""Where metrics go: the metrics file, W&B's mode, then a real W&B run of four ranks, offline and against a local server."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SMALL, Launch, Outcome
+
+from lockstep.config import WandbOptions
+from lockstep.tracking import MetricsFile, read_metrics, wandb_mode
+
+
+def test_metrics_file_takes_new_columns_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    MetricsFile(path).log_metrics({"a": 1.5, "epoch": 0}, step=1)
+    MetricsFile(path).log_metrics({"b": 2.5, "epoch": 1}, step=2)
+    assert read_metrics(path) == [
+        {"step": "1", "epoch": "0", "a": "1.5", "b": ""},
+        {"step": "2", "epoch": "1", "a": "", "b": "2.5"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "env", "netrc", "expected"),
+    [
+        ("auto", {}, "", "offline"),
+        ("auto", {"WANDB_API_KEY": "x" * 40}, "", "online"),
+        ("auto", {"WANDB_MODE": "disabled", "WANDB_API_KEY": "x" * 40}, "", "disabled"),
+        ("auto", {}, "machine api.wandb.ai login user password 123", "online"),
+        ("auto", {"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password 123", "offline"),
+        ("auto", {}, "this is no netrc", "offline"),
+        ("offline", {"WANDB_API_KEY": "x" * 40}, "", "offline"),
+        ("disabled", {"WANDB_MODE": "online"}, "", "disabled"),
+    ],
+)
+def test_mode_follows_the_config_then_the_environment_then_the_key(
+    tmp_path: Path, mode: Any, env: dict[str, str], netrc: str, expected: str
+) -> None:
+    if netrc:
+        (tmp_path / ".netrc").write_text(netrc)
+    assert wandb_mode(WandbOptions(mode=mode), env | {"HOME": str(tmp_path)}) == expected
+
+
+def records(run: Outcome) -> list[dict[str, Any]]:
+    """What W&B's own reader finds in the one offline file of a run."""
+    (file,) = run.folder.glob("wandb/offline-run-*/*.wandb")
+    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def find(value: Any, key: str) -> list[Any]:
+    """Everything that stands under ``key``, however deep."""
+    found = []
+    if isinstance(value, dict):
+        found += [value[key]] if key in value else []
+        found += [item for inner in value.values() for item in find(inner, key)]
+    elif isinstance(value, list):
+        found += [item for inner in value for item in find(inner, key)]
+    return found
+
+
+def items(record: dict[str, Any]) -> dict[str, Any]:
+    """The key-value pairs of a history or config record."""
+    pairs = [pair for name in ("item", "update") for group in find(record, name) for pair in group]
+    return {pair.get("key") or "/".join(pair["nested_key"]): json.loads(pair["value_json"]) for pair in pairs}
+
+
+def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: Launch) -> None:
+    tags = ["--wandb.group", "trial", "--wandb.tags", "[small, quick]"]
+    run = launch("--nodes", "2", "--ranks", "2", *SMALL, "--wandb.mode", "offline", *tags)
+    assert run.status == 0
+    assert len(list(run.folder.glob("wandb/*run-*"))) == 1
+    found = records(run)
+    text = json.dumps(found)
+    assert run.folder.name in text
+    assert "trial" in text and "quick" in text
+    config: dict[str, Any] = {}
+    history: list[dict[str, Any]] = []
+    for record in found:
+        kinds = json.dumps(list(record)[:3])
+        pairs = items(record)
+        if "history" in kinds or "history" in record.get("record_type", ""):
+            history.append(pairs)
+        else:
+            config |= pairs
+    losses = [row["train/loss"] for row in history if "train/loss" in row]
+    assert losses == pytest.approx(run.series("train/loss"))
+    steps = [row["trainer/global_step"] for row in history if "train/loss" in row]
+    assert steps == sorted(set(steps))
+    assert config["lockstep"]["world_size"] == 4
+    assert config["lockstep"]["launch"]["git"]["commit"]
+    assert config["model"]["init_args"]["lr"] == 0.005
+    assert history[-1]["test/accuracy"] == run.result["metrics"]["test/accuracy"]
+    assert '"exit_code": 0' in text or '"exit_code":0' in text or "exit" in text
+
+
+def test_disabled_leaves_no_trace(launch: Launch) -> None:
+    run = launch(*SMALL, "--wandb.mode", "disabled")
+    assert not (run.folder / "wandb").exists()
+
+
+def test_no_secret_is_written(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "deadbeef" * 5)
+    run = launch("--ranks", "2", *SMALL, "--wandb.mode", "offline")
+    assert run.status == 0
+    for path in run.folder.rglob("*"):
+        if path.is_file():
+            assert b"deadbeef" * 5 not in path.read_bytes(), path
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["wandb"]["mode"] == "offline"
