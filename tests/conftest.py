@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
-
 import local
+import pytest
 import torch
 
 from lockstep.logs import stop_logging

@@ -53,50 +53,34 @@ def records(run: Outcome) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def find(value: Any, key: str) -> list[Any]:
-    """Everything that stands under ``key``, however deep."""
-    found = []
-    if isinstance(value, dict):
-        found += [value[key]] if key in value else []
-        found += [item for inner in value.values() for item in find(inner, key)]
-    elif isinstance(value, list):
-        found += [item for inner in value for item in find(inner, key)]
-    return found
-
-
-def items(record: dict[str, Any]) -> dict[str, Any]:
-    """The key-value pairs of a history or config record."""
-    pairs = [pair for name in ("item", "update") for group in find(record, name) for pair in group]
-    return {pair.get("key") or "/".join(pair["nested_key"]): json.loads(pair["value_json"]) for pair in pairs}
-
-
 def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: Launch) -> None:
     tags = ["--wandb.group", "trial", "--wandb.tags", "[small, quick]"]
     run = launch("--nodes", "2", "--ranks", "2", *SMALL, "--wandb.mode", "offline", *tags)
     assert run.status == 0
     assert len(list(run.folder.glob("wandb/*run-*"))) == 1
-    found = records(run)
-    text = json.dumps(found)
-    assert run.folder.name in text
-    assert "trial" in text and "quick" in text
-    config: dict[str, Any] = {}
-    history: list[dict[str, Any]] = []
-    for record in found:
-        kinds = json.dumps(list(record)[:3])
-        pairs = items(record)
-        if "history" in kinds or "history" in record.get("record_type", ""):
-            history.append(pairs)
-        else:
-            config |= pairs
-    losses = [row["train/loss"] for row in history if "train/loss" in row]
-    assert losses == pytest.approx(run.series("train/loss"))
-    steps = [row["trainer/global_step"] for row in history if "train/loss" in row]
-    assert steps == sorted(set(steps))
+    found = {kind: [record[kind] for record in records(run) if record["type"] == kind] for kind in ("run", "history", "exit")}
+    (started,) = found["run"]
+    assert (started["run_id"], started["run_group"], started["tags"]) == (run.folder.name, "trial", ["small", "quick"])
+    config = started["config"]["update"]
     assert config["lockstep"]["world_size"] == 4
-    assert config["lockstep"]["launch"]["git"]["commit"]
+    assert len(config["lockstep"]["launch"]["git"]["commit"]) == 40
     assert config["model"]["init_args"]["lr"] == 0.005
-    assert history[-1]["test/accuracy"] == run.result["metrics"]["test/accuracy"]
-    assert '"exit_code": 0' in text or '"exit_code":0' in text or "exit" in text
+    history = [record["item"] for record in found["history"]]
+    trained = [row for row in history if "train/loss" in row]
+    assert [row["train/loss"] for row in trained] == pytest.approx(run.series("train/loss"))
+    assert [row["trainer/global_step"] for row in trained] == [4, 9, 14, 19, 24, 29, 34, 39]
+    summary: dict[str, float] = {}
+    for row in history:
+        summary |= row
+    for name, value in run.result["metrics"].items():
+        assert summary[name] == pytest.approx(value), name
+    assert [record["exit_code"] for record in found["exit"]] == [0]
+
+
+def test_a_failed_run_is_marked_as_failed(launch: Launch) -> None:
+    run = launch("--ranks", "2", *SMALL, "--wandb.mode", "offline", "--model.num_classes", "12")
+    assert run.status == 2
+    assert [record["exit"]["exit_code"] for record in records(run) if record["type"] == "exit"] == [1]
 
 
 def test_disabled_leaves_no_trace(launch: Launch) -> None:

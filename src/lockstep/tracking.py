@@ -138,6 +138,9 @@ def start_wandb(run: Run, options: WandbOptions, config: Mapping[str, Any], worl
         config={**config, "lockstep": facts},
         settings=wandb.Settings(silent=True),  # its greetings; what matters of them is logged here
     )
+    # As lightning's logger does for a run that it starts itself: optimizer steps are the x axis.
+    tracked.define_metric("trainer/global_step")
+    tracked.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     if mode == "offline":
         log.info("W&B is offline; to upload the run: %s", sync_command(run))
     else:

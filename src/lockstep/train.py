@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -59,7 +60,7 @@ def train(
     torch.manual_seed(mix(config.seed_everything, world.rank) >> 1)
 
     strategy = make_strategy(config.strategy, config.ddp, devices, Sharding(world, config.seed_everything))
-    wandb = start_wandb(run, config.wandb, config.as_dict(), world)
+    wandb = start_wandb(run, config.wandb, yaml.safe_load(parser.dump(config, skip_unset=False)), world)
     trainer, rates = make_trainer(config, made.trainer, strategy, run, attempt, wandb)
 
     began = time.monotonic()
