@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Train on this machine: in this very process, where ``breakpoint()`` works, or as several ranks.
 
     python launch/local.py                        # configs/digits.yaml, one process

@@ -1,5 +1,6 @@
 """What to train: the keys of a config, and one clear sentence for each that is wrong."""
 
+import argparse
 import importlib
 import inspect
 import re
@@ -10,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import shtab
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lockstep.errors import UsageError
@@ -84,7 +86,6 @@ class WandbOptions:
 
 def make_parser() -> ArgumentParser:
     """All keys of a config, as YAML files (``--config``, several are merged in their order) and dotted flags."""
-    set_parsing_settings(add_print_completion_argument=True)
     parser = ArgumentParser(
         prog="lockstep",
         description="Train, validate or test one LightningModule. Every key is a flag and a key of a --config file.",
@@ -129,6 +130,9 @@ def parse(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # one's own modules, wherever the launcher lies
     parser = make_parser()
+    if arguments and arguments[-2:-1] == ["--print_completion"]:
+        print(completion(parser, arguments[-1]))
+        sys.exit(0)
     try:
         config = parser.parse_args(list(arguments))
     except ArgumentError as error:
@@ -138,6 +142,27 @@ def parse(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     if config.checkpoint.best < 1:
         raise UsageError(f"checkpoint.best: {config.checkpoint.best} must be 1 or more.")
     return parser, config
+
+
+def completion(parser: ArgumentParser, shell: str) -> str:
+    """A script that makes ``bash``, ``zsh`` or ``tcsh`` complete the keys of a config, after ``local.py``.
+
+    Not jsonargparse's own: that looks at every class that could stand anywhere and takes minutes. The keys of ``model`` and
+    ``data`` are those of the shared classes.
+
+    Raises:
+        UsageError: There is no script for this shell.
+    """
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise UsageError(f"print_completion: {shell!r} is not valid{did_you_mean(shell, shtab.SUPPORTED_SHELLS)}")
+    plain = argparse.ArgumentParser(prog="local.py")
+    for part, owner in (("model", "lockstep.module.Classifier"), ("data", "lockstep.data.base.ImageData")):
+        for name in _arguments(owner):
+            plain.add_argument(f"--{part}.{name}")
+    for action in parser._actions:
+        if action.option_strings and action.dest not in ("help", "==SUPPRESS=="):
+            plain.add_argument(f"--{action.dest}", choices=action.choices)
+    return shtab.complete(plain, shell)
 
 
 def _damaged_yaml(arguments: Sequence[str]) -> str:

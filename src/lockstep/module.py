@@ -129,6 +129,7 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of ``images`` (B, C, H, W)."""
+        assert isinstance(self.dtype, torch.dtype)
         logits: Tensor = self.network(images.to(dtype=self.dtype, memory_format=self.memory_format))
         return logits
 

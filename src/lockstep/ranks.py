@@ -82,6 +82,10 @@ def fork_ranks(
                 processes.append(process)
                 sender.close()
             return _collect(worlds, processes, [receiver for receiver, _ in pipes])
+        except KeyboardInterrupt:
+            # A terminal sends it to the ranks as well: let them write down that they were interrupted.
+            _wait(processes)
+            raise
         finally:
             _end(processes)
 
@@ -176,9 +180,15 @@ def _end(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if process.is_alive():
             process.terminate()
-    deadline = time.monotonic() + _GRACE_SECONDS
+    _wait(processes)
     for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()
+
+
+def _wait(processes: Sequence[BaseProcess]) -> None:
+    """Give all that still run a moment to end by themselves."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from os import environ
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lockstep.config import make_objects, parse
-from lockstep.errors import LockstepError, UsageError
+from lockstep.errors import LockstepError, RunError, UsageError
 from lockstep.logs import start_logging
 from lockstep.nearest import did_you_mean
 from lockstep.order import Sharding, mix
@@ -69,6 +69,7 @@ def train(
         result["metrics"] = carry_out(command, trainer, made.model, made.data, config)
         result["status"] = "finished"
     except BaseException as error:
+        result["status"] = "interrupted" if trainer.interrupted else "failed"
         result["reason"] = error.sentence if isinstance(error, LockstepError) else f"{type(error).__name__}: {error}"
         raise
     finally:
@@ -121,17 +122,19 @@ def find_checkpoint(path: str | None) -> str | None:
     raise UsageError(f"ckpt_path: {path} is no checkpoint file, nor a run folder with checkpoints/last.ckpt in it.")
 
 
-def main(arguments: Sequence[str], world: World) -> int:
-    """Train as one rank of ``world`` and return the exit status: 0, 1 (failed while running) or 2 (usage).
+def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Train as the rank that ``env`` describes and return the exit status: 0, 1 (failed while running) or 2 (usage).
 
     Any exception but a ``LockstepError`` goes on to the caller, with its own traceback.
     """
+    world = World()
     try:
+        world = World.from_env(env)
         command, keys = split_command(arguments)
         train(command, *parse(keys), world)
         return 0
     except LockstepError as error:
-        if world.is_zero or error.exit_status == 1:
+        if world.is_zero or error.exit_status == RunError.exit_status:
             print(f"lockstep: {error.sentence}", file=sys.stderr)
         return error.exit_status
 
@@ -146,7 +149,4 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:], World.from_env(environ)))
-    except UsageError as error:
-        sys.exit(f"lockstep: {error.sentence}")
+    sys.exit(main(sys.argv[1:], environ))

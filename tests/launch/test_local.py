@@ -1,0 +1,92 @@
+"""The launcher as a person types it: processes of their own, so each test pays the import of torch once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import local
+import pytest
+from conftest import REPO
+
+SCRIPT = str(REPO / "launch" / "local.py")
+QUICK = ("--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "5")
+
+
+def run_folder(root: Path) -> Path:
+    (folder,) = root.glob("*/*")
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--nodes", "two"], ["--ranks"]])
+def test_a_wrong_flag_of_the_launcher_is_refused_at_once(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        local.main(arguments)
+    assert raised.value.code == 2
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch() -> None:
+    code = f"import sys, runpy; sys.argv = ['local.py', '--help']\ntry: runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
+    code += "except SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--nodes" in done.stdout and done.stdout.rstrip().endswith("False")
+
+
+def test_one_rank_is_this_very_process_so_that_a_debugger_works(tmp_path: Path) -> None:
+    """pdb reads its commands from the terminal of the run itself, in the middle of a training step."""
+    (tmp_path / "stop_here.py").write_text(
+        "from lockstep.module import Classifier\n"
+        "class Stop(Classifier):\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        breakpoint()\n"
+        "        return super().training_step(batch, batch_idx)\n"
+    )
+    command = [sys.executable, SCRIPT, "--run.root", "runs", "--model", "stop_here.Stop", "--trainer.max_steps", "1"]
+    ask = "p ('shape', tuple(batch[0].shape))\np ('process', __import__('os').getpid())\nq\n"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        said, errors = process.communicate(ask, timeout=50)
+    assert "('shape', (64, 1, 8, 8))" in said
+    assert f"('process', {process.pid})" in said
+    assert "BdbQuit" in errors
+    assert process.returncode == 1
+
+
+def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--ranks", "2", "--run.root", str(tmp_path), "--trainer.max_epochs", "10000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "step " in line:
+                break
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+        assert "Traceback" not in process.stderr.read()
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    # A rank that was in a collective may hear of the end of its peer before it hears of Ctrl-C.
+    assert json.loads((run_folder(tmp_path) / "result.json").read_text())["status"] in ("interrupted", "failed")
+
+
+def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
+    config = ["--config", str(REPO / "configs" / "digits.yaml"), "--run.root", str(tmp_path), *QUICK]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, "-m", "lockstep.train", *config], capture_output=True, text=True, timeout=55)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run_folder(tmp_path) / "result.json").read_text())
+    assert (result["status"], result["world_size"], result["global_step"]) == ("finished", 2, 20)
+
+
+def test_python_m_lockstep_train_says_what_is_wrong_and_exits_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lockstep.train", "tset"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "lockstep: 'tset' is no command; did you mean 'test'?\n")
+    contradiction = os.environ | {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    contradiction |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=contradiction)
+    assert done.returncode == 2
+    assert "5 ranks do not divide into nodes of 2" in done.stderr
