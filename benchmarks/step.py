@@ -1,0 +1,207 @@
+"""What a training step costs: this trainer, a stock lightning Trainer and a hand-written PyTorch DDP loop, side by side.
+
+    python benchmarks/step.py [--ranks 2] [--steps 300] [--rounds 5]
+
+The same model, data, batch, optimizer and ranks; the three take turns, round by round, and the median round counts. The
+hand-written loop computes nothing but the loss. The stock Trainer logs the loss at every step (``self.log``) to a CSV file;
+this trainer counts loss and accuracy at every step, logs them every 50 and checks for NaN. Ratios are to the hand-written loop.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lockstep.config import parse
+from lockstep.data.synthetic import SyntheticImages
+from lockstep.networks import MLP, ConvNet
+from lockstep.ranks import fork_ranks
+from lockstep.run import Run
+from lockstep.strategy import WorldEnvironment, devices_of_node, join, leave
+from lockstep.train import train
+from lockstep.world import World
+
+WARM_UP = 30
+BATCH = 64
+"""Samples of a step on each rank."""
+SHAPE = (1, 28, 28)
+NETWORKS: dict[str, Any] = {
+    "tiny MLP": ("lockstep.networks.MLP", {"shape": list(SHAPE), "hidden": [64], "num_classes": 10}),
+    "small conv net": ("lockstep.networks.ConvNet", {"in_channels": 1, "num_classes": 10, "widths": [16, 32]}),
+}
+
+
+class Clock(Callback):
+    """Notes the time at the end of the warm-up and of each step after it."""
+
+    marks: list[float] = []  # noqa: RUF012 - the callback is made by the config; the caller reads the class
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step >= WARM_UP:
+            Clock.marks.append(time.perf_counter())
+
+
+def make_network(kind: str) -> nn.Module:
+    """The network called ``kind`` in the table."""
+    path, arguments = NETWORKS[kind]
+    return {"MLP": MLP, "ConvNet": ConvNet}[path.rpartition(".")[2]](**arguments)
+
+
+def normalized(images: Tensor) -> Tensor:
+    """uint8 (B, C, H, W) as floats around zero."""
+    return images.to(torch.float32).sub_(127.5).mul_(1 / 73.95)
+
+
+def loader(world: World, steps: int) -> DataLoader[Any]:
+    """Enough random images for ``steps`` steps, in whole batches, shared out by torch's own sampler."""
+    data = SyntheticImages(steps * BATCH * world.size, SHAPE, 10, seed=0)
+    return DataLoader(data, BATCH, sampler=DistributedSampler(data, world.size, world.rank), collate_fn=lambda batch: batch)
+
+
+def by_hand(world: World, kind: str, steps: int) -> list[float]:
+    """A training loop as one writes it without a library."""
+    device = devices_of_node(world, "auto")[world.local_rank]
+    join(world, device, timedelta(minutes=5))
+    model = make_network(kind).to(device)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    marks = []
+    for step, (images, labels) in enumerate(loader(world, steps), start=1):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        loss = nn.functional.cross_entropy(wrapped(normalized(images)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step >= WARM_UP:
+            marks.append(time.perf_counter())
+    leave()
+    return marks
+
+
+class Stock(LightningModule):
+    """A LightningModule as tutorials write it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.network = make_network(kind)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = nn.functional.cross_entropy(self.network(normalized(images)), labels)
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), "interval": "step"}]
+
+
+def stock(world: World, kind: str, steps: int) -> list[float]:
+    """lightning's Trainer with its own strategy, sampler and logger."""
+    devices = devices_of_node(world, "auto")
+    join(world, devices[world.local_rank], timedelta(minutes=5))
+    with tempfile.TemporaryDirectory() as folder:
+        strategy: Any = DDPStrategy(
+            parallel_devices=devices, cluster_environment=WorldEnvironment(world), gradient_as_bucket_view=True
+        )
+        trainer = Trainer(
+            strategy=strategy if world.size > 1 else "auto",
+            max_epochs=1,
+            callbacks=[Clock()],
+            logger=CSVLogger(folder),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(Stock(kind), loader(world, steps))
+    leave()
+    return Clock.marks
+
+
+def lockstep(world: World, kind: str, steps: int) -> list[float]:
+    """This trainer, as ``launch/local.py`` would run it."""
+    path, arguments = NETWORKS[kind]
+    data = {
+        "shape": list(SHAPE),
+        "classes": 10,
+        "batch_size": BATCH * world.size,
+        "train_samples": steps * BATCH * world.size,
+    }
+    keys = [
+        *(
+            "--model",
+            "lockstep.module.Classifier",
+            "--model.schedule",
+            "constant",
+            "--data",
+            "lockstep.data.synthetic.Synthetic",
+        ),
+        *("--model.network", json.dumps({"class_path": path, "init_args": arguments})),
+        *(part for key, value in data.items() for part in (f"--data.{key}", json.dumps(value))),
+        *("--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"),
+        *("--trainer.callbacks+=step.Clock", "--run.test", "false", "--wandb.mode", "disabled"),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        import step  # the module that the config names; this file, run as a script, is another one
+
+        train("fit", *parse(keys), world, Run.create(Path(folder), f"bench-{world.rank}"))
+    return step.Clock.marks
+
+
+WAYS = {"hand-written DDP": by_hand, "stock lightning": stock, "lockstep": lockstep}
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    sys.path.insert(0, str(Path(__file__).parent))
+    table = Table(
+        title=f"{options.ranks} ranks, {BATCH} samples each, {options.steps} steps, median of {options.rounds} rounds"
+    )
+    for column in ("network", "trainer", "ms/step", "samples/s", "ratio"):
+        table.add_column(column, justify="left" if column in ("network", "trainer") else "right")
+    for kind in NETWORKS:
+        found: dict[str, list[float]] = {name: [] for name in WAYS}
+        for _ in range(options.rounds):
+            for name, way in WAYS.items():
+                marks = fork_ranks(
+                    lambda world, way=way, kind=kind: way(world, kind, options.steps),
+                    1,
+                    options.ranks,
+                    logs=lambda rank: Path("/dev/null"),
+                )[0]
+                found[name].append((marks[-1] - marks[0]) / (len(marks) - 1))
+        base = statistics.median(found["hand-written DDP"])
+        for name, rounds in found.items():
+            seconds = statistics.median(rounds)
+            speed = BATCH * options.ranks / seconds
+            table.add_row(kind, name, f"{1000 * seconds:.2f}", f"{speed:,.0f}", f"{seconds / base:.2f}")
+    Console(width=90).print(table)
+
+
+if __name__ == "__main__":
+    main()
