@@ -1,5 +1,10 @@
 """What tests share: runs in a temporary folder, W&B offline, and one way to start a run."""
 
+import os
+
+# The ranks are forked from this process, and a thread pool does not survive a fork: torch must not make one.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import csv
 import json
 import multiprocessing
@@ -11,12 +16,8 @@ from typing import Any
 
 import local
 import pytest
-import torch
 
 from lockstep.logs import stop_logging
-
-# The ranks are forked from this process, and a thread pool does not survive a fork.
-torch.set_num_threads(1)
 
 REPO = Path(__file__).parents[1]
 

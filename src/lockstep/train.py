@@ -69,7 +69,7 @@ def train(
         result["metrics"] = carry_out(command, trainer, made.model, made.data, config)
         result["status"] = "finished"
     except BaseException as error:
-        result["status"] = "interrupted" if trainer.interrupted else "failed"
+        result["status"] = "failed" if isinstance(error, Exception) else "interrupted"
         result["reason"] = error.sentence if isinstance(error, LockstepError) else f"{type(error).__name__}: {error}"
         raise
     finally:
