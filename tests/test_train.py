@@ -10,6 +10,9 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL, Launch
+from torch import Tensor
+
+from lockstep.module import Classifier
 
 DIGITS = ("--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1")
 
@@ -128,6 +131,23 @@ def test_profiler(launch: Launch, tmp_path: Path) -> None:
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
 
 
+class Draws(Classifier):
+    """Notes what each rank draws at its first step, as dropout would."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        if self.global_step == 0:
+            name = f"drawn-{self.global_rank}.txt"
+            (Path(self.trainer.default_root_dir) / name).write_text(str(torch.rand(()).item()))
+        return super().training_step(batch, batch_idx)
+
+
+def test_each_rank_draws_its_own_dropout_and_the_same_again(launch: Launch) -> None:
+    runs = [launch("--ranks", "2", *SMALL, "--model", "test_train.Draws") for _ in range(2)]
+    drawn = [[(run.folder / f"drawn-{rank}.txt").read_text() for rank in range(2)] for run in runs]
+    assert drawn[0][0] != drawn[0][1]
+    assert drawn[0] == drawn[1]
+
+
 def test_what_a_run_leaves_behind(launch: Launch) -> None:
     run = launch("--nodes", "2", "--ranks", "2", *SMALL)
     names = {path.name for path in run.folder.iterdir()}
@@ -140,7 +160,7 @@ def test_what_a_run_leaves_behind(launch: Launch) -> None:
     assert (launched["nodes"], launched["ranks_per_node"]) == (2, 2)
     assert launched["command"].startswith("python launch/local.py --nodes 2 --ranks 2")
     status = json.loads((run.folder / "status.json").read_text())
-    assert (status["status"], status["step"], status["steps"], status["world_size"]) == ("trained", 40, 40, 4)
+    assert (status["status"], status["step"], status["steps"], status["world_size"]) == ("finished", 40, 40, 4)
     result = run.result
     assert (result["status"], result["global_step"], result["epochs"], result["attempts"]) == ("finished", 40, 2, 1)
     assert 0 < result["seconds"]["training"] < result["seconds"]["total"]

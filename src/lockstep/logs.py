@@ -31,6 +31,9 @@ def start_logging(world: World, file: Path | None = None) -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # These say only what a config has asked them for.
+    for name in ("callbacks.early_stopping", "callbacks.model_summary", "profilers.profiler"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
 
 
 def stop_logging() -> None:

@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -239,6 +239,7 @@ class Sharding:
 
     world: World
     seed: int
+    _warned: set[str] = field(default_factory=set, compare=False)
 
     def in_order(self, loader: Any, name: str = "DataLoader") -> Any:
         """``loader`` in the run's order, giving only this rank's samples.
@@ -253,7 +254,8 @@ class Sharding:
         if not isinstance(loader, DataLoader) or isinstance(loader.batch_sampler, GlobalBatches):
             return loader
         if reason := self._why_not(loader):
-            if self.world.size > 1 and self.world.is_zero:
+            if self.world.size > 1 and self.world.is_zero and reason not in self._warned:
+                self._warned.add(reason)
                 log.warning(
                     "%s is left alone because it has %s: it has to give each of the %d ranks its own samples itself.",
                     name,

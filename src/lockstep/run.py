@@ -145,6 +145,12 @@ def write_whole(path: Path, content: Mapping[str, Any]) -> None:
     beside.replace(path)
 
 
+def update_status(run: Run, status: str) -> None:
+    """Change ``status`` in ``status.json``, where there is one, and leave the rest as it was."""
+    if run.status.exists():
+        write_whole(run.status, json.loads(run.status.read_text()) | {"status": status})
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lockstep.errors import LockstepError, UsageError
-from lockstep.order import GlobalBatches, Sharding
+from lockstep.order import GlobalBatches, Sharding, mix
 from lockstep.world import World
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,12 @@ class _Ordered(Strategy):
     each of its samples alike."""
 
     sharding: Sharding
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        # All ranks have drawn the same weights; from here on each draws its own dropout. Not earlier: setting up the process
+        # group, lightning seeds every rank alike.
+        torch.manual_seed(mix(self.sharding.seed, self.sharding.world.rank) >> 1)
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None

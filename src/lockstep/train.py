@@ -9,7 +9,6 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
@@ -19,9 +18,9 @@ from lockstep.config import make_objects, parse
 from lockstep.errors import LockstepError, RunError, UsageError
 from lockstep.logs import start_logging
 from lockstep.nearest import did_you_mean
-from lockstep.order import Sharding, mix
+from lockstep.order import Sharding
 from lockstep.report import draw, five_lines, weights_sha256
-from lockstep.run import Run, write_whole
+from lockstep.run import Run, update_status, write_whole
 from lockstep.strategy import devices_of_node, from_rank_zero, join, leave, make_strategy, on_all_ranks
 from lockstep.tracking import start_wandb, sync_command
 from lockstep.trainer import make_trainer, resolve_precision
@@ -56,8 +55,6 @@ def train(
     seed_everything(config.seed_everything, verbose=False)
     made = make_objects(parser, config)
     made.data.prepare_data_per_node = not config.shared_filesystem
-    # Every rank has drawn the same weights; from here on each draws its own dropout.
-    torch.manual_seed(mix(config.seed_everything, world.rank) >> 1)
 
     strategy = make_strategy(config.strategy, config.ddp, devices, Sharding(world, config.seed_everything))
     wandb = start_wandb(run, config.wandb, yaml.safe_load(parser.dump(config, skip_unset=False)), world)
@@ -81,6 +78,7 @@ def train(
             result["skipped_files"] = len(set().union(*on_all_ranks(getattr(made.data, "skipped", set()), world)))
         if world.is_zero:
             write_whole(run.result, result)
+            update_status(run, result["status"])
         if wandb is not None:
             wandb.finish(exit_code=0 if result["status"] == "finished" else 1)
     if world.is_zero:

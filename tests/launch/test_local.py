@@ -75,8 +75,11 @@ def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
 def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
     config = ["--config", str(REPO / "configs" / "digits.yaml"), "--run.root", str(tmp_path), *QUICK]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, "-m", "lockstep.train", *config], capture_output=True, text=True, timeout=55)
+    shown = ["--trainer.profiler", "simple", "--trainer.enable_model_summary", "true"]
+    done = subprocess.run([*launcher, "-m", "lockstep.train", *config, *shown], capture_output=True, text=True, timeout=55)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("FIT Profiler Report") == 1
+    assert done.stderr.count("Trainable params") == 1
     result = json.loads((run_folder(tmp_path) / "result.json").read_text())
     assert (result["status"], result["world_size"], result["global_step"]) == ("finished", 2, 20)
 
