@@ -159,6 +159,7 @@ def lockstep(world: World, kind: str, steps: int) -> list[float]:
         *(part for key, value in data.items() for part in (f"--data.{key}", json.dumps(value))),
         *("--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"),
         *("--trainer.callbacks+=step.Clock", "--run.test", "false", "--wandb.mode", "disabled"),
+        *("--trainer.precision", "32-true"),
     ]
     with tempfile.TemporaryDirectory() as folder:
         import step  # the module that the config names; this file, run as a script, is another one

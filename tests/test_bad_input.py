@@ -57,12 +57,28 @@ def folder_run(root: Path, *more: str) -> list[str]:
         (["--trainer.devices", "2"], "trainer.devices (value 2): is not for a config; the launcher decides it"),
         (["--trainer.strategy", "ddp"], "trainer.strategy (value ddp): is not for a config; set strategy (ddp)"),
         (["--model", "nowhere.Model"], "model: nowhere.Model does not exist (No module named 'nowhere')"),
-        (["--model", "lockstep.module.Classifer"], "model: lockstep.module.Classifer does not exist"),
+        (
+            ["--model", "lockstep.module.Classifer"],
+            "model: lockstep.module.Classifer does not exist; did you mean 'lockstep.module.Classifier'",
+        ),
         (["--model", "torch.nn.Linear"], "model: torch.nn.Linear is no LightningModule."),
         (["--data", "torch.nn.Linear"], "data: torch.nn.Linear is no LightningDataModule."),
         (["--config", "nowhere.yaml"], "config: there is no file"),
+        (["--config", "configs"], "config: configs is a folder, not a file."),
+        (["--data", "Mnist"], "data: there is no class 'Mnist'; did you mean 'lockstep.data.mnist.MNIST'?"),
+        (["--modle.lr", "1"], "modle.lr (value 1): there is no such key; did you mean 'model.lr'?"),
+        (["--trainer.callbacks+=EarlyStopping"], "trainer.callbacks.monitor: must be set; lightning.pytorch.callbacks.Ear"),
+        (["--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: there is no class 'EarlyStoping'; did you mean 'Early"),
+        (
+            ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=much"],
+            "trainer.callbacks.decay: 'much' is not valid: expected float.",
+        ),
+        (["--trainer.profiler", "simpel"], "trainer: "),
+        (["--trainer.accelerator", "gpuu"], "trainer.accelerator: 'gpuu'"),
         (["tset"], "'tset' is no command; did you mean 'test'"),
-        (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more."),
+        (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
+        (["--seed_everything", "4294967296"], "seed_everything: 4294967296 must be 0 or more, and less than 2**32"),
+        (["test"], "ckpt_path: must be set to test"),
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: nowhere.ckpt is no checkpoint file"),
         (
             ["--model.network", "resnet19"],
@@ -97,13 +113,19 @@ def test_error_in_a_config_file_names_the_key(launch: Launch, tmp_path: Path, ca
     assert "trainr" in (said := capfd.readouterr().err) and "did you mean 'trainer" in said
     mine.write_text("trainer: {max_epoch: 1}\n")
     assert launch("--config", str(mine)).status == USAGE
-    assert "trainer.max_epoch: there is no such key; did you mean 'trainer.max_epochs'" in capfd.readouterr().err
+    assert "trainer.max_epoch (value 1): there is no such key; did you mean 'trainer.max_epochs'" in capfd.readouterr().err
     mine.write_text("trainer: {strategy: ddp}\n")
     assert launch("--config", str(mine)).status == USAGE
-    assert "trainer.strategy: is not for a config; set strategy (ddp)" in capfd.readouterr().err
+    assert "trainer.strategy (value ddp): is not for a config; set strategy (ddp)" in capfd.readouterr().err
     mine.write_text("trainer: [\n")
     assert launch("--config", str(mine)).status == USAGE
-    assert "mine.yaml" in capfd.readouterr().err
+    assert f"config: {mine} is no valid YAML" in capfd.readouterr().err
+    mine.write_text("")
+    assert launch("--config", str(mine)).status == USAGE
+    assert f"config: {mine} must hold keys with values; it holds nothing." in capfd.readouterr().err
+    mine.write_text(f"{data}model: {{class_path: lockstep.module.Classifier, init_args: {{lr: [1, 2]}}}}\n")
+    assert launch("--config", str(mine)).status == USAGE
+    assert "model.lr: '[1, 2]' is not valid: expected float." in capfd.readouterr().err
 
 
 def test_run_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str], launch: Launch) -> None:
@@ -188,6 +210,7 @@ def test_nan_loss_names_step_and_rank_and_keeps_the_last_good_checkpoint(
     said = capfd.readouterr().err
     assert "The loss is not a finite number at step 28 on rank 1." in said
     assert said.count("not a finite number") == 1
+    assert "failed first" not in said
     kept = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 20
     assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())

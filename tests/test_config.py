@@ -1,15 +1,14 @@
 """Configs: every checked-in file parses and trains, flags win over files, completion is there. In-process, then short runs."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPO, Launch
 
-from lockstep.config import parse
+from lockstep.config import completion, make_parser, parse
 from lockstep.data.base import ImageData
+from lockstep.errors import UsageError
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 
@@ -50,14 +49,17 @@ def test_the_seed_reaches_the_split() -> None:
     assert data.seed == 5
 
 
-def test_print_config_and_completion() -> None:
-    """In a process of its own, as a shell calls it."""
-    launcher = [sys.executable, "launch/local.py"]
-    printed = subprocess.run([*launcher, "--print_config"], cwd=REPO, capture_output=True, text=True, check=True).stdout
-    config = yaml.safe_load(printed)
+def test_print_config(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch("--print_config").status == 0
+    config = yaml.safe_load(capfd.readouterr().out)
     assert config["model"]["init_args"]["num_classes"] == 10
     assert config["ddp"]["bucket_view"] is True
-    completion = subprocess.run(
-        [*launcher, "--print_completion", "bash"], cwd=REPO, capture_output=True, text=True, check=True
-    ).stdout
-    assert "--trainer.max_epochs" in completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_the_keys(shell: str) -> None:
+    script = completion(make_parser(), shell)
+    for key in ("--ranks", "--trainer.max_epochs", "--model.lr", "--data.batch_size"):
+        assert key.lstrip("-") in script
+    with pytest.raises(UsageError, match="'fish' is not valid; valid are bash"):
+        completion(make_parser(), "fish")

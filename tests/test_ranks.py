@@ -85,6 +85,24 @@ def test_a_killed_rank_is_named() -> None:
     assert "killed by SIGKILL" in raised.value.report
 
 
+def test_a_killed_rank_is_noticed_at_once_while_the_others_are_busy() -> None:
+    """Also where a process that the rank has started outlives it, as a DataLoader worker does for a while."""
+
+    def busy(world: World) -> None:
+        if world.rank == 2:
+            if os.fork() == 0:
+                time.sleep(8)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    began = time.monotonic()
+    with pytest.raises(RankFailed) as raised:
+        fork_ranks(busy, 1, 4)
+    assert raised.value.world.rank == 2
+    assert time.monotonic() - began < 5
+
+
 def test_the_others_are_ended_even_if_they_do_not_want_to(tmp_path: Path) -> None:
     def stubborn(world: World) -> None:
         (tmp_path / str(world.rank)).write_text(str(os.getpid()))

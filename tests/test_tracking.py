@@ -1,4 +1,4 @@
-"""Where metrics go: the metrics file, W&B's mode, then a real W&B run of four ranks, offline and against a local server."""
+"""Where metrics go: the metrics file, W&B's mode, then a real W&B run of four ranks, read back from its file."""
 
 import json
 import subprocess

@@ -28,6 +28,11 @@ def test_first_losses_and_counted_samples_agree_on_1_2_and_4_ranks(launch: Launc
     assert [run.result["world_size"] for run in (alone, two, four)] == [1, 2, 4]
 
 
+def test_the_default_config_reaches_97_percent_on_four_ranks(launch: Launch) -> None:
+    run = launch("--nodes", "2", "--ranks", "2")
+    assert run.result["metrics"]["test/accuracy"] >= 0.97
+
+
 def test_the_same_seed_gives_the_same_weights_and_workers_change_nothing(launch: Launch) -> None:
     augmented = (*SMALL, "--data.augment", "true")
     first = launch(*augmented)
@@ -97,7 +102,10 @@ def test_gradient_compression_is_a_choice(launch: Launch, compression: str) -> N
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_precision_from_the_config(launch: Launch, precision: str) -> None:
-    assert launch(*SMALL, "--trainer.precision", precision).status == 0
+    run = launch(*SMALL, "--trainer.precision", precision)
+    assert run.status == 0
+    assert run.result["metrics"]["test/samples"] == 360
+    assert run.result["metrics"]["test/accuracy"] > 0.5
 
 
 def test_accumulation_and_clipping(launch: Launch) -> None:

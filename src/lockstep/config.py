@@ -1,36 +1,22 @@
 """What to train: the keys of a config, and one clear sentence for each that is wrong."""
 
 import argparse
-import importlib
-import inspect
-import re
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import shtab
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lockstep.errors import UsageError
+from lockstep.explain import OWNED, arguments_of, explain
 from lockstep.nearest import did_you_mean
 from lockstep.strategy import DDPOptions
 
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"]
-
-OWNED = {
-    "strategy": "set strategy (ddp) and its options (ddp.*) at the top level",
-    "devices": "the launcher decides it (launch/local.py --ranks)",
-    "num_nodes": "the launcher decides it (launch/local.py --nodes)",
-    "use_distributed_sampler": "the order and sharding of the data are lockstep's",
-    "default_root_dir": "everything goes into the run folder; set run.root",
-    "barebones": "it would train without logs and checkpoints",
-}
-"""Arguments of lightning's Trainer that are not for a config, and what to do instead."""
 
 
 @dataclass
@@ -136,9 +122,10 @@ def parse(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     try:
         config = parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise UsageError(_damaged_yaml(arguments) or explain(parser, str(error))) from None
-    if config.seed_everything < 0:
-        raise UsageError(f"seed_everything: {config.seed_everything} must be 0 or more.")
+        keys = [action.dest for action in parser._actions if action.dest != "help"]
+        raise UsageError(explain(str(error), keys, arguments)) from None
+    if not 0 <= config.seed_everything < 2**32:
+        raise UsageError(f"seed_everything: {config.seed_everything} must be 0 or more, and less than 2**32.")
     if config.checkpoint.best < 1:
         raise UsageError(f"checkpoint.best: {config.checkpoint.best} must be 1 or more.")
     return parser, config
@@ -156,25 +143,15 @@ def completion(parser: ArgumentParser, shell: str) -> str:
     if shell not in shtab.SUPPORTED_SHELLS:
         raise UsageError(f"print_completion: {shell!r} is not valid{did_you_mean(shell, shtab.SUPPORTED_SHELLS)}")
     plain = argparse.ArgumentParser(prog="local.py")
+    for name in ("nodes", "ranks"):  # the launcher's own
+        plain.add_argument(f"--{name}")
     for part, owner in (("model", "lockstep.module.Classifier"), ("data", "lockstep.data.base.ImageData")):
-        for name in _arguments(owner):
+        for name in arguments_of(owner):
             plain.add_argument(f"--{part}.{name}")
     for action in parser._actions:
         if action.option_strings and action.dest not in ("help", "==SUPPRESS=="):
             plain.add_argument(f"--{action.dest}", choices=action.choices)
     return shtab.complete(plain, shell)
-
-
-def _damaged_yaml(arguments: Sequence[str]) -> str:
-    """A sentence about the first config file that is no YAML; jsonargparse does not say which one it is."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        path = following if argument == "--config" else argument.removeprefix("--config=")
-        if argument.startswith("--config") and Path(path).is_file():
-            try:
-                yaml.safe_load(Path(path).read_text())
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                return f"config: {path} is no valid YAML ({' '.join(str(error).split())})."
-    return ""
 
 
 def make_objects(parser: ArgumentParser, config: Namespace) -> Namespace:
@@ -191,76 +168,3 @@ def make_objects(parser: ArgumentParser, config: Namespace) -> Namespace:
             cause = cause.__cause__
         raise cause from None
     return made
-
-
-def explain(parser: ArgumentParser, text: str) -> str:
-    """One sentence out of what jsonargparse says about a wrong key or value."""
-    keys = [action.dest for action in parser._actions if action.dest not in ("help", "==")]
-    if unknown := re.search(r"[uU]nrecognized arguments: --([^\s=]+)[ =]?(\S*)", text):
-        return _unknown_key(unknown[1], unknown[2], keys)
-    if unknown := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
-        return _unknown_key(f"{unknown[1]}.{unknown[2]}", "", keys)
-    if unknown := re.search(r"(?:Key|option) [\"']?([\w.]+)[\"']? is not expected", text):
-        return _unknown_key(unknown[1], "", keys)
-    if missing := re.search(r"File does not exist: '(.+)'", text):
-        return f"config: there is no file {missing[1]}."
-    if missing := re.search(r'(?:Key "([^"]+)" is required|following arguments are required: --(\S+))', text):
-        return f"{missing[1] or missing[2]}: must be set; a --config file usually does it, such as configs/digits.yaml."
-    path = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)))
-    value = _first(r"Got value: (.*)", text) or _first(r"val=['\"]?(.*?)['\"]?\)$", text) or _first(r"Given value: (.*)", text)
-    if unknown := re.search(r"Option '([^']+)' is not accepted", text):
-        owners = re.findall(r"class_path '([^']+)'", text[: unknown.start()])
-        if not owners:
-            return _unknown_key(unknown[1], "", keys)
-        owner = owners[-1]
-        given = _first(rf"'{unknown[1]}': ([^,}}]+)", text) or (value if "NestedArg" in text else "")
-        return _unknown_key(f"{path}.{unknown[1]}", given, [f"{path}.{name}" for name in _arguments(owner)], owner)
-    if base := _first(r"not correspond to a subclass of (\w+)", text):
-        return f"{path}: {_class_path(value)} is no {base}."
-    for pattern in (r"No module named .*", r"module '.*' has no attribute '.*'", r"cannot import name .*"):
-        if problem := _first(f"({pattern})", text):
-            return f"{path}: {_class_path(value)} does not exist ({problem}); run from the folder that holds your module."
-    found = re.findall(r"^( *)(?:- )?Expected an? ([^\n]+?)(?:\. Got value.*)?$", text, flags=re.MULTILINE)
-    # The deepest ones are about the value itself; the others are about what it is part of.
-    if expected := list(dict.fromkeys(kind for indent, kind in found if indent == max(i for i, _ in found))):
-        choices = [choice for item in expected for choice in re.findall(r"'([^']+)'", item) if "Literal" in item]
-        hint = did_you_mean(value, choices) if choices else "."
-        return f"{path}: {value!r} is not valid: expected {' or '.join(map(_type_name, expected))}{hint}"
-    return " ".join(text.split())
-
-
-def _unknown_key(key: str, value: str, valid: Iterable[str], owner: str = "") -> str:
-    given = f" (value {value})" if value else ""
-    if key.removeprefix("trainer.") in OWNED and key.startswith("trainer."):
-        return f"{key}{given}: is not for a config; {OWNED[key.removeprefix('trainer.')]}."
-    where = f" of {owner}" if owner else ""
-    return f"{key}{given}: there is no such key{where}{did_you_mean(key, valid)}"
-
-
-def _arguments(class_path: str) -> list[str]:
-    """Names of the arguments of a class and of the classes above it that its own ``**kwargs`` go to."""
-    names: list[str] = []
-    with suppress(ImportError, ValueError, AttributeError):
-        module, _, name = class_path.rpartition(".")
-        for cls in inspect.getmro(getattr(importlib.import_module(module), name)):
-            if "__init__" in vars(cls):
-                parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-                names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-                if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-                    break
-    return [name for name in names if name != "self"]
-
-
-def _class_path(value: str) -> str:
-    return _first(r"class_path['\"]?: ['\"]?([\w.]+)", value) or value
-
-
-def _type_name(text: str) -> str:
-    if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", text):
-        return f"one of {choices[1]}"
-    return {"NoneType": "null"}.get(name := re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", text), name)
-
-
-def _first(pattern: str, text: str) -> str:
-    found = re.search(pattern, text, flags=re.MULTILINE)
-    return found[1].strip() if found else ""

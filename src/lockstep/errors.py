@@ -24,5 +24,9 @@ class UsageError(LockstepError):
     exit_status = 2
 
 
+class Interrupted(SystemExit):
+    """A signal ended the run: exit status 130 after Ctrl-C, 143 after SIGTERM."""
+
+
 class RunError(LockstepError):
     """Found while training: a damaged file, a loss that is not a number. Exit status 1."""

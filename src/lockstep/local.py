@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lockstep.config import parse
 from lockstep.logs import start_logging
 from lockstep.ranks import RankFailed, fork_ranks
-from lockstep.run import Run
+from lockstep.run import Run, update_status, write_whole
 from lockstep.train import split_command, train
 from lockstep.world import World
 
@@ -28,9 +28,7 @@ def train_locally(arguments: Sequence[str], nodes: int, ranks: int, typed: Seque
     """
     command, keys = split_command(arguments)
     parser, config = parse(keys)
-    run = Run.create(config.run.root, config.run.name)
-    run.describe_launch(typed, nodes, ranks)
-    attempt = run.begin_attempt()
+    run, attempt = Run.start(config.run.root, config.run.name, typed, nodes, ranks)
     if nodes * ranks == 1:
         train(command, parser, config, World(), run, attempt)
         return 0
@@ -42,9 +40,13 @@ def train_locally(arguments: Sequence[str], nodes: int, ranks: int, typed: Seque
             logs=lambda rank: run.log(attempt, rank),
         )
     except RankFailed as failure:
+        if not run.result.exists():  # rank zero had no time to write it
+            reason = f"rank {failure.world.rank}: {failure.report.strip().splitlines()[-1]}"
+            write_whole(run.result, {"status": "failed", "reason": reason, "world_size": nodes * ranks, "attempts": attempt})
+            update_status(run, "failed")
         start_logging(World())
-        if failure.sentence and failure.exit_status == 2:
-            log.error("lockstep: %s", failure.report)
+        if failure.sentence:
+            print(f"lockstep: {failure.report}", file=sys.stderr)
         else:
             place = f"rank {failure.world.rank} of {failure.world.size} (node {failure.world.node_rank})"
             log.error(

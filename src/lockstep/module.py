@@ -12,6 +12,7 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lockstep.errors import UsageError
+from lockstep.monitor import is_log_step
 from lockstep.nearest import did_you_mean
 from lockstep.schedule import ScheduleName, learning_rate_factor, make_optimizer, parameter_groups
 
@@ -37,7 +38,7 @@ class Scores(nn.Module):
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss (), logits (B, num_classes) and labels (B,)."""
-        self.loss.update(loss.detach() * len(labels))
+        self.loss.update(loss.detach().float() * len(labels))
         self.samples.update(len(labels))
         self.accuracy.update(logits.detach(), labels)
 
@@ -154,13 +155,31 @@ class Classifier(LightningModule):
         self._scores(stage).update(loss, logits, labels)
         return loss
 
+    def on_train_start(self) -> None:
+        """Keep sums exact where the weights are bfloat16 or float16."""
+        self._count_in_float32()
+
+    def on_validation_start(self) -> None:
+        """Keep sums exact where the weights are bfloat16 or float16."""
+        self._count_in_float32()
+
+    def on_test_start(self) -> None:
+        """Keep sums exact where the weights are bfloat16 or float16."""
+        self._count_in_float32()
+
+    def _count_in_float32(self) -> None:
+        for stage in ("train", "val", "test"):
+            scores = self._scores(stage)
+            scores.loss.set_dtype(torch.float32)
+            scores.samples.set_dtype(torch.float32)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss () of this rank's part of a global batch."""
         return self._score(batch, "train")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log loss and accuracy of the steps since the last time, at every ``log_every_n_steps`` only."""
-        if self.trainer._logger_connector.should_update_logs and not self.trainer.fit_loop._should_accumulate():
+        if is_log_step(self.trainer):
             self._log_scores("train")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -195,8 +214,8 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and its schedule as a factor per optimizer step."""
         trainer = self.trainer
-        # A fused update unscales fp16 gradients inside itself, too late to clip them.
-        fused = not (trainer.precision == "16-mixed" and trainer.gradient_clip_val)
+        # A fused update unscales fp16 gradients inside itself: too late to clip them or to know their norm.
+        fused = trainer.precision != "16-mixed"
         total = trainer.estimated_stepping_batches
         scale = getattr(trainer.datamodule, "lr_scale", 1)  # type: ignore[attr-defined]
         warmup = self.warmup_steps

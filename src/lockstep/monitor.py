@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.data import extract_batch_size
@@ -19,8 +20,11 @@ from torch.optim import Optimizer
 from lockstep.errors import RunError
 from lockstep.order import GlobalBatches
 from lockstep.run import Run, write_whole
+from lockstep.tracking import MetricsFile
 
 log = logging.getLogger(__name__)
+
+_NEVER = 2**62
 
 
 def is_log_step(trainer: Trainer) -> bool:
@@ -117,7 +121,10 @@ def batch_samples(trainer: Trainer, batch: Any, batch_idx: int) -> int:
     batches = getattr(trainer.train_dataloader, "batch_sampler", None)
     if isinstance(batches, GlobalBatches):
         return batches.size(batch_idx)
-    return extract_batch_size(batch) * trainer.world_size
+    try:
+        return extract_batch_size(batch) * trainer.world_size
+    except MisconfigurationException:  # a batch of a kind that lightning cannot count: the rate is not worth the run
+        return 0
 
 
 class FiniteLoss(Callback):
@@ -139,9 +146,9 @@ class FiniteLoss(Callback):
         if isinstance(loss, Tensor):
             here = trainer.global_step * trainer.world_size + trainer.global_rank
             if self._first_bad is None:
-                self._first_bad = torch.full((), math.inf, dtype=torch.float64, device=loss.device)
+                self._first_bad = torch.full((), _NEVER, device=loss.device)
             bad = ~torch.isfinite(loss.detach().mean())
-            self._first_bad = torch.where(bad & torch.isinf(self._first_bad), float(here), self._first_bad)
+            self._first_bad = torch.where(bad, self._first_bad.clamp(max=here), self._first_bad)
         if is_log_step(trainer):
             self.check(trainer)
 
@@ -159,10 +166,10 @@ class FiniteLoss(Callback):
         if self._first_bad is None:
             return
         first = trainer.strategy.reduce(self._first_bad.clone(), reduce_op="min")
-        if math.isfinite(value := float(first)):
-            step, rank = divmod(int(value), trainer.world_size)
+        if (value := int(first)) < _NEVER:
+            step, rank = divmod(value, trainer.world_size)
             raise RunError(
-                f"The loss is not a finite number at step {step} on rank {rank}. The last good checkpoint is kept; "
+                f"The loss is not a finite number at step {step} on rank {rank}. Checkpoints from before it are kept; "
                 "try a smaller --model.lr, a longer warm-up or --trainer.gradient_clip_val 1."
             )
 
@@ -240,16 +247,19 @@ class Status(Callback):
 
     @staticmethod
     def _scores(trainer: Trainer, stage: str) -> str:
-        shown = {k: v for k, v in trainer.logged_metrics.items() if k.startswith(stage)}
-        return "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
+        return "  ".join(f"{name} {value:.4g}" for name, value in newest(trainer).items() if name.startswith(stage))
 
 
 class ProgressBar(TQDMProgressBar):
     """A bar on a terminal; it shows what was logged last and so never waits for the device by itself."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
-        shown = {k: v for k, v in trainer.logged_metrics.items() if k.startswith(("train", "val"))}
-        return {name: f"{float(value):.4g}" for name, value in shown.items()}
+        return {name: f"{value:.4g}" for name, value in newest(trainer).items() if name.startswith(("train", "val"))}
+
+
+def newest(trainer: Trainer) -> dict[str, float]:
+    """The metrics that were logged last, as numbers; ``trainer.logged_metrics`` are still on the device."""
+    return next((logger.newest for logger in trainer.loggers if isinstance(logger, MetricsFile)), {})
 
 
 def on_terminal() -> bool:

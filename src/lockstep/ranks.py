@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lockstep.errors import LockstepError
+from lockstep.errors import Interrupted, LockstepError
 from lockstep.world import World
 
 T = TypeVar("T")
@@ -70,24 +70,33 @@ def fork_ranks(
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
         worlds = [World(rank, size, rank % ranks, ranks, f"file://{folder}/rendezvous", "local") for rank in range(size)]
-        pipes = [context.Pipe(duplex=False) for _ in worlds]
+        receivers: list[Connection] = []
         sys.stdout.flush()
         sys.stderr.flush()
         processes: list[BaseProcess] = []
+        endings: list[int] = []
         try:
-            for world, (_, sender) in zip(worlds, pipes, strict=True):
+            for world in worlds:
+                # One after the other, or a rank would hold the ends of the pipes of those after it, and nobody could tell
+                # that they are gone.
+                receiver, sender = context.Pipe(duplex=False)
+                receivers.append(receiver)
                 log = logs(world.rank) if logs is not None and world.rank else None
                 process = context.Process(target=_rank, args=(target, world, sender, log, os.getpid()))
                 process.start()
                 processes.append(process)
+                # Not Process.sentinel: it is a pipe, and a DataLoader worker of a dead rank still holds its other end.
+                endings.append(os.pidfd_open(process.pid or 0))
                 sender.close()
-            return _collect(worlds, processes, [receiver for receiver, _ in pipes])
+            return _collect(worlds, processes, receivers, endings)
         except KeyboardInterrupt:
             # A terminal sends it to the ranks as well: let them write down that they were interrupted.
             _wait(processes)
             raise
         finally:
             _end(processes)
+            for ending in endings:
+                os.close(ending)
 
 
 def _rank(target: Callable[[World], Any], world: World, sender: Connection, log: Path | None, parent: int) -> None:
@@ -110,6 +119,9 @@ def _rank(target: Callable[[World], Any], world: World, sender: Connection, log:
     except LockstepError as error:
         status = error.exit_status
         sender.send(_Failure(time.time(), error.sentence, status, True))
+    except Interrupted as error:
+        status = int(error.code) if isinstance(error.code, int) else 1
+        sender.send(_Failure(time.time(), f"it was ended by {'SIGTERM' if status == 143 else 'Ctrl-C'}.", 1, False))
     except BaseException as error:
         if log is not None:
             traceback.print_exc()
@@ -124,7 +136,7 @@ def _rank(target: Callable[[World], Any], world: World, sender: Connection, log:
 def _die_with(parent: int) -> None:
     """Ask Linux to end this process when its parent ends, however that ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
 
@@ -141,22 +153,22 @@ def _devices(world: World, visible: str | None) -> str | None:
     return ",".join(names[first : first + world.local_size]) if world.size <= count else ""
 
 
-def _collect(worlds: Sequence[World], processes: Sequence[BaseProcess], receivers: Sequence[Connection]) -> list[Any]:
+def _collect(
+    worlds: Sequence[World], processes: Sequence[BaseProcess], receivers: Sequence[Connection], endings: Sequence[int]
+) -> list[Any]:
     """The results of all ranks, or the first failure."""
     results: dict[int, Any] = {}
-    waiting = {receiver: world.rank for world, receiver in zip(worlds, receivers, strict=True)}
     failures: dict[int, _Failure] = {}
+    waiting = {world.rank for world in worlds}
     deadline: float | None = None
     while waiting and (deadline is None or time.time() < deadline):
-        for receiver in wait(list(waiting), timeout=None if deadline is None else max(0.0, deadline - time.time())):
-            assert isinstance(receiver, Connection)
-            rank = waiting.pop(receiver)
-            try:
-                message = receiver.recv()
-            except EOFError:
-                processes[rank].join(1)
-                code = processes[rank].exitcode
-                message = _Failure(time.time() - 0.2, _how_it_died(code), 1, True)
+        heard = [item for rank in waiting for item in (receivers[rank], endings[rank])]
+        ready = wait(heard, timeout=None if deadline is None else max(0.0, deadline - time.time()))
+        for rank in sorted(waiting):
+            if receivers[rank] not in ready and endings[rank] not in ready:
+                continue
+            waiting.remove(rank)
+            message = _last_word(receivers[rank], processes[rank])
             if isinstance(message, _Failure):
                 failures[rank] = message
                 # Its peers fail with it, some of them sooner to tell: hear them before the first is named.
@@ -167,6 +179,17 @@ def _collect(worlds: Sequence[World], processes: Sequence[BaseProcess], receiver
         rank, first = min(failures.items(), key=lambda item: item[1].time)
         raise RankFailed(worlds[rank], first.report, first.exit_status, first.sentence)
     return [results[world.rank] for world in worlds]
+
+
+def _last_word(receiver: Connection, process: BaseProcess) -> Any:
+    """What a rank has returned, or how it failed; a little earlier than now if it died without a word."""
+    try:
+        if receiver.poll():
+            return receiver.recv()
+    except EOFError:
+        pass
+    process.join(1)
+    return _Failure(time.time() - 0.2, _how_it_died(process.exitcode), 1, False)
 
 
 def _how_it_died(code: int | None) -> str:

@@ -53,6 +53,13 @@ class Run:
             (folder / part).mkdir()
         return cls(folder)
 
+    @classmethod
+    def start(cls, root: Path, name: str, command: Sequence[str], nodes: int, ranks: int) -> "tuple[Run, int]":
+        """A new run and the number of its first attempt; ``launch.yaml`` says how it was started."""
+        run = cls.create(root, name)
+        run.describe_launch(command, nodes, ranks)
+        return run, run.begin_attempt()
+
     @property
     def id(self) -> str:
         """The folder's own name: the time of creation and four random digits; sorts by time."""

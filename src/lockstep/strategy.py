@@ -99,19 +99,17 @@ def devices_of_node(world: World, accelerator: str) -> list[torch.device]:
         UsageError: There are fewer GPUs than ranks, or the accelerator is not one that lockstep drives.
     """
     visible = torch.cuda.device_count()
+    # A cluster that gives each task its own GPU shows each of them as number 0.
+    bound = visible == 1 and world.launcher in ("slurm", "submitit")
     if accelerator == "auto":
-        # Apple's GPU is one device without collectives: good for one process alone.
-        if not visible and world.size == 1 and torch.backends.mps.is_available():
-            return [torch.device("mps")]
-        accelerator = "gpu" if visible else "cpu"
-    if accelerator == "mps" and world.size == 1:
-        return [torch.device("mps")]
+        accelerator = "gpu" if bound or visible >= world.local_size else "cpu"
+        if visible and accelerator == "cpu" and world.is_zero:
+            log.warning("%d ranks on this node, but %d GPUs are visible: training on the CPU", world.local_size, visible)
     if accelerator == "cpu":
         return [torch.device("cpu")] * world.local_size
     if accelerator not in ("gpu", "cuda"):
-        raise UsageError(f"trainer.accelerator: {accelerator!r} with {world.size} ranks; valid are auto, cpu, gpu and cuda.")
-    if visible == 1 and world.launcher != "local":
-        # A cluster that gives each task its own GPU shows each of them as number 0.
+        raise UsageError(f"trainer.accelerator: {accelerator!r} is not valid; valid are auto, cpu, gpu and cuda.")
+    if bound:
         return [torch.device("cuda", 0)] * world.local_size
     if visible < world.local_size:
         raise UsageError(
@@ -221,7 +219,7 @@ class DDP(_Ordered, DDPStrategy):
             self.model.register_comm_hook(None, self._hook)
 
 
-def make_strategy(name: str, ddp: DDPOptions, devices: list[torch.device], sharding: Sharding) -> Strategy:
+def make_strategy(name: str, ddp: DDPOptions, devices: list[torch.device], sharding: Sharding) -> SingleDevice | DDP:
     """The strategy called ``name`` in the config, for this rank.
 
     A world of one needs no strategy: whatever is named, it trains on its one device.

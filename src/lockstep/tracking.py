@@ -33,11 +33,15 @@ class MetricsFile(Logger):
 
     Args:
         path: The file.
+
+    Attributes:
+        newest: The newest value of every metric.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        self.newest: dict[str, float] = {}
         self._columns: list[str] = []
         if path.exists():
             with path.open(newline="") as file:
@@ -60,6 +64,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one row; new metrics become new columns."""
+        self.newest |= metrics
         row = {"step": step, "epoch": metrics.get("epoch", "")} | dict(metrics)
         if added := [name for name in row if name not in self._columns]:
             rows = self._rows()

@@ -9,13 +9,16 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lockstep.config import make_objects, parse
-from lockstep.errors import LockstepError, RunError, UsageError
+from lockstep.errors import Interrupted, LockstepError, RunError, UsageError
 from lockstep.logs import start_logging
 from lockstep.nearest import did_you_mean
 from lockstep.order import Sharding
@@ -47,72 +50,103 @@ def train(
     devices = devices_of_node(world, config.trainer.accelerator)
     config.trainer.precision = resolve_precision(config.trainer.precision, devices[world.local_rank])
     join(world, devices[world.local_rank], timedelta(minutes=config.ddp.timeout_minutes))
-    run = run or from_rank_zero(lambda: Run.create(config.run.root, config.run.name), world)
+    if run is None:
+        run, attempt = from_rank_zero(
+            lambda: Run.start(config.run.root, config.run.name, sys.argv, world.nodes, world.local_size), world
+        )
     start_logging(world, run.log(attempt, 0))
     if world.is_zero:
         run.config.write_text(parser.dump(config, skip_unset=False))
 
-    seed_everything(config.seed_everything, verbose=False)
-    made = make_objects(parser, config)
-    made.data.prepare_data_per_node = not config.shared_filesystem
-
-    strategy = make_strategy(config.strategy, config.ddp, devices, Sharding(world, config.seed_everything))
-    wandb = start_wandb(run, config.wandb, yaml.safe_load(parser.dump(config, skip_unset=False)), world)
-    trainer, rates = make_trainer(config, made.trainer, strategy, run, attempt, wandb)
-
-    began = time.monotonic()
     result: dict[str, Any] = {"status": "failed", "command": command, "world_size": world.size, "attempts": attempt}
     try:
-        result["metrics"] = carry_out(command, trainer, made.model, made.data, config)
-        result["status"] = "finished"
+        sync = work(command, parser, config, world, devices, run, result)
+    except SystemExit as error:
+        # lightning makes one of Ctrl-C and one of SIGTERM.
+        sigterm = isinstance(error, SIGTERMException)
+        result |= {"status": "interrupted", "reason": "SIGTERM" if sigterm else "Ctrl-C"}
+        raise Interrupted(143 if sigterm else 130) from error
     except BaseException as error:
-        result["status"] = "failed" if isinstance(error, Exception) else "interrupted"
         result["reason"] = error.sentence if isinstance(error, LockstepError) else f"{type(error).__name__}: {error}"
         raise
     finally:
-        total = time.monotonic() - began
-        result["global_step"], result["epochs"] = trainer.global_step, trainer.current_epoch
-        result["seconds"] = {"training": round(rates.train_seconds, 3), "total": round(total, 3), "lost": 0.0}
-        if result["status"] == "finished":
-            result["weights_sha256"] = weights_sha256(made.model.state_dict())
-            result["skipped_files"] = len(set().union(*on_all_ranks(getattr(made.data, "skipped", set()), world)))
         if world.is_zero:
             write_whole(run.result, result)
             update_status(run, result["status"])
-        if wandb is not None:
-            wandb.finish(exit_code=0 if result["status"] == "finished" else 1)
     if world.is_zero:
         draw(run)
-        for line in five_lines(run, result, sync_command(run) if wandb is not None and wandb.offline else None):
+        for line in five_lines(run, result, sync):
             log.info(line)
     leave()
     return result
 
 
+def work(
+    command: str,
+    parser: ArgumentParser,
+    config: Namespace,
+    world: World,
+    devices: list[torch.device],
+    run: Run,
+    result: dict[str, Any],
+) -> str | None:
+    """Make everything, carry out ``command``, and fill in ``result`` also where that fails.
+
+    Returns:
+        What uploads the W&B run, where there is one and it is offline.
+    """
+    checkpoint = find_checkpoint(command, config.ckpt_path)
+    seed_everything(config.seed_everything, verbose=False)
+    made = make_objects(parser, config)
+    made.data.prepare_data_per_node = not config.shared_filesystem
+    strategy = make_strategy(config.strategy, config.ddp, devices, Sharding(world, config.seed_everything))
+    wandb = start_wandb(run, config.wandb, yaml.safe_load(parser.dump(config, skip_unset=False)), world)
+    try:
+        trainer, rates = make_trainer(config, made.trainer, strategy, run, result["attempts"], wandb)
+        began = time.monotonic()
+        try:
+            result["metrics"] = carry_out(command, trainer, made.model, made.data, checkpoint, config.run.test)
+        finally:
+            total = time.monotonic() - began
+            result["global_step"], result["epochs"] = trainer.global_step, trainer.current_epoch
+            result["seconds"] = {"training": round(rates.train_seconds, 3), "total": round(total, 3), "lost": 0.0}
+        result["weights_sha256"] = weights_sha256(made.model.state_dict())
+        result["skipped_files"] = len(set().union(*on_all_ranks(getattr(made.data, "skipped", set()), world)))
+        result["status"] = "finished"
+    finally:
+        if wandb is not None:
+            wandb.finish(exit_code=0 if result["status"] == "finished" else 1)
+    return sync_command(run) if wandb is not None and wandb.offline else None
+
+
 def carry_out(
-    command: str, trainer: Trainer, module: LightningModule, data: LightningDataModule, config: Namespace
+    command: str, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None, test: bool
 ) -> dict[str, float]:
     """Fit and test, or only evaluate; return the newest value of every metric."""
-    checkpoint = find_checkpoint(config.ckpt_path)
-    if command == "fit":
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        metrics = dict(trainer.logged_metrics)
-        if config.run.test and is_overridden("test_step", module) and is_overridden("test_dataloader", data):
-            trainer.test(module, datamodule=data, verbose=False)
-            metrics |= trainer.logged_metrics
-    else:
-        evaluate = trainer.validate if command == "validate" else trainer.test
-        evaluate(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-        metrics = dict(trainer.logged_metrics)
+    try:
+        if command == "fit":
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            metrics = dict(trainer.logged_metrics)
+            if test and is_overridden("test_step", module) and is_overridden("test_dataloader", data):
+                trainer.test(module, datamodule=data, verbose=False)
+                metrics |= trainer.logged_metrics
+        else:
+            evaluate = trainer.validate if command == "validate" else trainer.test
+            evaluate(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+            metrics = dict(trainer.logged_metrics)
+    except MisconfigurationException as error:
+        raise RunError(" ".join(str(error).split())) from error
     return {name: float(value) for name, value in sorted(metrics.items())}
 
 
-def find_checkpoint(path: str | None) -> str | None:
+def find_checkpoint(command: str, path: str | None) -> str | None:
     """The checkpoint at ``path``: the file itself, or the newest one of a run folder.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is none, or ``command`` is to evaluate and no path is given.
     """
+    if path is None and command != "fit":
+        raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint file, or a run folder.")
     if path is None or Path(path).is_file():
         return path
     if (newest := Path(path) / "checkpoints" / "last.ckpt").is_file():
@@ -132,7 +166,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         train(command, *parse(keys), world)
         return 0
     except LockstepError as error:
-        if world.is_zero or error.exit_status == RunError.exit_status:
+        if world.local_rank == 0 or error.exit_status == RunError.exit_status:
             print(f"lockstep: {error.sentence}", file=sys.stderr)
         return error.exit_status
 

@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.strategies import Strategy
 
-from lockstep.loop import replace_epoch_loop
+from lockstep.errors import UsageError
+from lockstep.loop import LeaveOnSigterm, replace_epoch_loop
 from lockstep.monitor import FiniteLoss, ProgressBar, Rates, Status, on_terminal
 from lockstep.run import Run
+from lockstep.strategy import DDP, SingleDevice
 from lockstep.tracking import MetricsFile
 
 
@@ -25,7 +27,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def make_trainer(
-    config: Namespace, arguments: Namespace, strategy: Strategy, run: Run, attempt: int, wandb: Any
+    config: Namespace, arguments: Namespace, strategy: SingleDevice | DDP, run: Run, attempt: int, wandb: Any
 ) -> tuple[Trainer, Rates]:
     """The Trainer, and the callback that knows how fast it goes.
 
@@ -43,7 +45,7 @@ def make_trainer(
     bar = given.pop("enable_progress_bar")
     bar = own_bar or on_terminal() if bar is None else bar
     rates = Rates()
-    callbacks += [FiniteLoss(), rates, Status(run, rates, attempt, speak=not bar)]
+    callbacks += [LeaveOnSigterm(), FiniteLoss(), rates, Status(run, rates, attempt, speak=not bar)]
     if bar and not own_bar:
         callbacks.append(ProgressBar())
     if given["enable_checkpointing"] is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
@@ -57,23 +59,21 @@ def make_trainer(
     ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-        trainer = Trainer(
-            **given,
-            strategy=strategy,
-            num_nodes=config_nodes(strategy),
-            logger=loggers,
-            callbacks=callbacks,
-            enable_progress_bar=bar,
-            use_distributed_sampler=False,
-            default_root_dir=run.folder,
-        )
+        try:
+            trainer = Trainer(
+                **given,
+                strategy=strategy,
+                num_nodes=strategy.sharding.world.nodes,
+                logger=loggers,
+                callbacks=callbacks,
+                enable_progress_bar=bar,
+                use_distributed_sampler=False,
+                default_root_dir=run.folder,
+            )
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
     replace_epoch_loop(trainer)
     return trainer, rates
-
-
-def config_nodes(strategy: Strategy) -> int:
-    """Number of nodes that the strategy's world has."""
-    return int(strategy.sharding.world.nodes)  # type: ignore[attr-defined]
 
 
 def _checkpoints(config: Namespace, run: Run) -> Callback:

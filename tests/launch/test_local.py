@@ -11,6 +11,8 @@ import local
 import pytest
 from conftest import REPO
 
+from lockstep import train
+
 SCRIPT = str(REPO / "launch" / "local.py")
 QUICK = ("--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "5")
 
@@ -55,21 +57,27 @@ def test_one_rank_is_this_very_process_so_that_a_debugger_works(tmp_path: Path) 
     assert process.returncode == 1
 
 
-def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--ranks", "2", "--run.root", str(tmp_path), "--trainer.max_epochs", "10000"]
+@pytest.mark.parametrize(
+    ("number", "ranks", "status"), [(signal.SIGINT, "1", 130), (signal.SIGINT, "2", 130), (signal.SIGTERM, "1", 143)]
+)
+def test_a_signal_ends_all_ranks(tmp_path: Path, number: signal.Signals, ranks: str, status: int) -> None:
+    command = [sys.executable, SCRIPT, "--ranks", ranks, "--run.root", str(tmp_path), "--trainer.max_epochs", "10000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "step " in line:
                 break
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert len(children) >= 2
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 130
+        os.killpg(process.pid, number)
+        assert process.wait(30) == status
         assert "Traceback" not in process.stderr.read()
     assert not any(Path(f"/proc/{child}").exists() for child in children)
-    # A rank that was in a collective may hear of the end of its peer before it hears of Ctrl-C.
-    assert json.loads((run_folder(tmp_path) / "result.json").read_text())["status"] in ("interrupted", "failed")
+    result = json.loads((run_folder(tmp_path) / "result.json").read_text())
+    if ranks == "1":
+        assert (result["status"], result["reason"]) == ("interrupted", "Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+    # With several, one that was in a collective may hear of the end of its peer before it hears of Ctrl-C.
+    assert result["status"] in ("interrupted", "failed")
+    assert json.loads((run_folder(tmp_path) / "status.json").read_text())["status"] == result["status"]
 
 
 def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
@@ -79,17 +87,17 @@ def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
     done = subprocess.run([*launcher, "-m", "lockstep.train", *config, *shown], capture_output=True, text=True, timeout=55)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("FIT Profiler Report") == 1
-    assert done.stderr.count("Trainable params") == 1
+    assert (done.stdout + done.stderr).count("Trainable params") == 1
     result = json.loads((run_folder(tmp_path) / "result.json").read_text())
     assert (result["status"], result["world_size"], result["global_step"]) == ("finished", 2, 20)
 
 
 def test_python_m_lockstep_train_says_what_is_wrong_and_exits_with_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lockstep.train", "tset"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-m", "lockstep.train", "tset"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "lockstep: 'tset' is no command; did you mean 'test'?\n")
-    contradiction = os.environ | {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    contradiction |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=contradiction)
-    assert done.returncode == 2
-    assert "5 ranks do not divide into nodes of 2" in done.stderr
+
+
+def test_a_contradiction_in_the_environment_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "LOCKSTEP_RENDEZVOUS": "file:///r"}
+    assert train.main([], env) == 2
+    assert "lockstep: 5 ranks do not divide into nodes of 2" in capsys.readouterr().err

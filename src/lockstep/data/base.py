@@ -128,9 +128,10 @@ class ImageData(LightningDataModule):
         if self.in_memory or self._ranks == 1:
             return 0
         local_ranks = self._ranks // self.trainer.num_nodes if self.trainer is not None else 1
-        # A rank that is bound to its own CPUs sees those alone; on one machine all ranks see the same ones.
-        cpus = len(os.sched_getaffinity(0))
-        return max(1, cpus // local_ranks - 1)
+        everyone, mine = os.cpu_count() or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        # A rank that is bound to CPUs of its own sees those alone; else all ranks of the node see, and share, the same.
+        cpus = mine if mine is not None and mine < everyone else everyone // local_ranks
+        return max(1, cpus - 1)
 
     def collate(self, samples: Any) -> Any:
         """A batch of ``samples``; a dataset that fetches whole batches has made it already."""

@@ -97,6 +97,9 @@ class ImageFolder(ImageData):
         """Find the files of the parts that ``stage`` needs; every part must have the same classes."""
         super().setup(stage)
         found = {part: files.classes for part, files in self._parts.items() if isinstance(files, ImageFiles)}
+        # A test set that lacks a class would number the others wrongly: training decides, where it is there.
+        if "train" not in found and self.folders["train"].is_dir():
+            found = {"train": class_names(self.folders["train"]), **found}
         (first, classes), *others = found.items()
         for part, names in others:
             if names != classes:
@@ -136,6 +139,11 @@ class ImageFolder(ImageData):
         return images, labels
 
 
+def class_names(folder: Path) -> list[str]:
+    """The subfolders of ``folder``, in the order in which classes are numbered."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
 class Undecodable:
     """Stands for a file that is no whole JPEG or PNG.
 
@@ -164,7 +172,7 @@ class ImageFiles(Dataset[Any]):
     def __init__(self, folder: Path, transform: v2.Transform, deterministic: bool) -> None:
         if not folder.is_dir():
             raise UsageError(f"data.root: there is no folder {folder}; it must hold one subfolder of images for each class.")
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        names = class_names(folder)
         if not names:
             raise UsageError(f"data.root: {folder} must hold one subfolder of images for each class; it holds none.")
         self.classes: Sequence[str] = names

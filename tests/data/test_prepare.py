@@ -1,0 +1,103 @@
+"""Data appear whole or not at all: threads of one process, killed processes, then prepare_data counted in real ranks."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, Launch
+
+from lockstep.data.digits import Digits
+from lockstep.data.prepare import publish
+from lockstep.errors import UsageError
+
+
+def test_publish_makes_the_folder_once(tmp_path: Path) -> None:
+    calls = []
+
+    def fill(folder: Path) -> None:
+        calls.append(folder)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("data")
+
+    for _ in range(2):
+        publish(tmp_path / "new" / "data", fill)
+    assert len(calls) == 1
+    assert (tmp_path / "new" / "data" / "deep" / "file").read_text() == "data"
+    assert [path.name for path in (tmp_path / "new").iterdir() if not path.name.endswith(".lock")] == ["data"]
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise RuntimeError("the checksum is wrong")
+
+    with pytest.raises(UsageError, match=r"is missing and could not be prepared .the checksum is wrong."):
+        publish(tmp_path / "data", fill)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_a_folder_that_cannot_be_written_raises_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"data.root: .*/file/data is missing and could not be prepared"):
+        publish(tmp_path / "file" / "data", lambda folder: None)
+
+
+def test_a_second_job_waits_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+
+    def slow(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        time.sleep(60)
+
+    first = context.Process(target=publish, args=(tmp_path / "data", slow))
+    first.start()
+    while not list(tmp_path.glob(".data.*.partial/half")):
+        time.sleep(0.01)
+    second = context.Process(target=publish, args=(tmp_path / "data", lambda folder: (folder / "whole").write_text("whole")))
+    second.start()
+    time.sleep(0.3)
+    assert second.is_alive()
+    assert not (tmp_path / "data").exists()
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGKILL)
+    second.join(10)
+    first.join()
+    assert second.exitcode == 0
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["whole"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+class Counted(Digits):
+    """Notes each call in a folder."""
+
+    def prepare_data(self) -> None:
+        self._note("prepare")
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self._note("setup")
+            assert set(self._parts) == {"train", "val"}
+
+    def _note(self, call: str) -> None:
+        assert self.trainer is not None
+        Path(os.environ["COUNTED"], f"{call}-{self.trainer.global_rank}-{os.getpid()}").touch()
+
+
+@pytest.mark.parametrize(("shared", "prepared_by"), [("true", ["0"]), ("false", ["0", "2"])])
+def test_prepare_data_runs_once_per_job_or_node_and_setup_on_every_rank(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str, prepared_by: list[str]
+) -> None:
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    monkeypatch.setenv("COUNTED", str(calls))
+    layout = ["--nodes", "2", "--ranks", "2", "--shared_filesystem", shared]
+    run = launch(*layout, *SMALL, "--data", "data.test_prepare.Counted", "--run.test", "false")
+    assert run.status == 0
+    noted = [path.name.split("-") for path in calls.iterdir()]
+    assert sorted(rank for call, rank, _ in noted if call == "prepare") == prepared_by
+    assert sorted(rank for call, rank, _ in noted if call == "setup") == ["0", "1", "2", "3"]
+    assert len({pid for _, _, pid in noted}) == 4
