@@ -47,14 +47,21 @@ NETWORKS: dict[str, Any] = {
 }
 
 
+def mark(marks: list[float], step: int, steps: int) -> None:
+    """Note the time when the warm-up has ended and when the last step has, on the device too."""
+    if step in (WARM_UP, steps):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+
 class Clock(Callback):
-    """Notes the time at the end of the warm-up and of each step after it."""
+    """Notes the time at the end of the warm-up and of the last step."""
 
     marks: list[float] = []  # noqa: RUF012 - the callback is made by the config; the caller reads the class
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step >= WARM_UP:
-            Clock.marks.append(time.perf_counter())
+        mark(Clock.marks, trainer.global_step, int(trainer.num_training_batches))
 
 
 def make_network(kind: str) -> nn.Module:
@@ -90,8 +97,7 @@ def by_hand(world: World, kind: str, steps: int) -> list[float]:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step >= WARM_UP:
-            marks.append(time.perf_counter())
+        mark(marks, step, steps)
     leave()
     return marks
 
@@ -195,7 +201,7 @@ def main() -> None:
                     options.ranks,
                     logs=lambda rank: Path("/dev/null"),
                 )[0]
-                found[name].append((marks[-1] - marks[0]) / (len(marks) - 1))
+                found[name].append((marks[1] - marks[0]) / (options.steps - WARM_UP))
         base = statistics.median(found["hand-written DDP"])
         for name, rounds in found.items():
             seconds = statistics.median(rounds)

@@ -96,3 +96,12 @@ def test_no_secret_is_written(launch: Launch, monkeypatch: pytest.MonkeyPatch) -
         if path.is_file():
             assert b"deadbeef" * 5 not in path.read_bytes(), path
     assert yaml.safe_load((run.folder / "config.yaml").read_text())["wandb"]["mode"] == "offline"
+
+
+def test_an_unreachable_server_does_not_end_the_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "deadbeef" * 5)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    run = launch(*SMALL, "--wandb.mode", "online")
+    assert run.status == 0
+    assert any(record["type"] == "history" for record in records(run))

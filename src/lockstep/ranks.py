@@ -86,7 +86,8 @@ def fork_ranks(
                 process.start()
                 processes.append(process)
                 # Not Process.sentinel: it is a pipe, and a DataLoader worker of a dead rank still holds its other end.
-                endings.append(os.pidfd_open(process.pid or 0))
+                linux = sys.platform == "linux"
+                endings.append(os.pidfd_open(process.pid or 0) if linux else os.dup(process.sentinel))
                 sender.close()
             return _collect(worlds, processes, receivers, endings)
         except KeyboardInterrupt:

@@ -129,20 +129,27 @@ def start_wandb(run: Run, options: WandbOptions, config: Mapping[str, Any], worl
         "slurm": {name: os.environ[name] for name in _SLURM if name in os.environ},
         "versions": {name: version(name) for name in ("lockstep", "torch", "torchvision", "lightning")},
     }
-    tracked = wandb.init(
-        id=run.id,
-        resume="allow",
-        name=f"{run.name}-{run.id}",
-        dir=run.folder,
-        mode="offline" if mode == "offline" else "online",
-        project=options.project,
-        entity=options.entity,
-        group=options.group,
-        tags=options.tags or None,
-        notes=options.notes,
-        config={**config, "lockstep": facts},
-        settings=wandb.Settings(silent=True),  # its greetings; what matters of them is logged here
-    )
+    arguments: dict[str, Any] = {
+        "id": run.id,
+        "resume": "allow",
+        "name": f"{run.name}-{run.id}",
+        "dir": run.folder,
+        "project": options.project,
+        "entity": options.entity,
+        "group": options.group,
+        "tags": options.tags or None,
+        "notes": options.notes,
+        "config": {**config, "lockstep": facts},
+        # Its greetings are silenced; what matters of them is logged here.
+        "settings": wandb.Settings(silent=True),
+    }
+    try:
+        tracked = wandb.init(mode="offline" if mode == "offline" else "online", **arguments)
+    except wandb.Error as error:
+        # A training job does not die of its tracker.
+        log.warning("W&B cannot be reached, going on offline: %s", " ".join(str(error).split()))
+        wandb.teardown()  # its service still holds the id
+        mode, tracked = "offline", wandb.init(mode="offline", **arguments)
     # As lightning's logger does for a run that it starts itself: optimizer steps are the x axis.
     tracked.define_metric("trainer/global_step")
     tracked.define_metric("*", step_metric="trainer/global_step", step_sync=True)
