@@ -61,7 +61,7 @@ def draw(run: Run) -> None:
     figure.savefig(run.folder / "report.png", dpi=110)
 
 
-def five_lines(run: Run, result: Mapping[str, Any], sync: str | None) -> list[str]:
+def five_lines(run: Run, result: Mapping[str, Any], tracked: str) -> list[str]:
     """What happened, how well, how fast, which weights, and where everything is."""
     metrics: Mapping[str, float] = result["metrics"]
     stage = "test" if any(name.startswith("test/") for name in metrics) else "val"
@@ -75,6 +75,6 @@ def five_lines(run: Run, result: Mapping[str, Any], sync: str | None) -> list[st
         f"{speed:.0f} samples/s, {waiting:.0%} of the time waiting for data"
         if speed is not None and waiting is not None
         else "speed was not measured: fewer steps than trainer.log_every_n_steps",
-        f"weights sha256 {result['weights_sha256'][:16]}…  W&B: {sync or 'synced or off'}",
+        f"weights sha256 {result['weights_sha256'][:16]}…  W&B: {tracked}",
         f"run folder {run.folder}",
     ]

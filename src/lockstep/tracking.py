@@ -162,4 +162,4 @@ def start_wandb(run: Run, options: WandbOptions, config: Mapping[str, Any], worl
 
 def sync_command(run: Run) -> str:
     """What uploads an offline run."""
-    return f"wandb sync --include-offline {run.folder}/wandb/offline-run-*"
+    return f"wandb sync {run.folder}/wandb/offline-run-*"

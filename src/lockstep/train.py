@@ -60,7 +60,7 @@ def train(
 
     result: dict[str, Any] = {"status": "failed", "command": command, "world_size": world.size, "attempts": attempt}
     try:
-        sync = work(command, parser, config, world, devices, run, result)
+        tracked = work(command, parser, config, world, devices, run, result)
     except SystemExit as error:
         # lightning makes one of Ctrl-C and one of SIGTERM.
         sigterm = isinstance(error, SIGTERMException)
@@ -75,7 +75,7 @@ def train(
             update_status(run, result["status"])
     if world.is_zero:
         draw(run)
-        for line in five_lines(run, result, sync):
+        for line in five_lines(run, result, tracked):
             log.info(line)
     leave()
     return result
@@ -89,11 +89,11 @@ def work(
     devices: list[torch.device],
     run: Run,
     result: dict[str, Any],
-) -> str | None:
+) -> str:
     """Make everything, carry out ``command``, and fill in ``result`` also where that fails.
 
     Returns:
-        What uploads the W&B run, where there is one and it is offline.
+        Where W&B has the run: its address, what uploads it, or that W&B is off.
     """
     checkpoint = find_checkpoint(command, config.ckpt_path)
     seed_everything(config.seed_everything, verbose=False)
@@ -116,7 +116,9 @@ def work(
     finally:
         if wandb is not None:
             wandb.finish(exit_code=0 if result["status"] == "finished" else 1)
-    return sync_command(run) if wandb is not None and wandb.offline else None
+    if wandb is None:
+        return "off"
+    return sync_command(run) if wandb.offline else str(wandb.url)
 
 
 def carry_out(

@@ -45,7 +45,7 @@ def publish(target: Path, fill: Callable[[Path], None]) -> None:
     # torchvision raises a RuntimeError where no mirror answers or a checksum is wrong.
     except (OSError, RuntimeError) as error:
         raise UsageError(
-            f"data.root: {target} is missing and could not be prepared ({error}); "
+            f"data.root: {target} is missing and could not be prepared ({' '.join(str(error).split())}); "
             "prepare it on a machine that can and copy it here."
         ) from error
 
