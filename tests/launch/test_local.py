@@ -62,7 +62,13 @@ def test_one_rank_is_this_very_process_so_that_a_debugger_works(tmp_path: Path) 
 )
 def test_a_signal_ends_all_ranks(tmp_path: Path, number: signal.Signals, ranks: str, status: int) -> None:
     command = [sys.executable, SCRIPT, "--ranks", ranks, "--run.root", str(tmp_path), "--trainer.max_epochs", "10000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+
+    def heed_ctrl_c() -> None:  # a shell's background job, as these tests may be, ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_ctrl_c
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "step " in line:
