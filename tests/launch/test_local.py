@@ -69,14 +69,18 @@ def test_a_signal_ends_all_ranks(tmp_path: Path, number: signal.Signals, ranks: 
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_ctrl_c
     ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "step " in line:
-                break
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.killpg(process.pid, number)
-        assert process.wait(30) == status
-        assert "Traceback" not in process.stderr.read()
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "step " in line:
+                    break
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.killpg(process.pid, number)
+            assert process.wait(30) == status
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     result = json.loads((run_folder(tmp_path) / "result.json").read_text())
     if ranks == "1":
