@@ -33,7 +33,7 @@ class Outcome:
     @property
     def result(self) -> dict[str, Any]:
         """``result.json``."""
-        return json.loads((self.folder / "result.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((self.folder / "result.json").read_text())
 
     def series(self, metric: str) -> list[float]:
         """All values of a metric in ``metrics.csv``."""

@@ -199,7 +199,7 @@ def test_what_is_no_loader_passes_through() -> None:
 
 def test_attributes_of_the_dataset_stay_within_reach() -> None:
     data = Noisy()
-    data.classes = ["a"]  # type: ignore[attr-defined]
+    data.classes = ["a"]
     assert Seeded(data, 1).classes == ["a"]
     with pytest.raises(AttributeError):
         _ = Seeded(data, 1).nothing

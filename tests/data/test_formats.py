@@ -38,7 +38,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     folder = tmp_path / "served"
     folder.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    handler.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{running.server_address[1]}/"
@@ -72,7 +72,7 @@ def test_mnist_is_downloaded_verified_and_split(server: tuple[Path, str], tmp_pa
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
-    assert [len(data._parts[part]) for part in ("train", "val", "test")] == [50, 10, 20]  # type: ignore[arg-type]
+    assert [len(data._parts[part]) for part in ("train", "val", "test")] == [50, 10, 20]
     images, labels = next(iter(data.train_dataloader()))
     assert (images.shape, images.dtype, labels.dtype) == ((25, 1, 28, 28), torch.uint8, torch.int64)
     shutil.rmtree(server[0])
