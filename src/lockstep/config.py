@@ -3,71 +3,17 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import shtab
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lockstep.errors import UsageError
-from lockstep.explain import OWNED, arguments_of, explain
+from lockstep.explain import arguments_of, explain
+from lockstep.given import no_mapping
 from lockstep.nearest import did_you_mean
-from lockstep.strategy import DDPOptions
-
-Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"]
-
-
-@dataclass
-class RunOptions:
-    """The run and its folder, <root>/<name>/<id>.
-
-    Args:
-        name: What the run is called.
-        root: Folder of all runs.
-        test: Test the final weights when training has ended, where there is a test set.
-    """
-
-    name: str = "run"
-    root: Path = Path("runs")
-    test: bool = True
-
-
-@dataclass
-class CheckpointOptions:
-    """What is kept below <run folder>/checkpoints: the newest after every validation, and the best.
-
-    Args:
-        monitor: Metric that says which are the best, such as val/accuracy; none keeps the newest alone.
-        mode: Whether more or less of it is better.
-        best: How many of the best are kept.
-    """
-
-    monitor: str | None = None
-    mode: Literal["max", "min"] = "max"
-    best: int = 1
-
-
-@dataclass
-class WandbOptions:
-    """Where W&B keeps the run; its id is the run's.
-
-    Args:
-        mode: ``auto`` is ``online`` where an API key is configured, else ``offline``; WANDB_MODE decides if it is set.
-        project: Project.
-        entity: User or team; your default one if not set.
-        group: Runs of one group are shown together.
-        tags: Labels to find the run by.
-        notes: A longer text about the run.
-    """
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "lockstep"
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    notes: str | None = None
+from lockstep.options import GROUPS, OWNED, Options, Precision, refuse_out_of_range
 
 
 def make_parser() -> ArgumentParser:
@@ -79,21 +25,7 @@ def make_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of keys; several are merged in their order.")
-    parser.add_argument("--seed_everything", type=int, default=1, help="Decides weights, order, augmentation and dropout.")
-    parser.add_argument("--run", type=RunOptions, default=RunOptions())
-    parser.add_argument("--strategy", type=Literal["ddp"], default="ddp", help="How several ranks train together.")
-    parser.add_argument("--ddp", type=DDPOptions, default=DDPOptions())
-    parser.add_argument("--checkpoint", type=CheckpointOptions, default=CheckpointOptions())
-    parser.add_argument("--wandb", type=WandbOptions, default=WandbOptions())
-    parser.add_argument(
-        "--shared_filesystem",
-        type=bool,
-        default=True,
-        help="Nodes share their files: prepare_data runs once per job, else per node.",
-    )
-    parser.add_argument(
-        "--ckpt_path", type=str | None, default=None, help="Checkpoint, or run folder, to start from or to evaluate."
-    )
+    parser.add_class_arguments(Options, instantiate=False)
     parser.add_class_arguments(Trainer, "trainer", skip={*OWNED, "precision"}, instantiate=False)
     parser.add_argument(
         "--trainer.precision",
@@ -113,7 +45,7 @@ def parse(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     Raises:
         UsageError: A key or value is wrong: one sentence that names the key, the value and what would be valid.
     """
-    if (here := str(Path.cwd())) not in sys.path:
+    if not sys.flags.safe_path and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # one's own modules, wherever the launcher lies
     parser = make_parser()
     if arguments and arguments[-2:-1] == ["--print_completion"]:
@@ -124,10 +56,10 @@ def parse(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     except ArgumentError as error:
         keys = [action.dest for action in parser._actions if action.dest != "help"]
         raise UsageError(explain(str(error), keys, arguments)) from None
-    if not 0 <= config.seed_everything < 2**32:
-        raise UsageError(f"seed_everything: {config.seed_everything} must be 0 or more, and less than 2**32.")
-    if config.checkpoint.best < 1:
-        raise UsageError(f"checkpoint.best: {config.checkpoint.best} must be 1 or more.")
+    for group in (*GROUPS, "trainer"):
+        if not isinstance(config[group], Namespace):
+            raise UsageError(no_mapping(group, config[group]))
+    refuse_out_of_range(config.seed_everything, config.checkpoint.best)
     return parser, config
 
 

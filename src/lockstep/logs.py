@@ -1,6 +1,7 @@
 """One way to speak: each line names its rank; only rank zero speaks unless something is wrong."""
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ def start_logging(world: World, file: Path | None = None) -> None:
     """
     prefix = f"[rank {world.rank}] " if world.size > 1 else ""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if file is not None and world.is_zero:
+    if file is not None and world.is_zero and not _goes_to(file):
         handlers.append(logging.FileHandler(file))
     formatter = logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S")
     logger = logging.getLogger("lockstep")
@@ -34,6 +35,11 @@ def start_logging(world: World, file: Path | None = None) -> None:
     # These say only what a config has asked them for.
     for name in ("callbacks.early_stopping", "callbacks.model_summary", "profilers.profiler"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+
+
+def _goes_to(file: Path) -> bool:
+    """Whether standard error is that file already."""
+    return file.exists() and os.path.samestat(file.stat(), os.fstat(2))
 
 
 def stop_logging() -> None:

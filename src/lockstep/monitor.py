@@ -223,6 +223,7 @@ class Status(Callback):
                 "seconds_left": left,
                 "attempt": self.attempt,
                 "world_size": trainer.world_size,
+                "metrics": newest(trainer),
                 "time": time.time(),
             },
         )

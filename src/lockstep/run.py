@@ -9,6 +9,7 @@ import platform
 import re
 import secrets
 import shlex
+import stat
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -32,15 +33,19 @@ class Run:
     folder: Path
 
     @classmethod
-    def create(cls, root: Path, name: str) -> "Run":
+    def create(cls, root: Path, name: str, identity: str | None = None) -> "Run":
         """Make a new, empty run folder.
 
+        Args:
+            root: Folder of all runs.
+            name: What the run is called.
+            identity: Name of its folder; a new one if not given.
+
         Raises:
-            UsageError: ``name`` cannot be a folder's name, or the folder cannot be written.
+            UsageError: ``name`` cannot be a folder's name, or the folder cannot be written, or others could replace it.
         """
-        if not re.fullmatch(r"[\w.+=-]+", name) or name in (".", ".."):
-            raise UsageError(f"run.name: {name!r} must be letters, digits and . _ + = - only; it names a folder.")
-        identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        cls.check_name(name)
+        identity = identity or new_identity()
         folder = root.absolute() / name / identity
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,15 +54,29 @@ class Run:
             raise UsageError(
                 f"run.root: the run folder {folder} cannot be written ({error.strerror}); choose another with --run.root."
             ) from None
+        for above in (folder.parent, folder.parent.parent):
+            mode = above.stat().st_mode
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                folder.rmdir()
+                raise UsageError(
+                    f"run.root: everybody can write to {above}, and so replace what a run keeps there; "
+                    f"take that away (chmod o-w {above}) or choose another with --run.root."
+                )
         for part in ("logs", "checkpoints"):
             (folder / part).mkdir()
         return cls(folder)
+
+    @staticmethod
+    def check_name(name: str) -> None:
+        """Raise UsageError if ``name`` cannot be a run's name."""
+        if not re.fullmatch(r"[\w.+=-]+", name) or name in (".", ".."):
+            raise UsageError(f"run.name: {name!r} must be letters, digits and . _ + = - only; it names a folder.")
 
     @classmethod
     def start(cls, root: Path, name: str, command: Sequence[str], nodes: int, ranks: int) -> "tuple[Run, int]":
         """A new run and the number of its first attempt; ``launch.yaml`` says how it was started."""
         run = cls.create(root, name)
-        run.describe_launch(command, nodes, ranks)
+        run.describe_launch(command, nodes, ranks, git_state(Path.cwd()))
         return run, run.begin_attempt()
 
     @property
@@ -112,8 +131,10 @@ class Run:
         (self.folder / "logs" / str(attempt)).mkdir()
         return attempt
 
-    def describe_launch(self, command: Sequence[str], nodes: int, ranks: int) -> None:
-        """Write ``launch.yaml``: command line, resources, machine and git commit."""
+    def describe_launch(
+        self, command: Sequence[str], nodes: int, ranks: int, git: Mapping[str, Any] | None, **more: Any
+    ) -> None:
+        """Write ``launch.yaml``: command line, resources, machine, git commit and what else the launcher knows."""
         facts = {
             "command": shlex.join(command),
             "nodes": nodes,
@@ -121,9 +142,15 @@ class Run:
             "host": platform.node(),
             "python": platform.python_version(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "git": git_state(Path.cwd()),
+            "git": git,
+            **more,
         }
         self.launch.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+
+
+def new_identity() -> str:
+    """A name for a run folder: the time and four random digits; sorts by time."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -152,10 +179,19 @@ def write_whole(path: Path, content: Mapping[str, Any]) -> None:
     beside.replace(path)
 
 
+def read_whole(path: Path) -> dict[str, Any]:
+    """What ``write_whole`` has written to ``path``; empty where there is nothing yet."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    return content
+
+
 def update_status(run: Run, status: str) -> None:
     """Change ``status`` in ``status.json``, where there is one, and leave the rest as it was."""
-    if run.status.exists():
-        write_whole(run.status, json.loads(run.status.read_text()) | {"status": status})
+    if before := read_whole(run.status):
+        write_whole(run.status, before | {"status": status})
 
 
 def _finite(value: Any) -> Any:

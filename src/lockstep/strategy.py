@@ -3,9 +3,8 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
@@ -19,33 +18,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lockstep.errors import LockstepError, UsageError
+from lockstep.options import DDPOptions
 from lockstep.order import GlobalBatches, Sharding, mix
 from lockstep.world import World
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass
-class DDPOptions:
-    """Options of ``strategy: ddp``; source: torch.nn.parallel.DistributedDataParallel.
-
-    Args:
-        static_graph: Promise that every step uses the same parameters in the same way; saves the search for unused ones.
-        find_unused_parameters: Search for parameters that a step did not use; needed where the model branches.
-        bucket_mb: Gradients are reduced in buckets of this many MiB while backward goes on.
-        bucket_view: Let gradients be views into the buckets: one copy of them less in memory.
-        gradient_compression: Send gradients as bfloat16 or float16 instead of float32: half the traffic, fewer digits.
-        timeout_minutes: How long a collective waits for a rank before it gives up.
-    """
-
-    static_graph: bool = False
-    find_unused_parameters: bool = False
-    bucket_mb: int = 25
-    bucket_view: bool = True
-    gradient_compression: Literal["none", "bf16", "fp16"] = "none"
-    timeout_minutes: int = 30
 
 
 class WorldEnvironment(ClusterEnvironment):

@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lockstep.config import WandbOptions
+from lockstep.options import WandbOptions
 from lockstep.run import Run
 from lockstep.world import World
 

@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Submit a run to Slurm: every rank a task, through submitit. Prints the job's id.
+
+    python launch/slurm.py --nodes 4                                          # configs/digits.yaml on four nodes
+    python launch/slurm.py --nodes 4 --profile a100 --time 24:00:00 --config configs/imagenet.yaml
+    python launch/slurm.py --nodes 4 --dry-run                                # everything but sbatch
+    python launch/slurm.py --sweep model.lr=0.1,0.03 --sweep seed_everything=1,2      # four runs, one job array
+
+Whatever is not listed below goes to the trainer untouched: an optional command (fit, validate, test), then keys of the
+config. What a profile says of the cluster (--profile, or LOCKSTEP_PROFILE) can be said with a flag too, and the flag wins.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from lockstep.errors import LockstepError
+from lockstep.profile import FLAGS, Profile, load_profile, profile_folders, with_flags
+from lockstep.queue import follow
+from lockstep.submission import Submission, build_config, read_sweep
+from lockstep.submit import scrub
+
+TOOLKIT = Path(__file__).resolve().parent.parent
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The launcher's own flags: resources, and what to do with the job."""
+    parser = argparse.ArgumentParser(
+        prog="launch/slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
+    parser.add_argument("--profile", metavar="NAME", help="configs/cluster/NAME.yaml, one of your own, or a file")
+    helps = {f.name: f.metadata["help"] for f in fields(Profile)}
+    numbers = {f.name for f in fields(Profile) if f.type in (int, int | None)}
+    for name in FLAGS:
+        kind = int if name in numbers else str
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=helps[name])
+    parser.add_argument("--exclusive", action="store_true", default=None, help=helps["exclusive"])
+    for name in ("sbatch", "srun"):
+        parser.add_argument(f"--{name}", action="append", metavar="=ARGUMENT", help=helps[name])
+    parser.add_argument("--job-name", help="name of the job (default: run.name)")
+    parser.add_argument("--after", metavar="JOB", help="start when that job has ended well")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=A,B,…", help="one run for each value; may be repeated"
+    )
+    parser.add_argument("--at-once", type=int, default=256, help="runs of a sweep at the same time (default 256)")
+    parser.add_argument("--no-snapshot", action="store_true", help="run the code as it will be when the job starts")
+    parser.add_argument("--check", action="store_true", help="check everything, also with torch; queue nothing")
+    parser.add_argument("--dry-run", action="store_true", help="as --check, and print the script and the complete config")
+    parser.add_argument("--follow", action="store_true", help="show rank zero's log until the end; exit with the run's status")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Submit what ``arguments`` say and return the exit status: 0, 2 (usage), with --follow the run's (see jobs.py)."""
+    parser = make_parser()
+    own, rest = parser.parse_known_args(arguments)
+    if not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
+        at = 1 if rest and not rest[0].startswith("-") else 0
+        rest[at:at] = ["--config", str(TOOLKIT / "configs" / "digits.yaml")]
+    here = Path.cwd()
+    try:
+        if ignored := [name for name in scrub(os.environ) if name.startswith("SBATCH_")]:
+            print(f"ignored: {', '.join(ignored)}; put them into a profile.", file=sys.stderr)
+        profile = load_profile(own.profile, os.environ, profile_folders(os.environ, here, TOOLKIT))
+        flags = {name: getattr(own, name) for name in (*FLAGS, "exclusive", "sbatch", "srun")}
+        submission = Submission.checked(
+            rest,
+            with_flags(profile, flags),
+            own.nodes,
+            here,
+            job_name=own.job_name,
+            after=own.after,
+            sweep=read_sweep(own.sweep),
+            at_once=own.at_once,
+            snapshot=not own.no_snapshot,
+            typed=["python", "launch/slurm.py", *arguments],
+            flags=[name[2:] for action in parser._actions for name in action.option_strings],
+            env=os.environ,
+        )
+        has_slurm = shutil.which("sbatch") is not None
+        if has_slurm or not own.dry_run:
+            submission.ask_slurm(os.environ)
+        if own.dry_run or own.check:
+            config = build_config(submission, os.environ)
+            if own.dry_run:
+                print(submission.preview(os.environ), config, sep="\n", end="")
+            if not has_slurm:
+                print("Slurm is not installed here: it was not asked whether it would take the job.", file=sys.stderr)
+            return 0
+        queued = submission.submit(os.environ)
+        print(queued.job, flush=True)
+        print(f"run folder {queued.folder}", file=sys.stderr)
+        return follow(queued, os.environ) if own.follow else 0
+    except LockstepError as error:
+        print(f"lockstep: {error.sentence}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

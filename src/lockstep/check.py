@@ -1,0 +1,156 @@
+"""What is wrong with the arguments of a run, told in milliseconds: without torch, and without importing anyone's classes.
+
+The run itself (``config.parse``, then the classes) knows more; what it would take is never refused here.
+"""
+
+import ast
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import UsageError
+from lockstep.given import class_first, flags, must_be_set, no_mapping, no_text, read_config, unknown_key
+from lockstep.nearest import did_you_mean
+from lockstep.options import COMMANDS, GROUPS, OWNED, Options, refuse_out_of_range
+from lockstep.static.annotation import ANYTHING, Expected, expected
+from lockstep.static.lookup import Missing, Sources
+from lockstep.static.signature import Argument, Signature, signature
+from lockstep.static.source import CannotTell
+from lockstep.static.values import BASES, Values
+
+_SHOWN = ("help", "print_config", "print_completion", "print_shtab")
+"""Keys that show something instead of a run."""
+
+
+def check(arguments: Sequence[str], launcher_flags: Iterable[str] = (), folders: Sequence[Path] = ()) -> dict[str, Any]:
+    """The config that ``arguments`` give, as far as it can be known without importing a class; defaults are lockstep's own.
+
+    Args:
+        arguments: As for ``lockstep.train``: a command or none, then ``--config FILE`` and keys with their values.
+        launcher_flags: The launcher's own flags, without dashes; a misspelt one may be meant.
+        folders: Where one's own modules are looked for before ``sys.path``.
+
+    Raises:
+        UsageError: A command, key, value, file or class is certainly wrong: one sentence that names it and what is valid.
+    """
+    rest = list(arguments)
+    if rest and not rest[0].startswith("-"):
+        if rest[0] not in COMMANDS:
+            raise UsageError(f"{rest[0]!r} is no command{did_you_mean(rest[0], COMMANDS)}")
+        del rest[0]
+    config = Config(Sources(folders), launcher_flags)
+    given = flags(rest)
+    for key, value in given:
+        config.take(key, value)
+    if not any(key in _SHOWN for key, _ in given):
+        config.refuse_incomplete()
+    return config.content
+
+
+class Config:
+    """A config while it is put together.
+
+    Args:
+        sources: Where classes are looked up.
+        launcher_flags: What else could have been meant by a key that does not exist.
+
+    Attributes:
+        content: What was given so far, and the defaults of lockstep's own keys.
+    """
+
+    def __init__(self, sources: Sources, launcher_flags: Iterable[str]) -> None:
+        self.content: dict[str, Any] = {**asdict(Options()), "trainer": {}, "model": None, "data": None}
+        self._sources, self._values, self._launcher_flags = sources, Values(sources), list(launcher_flags)
+        self._paths = {name: f"lockstep.options.{type(getattr(Options(), name)).__name__}" for name in GROUPS}
+        self._paths |= {"": "lockstep.options.Options", "trainer": "lightning.pytorch.trainer.trainer.Trainer"}
+        self._groups: dict[str, Signature] = {}
+
+    def take(self, key: str, value: Any) -> None:
+        """Set a key, as a flag or a config file gives it."""
+        first, *rest = key.split(".")
+        if first in _SHOWN or rest[-1:] == ["help"] or key == "$schema":
+            return
+        if key == "config":
+            self._take_file(value)
+        elif first in BASES:
+            self._take_class(first, rest, value)
+        elif first and first in self._paths and not rest:
+            self._take_group(first, value)
+        elif first and first in self._paths:
+            self._set(self.content[first], self._group(first), rest, value, f"{first}.")
+        else:
+            self._set(self.content, self._group(""), [first, *rest], value, "")
+
+    def _set(self, store: dict[str, Any], takes: Signature, names: Sequence[str], value: Any, before: str) -> None:
+        name, *rest = names
+        add, name = name.endswith("+") and not rest, name.rstrip("+")
+        key, argument = before + name, takes.arguments.get(name)
+        if argument is None and takes.closed:
+            others = self._launcher_flags if not before and not rest else []
+            raise UsageError(unknown_key(before + ".".join(names), value, [*self.keys(), *others]))
+        kind, current = expected(self._sources, argument) if argument else ANYTHING, store.get(name)
+        if add:
+            store[name] = self._values.append(current, kind, value, key)
+        else:
+            store[name] = self._values.put(current, kind, rest, value, key)
+
+    def _take_file(self, given: Any) -> None:
+        if not isinstance(given, str):
+            return
+        outer = self._values.folder
+        content = read_config(given, outer)
+        self._values.folder = (outer / given).parent
+        for key, value in content.items():
+            if not isinstance(key, str):
+                raise UsageError(no_text(f"config: {given}", key))
+            self.take(key, value)
+        self._values.folder = outer
+
+    def _take_class(self, key: str, rest: Sequence[str], value: Any) -> None:
+        current, given = self.content[key], self._values.mapping(value)
+        if current is None and (rest or (given is not None and "class_path" not in given)):
+            raise UsageError(class_first(key, ".".join([key, *rest]), value))
+        self.content[key] = self._values.put(current, Expected(classes=(BASES[key],)), rest, value, key)
+
+    def _take_group(self, name: str, value: Any) -> None:
+        content = self._values.mapping(value)
+        if content is None:
+            raise UsageError(no_mapping(name, value))
+        for key, item in content.items():
+            self.take(f"{name}.{key}", item)
+
+    def _group(self, name: str) -> Signature:
+        """The keys of a group; of the top level for an empty name."""
+        if name not in self._groups:
+            try:
+                takes = signature(self._sources, self._sources.find(self._paths[name]))
+            except (CannotTell, Missing):
+                takes = Signature()
+            if name == "trainer":
+                own = Argument(
+                    "precision", self._sources.module("lockstep.options"), ast.Name("Precision"), ast.Constant("auto")
+                )
+                others = {key: argument for key, argument in takes.arguments.items() if key not in OWNED}
+                takes = Signature({**others, "precision": own}, takes.closed)
+            self._groups[name] = takes
+        return self._groups[name]
+
+    def keys(self) -> list[str]:
+        """All keys but those of classes."""
+        groups = [f"{name}.{key}" for name in self._paths if name for key in self._group(name).arguments]
+        return [*self._group("").arguments, "trainer", *BASES, "config", *groups]
+
+    def refuse_incomplete(self) -> None:
+        """Raise about what only the whole config shows."""
+        for key in BASES:
+            if self.content[key] is None:
+                raise UsageError(must_be_set(key))
+        self._values.refuse_doubtful()
+        for key, base in BASES.items():
+            self._values.refuse_incomplete(self.content[key], Expected(classes=(base,)), key, linked="data.seed")
+        for name, argument in self._group("trainer").arguments.items() if self.content["trainer"] else ():
+            if name in self.content["trainer"]:
+                kind = expected(self._sources, argument)
+                self._values.refuse_incomplete(self.content["trainer"][name], kind, f"trainer.{name}")
+        refuse_out_of_range(self.content["seed_everything"], self.content["checkpoint"]["best"])

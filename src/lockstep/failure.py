@@ -1,0 +1,82 @@
+"""Which rank failed first: ``logs/<attempt>/failure.json``, and its report at the end of rank zero's log.
+
+When one rank fails all others do, with errors about lost connections that say nothing. Only the first is told; the others
+say that it was. No torch here: ``jobs`` reads it.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lockstep.run import Run
+
+_PATIENCE_SECONDS = 5.0
+"""How long a rank that has lost its peers waits for the one that knows why."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of a rank that failed.
+
+    Attributes:
+        rank: The rank.
+        size: Number of ranks.
+        node: Number of its node.
+        host: Name of its machine.
+        report: One sentence, or a traceback.
+        exit_status: What the rank exits with.
+        echo: Whether it only lost a connection, because another rank was gone.
+    """
+
+    rank: int
+    size: int
+    node: int
+    host: str
+    report: str
+    exit_status: int = 1
+    echo: bool = False
+
+    @property
+    def reason(self) -> str:
+        """One line: the rank, and the last line of its report."""
+        last = self.report.strip().splitlines()[-1]
+        return last if self.size == 1 else f"rank {self.rank} (node {self.node}, {self.host}): {last}"
+
+
+def first_failure(run: Run, attempt: int) -> Failure | None:
+    """What the first rank to fail in this attempt wrote down."""
+    try:
+        return Failure(**json.loads(_file(run, attempt).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def wait_for_cause(run: Run, attempt: int) -> Failure | None:
+    """The first failure, waiting a moment for it: for a rank that only lost its peers."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while (found := first_failure(run, attempt)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
+    """Write ``failure`` down if it is the first of this attempt, and tell it in rank zero's log; return the first one."""
+    path = _file(run, attempt)
+    beside = path.with_name(f".failure.{failure.rank}")
+    beside.write_text(json.dumps(asdict(failure), indent=2, ensure_ascii=False))
+    try:
+        os.link(beside, path)  # fails where there is one: who comes first is decided by the file system
+    except FileExistsError:
+        return first_failure(run, attempt) or failure
+    finally:
+        beside.unlink()
+    place = f"rank {failure.rank} of {failure.size} (node {failure.node}, {failure.host}) failed first.\n"
+    with run.log(attempt, 0).open("a") as log:
+        log.write(f"lockstep: {place if failure.size > 1 else ''}{failure.report.rstrip()}\n")
+    return failure
+
+
+def _file(run: Run, attempt: int) -> Path:
+    return run.log(attempt, 0).with_name("failure.json")

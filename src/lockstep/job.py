@@ -1,0 +1,136 @@
+"""What submitit carries to each rank of a Slurm job. No torch here until the rank has begun to train."""
+
+import logging
+import os
+import platform
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from lockstep.errors import Interrupted, LockstepError, RunError
+from lockstep.failure import Failure, record_failure, wait_for_cause
+from lockstep.logs import start_logging
+from lockstep.run import Run, read_whole, update_status, write_whole
+from lockstep.snapshot import check_snapshot
+from lockstep.world import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training, as every rank of its Slurm job carries it out.
+
+    Attributes:
+        folder: The run folder.
+        command: fit, validate or test.
+        arguments: Keys of the config; files in them are copies in the run folder.
+        digest: Of the snapshot of the code; empty without one.
+        cpus: CPUs that each rank was promised; None where nobody said.
+    """
+
+    folder: Path
+    command: str
+    arguments: tuple[str, ...]
+    digest: str
+    cpus: int | None
+
+    def __call__(self) -> None:
+        """Train as the rank that the environment describes; leave with the run's exit status if that fails."""
+        run, attempt = Run(self.folder), 1 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        world = World.from_env(os.environ)
+        _speak_into(run.log(attempt, world.rank))
+        start_logging(world)
+        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGUSR2, _note)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        try:
+            self._look_around(world)
+            # Only now: torch takes seconds to import, and what was wrong so far should not.
+            from lockstep.config import parse
+            from lockstep.train import train
+
+            train(self.command, *parse(self.arguments), world, run, attempt)
+        except BaseException as error:
+            status = _fail(error, world, run, attempt)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Not sys.exit: a thread of a broken process group must not keep this rank, and with it the job, alive.
+            os._exit(status)
+
+    def _look_around(self, world: World) -> None:
+        """Say where this rank is; check the snapshot and what Slurm gave."""
+        if world.local_rank == 0 and self.digest:
+            files = check_snapshot(self.folder, self.digest)
+            log.info("code: snapshot %s, %d files", self.digest[:12], files)
+        log.info("run folder %s", self.folder)
+        log.info("%d ranks on %d nodes, meeting at %s", world.size, world.nodes, world.rendezvous or "home")
+        mine = len(os.sched_getaffinity(0))
+        if self.cpus is not None and mine < self.cpus:
+            log.warning("rank %d may use %d CPUs, but %d were asked for; see --cpu-bind of srun", world.rank, mine, self.cpus)
+        if scratch := os.environ.get("TMPDIR"):
+            os.makedirs(scratch, exist_ok=True)
+
+
+def _speak_into(path: Path) -> None:
+    """Send all that this process and its children print to ``path``."""
+    print(f"log of this rank: {path}", flush=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+def _leave(*_: object) -> None:
+    raise Interrupted(143)
+
+
+def _note(signum: int, frame: FrameType | None) -> None:
+    log.warning("Slurm says that the end of the job's time is near")
+
+
+def _fail(error: BaseException, world: World, run: Run, attempt: int) -> int:
+    """Write down how this rank failed, unless another one failed first, and return its exit status."""
+    if isinstance(error, LockstepError):
+        status, report = error.exit_status, error.sentence
+    elif isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else 1
+        report = f"it was ended by {'SIGTERM' if status == 143 else f'exit status {status}'}."
+    else:
+        status, report = 1, "".join(traceback.format_exception(error))
+    echo = world.size > 1 and _lost_a_peer(error)
+    mine = Failure(world.rank, world.size, world.node_rank, platform.node(), report, status, echo)
+    first = (wait_for_cause(run, attempt) if echo else None) or record_failure(run, attempt, mine)
+    if first.rank != world.rank:
+        print(f"lockstep: rank {world.rank} ended because of {first.reason}", flush=True)
+        if first.report != report and not echo:
+            print(report, flush=True)
+    elif world.rank:
+        print(f"lockstep: {report}", flush=True)
+    if first.rank == world.rank or world.is_zero:
+        _write_result(run, attempt, first)
+    return status
+
+
+def _write_result(run: Run, attempt: int, first: Failure) -> None:
+    """Say in ``result.json`` why the run failed; rank zero may have had no time to, or no idea."""
+    result = {"status": "failed", "world_size": first.size, "attempts": attempt}
+    if run.result.exists():
+        result = read_whole(run.result)
+    if result["status"] != "interrupted":
+        write_whole(run.result, result | {"reason": first.reason})
+        update_status(run, "failed")
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Whether ``error`` is that of a collective whose other side is gone."""
+    torch = sys.modules.get("torch")  # not there yet: no collective either
+    if torch is None:
+        return False
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "NCCL")
+    return isinstance(error, RuntimeError) and not isinstance(error, RunError) and any(word in str(error) for word in words)

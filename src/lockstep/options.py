@@ -1,0 +1,126 @@
+"""The keys of a config that are lockstep's own, with their types, defaults and help texts. No torch is imported here."""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+from lockstep.errors import UsageError
+
+COMMANDS = ("fit", "validate", "test")
+
+Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"]
+
+OWNED = {
+    "strategy": "set strategy (ddp) and its options (ddp.*) at the top level",
+    "devices": "the launcher decides it (launch/local.py --ranks)",
+    "num_nodes": "the launcher decides it (launch/local.py --nodes)",
+    "use_distributed_sampler": "the order and sharding of the data are lockstep's",
+    "default_root_dir": "everything goes into the run folder; set run.root",
+    "barebones": "it would train without logs and checkpoints",
+}
+"""Arguments of lightning's Trainer that are not for a config, and what to do instead."""
+
+
+@dataclass
+class RunOptions:
+    """The run and its folder, <root>/<name>/<id>.
+
+    Args:
+        name: What the run is called.
+        root: Folder of all runs.
+        test: Test the final weights when training has ended, where there is a test set.
+    """
+
+    name: str = "run"
+    root: Path = Path("runs")
+    test: bool = True
+
+
+@dataclass
+class DDPOptions:
+    """Options of ``strategy: ddp``; source: torch.nn.parallel.DistributedDataParallel.
+
+    Args:
+        static_graph: Promise that every step uses the same parameters in the same way; saves the search for unused ones.
+        find_unused_parameters: Search for parameters that a step did not use; needed where the model branches.
+        bucket_mb: Gradients are reduced in buckets of this many MiB while backward goes on.
+        bucket_view: Let gradients be views into the buckets: one copy of them less in memory.
+        gradient_compression: Send gradients as bfloat16 or float16 instead of float32: half the traffic, fewer digits.
+        timeout_minutes: How long a collective waits for a rank before it gives up.
+    """
+
+    static_graph: bool = False
+    find_unused_parameters: bool = False
+    bucket_mb: int = 25
+    bucket_view: bool = True
+    gradient_compression: Literal["none", "bf16", "fp16"] = "none"
+    timeout_minutes: int = 30
+
+
+@dataclass
+class CheckpointOptions:
+    """What is kept below <run folder>/checkpoints: the newest after every validation, and the best.
+
+    Args:
+        monitor: Metric that says which are the best, such as val/accuracy; none keeps the newest alone.
+        mode: Whether more or less of it is better.
+        best: How many of the best are kept.
+    """
+
+    monitor: str | None = None
+    mode: Literal["max", "min"] = "max"
+    best: int = 1
+
+
+@dataclass
+class WandbOptions:
+    """Where W&B keeps the run; its id is the run's.
+
+    Args:
+        mode: ``auto`` is ``online`` where an API key is configured, else ``offline``; WANDB_MODE decides if it is set.
+        project: Project.
+        entity: User or team; your default one if not set.
+        group: Runs of one group are shown together.
+        tags: Labels to find the run by.
+        notes: A longer text about the run.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "lockstep"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+
+
+@dataclass
+class Options:
+    """What every run has; beside it a config has ``trainer`` (lightning's), ``model`` and ``data``.
+
+    Args:
+        seed_everything: Decides weights, order, augmentation and dropout.
+        strategy: How several ranks train together.
+        shared_filesystem: Nodes share their files: prepare_data runs once per job, else per node.
+        ckpt_path: Checkpoint, or run folder, to start from or to evaluate.
+    """
+
+    seed_everything: int = 1
+    run: RunOptions = field(default_factory=RunOptions)
+    strategy: Literal["ddp"] = "ddp"
+    ddp: DDPOptions = field(default_factory=DDPOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    wandb: WandbOptions = field(default_factory=WandbOptions)
+    shared_filesystem: bool = True
+    ckpt_path: str | None = None
+
+
+GROUPS = tuple(field.name for field in fields(Options) if is_dataclass(field.type))
+"""The keys of lockstep's own that hold keys themselves."""
+
+
+def refuse_out_of_range(seed_everything: int | None, best: int | None) -> None:
+    """Raise the UsageError about a number that is missing or out of range."""
+    if seed_everything is None or not 0 <= seed_everything < 2**32:
+        raise UsageError(f"seed_everything: {seed_everything} must be 0 or more, and less than 2**32.")
+    if best is None or best < 1:
+        raise UsageError(f"checkpoint.best: {best} must be 1 or more.")

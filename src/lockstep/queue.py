@@ -1,0 +1,430 @@
+"""What became of a job: Slurm's word, the run folder's, and the truth in one sentence.
+
+Works without accounting: ``squeue`` knows a job until a few minutes after its end (MinJobAge), the batch script leaves its
+exit status in ``slurm/<job>.exit``, and whoever asks while Slurm still knows keeps its answer in ``slurm/<job>.ended.json``.
+``sacct`` is asked where it answers. No torch here.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lockstep.errors import UsageError
+from lockstep.failure import first_failure
+from lockstep.run import Run, read_whole, write_whole
+
+POLL_SECONDS = 2.0
+"""Time between two questions to Slurm."""
+
+_ENDED = {
+    "COMPLETED": (0, "finished"),
+    "FAILED": (1, "failed"),
+    "CANCELLED": (4, "cancelled"),
+    "DEADLINE": (5, "over its deadline"),
+    "TIMEOUT": (5, "over its time limit"),
+    "OUT_OF_MEMORY": (6, "out of memory"),
+    "NODE_FAIL": (7, "a node failed"),
+    "BOOT_FAIL": (7, "a node failed"),
+    "PREEMPTED": (7, "preempted"),
+}
+"""Slurm's states of a job that has ended: exit status of ``follow`` and ``status``, and a word."""
+
+ALIVE = 3
+"""Exit status of ``status`` for a job that waits or runs."""
+
+_WAITS = {
+    "Resources": "for nodes to become free",
+    "Priority": "behind jobs of higher priority",
+    "Dependency": "for another job to end well",
+    "BeginTime": "for its time to begin",
+    "JobHeldUser": "because its user holds it (scontrol release)",
+    "JobHeldAdmin": "because an administrator holds it",
+    "ReqNodeNotAvail": "for nodes that are down, drained or reserved",
+    "PartitionDown": "because its partition is down",
+    "JobArrayTaskLimit": "for other runs of its sweep to end",
+    "QOSMaxJobsPerUserLimit": "for one of your jobs to end (limit of the QOS)",
+    "AssocGrpGRES": "for GPUs of your group to become free",
+}
+_NEVER = {
+    "DependencyNeverSatisfied": "the job that it waits for did not end well",
+    "PartitionTimeLimit": "it asks for more time than its partition gives",
+    "PartitionNodeLimit": "it asks for more nodes than its partition gives",
+    "BadConstraints": "no node can ever give what it asks for",
+    "InvalidAccount": "its account is not valid",
+    "InvalidQOS": "its QOS is not valid",
+}
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job that was submitted: one run, or a sweep.
+
+    Attributes:
+        job: Its id.
+        folder: Run folder, or folder of the sweep.
+        name: Name of the job.
+        runs: Number of runs.
+        conf: ``SLURM_CONF`` at submission: which cluster it was.
+        time: Of submission, in seconds since 1970.
+    """
+
+    job: str
+    folder: Path
+    name: str
+    runs: int
+    conf: str
+    time: float = 0.0
+
+    @property
+    def members(self) -> list[tuple[str, Run]]:
+        """Id and folder of every run."""
+        if self.runs == 1:
+            return [(self.job, Run(self.folder))]
+        digits = max(3, len(str(self.runs - 1)))
+        return [
+            (f"{self.job}_{index}", Run(self.folder.with_name(f"{self.folder.name}-{index:0{digits}}")))
+            for index in range(self.runs)
+        ]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What Slurm says of a job; times as it writes them.
+
+    Attributes:
+        state: Such as PENDING, RUNNING, FAILED.
+        reason: Why it is in that state.
+        start: When it started, or is expected to.
+        elapsed, limit: Time used, and allowed.
+        nodes: Its nodes.
+        status: Exit status of the batch script; 128 and more for a signal.
+        restarts: How often Slurm has started it again.
+    """
+
+    state: str
+    reason: str = ""
+    start: str = ""
+    elapsed: str = ""
+    limit: str = ""
+    nodes: str = ""
+    status: int = 0
+    restarts: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return self.state in _ENDED
+
+
+@dataclass(frozen=True)
+class View:
+    """All that is known of one run.
+
+    Attributes:
+        job: Its job's id.
+        run: Its folder.
+        exit_status: 0 finished · 1 failed · 2 usage error · 3 waits or runs · 4 cancelled · 5 over its time limit · 6 out of
+            memory · 7 a node failed · 130, 143 interrupted.
+        state: One or a few words.
+        sentence: What there is to say about it; may be empty.
+        slot: Slurm's word; None if it has forgotten the job.
+        progress: ``status.json``.
+        result: ``result.json``.
+    """
+
+    job: str
+    run: Run
+    exit_status: int
+    state: str
+    sentence: str
+    slot: Slot | None
+    progress: dict[str, Any]
+    result: dict[str, Any]
+
+    @property
+    def attempt(self) -> int:
+        """Number of the newest attempt; 0 before the first."""
+        return _attempt(self.run)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest value of every metric."""
+        return self.result.get("metrics") or self.progress.get("metrics") or {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        launch = _launch(self.run)
+        return {
+            "job": self.job,
+            "run": str(self.run.folder),
+            "state": self.state,
+            "exit_status": self.exit_status,
+            "sentence": self.sentence,
+            "attempt": self.attempt,
+            "slurm": asdict(self.slot) if self.slot else None,
+            "progress": self.progress,
+            "metrics": self.metrics,
+            "result": self.result,
+            "sweep": launch.get("sweep"),
+        }
+
+
+def record(queued: Queued, env: Mapping[str, str]) -> None:
+    """Remember a submission, for ``jobs.py``."""
+    path = _index(env)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    row = asdict(queued) | {"folder": str(queued.folder), "time": time.time()}
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(file, (json.dumps(row, ensure_ascii=False) + "\n").encode())  # in one piece: others append too
+    os.close(file)
+
+
+def recorded(env: Mapping[str, str]) -> list[Queued]:
+    """All submissions to this cluster from this machine whose folder is still there, oldest first."""
+    path = _index(env)
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    queued = [Queued(**row | {"folder": Path(row["folder"])}) for row in rows]
+    return [job for job in queued if job.conf == env.get("SLURM_CONF", "") and job.folder.is_dir()]
+
+
+def find(which: str | None, env: Mapping[str, str]) -> Queued:
+    """The submission called ``which``: a job's id, that of one run of a sweep, or a run folder; the last one if None.
+
+    Raises:
+        UsageError: There is none.
+    """
+    jobs = recorded(env)
+    if which is None:
+        if not jobs:
+            raise UsageError("No job was submitted to this cluster yet; launch/slurm.py does it.")
+        return jobs[-1]
+    main, _, index = which.partition("_")
+    for job in reversed(jobs):
+        if which == job.job or Path(which).absolute() == job.folder:
+            return job
+        if main == job.job and index.isdigit() and int(index) < job.runs > 1:
+            member, run = job.members[int(index)]
+            return Queued(member, run.folder, job.name, 1, job.conf, job.time)
+    raise UsageError(f"{which}: no such job was submitted with lockstep; jobs.py list shows those that were.")
+
+
+def look(jobs: Iterable[Queued], env: Mapping[str, str]) -> list[View]:
+    """What is known of every run of these submissions, with one question to Slurm."""
+    jobs = list(jobs)
+    slots = _ask({job.job for job in jobs}, env)
+    return [_view(id_, run, job, slots.get(id_)) for job in jobs for id_, run in job.members]
+
+
+def _view(job: str, run: Run, queued: Queued, slot: Slot | None) -> View:
+    slurm = queued.folder / "slurm" if (queued.folder / "slurm").is_dir() else _sweep_folder(run) / "slurm"
+    kept = slurm / f"{job}.ended.json"
+    if slot is not None and slot.ended:
+        if not kept.exists():
+            write_whole(kept, asdict(slot))
+    elif slot is None and (before := read_whole(kept)):
+        slot = Slot(**before)
+    progress, result = read_whole(run.status), read_whole(run.result)
+    status, state, sentence = _verdict(job, run, slurm, slot, result)
+    return View(job, run, status, state, sentence, slot, progress, result)
+
+
+def _verdict(job: str, run: Run, slurm: Path, slot: Slot | None, result: dict[str, Any]) -> tuple[int, str, str]:
+    """Exit status, state and sentence of a run."""
+    if slot is not None and not slot.ended:
+        if slot.state != "PENDING":
+            return ALIVE, slot.state.lower(), ""
+        if slot.reason in _NEVER:
+            return ALIVE, "waiting", f"It will never start: {_NEVER[slot.reason]} (Slurm: {slot.reason}); cancel it."
+        if slot.reason == "None":
+            return ALIVE, "waiting", "Slurm has not looked at it yet."
+        why = _WAITS.get(slot.reason.partition(",")[0].strip("()"), f"for what Slurm calls {slot.reason}")
+        return ALIVE, "waiting", f"It waits {why}." + (f" Expected start: {slot.start}." if slot.start[:1].isdigit() else "")
+    exited = _exit_file(slurm / f"{job}.exit")
+    attempt = _attempt(run)
+    failure = first_failure(run, attempt) if attempt else None
+    said = _last_words(slurm, job)
+    if slot is not None and slot.state not in ("COMPLETED", "FAILED"):
+        status, word = _ENDED[slot.state]
+        more = {
+            "TIMEOUT": f"It was ended at its time limit of {slot.limit}; ask for more with --time.",
+            "OUT_OF_MEMORY": f"It used more memory than it had asked for; ask for more with --mem. {said}".strip(),
+            "NODE_FAIL": f"A node of {slot.nodes} went away.",
+            "CANCELLED": "The job that it waited for did not end well." if slot.reason == "DependencyNeverSatisfied" else "",
+        }
+        if slot.state == "CANCELLED" and "memory" in said:
+            return 6, "out of memory", more["OUT_OF_MEMORY"]
+        return status, word, more.get(slot.state, said)
+    if result.get("status") == "finished" and (slot is None or slot.state == "COMPLETED"):
+        return 0, "finished", ""
+    if "memory" in said and (failure is None or failure.echo):
+        return 6, "out of memory", f"It used more memory than it had asked for; ask for more with --mem. {said}"
+    if failure is not None and not failure.echo:
+        return failure.exit_status, "failed", failure.reason
+    if said:
+        return 1, "failed", said
+    if result.get("reason"):
+        return {"interrupted": 143}.get(result["status"], exited or 1), result["status"], str(result["reason"])
+    if slot is None and exited is None:
+        return 1, "gone", "It ended without a word, and Slurm has forgotten it: cancelled, over a limit, or a node was lost."
+    output = _tail(slurm / f"{job}_0_log.out")
+    return (
+        exited or (slot.status if slot else 0) or 1,
+        "failed",
+        f"It ended without a word; the last one of its output: {output}",
+    )
+
+
+def _last_words(slurm: Path, job: str) -> str:
+    """What srun says of a task that was killed, in the output of the batch script."""
+    try:
+        text = (slurm / f"{job}_0_log.out").read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+    if over := re.search(r"(?i)error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)", text):
+        return f"Slurm says: {over[1].strip().rstrip('.')}."
+    killed = re.findall(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Terminated|Segmentation fault|Bus error|Aborted)", text)
+    if killed:
+        node, task, how = killed[0]
+        return f"rank {task} on {node}: {how} (a signal ended it; SIGKILL may be the kernel, out of memory)."
+    return ""
+
+
+def _exit_file(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _tail(path: Path) -> str:
+    try:
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    except FileNotFoundError:
+        return f"there is none ({path})."
+    return lines[-1] if lines else "nothing."
+
+
+def _attempt(run: Run) -> int:
+    return max((int(path.name) for path in (run.folder / "logs").glob("*") if path.name.isdigit()), default=0)
+
+
+def _launch(run: Run) -> dict[str, Any]:
+    return yaml.safe_load(run.launch.read_text()) or {} if run.launch.exists() else {}
+
+
+def _sweep_folder(run: Run) -> Path:
+    sweep = _launch(run).get("sweep") or {}
+    return run.folder.with_name(sweep["id"]) if sweep else run.folder
+
+
+def _index(env: Mapping[str, str]) -> Path:
+    state = env.get("XDG_STATE_HOME") or Path(env.get("HOME", os.sep)) / ".local" / "state"
+    return Path(state) / "lockstep" / "jobs.jsonl"
+
+
+_FIELDS = ("JobID", "ArrayJobID", "ArrayTaskID", "State", "Reason", "StartTime", "TimeUsed", "TimeLimit", "NodeList")
+
+
+def _ask(ids: set[str], env: Mapping[str, str]) -> dict[str, Slot]:
+    """Slurm's word on the jobs that it still knows; with accounting, on the others too."""
+    if not ids or shutil.which("squeue", path=env.get("PATH")) is None:
+        return {}
+    format_ = ",".join(f"{name}:|" for name in (*_FIELDS, "exit_code", "RestartCnt"))
+    # Not --jobs: one that Slurm has forgotten makes an error of the whole answer.
+    command = ["squeue", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"]
+    answer = subprocess.run(command, env=dict(env), capture_output=True, text=True)
+    slots: dict[str, Slot] = {}
+    for line in answer.stdout.splitlines():
+        job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, *_ = line.split("|")
+        name = f"{array}_{task}" if task != "N/A" else job
+        status = os.waitstatus_to_exitcode(int(code)) if code.isdigit() else 0
+        slots[name] = Slot(state, reason, start, elapsed, limit, nodes, status if status >= 0 else 128 - status, int(restarts))
+    known = {name.partition("_")[0] for name in slots}
+    return slots | _from_accounting({id_ for id_ in ids if id_.partition("_")[0] not in known}, env)
+
+
+def _from_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, Slot]:
+    """What ``sacct`` says, where there is accounting."""
+    if not ids or shutil.which("sacct", path=env.get("PATH")) is None:
+        return {}
+    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(sorted(ids))}"]
+    answer = subprocess.run(
+        [*command, "--format=JobID,State,Reason,Start,Elapsed,Timelimit,NodeList,ExitCode"],
+        env=dict(env),
+        capture_output=True,
+        text=True,
+    )
+    slots: dict[str, Slot] = {}
+    for line in answer.stdout.splitlines():
+        job, state, reason, start, elapsed, limit, nodes, code = line.split("|")
+        status, _, killed = code.partition(":")
+        exited = int(status) or (128 + int(killed) if killed and int(killed) else 0)
+        slots[job] = Slot(state.split()[0], reason, start, elapsed, limit, nodes, exited)
+    return slots
+
+
+def follow(queued: Queued, env: Mapping[str, str]) -> int:
+    """Print rank zero's log until the job ends and return its exit status; Ctrl-C stops the following, never the job.
+
+    For a sweep, one line whenever one of its runs changes; the exit status is that of the first that did not finish.
+    """
+    logs = _Log(queued) if queued.runs == 1 else None
+    said: dict[str, tuple[str, str]] = {}
+    asked = 0.0
+    try:
+        while True:
+            if logs is not None:
+                for text in logs.news():
+                    print(text, end="", flush=True)
+            if time.monotonic() - asked < POLL_SECONDS:
+                time.sleep(0.2)
+                continue
+            views = look([queued], env)
+            asked = time.monotonic()
+            for view in views:
+                if said.get(view.job) != (view.state, view.sentence):
+                    said[view.job] = view.state, view.sentence
+                    print(f"job {view.job}: {view.state}. {view.sentence}".rstrip(), flush=True)
+            if all(view.exit_status != ALIVE for view in views):
+                if logs is not None:
+                    for text in logs.news():
+                        print(text, end="", flush=True)
+                return next((view.exit_status for view in views if view.exit_status), 0)
+    except KeyboardInterrupt:
+        print(f"\njob {queued.job} goes on; jobs.py logs -f {queued.job} follows it again.", flush=True)
+        return 130
+
+
+class _Log:
+    """Rank zero's log as it grows, attempt after attempt."""
+
+    def __init__(self, queued: Queued) -> None:
+        self._run = queued.members[0][1]
+        self._attempt = 0
+        self._read = 0
+
+    def news(self) -> Iterator[str]:
+        """What was written since the last call."""
+        newest = _attempt(self._run)
+        for attempt in range(max(1, self._attempt), newest + 1):
+            if attempt != self._attempt:
+                self._attempt, self._read = attempt, 0
+            path = self._run.folder / "logs" / str(attempt) / "0.log"
+            if path.exists():
+                with path.open(errors="replace", newline="") as file:
+                    file.seek(self._read)
+                    text = file.read()
+                    self._read = file.tell()
+                if text:
+                    yield text

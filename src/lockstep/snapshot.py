@@ -1,0 +1,198 @@
+"""The code of a run as it was when it was submitted: ``code/`` in the run folder, with its checksums in ``code.sha256``.
+
+``code/project`` is the checkout (or the folder) that the job was submitted from, uncommitted and untracked files included,
+ignored ones not; ``code/lockstep`` is lockstep itself, where it is not part of that. ``sha256sum -c ../code.sha256`` in
+``code/`` says whether they are whole. No torch here: the launcher uses this room.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import RunError, UsageError
+from lockstep.run import git_state
+
+LIMIT_MB, LIMIT_FILES = 100, 20_000
+"""A snapshot larger than this has data in it that belong elsewhere."""
+
+_REMEDY = "name it in .gitignore, submit from a folder that holds only your code, or use --no-snapshot"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Where the Python modules of a run are imported from.
+
+    Attributes:
+        paths: For PYTHONPATH, the first wins.
+        project: The folder that was copied, and its copy; None without a snapshot.
+        digest: SHA-256 of ``code.sha256``, in hexadecimal; empty without a snapshot.
+        git: Commit and whether there were uncommitted changes; None outside a checkout.
+    """
+
+    paths: tuple[Path, ...]
+    project: tuple[Path, Path] | None
+    digest: str
+    git: dict[str, Any] | None
+
+    def inside(self, path: Path) -> Path | None:
+        """The copy of ``path`` in the snapshot, where there is one."""
+        if self.project is None or not path.resolve().is_relative_to(self.project[0]):
+            return None
+        copy = self.project[1] / path.resolve().relative_to(self.project[0])
+        return copy if copy.exists() else None
+
+
+def live_code(here: Path, package: Path, python_path: str) -> Code:
+    """The code as it is when the job starts: the current folder and lockstep where they are."""
+    own = [Path(entry).absolute() for entry in python_path.split(os.pathsep) if entry]
+    return Code((here, *own, package.parent), None, "", git_state(here))
+
+
+def take_snapshot(here: Path, package: Path, run: Path, python_path: str, secrets: tuple[str, ...]) -> Code:
+    """Copy the code into ``run/code`` and write ``run/code.sha256`` and, in a checkout, ``run/changes.patch``.
+
+    Args:
+        here: The folder of submission; modules are imported from it. The checkout around it is copied.
+        package: The folder of lockstep's own package.
+        run: The run folder.
+        python_path: PYTHONPATH of the launcher; entries inside the checkout become their copies.
+        secrets: Texts that must not be in any file, such as the W&B key.
+
+    Raises:
+        UsageError: A file holds a secret or cannot be read, or the files are too large for code.
+    """
+    here, package = here.resolve(), package.resolve()
+    checkout, git = _checkout(here), git_state(here)
+    root = checkout or here
+    code = run / "code"
+    sums = _copy(root, code / "project", _files(root) if checkout else _walk(root), secrets)
+    inside = package.is_relative_to(root) and (code / "project" / package.relative_to(root)).is_dir()
+    if not inside:
+        sums |= _copy(package, code / "lockstep" / package.name, _walk(package), secrets)
+    manifest = "".join(f"{digest}  {path.relative_to(code)}\n" for path, digest in sorted(sums.items())).encode()
+    (run / "code.sha256").write_bytes(manifest)
+    if git is not None:
+        patch = _git(root, "diff", "--binary", "HEAD")
+        _refuse_secrets(Path("changes.patch"), patch, secrets)
+        if patch:
+            (run / "changes.patch").write_bytes(patch)
+
+    def copied(path: Path) -> Path:
+        return code / "project" / path.relative_to(root) if path.is_relative_to(root) else path
+
+    own = [copied(Path(entry).resolve()) for entry in python_path.split(os.pathsep) if entry]
+    lockstep = copied(package.parent) if inside else code / "lockstep"
+    paths = tuple(dict.fromkeys((copied(here), *own, lockstep)))
+    return Code(paths, (root, code / "project"), hashlib.sha256(manifest).hexdigest(), git)
+
+
+def check_snapshot(run: Path, digest: str) -> int:
+    """Compare every file of ``run/code`` with its checksum and return their number.
+
+    Raises:
+        RunError: The snapshot is not what was submitted; names the first file that is not.
+    """
+    try:
+        manifest = (run / "code.sha256").read_bytes()
+    except OSError as error:
+        raise RunError(f"The snapshot of the code in {run} cannot be read ({error.strerror}); submit again.") from None
+    if hashlib.sha256(manifest).hexdigest() != digest:
+        raise RunError(f"{run}/code.sha256 is not what was submitted; submit again.")
+    lines = manifest.decode().splitlines()
+    for line in lines:
+        expected, _, name = line.partition("  ")
+        path = run / "code" / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise RunError(
+                f"{path} is {'changed' if path.is_file() else 'missing'}: not the code that was submitted; submit again."
+            )
+    return len(lines)
+
+
+def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...]) -> dict[Path, str]:
+    """Copy ``files``, relative to ``root``; SHA-256 of each copy. Links stay links, to what they pointed to."""
+    sums: dict[Path, str] = {}
+    size = 0
+    largest = (0, Path())
+    for count, name in enumerate(files):
+        if count == LIMIT_FILES:
+            raise UsageError(f"snapshot: the code in {root} has more than {LIMIT_FILES:,} files; {_REMEDY}.")
+        source, target = root / name, into / name
+        if "\n" in str(name):
+            raise UsageError(f"snapshot: the name {str(name)!r} has a line break in it; rename it, or {_REMEDY}.")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_symlink():
+                link = Path(os.readlink(source))
+                leads_out = not link.is_absolute() and not (source.parent / link).resolve().is_relative_to(root)
+                target.symlink_to((source.parent / link).resolve() if leads_out else link)
+                continue
+            size += source.stat().st_size
+            largest = max(largest, (source.stat().st_size, source))
+            if size > LIMIT_MB * 2**20:
+                of_it = f"{largest[1]} alone has {largest[0] >> 20} MB"
+                raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {of_it}; {_REMEDY}.")
+            content = source.read_bytes()
+            _refuse_secrets(source, content, secrets)
+            target.write_bytes(content)
+            shutil.copymode(source, target)
+        except FileNotFoundError:  # tracked, but deleted
+            continue
+        except OSError as error:
+            raise UsageError(f"snapshot: {source} cannot be copied ({error.strerror}); {_REMEDY}.") from None
+        sums[target] = hashlib.sha256(content).hexdigest()
+    return sums
+
+
+def _refuse_secrets(path: Path, content: bytes, secrets: tuple[str, ...]) -> None:
+    if any(secret.encode() in content for secret in secrets):
+        raise UsageError(
+            f"snapshot: {path} holds the W&B key; a run folder must not: keep it with `wandb login`, or {_REMEDY}."
+        )
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Files of a checkout: tracked and untracked ones, not the ignored ones; those of its submodules too."""
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate")
+    for name in listed.decode(errors="surrogateescape").split("\0"):
+        path = Path(name)
+        if not name:
+            continue
+        if (root / path).is_dir() and not (root / path).is_symlink():  # a submodule, or a checkout inside this one
+            inner = _files(root / path) if (root / path / ".git").exists() else _walk(root / path)
+            yield from (path / file for file in inner)
+        else:
+            yield path
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Files of a folder that is no checkout; nothing hidden, nothing compiled, no virtual environment."""
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name != "__pycache__"
+            and not (here / name / "pyvenv.cfg").exists()
+            # A run folder holds a snapshot of its own.
+            and not (here / name / "launch.yaml").exists()
+        ]
+        yield from ((here / name).relative_to(root) for name in files if not name.startswith(".") and not name.endswith(".pyc"))
+
+
+def _checkout(here: Path) -> Path | None:
+    """Root of the checkout around ``here``; None where there is none, or no git."""
+    try:
+        return Path(os.fsdecode(_git(here, "rev-parse", "--show-toplevel").rstrip(b"\n")))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=True).stdout

@@ -1,0 +1,224 @@
+"""Where an import path leads: to the module on disk, and through its imports to the statement that defines a class."""
+
+import ast
+import builtins
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.static.source import Binding, CannotTell, Imported, Module
+
+_OUTSIDE = {*sys.stdlib_module_names, "typing_extensions"}
+"""Packages whose sources are not read; what matters of them is known by name."""
+
+
+class Missing(Exception):
+    """There is certainly no such module, or no such name in it.
+
+    Attributes:
+        module: The module that is missing, or that lacks the name.
+        near: Import paths of the classes that the module has; None where it is itself missing.
+    """
+
+    def __init__(self, module: str, near: Sequence[str] | None = None) -> None:
+        super().__init__(module)
+        self.module, self.near = module, near
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where an import path leads in the end.
+
+    Attributes:
+        path: The import path of what was found, where it is defined.
+        module: The module that defines it, or that it is; None for what is not read.
+        node: The statement that defines it; None for a module, and for what is not read.
+    """
+
+    path: str
+    module: Module | None = None
+    node: ast.stmt | None = None
+
+
+class Sources:
+    """All modules that could be imported, by name. Each is read once.
+
+    Args:
+        folders: Where modules are looked for before ``sys.path``.
+    """
+
+    def __init__(self, folders: Iterable[Path] = ()) -> None:
+        self._folders = [Path(folder) for folder in folders]
+        self._modules: dict[str, Module | None] = {}
+
+    def find(self, path: str) -> Found:
+        """What is defined at an import path such as ``package.module.Class``.
+
+        Raises:
+            Missing: There is certainly nothing.
+            CannotTell: There may be.
+        """
+        first, *parts = path.split(".")
+        if first in _OUTSIDE:
+            return Found(path)
+        module = self.module(first)
+        while len(parts) > 1 and (inner := self.submodule(module, parts[0])) is not None:
+            module = inner
+            del parts[0]
+        try:
+            found = self.member(module, parts[0])
+        except Missing:
+            if self._set_elsewhere(module, parts[0]):
+                raise CannotTell from None
+            if len(parts) > 1:
+                raise Missing(f"{module.name}.{parts[0]}") from None
+            raise
+        for name in parts[1:]:  # a class in a class
+            body = found.node.body if isinstance(found.node, ast.ClassDef) else []
+            inside = [node for node in body if isinstance(node, ast.ClassDef) and node.name == name]
+            if len(inside) != 1:
+                raise CannotTell
+            found = Found(f"{found.path}.{name}", found.module, inside[0])
+        return found
+
+    def module(self, name: str) -> Module:
+        """The module of that name.
+
+        Raises:
+            Missing: There is none.
+            CannotTell: It is not written in Python.
+        """
+        parent, _, last = name.rpartition(".")
+        if parent:
+            if (found := self.submodule(self.module(parent), last)) is None:
+                raise Missing(name)
+            return found
+        if name not in self._modules:
+            self._modules[name] = self._top(name)
+        if (found := self._modules[name]) is None:
+            raise Missing(name)
+        return found
+
+    def submodule(self, module: Module, name: str) -> Module | None:
+        """The module of that name in a package, if there is one."""
+        path = f"{module.name}.{name}"
+        if path not in self._modules:
+            self._modules[path] = None if module.folder is None else _read(path, module.folder / name)
+        return self._modules[path]
+
+    def _top(self, name: str) -> Module | None:
+        near = [found for folder in self._folders if (found := _read(name, folder / name)) is not None]
+        for found in near:
+            if found.folder is None or (found.folder / "__init__.py").exists():
+                return found
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError, AttributeError):
+            raise CannotTell from None
+        if spec is not None and spec.origin is not None:
+            if not spec.origin.endswith(".py"):
+                raise CannotTell
+            origin = Path(spec.origin)
+            return _read(name, origin.parent if origin.name == "__init__.py" else origin.with_suffix(""))
+        # Folders without an __init__.py; there may be several of one name.
+        spread = {found.folder for found in near} | {
+            Path(place) for place in (spec.submodule_search_locations or [] if spec else [])
+        }
+        if len({place.resolve() for place in spread if place}) > 1:
+            raise CannotTell
+        return Module(name, "", spread.pop()) if spread else None
+
+    def member(self, module: Module, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Found:
+        """What ``name`` is in a module: the class, function or assignment, wherever it comes from.
+
+        Raises:
+            Missing: The module certainly has no such name.
+            CannotTell: It may have.
+        """
+        if (module.name, name) in seen:
+            raise CannotTell
+        seen |= {(module.name, name)}
+        bound = module.bound(name)
+        if len(bound) > 1:
+            raise CannotTell
+        if bound:
+            return self._follow(module, name, bound[0], seen)
+        for star in module.stars:
+            try:
+                return self.member(self.module(star), name, seen)
+            except Missing as missing:
+                if missing.near is None:
+                    raise CannotTell from None
+        if module.dynamic or self.submodule(module, name) is not None or module.mentions(name):
+            raise CannotTell
+        raise Missing(module.name, [f"{module.name}.{other}" for other in self._classes(module)])
+
+    def _set_elsewhere(self, module: Module, name: str) -> bool:
+        """Whether another module of the same package may give it the name, as lightning does with names of old."""
+        top = self.module(module.name.partition(".")[0]).folder
+        if top is None or not (top / "__init__.py").exists():
+            return False
+        named = rf"""["']{name}["']"""
+        sets = re.compile(rf"\bsetattr\([\s\S]*{named}|{named}[\s\S]*\bsetattr\(|^\S+\.{name}\s*=".encode(), re.MULTILINE)
+        texts = (file.read_bytes() for file in top.rglob("*.py"))
+        return any(name.encode() in text and sets.search(text) for text in texts)
+
+    def _classes(self, module: Module) -> list[str]:
+        return [*module.classes, *(other for star in module.stars for other in self.module(star).classes)]
+
+    def _follow(self, module: Module, name: str, bound: Binding, seen: frozenset[tuple[str, str]]) -> Found:
+        if isinstance(bound, ast.Assign | ast.AnnAssign) and isinstance(bound.value, ast.Name | ast.Attribute):
+            return self.resolve(module, bound.value, seen)
+        if not isinstance(bound, Imported):
+            return Found(f"{module.name}.{name}", module, bound)
+        if bound.module.partition(".")[0] in _OUTSIDE:
+            return Found(f"{bound.module}.{bound.name}" if bound.name else bound.module)
+        try:
+            there = self.module(bound.module)
+            if not bound.name:
+                return Found(there.name, there)
+            if (inner := self.submodule(there, bound.name)) is not None:
+                return Found(inner.name, inner)
+            return self.member(there, bound.name, seen)
+        except Missing:  # then the import itself fails, or is in a try
+            raise CannotTell from None
+
+    def resolve(self, module: Module, node: ast.expr, seen: frozenset[tuple[str, str]] = frozenset()) -> Found:
+        """What a name or dotted name, such as ``nn.Module``, is in a module.
+
+        Raises:
+            CannotTell: Nothing certain.
+        """
+        try:
+            if isinstance(node, ast.Name):
+                if hasattr(builtins, node.id) and module.keeps(node.id):
+                    return Found(f"builtins.{node.id}")
+                return self.member(module, node.id, seen)
+            if isinstance(node, ast.Attribute):
+                owner = self.resolve(module, node.value, seen)
+                if owner.module is None:
+                    return Found(f"{owner.path}.{node.attr}")
+                if owner.node is None:
+                    inner = self.submodule(owner.module, node.attr)
+                    return Found(inner.name, inner) if inner else self.member(owner.module, node.attr, seen)
+        except Missing:
+            pass
+        raise CannotTell
+
+
+def _read(name: str, place: Path) -> Module | None:
+    """The module at ``place``, a path without a suffix; None where there is nothing."""
+    init, file = place / "__init__.py", place.parent / f"{place.name}.py"
+    try:
+        if init.is_file():
+            return Module(name, init.read_text(), place)
+        if file.is_file():
+            return Module(name, file.read_text(), stubbed=file.with_suffix(".pyi").is_file())
+    except (OSError, UnicodeDecodeError):
+        raise CannotTell from None
+    if any(other.suffix in (".so", ".pyd", ".pyc") for other in place.parent.glob(f"{place.name}.*")):
+        raise CannotTell  # compiled
+    return Module(name, "", place) if place.is_dir() else None

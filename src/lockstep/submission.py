@@ -1,0 +1,286 @@
+"""One call of the launcher: checked, shown, or sent. No torch here."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lockstep.check import check
+from lockstep.errors import UsageError
+from lockstep.job import TrainJob
+from lockstep.profile import Profile
+from lockstep.queue import Queued, record
+from lockstep.run import Run, new_identity
+from lockstep.snapshot import Code, live_code, take_snapshot
+from lockstep.submit import Request, batch_script, submit, would_run
+
+Point = dict[str, str]
+"""The values that one run of a sweep has, by key."""
+
+_PACKAGE = Path(__file__).resolve().parent
+_FILE = re.compile(r"\.(ya?ml|json)$")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is to be sent, and everything that was found out about it without torch.
+
+    Attributes:
+        command: fit, validate or test.
+        arguments: Keys of the config, as they were typed.
+        config: What they say, as ``check`` gave it.
+        profile: Resources, flags included.
+        nodes: Number of nodes.
+        here: Folder of submission.
+        folder: Run folder, or folder of the sweep; not made yet.
+        job_name: Name of the job.
+        after: Job that must have ended well before.
+        points: The runs of a sweep; a single empty one without a sweep.
+        at_once: How many of them run at the same time.
+        snapshot: Whether to copy the code.
+        typed: The whole command line.
+    """
+
+    command: str
+    arguments: tuple[str, ...]
+    config: Mapping[str, Any]
+    profile: Profile
+    nodes: int
+    here: Path
+    folder: Path
+    job_name: str
+    after: str | None
+    points: tuple[Point, ...]
+    at_once: int
+    snapshot: bool
+    typed: tuple[str, ...]
+
+    @classmethod
+    def checked(
+        cls,
+        arguments: Sequence[str],
+        profile: Profile,
+        nodes: int,
+        here: Path,
+        *,
+        typed: Sequence[str],
+        flags: Sequence[str] = (),
+        job_name: str | None = None,
+        after: str | None = None,
+        sweep: Mapping[str, Sequence[str]] | None = None,
+        at_once: int = 256,
+        snapshot: bool = True,
+        env: Mapping[str, str],
+    ) -> "Submission":
+        """A submission whose mistakes, as far as they show without torch, are found.
+
+        Raises:
+            UsageError: The first of them.
+        """
+        for name, number in (("nodes", nodes), ("at-once", at_once)):
+            if number < 1:
+                raise UsageError(f"--{name}: {number} must be 1 or more.")
+        if after is not None and not re.fullmatch(r"\d+(_\d+)?", after):
+            raise UsageError(f"--after: {after!r} is no job; write the number that sbatch or this launcher gave.")
+        if (key := env.get("WANDB_API_KEY")) and any(key in argument for argument in typed):
+            raise UsageError("The W&B key stands in an argument, which everybody can read; leave it in WANDB_API_KEY.")
+        folders = [here, *(Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry)]
+        config = check(arguments, flags, folders)
+        for name, values in (sweep or {}).items():
+            if name.startswith("run."):
+                raise UsageError(f"--sweep: {name} cannot be swept over; runs of a sweep share the folder of their name.")
+            for value in values:
+                check([*arguments, f"--{name}={value}"], flags, folders)
+        points = [dict(zip(sweep or {}, values, strict=True)) for values in itertools.product(*(sweep or {}).values())]
+        name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
+        Run.check_name(name)
+        if bad := re.search(r"[%\\\n]", str(root)):
+            raise UsageError(f"run.root: {str(root)!r} has {bad[0]!r} in it, which Slurm takes for something else.")
+        has_command = bool(arguments) and not arguments[0].startswith("-")
+        return cls(
+            command=arguments[0] if has_command else "fit",
+            arguments=tuple(arguments[1:] if has_command else arguments),
+            config=config,
+            profile=profile,
+            nodes=nodes,
+            here=here,
+            folder=root / name / new_identity(),
+            job_name=job_name or name,
+            after=after,
+            points=tuple(points),
+            at_once=at_once,
+            snapshot=snapshot,
+            typed=tuple(typed),
+        )
+
+    def ask_slurm(self, env: Mapping[str, str]) -> None:
+        """Have Slurm say whether it would ever run this.
+
+        Raises:
+            UsageError: It would not, or it is not here.
+        """
+        if shutil.which("sbatch", path=env.get("PATH")) is None:
+            raise UsageError(
+                "sbatch is not found: this is no login node of a Slurm cluster; see slurm/cluster.py for one here."
+            )
+        would_run(self._request(live_code(self.here, _PACKAGE, env.get("PYTHONPATH", ""))), env)
+
+    def preview(self, env: Mapping[str, str]) -> str:
+        """The batch script, and what each run is told, as ``submit`` would send them."""
+        script = batch_script(self._request(live_code(self.here, _PACKAGE, env.get("PYTHONPATH", ""))))
+        shown = [f"# {run.folder}: {self.command} {' '.join(self._told(self.arguments, point))}" for run, point in self._runs()]
+        more = [f"# … and {len(shown) - 10} more runs"] if len(shown) > 10 else []
+        return "\n".join([script, *shown[:10], *more, ""])
+
+    def submit(self, env: MutableMapping[str, str]) -> Queued:
+        """Make the run folders, queue the job, and return it.
+
+        Raises:
+            UsageError: A folder or file cannot be written, or Slurm does not take the job; nothing is left behind.
+        """
+        new = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
+        made: list[Run] = []
+        try:
+            for run in dict.fromkeys([Run(self.folder), *(run for run, _ in self._runs())]):
+                made.append(Run.create(run.folder.parent.parent, run.name, run.id))
+            code = self._code(env)
+            arguments = self._freeze(code)
+            jobs = [self._job(run, point, arguments, code, index) for index, (run, point) in enumerate(self._runs())]
+            job = submit(self._request(code), jobs, env)
+        except BaseException:
+            for run in made:
+                shutil.rmtree(run.folder)
+            for folder in sorted(new, key=lambda path: len(path.parts), reverse=True):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
+        queued = Queued(job, self.folder, self.job_name, len(self.points), env.get("SLURM_CONF", ""))
+        record(queued, env)
+        return queued
+
+    def _runs(self) -> list[tuple[Run, Point]]:
+        """Each run and its values; the runs of a sweep lie beside the folder of the sweep."""
+        if not self._is_sweep:
+            return [(Run(self.folder), self.points[0])]
+        digits = max(3, len(str(len(self.points) - 1)))
+        return [
+            (Run(self.folder.with_name(f"{self.folder.name}-{index:0{digits}}")), point)
+            for index, point in enumerate(self.points)
+        ]
+
+    @property
+    def _is_sweep(self) -> bool:
+        return len(self.points) > 1
+
+    def _code(self, env: Mapping[str, str]) -> Code:
+        python_path = env.get("PYTHONPATH", "")
+        if not self.snapshot:
+            return live_code(self.here, _PACKAGE, python_path)
+        secrets = tuple(filter(None, [env.get("WANDB_API_KEY")]))
+        return take_snapshot(self.here, _PACKAGE, self.folder, python_path, secrets)
+
+    def _freeze(self, code: Code) -> tuple[str, ...]:
+        """The arguments with every config file in them replaced by its copy in the run folder."""
+        frozen: list[str] = []
+        follows = ""
+        for argument in self.arguments:
+            name, equals, value = argument.partition("=") if argument.startswith("--") else (follows, "", argument)
+            is_file = name.startswith("--") and "." not in name and _FILE.search(value) and Path(value).is_file()
+            copy = str(self._copy(Path(value), code)) if is_file else value
+            frozen.append(f"{name}={copy}" if equals else copy if not argument.startswith("--") else argument)
+            follows = argument if argument.startswith("--") and not equals else ""
+        return tuple(frozen)
+
+    def _copy(self, path: Path, code: Code) -> Path:
+        if copy := code.inside(path):
+            return copy
+        folder = self.folder / "configs"
+        folder.mkdir(exist_ok=True)
+        copy = folder / f"{len(list(folder.iterdir()))}-{path.name}"
+        shutil.copyfile(path, copy)
+        return copy
+
+    def _told(self, arguments: Sequence[str], point: Point) -> list[str]:
+        """All arguments of one run."""
+        told = list(arguments)
+        if self._is_sweep and not self.config["wandb"]["group"]:
+            told.append(f"--wandb.group={self.folder.name}")
+        if not self.profile.shared_filesystem and not any(word.startswith("--shared_filesystem") for word in arguments):
+            told.append("--shared_filesystem=false")
+        return [*told, *(f"--{key}={value}" for key, value in point.items())]
+
+    def _job(self, run: Run, point: Point, arguments: Sequence[str], code: Code, index: int) -> TrainJob:
+        """Describe the run in its folder and make what its ranks get."""
+        if self._is_sweep and self.snapshot:
+            for name in ("code", "code.sha256"):
+                (run.folder / name).symlink_to(Path("..") / self.folder.name / name)
+        default = Profile()
+        resources = {
+            f.name: getattr(self.profile, f.name)
+            for f in fields(Profile)
+            if getattr(self.profile, f.name) != getattr(default, f.name)
+        }
+        run.describe_launch(
+            self.typed,
+            self.nodes,
+            self.profile.ranks,
+            code.git,
+            folder=str(self.here),
+            slurm={key: str(value) for key, value in resources.items()},
+            code=code.digest,
+            **({"sweep": {"id": self.folder.name, "index": index, "values": point}} if self._is_sweep else {}),
+        )
+        return TrainJob(run.folder, self.command, tuple(self._told(arguments, point)), code.digest, self.profile.cpus)
+
+    def _request(self, code: Code) -> Request:
+        return Request(
+            self.job_name,
+            self.folder,
+            self.here,
+            code,
+            self.nodes,
+            self.profile,
+            self.after,
+            len(self.points),
+            self.at_once,
+        )
+
+
+def read_sweep(given: Sequence[str]) -> dict[str, list[str]]:
+    """Keys and their values from ``KEY=A,B,…``; commas inside brackets and quotes do not part values.
+
+    Raises:
+        UsageError: One is not of that form, has a value twice, or a key is given twice.
+    """
+    sweep: dict[str, list[str]] = {}
+    for text in given:
+        key, equals, values = text.partition("=")
+        if not equals or not re.fullmatch(r"\w[\w.]*", key) or not values:
+            raise UsageError(f"--sweep: {text!r} must be of the form KEY=A,B,…, such as model.lr=0.1,0.03.")
+        if key in sweep:
+            raise UsageError(f"--sweep: {key} is given twice; write all of its values after one --sweep.")
+        sweep[key] = re.findall(r"((?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'|[^,])+)", values)
+        if len(set(sweep[key])) < len(sweep[key]):
+            raise UsageError(f"--sweep: {text!r} has a value twice.")
+    return sweep
+
+
+def build_config(submission: Submission, env: Mapping[str, str]) -> str:
+    """The complete config, built as the ranks will build it, with torch and the classes that it names.
+
+    Raises:
+        UsageError: What the job would have said.
+    """
+    point = submission.points[0]
+    command = [sys.executable, "-m", "lockstep.train", submission.command]
+    told = submission._told(submission.arguments, point)
+    built = subprocess.run([*command, *told, "--print_config"], env=dict(env), capture_output=True, text=True)
+    if built.returncode:
+        raise UsageError(built.stderr.strip().splitlines()[-1].removeprefix("lockstep: "))
+    return built.stdout

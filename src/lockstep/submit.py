@@ -1,0 +1,259 @@
+"""From a request to a job in Slurm's queue: the batch script, the pickles and ``sbatch``, all through submitit.
+
+No torch here: the launcher uses this room.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from lockstep.errors import UsageError
+from lockstep.job import TrainJob
+from lockstep.profile import Profile
+from lockstep.snapshot import Code
+
+_INHERITED = re.compile(
+    r"(SLURM_(?!CONF$)|SBATCH_|SRUN_|SALLOC_|SUBMITIT_|PMI|TORCHELASTIC_|LOCKSTEP_(?!PROFILE$)|GOMP_CPU_AFFINITY$|KMP_AFFINITY$"
+    r"|OMP_PROC_BIND$|OMP_PLACES$|RANK$|WORLD_SIZE$|LOCAL_RANK$|LOCAL_WORLD_SIZE$|GROUP_RANK$|MASTER_ADDR$|MASTER_PORT$"
+    r"|CUDA_VISIBLE_DEVICES$|ROCR_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$)"
+)
+"""Variables of the shell that belong to the job it runs in, not to the one that is submitted."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One submission: a job, or an array of them.
+
+    Attributes:
+        name: Name of the job.
+        folder: Of the run, or of the sweep; scripts, pickles and srun's output go into its ``slurm/``.
+        here: Folder of submission; the ranks work in it.
+        code: Where the ranks import from.
+        nodes: Number of nodes.
+        profile: All else about resources.
+        after: Job that must have ended well before; None does not wait.
+        runs: Number of runs; more than one make an array.
+        at_once: How many of them may run at the same time.
+    """
+
+    name: str
+    folder: Path
+    here: Path
+    code: Code
+    nodes: int
+    profile: Profile
+    after: str | None = None
+    runs: int = 1
+    at_once: int = 256
+
+
+class _Executor(SlurmExecutor):
+    """submitit's, which also makes a script where there is no Slurm: ``--dry-run`` works on a laptop."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def scrub(env: MutableMapping[str, str]) -> list[str]:
+    """Take out of ``env`` what an enclosing job has left there, and return the names; ``SLURM_CONF`` stays."""
+    names = [name for name in env if _INHERITED.match(name)]
+    for name in names:
+        del env[name]
+    return names
+
+
+def batch_script(request: Request) -> str:
+    """The script that ``sbatch`` gets."""
+    executor = _executor(request)
+    if request.runs > 1:
+        executor.parameters["map_count"] = request.runs
+    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
+
+def would_run(request: Request, env: Mapping[str, str]) -> None:
+    """Ask Slurm whether it would ever run this.
+
+    Raises:
+        UsageError: It would not; Slurm's own words, and what they mean for these resources.
+    """
+    answer = subprocess.run(
+        ["sbatch", "--test-only"],
+        input=batch_script(request),
+        env={**env, "SBATCH_JOB_NAME": request.name},
+        capture_output=True,
+        text=True,
+    )
+    if answer.returncode:
+        raise UsageError(_sentence(answer.stderr, request, env))
+
+
+def submit(request: Request, jobs: Sequence[TrainJob], env: MutableMapping[str, str]) -> str:
+    """Queue ``jobs``, one per run, with one call of ``sbatch``, and return the job's id.
+
+    Raises:
+        UsageError: Slurm does not take it; nothing is queued.
+    """
+    executor = _executor(request)
+    (request.folder / "slurm").mkdir(mode=0o700)
+    # Not in the script, where a line break in a name would begin a new line.
+    env["SBATCH_JOB_NAME"] = request.name
+    try:
+        if len(jobs) == 1:
+            return str(executor.submit(jobs[0]).job_id)
+        with executor.batch():
+            queued = [executor.submit(job) for job in jobs]
+        return str(queued[0].job_id).partition("_")[0]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise UsageError(_sentence(str(error), request, env)) from None
+    finally:
+        del env["SBATCH_JOB_NAME"]
+
+
+def _executor(request: Request) -> _Executor:
+    profile = request.profile
+    executor = _Executor(folder=request.folder / "slurm", python=_python(request))
+    more: dict[str, Any] = {"chdir": request.here, "no-requeue": True}
+    if profile.reservation:
+        more["reservation"] = profile.reservation
+    if request.after:
+        more["kill-on-invalid-dep"] = "yes"
+    for argument in profile.sbatch:
+        name, equals, value = argument[2:].partition("=")
+        more[name] = value if equals else True
+    given = {
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "nodelist": profile.nodelist,
+        "exclude": profile.exclude,
+        "time": profile.minutes,
+        "nodes": request.nodes,
+        "ntasks_per_node": profile.ranks,
+        "cpus_per_task": profile.cpus,
+        "gpus_per_node": profile.gpus_per_node or None,
+        "mem": profile.mem,
+        "exclusive": profile.exclusive or None,
+        "mail_user": profile.mail_user,
+        "mail_type": profile.mail_type,
+        "dependency": f"afterok:{request.after}" if request.after else None,
+        "array_parallelism": request.at_once,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "job_name": None,
+        "setup": _setup(request),
+        "srun_args": _srun(request),
+        "additional_parameters": more,
+    }
+    executor.parameters.update(given)
+    return executor
+
+
+def _srun(request: Request) -> list[str]:
+    profile = request.profile
+    arguments = ["--kill-on-bad-exit=1"]
+    if profile.cpus is not None:
+        arguments.append(f"--cpus-per-task={profile.cpus}")  # srun does not inherit it
+    if profile.container and profile.container.runtime == "pyxis":
+        mounts = ",".join([*(f"{folder}:{folder}" for folder in _mounted(request)), *profile.container.mounts])
+        arguments += [
+            f"--container-image={profile.container.image}",
+            f"--container-mounts={mounts}",
+            f"--container-workdir={request.here}",
+        ]
+    return [*arguments, *profile.srun]
+
+
+def _python(request: Request) -> str | None:
+    """The command that starts Python in the job; None is the launcher's own."""
+    profile = request.profile
+    if profile.container is None:
+        return None if profile.python is None else shlex.quote(profile.python)
+    python = profile.python or "python"
+    if profile.container.runtime == "pyxis":
+        return shlex.quote(python)
+    binds = [argument for bind in (*map(str, _mounted(request)), *profile.container.mounts) for argument in ("--bind", bind)]
+    gpus = ["--nv"] if profile.gpus_per_node else []
+    return shlex.join(["apptainer", "exec", *gpus, *binds, "--pwd", str(request.here), profile.container.image, python])
+
+
+def _mounted(request: Request) -> list[Path]:
+    """Folders that a container must see: the runs of this name, the folder of submission, and live code."""
+    wanted = [request.folder.parent, request.here, *request.code.paths]
+    return [path for path in dict.fromkeys(wanted) if not any(path != other and path.is_relative_to(other) for other in wanted)]
+
+
+def _setup(request: Request) -> list[str]:
+    """Lines of shell between the #SBATCH lines and srun."""
+    profile = request.profile
+    folder, slurm = shlex.quote(str(request.folder)), shlex.quote(str(request.folder / "slurm"))
+    exports = {
+        "PYTHONPATH": os.pathsep.join(map(str, request.code.paths)),
+        "PYTHONSAFEPATH": "1",  # not the folder of submission, which may have changed
+    }
+    if not profile.network:
+        exports["WANDB_MODE"] = "offline"
+    if profile.network_interface:
+        exports |= {"NCCL_SOCKET_IFNAME": profile.network_interface, "GLOO_SOCKET_IFNAME": profile.network_interface}
+    exports |= profile.environment
+    lines = [
+        "# How this ends is written down also where Slurm keeps no accounts.",
+        f'ended={slurm}/"${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}.exit"',
+        'rm -f "$ended"',
+        "trap 'echo $? >\"$ended\"' EXIT",
+        "# Pickles are loaded from here: nobody else may be able to write here.",
+        f'if [ -n "$(find {folder} {slurm} -maxdepth 0 \\( ! -uid "$(id -u)" -o -perm /022 \\) 2>&1)" ]; then',
+        f"  echo lockstep: others can write to {folder}, so nothing is loaded from it. >&2",
+        "  exit 2",
+        "fi",
+    ]
+    for module in profile.modules:
+        name = shlex.quote(module)
+        lines.append(f"module load {name} || {{ echo lockstep: module load {name} failed. >&2; exit 2; }}")
+    lines += profile.setup
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    if profile.scratch:
+        lines.append(f'export TMPDIR="{profile.scratch}"')
+    return [
+        *lines,
+        "# Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.",
+        "MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))",
+        'while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do',
+        "  MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))",
+        "done",
+        "export MASTER_PORT",
+    ]
+
+
+def _sentence(said: str, request: Request, env: Mapping[str, str]) -> str:
+    """What Slurm said, and what is known of the partition that it was said about."""
+    errors = re.findall(r"(?:sbatch: error: |allocation failure: |Batch job submission failed: )([^\n]+)", said)
+    words = errors[-1].rpartition("failed: ")[2] if errors else " ".join(said.split())
+    profile = request.profile
+    asked = [f"{request.nodes} nodes of {profile.ranks} ranks"]
+    asked += [f"{profile.gpus_per_node} GPUs per node"] if profile.gpus_per_node else []
+    asked += [f"{profile.cpus} CPUs per rank"] if profile.cpus else []
+    asked += [f"{profile.mem} of memory per node"] if profile.mem else []
+    asked += [f"{profile.time} of time"] if profile.time else []
+    known = subprocess.run(
+        ["sinfo", "--noheader", "--format=%P|%D|%c|%m|%G|%l"], env=dict(env), capture_output=True, text=True
+    ).stdout.splitlines()
+    offers = {row.split("|")[0].rstrip("*"): row.split("|") for row in known}
+    default = next((row.split("|")[0].rstrip("*") for row in known if row.split("|")[0].endswith("*")), None)
+    name = profile.partition or default
+    if name in offers:
+        _, count, cpus, memory, gres, time = offers[name]
+        gpus = f", {gres}" if gres != "(null)" else ", no GPUs"
+        has = f"partition {name} has {count} nodes, each {cpus} CPUs, {memory} MB{gpus}, and a time limit of {time}"
+    else:
+        has = f"partitions are {', '.join(offers)}" if offers else "sinfo knows no partition"
+    return f"Slurm does not take this job: {words.rstrip('.')}. Asked for: {', '.join(asked)}; {has}."
