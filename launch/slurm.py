@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Submit a run to Slurm: every rank a task, through submitit. Prints the job's id.
+"""Submit a run to Slurm: every rank a task, through submitit. Prints the job's id; jobs.py tells what becomes of it.
 
     python launch/slurm.py --nodes 4                                          # configs/digits.yaml on four nodes
     python launch/slurm.py --nodes 4 --profile a100 --time 24:00:00 --config configs/imagenet.yaml

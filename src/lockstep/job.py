@@ -44,6 +44,7 @@ class TrainJob:
         world = World.from_env(os.environ)
         _speak_into(run.log(attempt, world.rank))
         start_logging(world)
+        logging.getLogger("submitit").setLevel(logging.WARNING)
         signal.signal(signal.SIGTERM, _leave)
         signal.signal(signal.SIGUSR2, _note)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
