@@ -46,6 +46,8 @@ _KILL_ORDER = ("slurmctld", "slurmd", "slurmstepd", "job", "srun", "munged")
 _HEALTHY = {"idle", "mixed", "allocated", "completing", "planned"}
 """What Slurm calls a node that works."""
 
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 _SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket: unix(7) gives 108 with the final zero."""
 
@@ -640,15 +642,28 @@ def _status(cluster: Cluster) -> int:
 
 def _run(cluster: Cluster, command: Sequence[str]) -> int:
     """Run a command against the cluster; its exit status, or 128 and the number of the signal that ended it."""
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            return  # a terminal sends Ctrl-C to the command by itself
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    # Before the command starts: it must not be left alone by a signal that comes right then.
+    for ending in _ENDINGS:
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            signal.signal(ending, pass_on)
     try:
         process = subprocess.Popen(command, env=_scrubbed_environment() | cluster.env)
     except OSError as error:
         _say(f"{command[0]} cannot be run: {error.strerror}.")
         return 127
-    # A terminal sends Ctrl-C to the command by itself.
-    signal.signal(signal.SIGINT, lambda number, frame: None)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: process.send_signal(number))
+    for number in early:
+        process.send_signal(number)
     status = process.wait()
     return status if status >= 0 else 128 - status
 
@@ -712,7 +727,7 @@ def _act(action: str, folder: Path, command: Sequence[str], node: str = "", **as
         try:
             return _run(cluster, command)
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in _ENDINGS:
                 signal.signal(number, signal.SIG_IGN)
             if new:
                 cluster.down()

@@ -20,6 +20,8 @@ import pytest
 
 from lockstep.logs import stop_logging
 
+pytest_plugins = ["shell"]  # the fixtures of tests/slurm
+
 REPO = Path(__file__).parents[1]
 
 

@@ -74,6 +74,13 @@ def test_the_readme_is_read() -> None:
     assert len(readme_commands()) >= 8
 
 
+@pytest.mark.parametrize(
+    "line", ["--help", "-h", "--print_config", "--model.help lockstep.module.Classifier", "--run.test no -h"]
+)
+def test_what_shows_something_passes(line: str) -> None:
+    assert said(line.split()) == ""
+
+
 def test_the_readmes_own_module_passes(tmp_path: Path) -> None:
     blocks = dict(re.findall(r"```(python|yaml)\n(.*?)```", README, re.DOTALL))
     written(tmp_path, blocks["python"], "mine.py")
@@ -268,7 +275,9 @@ def module_of_ones_own(folder: Path) -> None:
         "class Under(Unknown): ...\n"
         "class Wrapped(Base):\n    @wrap\n    def __init__(self, a: int = 1): ...\n"
         "class Made(Base):\n    def __new__(cls, a: int = 1): ...\n"
-        "@wrap\nclass Decorated(Base): ...\n"
+        "@wrap\nclass Decorated(Base):\n    def __init__(self, a: int = 1): ...\n"
+        "class Keeping(Base):\n    def __init__(self, a=1, **rest):\n        super().__init__()\n        self.rest = rest\n"
+        "    def later(self):\n        return Hidden(width=1, **self.rest)\n"
         "@dataclass\nclass Fields(Base):\n    a: int = 1\n    b: float = field(default=RATE)\n"
         "@dataclasses.dataclass(frozen=True)\nclass More(Fields):\n    c: Optional[str] = None\n"
         "if nn:\n    class Chosen(Base):\n        def __init__(self, a: int = 1): ...\n"
@@ -295,6 +304,7 @@ def module_of_ones_own(folder: Path) -> None:
         ("own.inner.Wrapped", "a anything", ""),
         ("own.inner.Made", "a anything", ""),
         ("own.inner.Decorated", "anything", ""),
+        ("own.inner.Keeping", "a depth", "width lr"),
         ("own.inner.Fields", "a b", "lr"),
         ("own.inner.More", "a b c", "lr"),
         ("own.inner.Chosen", "anything", ""),

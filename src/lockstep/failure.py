@@ -72,7 +72,8 @@ def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
         return first_failure(run, attempt) or failure
     finally:
         beside.unlink()
-    place = f"rank {failure.rank} of {failure.size} (node {failure.node}, {failure.host}) failed first.\n"
+    what = "lost a peer that has left no word" if failure.echo else "failed first"
+    place = f"rank {failure.rank} of {failure.size} (node {failure.node}, {failure.host}) {what}.\n"
     with run.log(attempt, 0).open("a") as log:
         log.write(f"lockstep: {place if failure.size > 1 else ''}{failure.report.rstrip()}\n")
     return failure

@@ -111,10 +111,12 @@ def flags(arguments: Sequence[str]) -> list[tuple[str, str]]:
         if not _is_flag(argument) or argument == "--":
             raise UsageError(not_a_key(argument))
         key, equals, value = argument[2:].partition("=")
-        if not equals and key not in ("help", "print_config") and not key.endswith(".help"):
-            if not rest or _is_flag(rest[0]) or re.fullmatch(r"-[a-zA-Z]\S*", rest[0]):
+        alone = not rest or _is_flag(rest[0]) or re.fullmatch(r"-[a-zA-Z]\S*", rest[0]) is not None
+        if not equals and key != "help":
+            if not alone:
+                value = rest.pop(0)
+            elif key != "print_config" and not key.endswith(".help"):
                 raise UsageError(needs_a_value(key))
-            value = rest.pop(0)
         found.append((key, value))
     return found
 

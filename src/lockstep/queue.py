@@ -243,7 +243,8 @@ def _verdict(job: str, run: Run, slurm: Path, slot: Slot | None, result: dict[st
     """Exit status, state and sentence of a run."""
     if slot is not None and not slot.ended:
         if slot.state != "PENDING":
-            return ALIVE, slot.state.lower(), ""
+            failed = first_failure(run, slot.restarts + 1)
+            return ALIVE, slot.state.lower(), f"It is ending: {failed.reason}" if failed else ""
         if slot.reason in _NEVER:
             return ALIVE, "waiting", f"It will never start: {_NEVER[slot.reason]} (Slurm: {slot.reason}); cancel it."
         if slot.reason == "None":
@@ -254,6 +255,7 @@ def _verdict(job: str, run: Run, slurm: Path, slot: Slot | None, result: dict[st
     attempt = _attempt(run)
     failure = first_failure(run, attempt) if attempt else None
     said = _last_words(slurm, job)
+    ate_too_much = said.startswith("Slurm says")
     if slot is not None and slot.state not in ("COMPLETED", "FAILED"):
         status, word = _ENDED[slot.state]
         more = {
@@ -262,12 +264,12 @@ def _verdict(job: str, run: Run, slurm: Path, slot: Slot | None, result: dict[st
             "NODE_FAIL": f"A node of {slot.nodes} went away.",
             "CANCELLED": "The job that it waited for did not end well." if slot.reason == "DependencyNeverSatisfied" else "",
         }
-        if slot.state == "CANCELLED" and "memory" in said:
+        if slot.state == "CANCELLED" and ate_too_much:
             return 6, "out of memory", more["OUT_OF_MEMORY"]
         return status, word, more.get(slot.state, said)
     if result.get("status") == "finished" and (slot is None or slot.state == "COMPLETED"):
         return 0, "finished", ""
-    if "memory" in said and (failure is None or failure.echo):
+    if ate_too_much and (failure is None or failure.echo):
         return 6, "out of memory", f"It used more memory than it had asked for; ask for more with --mem. {said}"
     if failure is not None and not failure.echo:
         return failure.exit_status, "failed", failure.reason
@@ -293,7 +295,7 @@ def _last_words(slurm: Path, job: str) -> str:
         return ""
     if over := re.search(r"(?i)error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)", text):
         return f"Slurm says: {over[1].strip().rstrip('.')}."
-    killed = re.findall(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Terminated|Segmentation fault|Bus error|Aborted)", text)
+    killed = re.findall(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", text)
     if killed:
         node, task, how = killed[0]
         return f"rank {task} on {node}: {how} (a signal ended it; SIGKILL may be the kernel, out of memory)."

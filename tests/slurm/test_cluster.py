@@ -126,7 +126,8 @@ def test_each_node_is_idle_and_runs_what_it_is_told(place: Path) -> None:
 def test_two_clusters_see_only_their_own_jobs(place: Path) -> None:
     with Cluster.up(place / "a", nodes=1) as one, Cluster.up(place / "b", nodes=1) as other:
         submit(one, "sleep 60")
-        assert one.job_processes() and not other.job_processes()
+        wait_until(one.job_processes)
+        assert not other.job_processes()
         assert one.command("squeue", "--noheader") and not other.command("squeue", "--noheader")
         other.down()
         assert one.node_states() == {"n1": "mixed"}
@@ -244,6 +245,7 @@ def test_down_kills_no_innocent_process(place: Path) -> None:
 def test_down_finds_the_processes_of_a_folder_that_is_gone(place: Path) -> None:
     there = Cluster.up(place / "c", nodes=1)
     submit(there, "sleep 60")
+    wait_until(there.job_processes)
     shutil.rmtree(there.folder)
     assert cli("down", "--folder", str(there.folder)).returncode == 0
     assert not there.processes()

@@ -141,6 +141,8 @@ def _maker(sources: Sources, cls: ast.ClassDef, module: Module) -> tuple[list[Ar
     if module.stubbed:
         raise CannotTell
     decorators = [_decorator(sources, node, module) for node in cls.decorator_list]
+    if "other" in decorators:
+        raise CannotTell
     found = [node for node in cls.body if isinstance(node, Function) and node.name in ("__init__", "__new__")]
     if found:
         init = found[-1]
@@ -151,7 +153,7 @@ def _maker(sources: Sources, cls: ast.ClassDef, module: Module) -> tuple[list[Ar
         ):
             raise CannotTell
         return _arguments(init, module)[1:], init
-    if any(_binds_init(node) for node in cls.body) or any(name not in ("", "dataclass") for name in decorators):
+    if any(_binds_init(node) for node in cls.body):
         raise CannotTell
     return (_fields(sources, cls, module), None) if "dataclass" in decorators else None
 
@@ -210,7 +212,9 @@ def _arguments(function: Function, module: Module) -> list[Argument]:
 
 def _passes_on(function: Function) -> bool:
     """Whether it does something with its ``**kwargs``."""
-    name = function.args.kwarg.arg if function.args.kwarg else None
+    if function.args.kwarg is None:
+        return False
+    name = function.args.kwarg.arg
     return any(isinstance(node, ast.Name) and node.id == name for line in function.body for node in ast.walk(line))
 
 
@@ -245,33 +249,33 @@ def _kept(sources: Sources, found: Found, init: Function) -> dict[str, Argument]
     assert init.args.kwarg is not None
     rest = init.args.kwarg.arg
     nodes = [node for line in init.body for node in ast.walk(line)]
-    keeps = [
-        node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id == rest
-    ]
-    if sum(isinstance(node, ast.Name) and node.id == rest for node in nodes) != 1 or not keeps:
-        raise CannotTell
-    kept = keeps[0].targets[0]
-    if not isinstance(kept, ast.Attribute):
+    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id == rest]
+    kept = [node.targets[0] for node in nodes if isinstance(node, ast.Assign) and [node.value] == uses]
+    if not kept or not isinstance(kept[0], ast.Attribute):
         raise CannotTell
     arguments: dict[str, Argument] = {}
     for _, module in lineage(sources, found):
-        uses = [
-            n
-            for n in ast.walk(module.tree)
-            if isinstance(n, ast.Attribute) and n.attr == kept.attr and isinstance(n.ctx, ast.Load)
-        ]
-        for call in ast.walk(module.tree):
-            if isinstance(call, ast.Call):
-                for keyword in call.keywords:
-                    if keyword.arg is None and keyword.value in uses:
-                        uses.remove(keyword.value)
-                        takes = signature(sources, sources.resolve(module, call.func))
-                        if not takes.closed:
-                            raise CannotTell
-                        given = {other.arg for other in call.keywords}
-                        arguments |= {name: Argument(name, module) for name in takes.arguments if name not in given}
-        if uses:
-            raise CannotTell
+        if f".{kept[0].attr}" in module.text:
+            arguments |= _arguments_of_calls(sources, module, kept[0].attr)
+    return arguments
+
+
+def _arguments_of_calls(sources: Sources, module: Module, kept: str) -> dict[str, Argument]:
+    """What all calls with ``**self.kept`` take; CannotTell if anything else is done with it."""
+    nodes = list(ast.walk(module.tree))
+    uses = [n for n in nodes if isinstance(n, ast.Attribute) and n.attr == kept and isinstance(n.ctx, ast.Load)]
+    arguments: dict[str, Argument] = {}
+    for call in nodes:
+        passed = [k.value for k in call.keywords if k.arg is None] if isinstance(call, ast.Call) else []
+        if isinstance(call, ast.Call) and (mine := [use for use in uses if use in passed]):
+            uses = [use for use in uses if use not in mine]
+            takes = signature(sources, sources.resolve(module, call.func))
+            if not takes.closed:
+                raise CannotTell
+            given = {keyword.arg for keyword in call.keywords}
+            arguments |= {name: Argument(name, module) for name in takes.arguments if name not in given}
+    if uses:
+        raise CannotTell
     return arguments
 
 

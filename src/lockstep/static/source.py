@@ -187,5 +187,5 @@ def _bindings(body: Sequence[ast.stmt], name: str, absolute: Callable[[ast.Impor
                     if (alias.asname or alias.name.partition(".")[0]) == name:
                         yield Imported(alias.name if alias.asname else name)
             case _:
-                for field in ("body", "orelse", "finalbody", "handlers"):
+                for field in ("body", "orelse", "finalbody", "handlers", "cases"):
                     yield from _bindings(getattr(node, field, []), name, absolute)

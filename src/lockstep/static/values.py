@@ -255,7 +255,9 @@ class Values:
         if any(path.partition(".")[0] not in _FAMILIAR for path in named):
             return  # one's own modules may import anything
         for key, name, valid in self._doubts:
-            if not any(name in classes_near(self.sources, path) for path in named):
+            near = [name for path in named for name in classes_near(self.sources, path)]
+            own = [path.rpartition(".")[2] for path in classes_below(self.sources, "lockstep")]
+            if name not in near and (key in BASES or name not in own):
                 raise UsageError(no_class(key, name, valid))
 
     def refuse_incomplete(self, value: Any, kind: Expected, key: str, linked: str = "") -> None:

@@ -1,0 +1,111 @@
+"""Jobs that end badly, on the real one-machine cluster: the truth within seconds, the right exit status, nothing left running.
+
+Cheapest first: jobs that never start, then ranks that really train and die.
+"""
+
+import time
+from pathlib import Path
+
+import pytest
+from shell import Job, Shell
+
+pytestmark = pytest.mark.timeout(150)
+SOON = 15.0
+"""Seconds within which the truth must be told."""
+
+
+ENDLESS = ("--config", "subject.yaml", "--trainer.max_epochs", "100000")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def late(long_shell: Shell) -> Job:
+    """A job with a minute of time; Slurm counts in whole minutes and looks every 30 seconds, so it runs beside the other tests."""
+    return long_shell.submit("--time", "1", "--nodelist", "n2", *ENDLESS)
+
+
+def told(job: Job) -> dict[str, object]:
+    """The status of a job that is about to end, which must be told soon; no process of it may be left."""
+    status = job.wait(seconds=SOON)
+    nothing_is_left(job)
+    return status
+
+
+def nothing_is_left(job: Job) -> None:
+    """No node has a process of this job any more."""
+    deadline = time.monotonic() + SOON
+    while left := [pid for pid in job.shell.cluster.job_processes() if job.id in jobs_of(pid)]:
+        assert time.monotonic() < deadline, f"processes are left: {left}"
+        time.sleep(0.2)
+
+
+def jobs_of(pid: int) -> list[str]:
+    """Id of the job that a process belongs to, if it is still there."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+    return [entry.partition("=")[2] for entry in entries if entry.startswith("SLURM_JOB_ID=")]
+
+
+def test_a_job_that_waits_for_ever_says_what_for(shell: Shell) -> None:
+    blocker = shell.submit("--sbatch=--hold", "--config", "subject.yaml")
+    job = shell.submit("--after", blocker.id, "--config", "subject.yaml")
+    status = job.wait("waiting")
+    assert (status["exit"], status["slurm"]["reason"]) == (3, "Dependency")
+    assert "It waits for another job to end well." in status["sentence"]
+    held = blocker.status()
+    assert held["exit"] == 3 and "because its user holds it" in held["sentence"]
+    shell("launch/jobs.py", "cancel", blocker.id)
+    assert told(blocker)["exit"] == 4
+    status = told(job)
+    assert (status["exit"], status["state"]) == (4, "cancelled")
+
+
+def test_a_raised_exception_is_told_with_its_rank_and_traceback(shell: Shell) -> None:
+    job = shell.submit("--nodes", "2", "--config", "subject.yaml", "--model.trouble", "raise")
+    followed = shell("launch/jobs.py", "logs", "-f", job.id)
+    assert followed.returncode == 1
+    status = told(job)
+    assert (status["exit"], status["state"]) == (1, "failed")
+    assert "rank 1 (node 1," in status["sentence"] and "ValueError: the subject was told to fail" in status["sentence"]
+    log = job.log()
+    assert "rank 1 of 2 (node 1" in log and log.count("Traceback") == 1, log
+    assert f"job {job.id}: failed." in followed.stdout and "Traceback" in followed.stdout
+    assert "the subject was told to fail" in job.result["reason"]
+
+
+def test_a_killed_rank_is_told(shell: Shell) -> None:
+    job = shell.submit("--nodes", "2", "--config", "subject.yaml", "--model.trouble", "kill")
+    followed = shell("launch/jobs.py", "logs", "-f", job.id)
+    status = told(job)
+    assert (followed.returncode, status["exit"], status["state"]) == (1, 1, "failed")
+    assert "rank 1 on n2: Killed" in status["sentence"]
+
+
+def test_a_rank_that_eats_too_much_memory_is_told(shell: Shell) -> None:
+    job = shell.submit("--nodes", "2", "--mem", "2G", "--config", "subject.yaml", "--model.trouble", "eat")
+    followed = shell("launch/jobs.py", "logs", "-f", job.id)
+    status = told(job)
+    assert (followed.returncode, status["exit"], status["state"]) == (6, 6, "out of memory"), status
+    assert "--mem" in str(status["sentence"])
+
+
+def test_cancelled_and_lost_node(shell: Shell) -> None:
+    cancelled = shell.submit(*ENDLESS)
+    lost = shell.submit("--nodes", "2", "--nodelist", "n3,n4", *ENDLESS)
+    for job in (cancelled, lost):
+        job.wait_for_step(1)
+    assert shell("launch/jobs.py", "cancel", cancelled.id).returncode == 0
+    status = cancelled.wait(seconds=SOON)
+    assert (status["exit"], status["state"]) == (4, "cancelled")
+    shell.cluster.lose("n4")
+    status = lost.wait(seconds=SOON)
+    assert (status["exit"], status["state"]) == (7, "a node failed")
+    shell.cluster.restore("n4")
+
+
+def test_over_the_time_limit(late: Job) -> None:
+    status = late.wait(seconds=100)
+    assert (status["exit"], status["state"]) == (5, "over its time limit")
+    assert "--time" in status["sentence"]
+    nothing_is_left(late)
