@@ -19,9 +19,6 @@ from lockstep.static.signature import Argument, Signature, signature
 from lockstep.static.source import CannotTell
 from lockstep.static.values import BASES, Values
 
-_SHOWN = ("help", "print_config", "print_completion", "print_shtab")
-"""Keys that show something instead of a run."""
-
 
 def check(arguments: Sequence[str], launcher_flags: Iterable[str] = (), folders: Sequence[Path] = ()) -> dict[str, Any]:
     """The config that ``arguments`` give, as far as it can be known without importing a class; defaults are lockstep's own.
@@ -43,9 +40,14 @@ def check(arguments: Sequence[str], launcher_flags: Iterable[str] = (), folders:
     given = flags(rest)
     for key, value in given:
         config.take(key, value)
-    if not any(key in _SHOWN for key, _ in given):
+    if not any(_is_shown(key) for key, _ in given):
         config.refuse_incomplete()
     return config.content
+
+
+def _is_shown(key: str) -> bool:
+    """Whether a key shows something instead of starting a run."""
+    return key.endswith(".help") or key in ("help", "print_config", "print_completion", "print_shtab")
 
 
 class Config:
@@ -69,7 +71,7 @@ class Config:
     def take(self, key: str, value: Any) -> None:
         """Set a key, as a flag or a config file gives it."""
         first, *rest = key.split(".")
-        if first in _SHOWN or rest[-1:] == ["help"] or key == "$schema":
+        if _is_shown(key) or key == "$schema":
             return
         if key == "config":
             self._take_file(value)

@@ -108,9 +108,8 @@ def check_snapshot(run: Path, digest: str) -> int:
         expected, _, name = line.partition("  ")
         path = run / "code" / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise RunError(
-                f"{path} is {'changed' if path.is_file() else 'missing'}: not the code that was submitted; submit again."
-            )
+            what = "changed" if path.is_file() else "missing"
+            raise RunError(f"{path} is {what}: this is not the code that was submitted; submit again.")
     return len(lines)
 
 

@@ -17,7 +17,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from lockstep.errors import UsageError
 from lockstep.job import TrainJob
-from lockstep.profile import Profile
+from lockstep.profile import Profile, minutes
 from lockstep.snapshot import Code
 
 _INHERITED = re.compile(
@@ -92,8 +92,10 @@ def would_run(request: Request, env: Mapping[str, str]) -> None:
         capture_output=True,
         text=True,
     )
+    partitions = _partitions(env)
     if answer.returncode:
-        raise UsageError(_sentence(answer.stderr, request, env))
+        raise UsageError(_sentence(answer.stderr, request, partitions))
+    _refuse_time_over_limit(request, partitions)
 
 
 def submit(request: Request, jobs: Sequence[TrainJob], env: MutableMapping[str, str]) -> str:
@@ -113,7 +115,7 @@ def submit(request: Request, jobs: Sequence[TrainJob], env: MutableMapping[str, 
             queued = [executor.submit(job) for job in jobs]
         return str(queued[0].job_id).partition("_")[0]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UsageError(_sentence(str(error), request, env)) from None
+        raise UsageError(_sentence(str(error), request, _partitions(env))) from None
     finally:
         del env["SBATCH_JOB_NAME"]
 
@@ -234,26 +236,63 @@ def _setup(request: Request) -> list[str]:
     ]
 
 
-def _sentence(said: str, request: Request, env: Mapping[str, str]) -> str:
-    """What Slurm said, and what is known of the partition that it was said about."""
+@dataclass(frozen=True)
+class _Partition:
+    """A partition, as ``sinfo`` describes it; where its nodes differ, CPUs and memory are the least, with a +."""
+
+    name: str
+    is_default: bool
+    nodes: str
+    cpus: str
+    memory: str
+    gres: str
+    time: str
+
+    def __str__(self) -> str:
+        gpus = self.gres if self.gres != "(null)" else "no GPUs"
+        return (
+            f"partition {self.name} has {self.nodes} nodes, each {self.cpus} CPUs, {self.memory} MB, {gpus}, "
+            f"and a time limit of {self.time}"
+        )
+
+
+def _partitions(env: Mapping[str, str]) -> list[_Partition]:
+    command = ["sinfo", "--noheader", "--format=%R|%P|%D|%c|%m|%G|%l"]
+    rows = subprocess.run(command, env=dict(env), capture_output=True, text=True).stdout.splitlines()
+    return [_Partition(name, marked.endswith("*"), *rest) for name, marked, *rest in (row.split("|") for row in rows)]
+
+
+def _chosen(request: Request, partitions: Sequence[_Partition]) -> list[_Partition]:
+    """The partitions that a request may run in; ``sinfo`` has a row for each kind of node."""
+    names = request.profile.partition.split(",") if request.profile.partition else []
+    return [p for p in partitions if p.name in names or (not names and p.is_default)]
+
+
+def _refuse_time_over_limit(request: Request, partitions: Sequence[_Partition]) -> None:
+    """Most clusters queue such a job and never start it; ``--test-only`` says nothing either."""
+    limits = [p.time for p in _chosen(request, partitions)]
+    asked = request.profile.minutes
+    if asked is None or not limits or any(limit in ("infinite", "n/a") or minutes(limit) >= asked for limit in limits):
+        return
+    raise UsageError(_sentence("The time limit is longer than the partition's", request, partitions))
+
+
+def _sentence(said: str, request: Request, partitions: Sequence[_Partition]) -> str:
+    """What Slurm said, what was asked for, and what there is."""
     errors = re.findall(r"(?:sbatch: error: |allocation failure: |Batch job submission failed: )([^\n]+)", said)
     words = errors[-1].rpartition("failed: ")[2] if errors else " ".join(said.split())
     profile = request.profile
-    asked = [f"{request.nodes} nodes of {profile.ranks} ranks"]
-    asked += [f"{profile.gpus_per_node} GPUs per node"] if profile.gpus_per_node else []
-    asked += [f"{profile.cpus} CPUs per rank"] if profile.cpus else []
+    asked = [f"{_count(request.nodes, 'node')} of {_count(profile.ranks, 'rank')}"]
+    asked += [f"{_count(profile.gpus_per_node, 'GPU')} per node"] if profile.gpus_per_node else []
+    asked += [f"{_count(profile.cpus, 'CPU')} per rank"] if profile.cpus else []
     asked += [f"{profile.mem} of memory per node"] if profile.mem else []
     asked += [f"{profile.time} of time"] if profile.time else []
-    known = subprocess.run(
-        ["sinfo", "--noheader", "--format=%P|%D|%c|%m|%G|%l"], env=dict(env), capture_output=True, text=True
-    ).stdout.splitlines()
-    offers = {row.split("|")[0].rstrip("*"): row.split("|") for row in known}
-    default = next((row.split("|")[0].rstrip("*") for row in known if row.split("|")[0].endswith("*")), None)
-    name = profile.partition or default
-    if name in offers:
-        _, count, cpus, memory, gres, time = offers[name]
-        gpus = f", {gres}" if gres != "(null)" else ", no GPUs"
-        has = f"partition {name} has {count} nodes, each {cpus} CPUs, {memory} MB{gpus}, and a time limit of {time}"
-    else:
-        has = f"partitions are {', '.join(offers)}" if offers else "sinfo knows no partition"
-    return f"Slurm does not take this job: {words.rstrip('.')}. Asked for: {', '.join(asked)}; {has}."
+    there_is = "; ".join(map(str, _chosen(request, partitions)))
+    if not there_is:
+        names = dict.fromkeys(p.name for p in partitions)
+        there_is = f"partitions are {', '.join(names)}" if names else "sinfo knows no partition"
+    return f"Slurm does not take this job: {words.rstrip('.')}. Asked for: {', '.join(asked)}; {there_is}."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

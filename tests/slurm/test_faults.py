@@ -19,7 +19,7 @@ ENDLESS = ("--config", "subject.yaml", "--trainer.max_epochs", "100000")
 
 @pytest.fixture(scope="module", autouse=True)
 def late(long_shell: Shell) -> Job:
-    """A job with a minute of time; Slurm counts in whole minutes and looks every 30 seconds, so it runs beside the other tests."""
+    """A job with a minute of time; it runs beside the other tests, as Slurm looks for such jobs every 30 seconds only."""
     return long_shell.submit("--time", "1", "--nodelist", "n2", *ENDLESS)
 
 

@@ -1,0 +1,204 @@
+"""From the login node to the ranks, on the real one-machine cluster.
+
+Cheapest first: what is refused before the queue, what is sent without being started, then jobs that train.
+"""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from shell import REPO, Job, Shell
+
+pytestmark = pytest.mark.timeout(150)
+HELD = ("--sbatch=--hold", "--config", "subject.yaml")
+HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--node 4", "node (value 4): there is no such key; did you mean 'nodes'"),
+        ("--trainer.max_epoch 4", "trainer.max_epoch (value 4): there is no such key; did you mean 'trainer.max_epochs'"),
+        ("--trainer.max_epochs ten", "trainer.max_epochs: 'ten' is not valid"),
+        ("--model subject.Subjekt", "subject.Subjekt does not exist; did you mean 'subject.Subject'"),
+        (
+            "--model.troubel none",
+            "model.troubel (value none): there is no such key of subject.Subject; did you mean 'model.trouble'",
+        ),
+        ("--config gone.yaml", "config: there is no file gone.yaml"),
+        ("--sweep model.rnak=1,2", "model.rnak (value 1): there is no such key of subject.Subject; did you mean 'model.rank'"),
+        ("--sweep model.rank", "--sweep: 'model.rank' must be of the form KEY=A,B"),
+        ("--run.root /proc/runs", "run.root: the run folder /proc/runs/subject/"),
+        ("--profile a10", "profile: there is no 'a10' in "),
+        ("--after never", "--after: 'never' is no job"),
+        ("--nodes 0", "--nodes: 0 must be 1 or more"),
+        ("--time soon", "time: 'soon' is no time"),
+        ("--partition nowhere", "Invalid partition name specified. Asked for: 1 node of 1 rank; partitions are debug, short"),
+        ("--nodes 9", "Asked for: 9 nodes of 1 rank; partition debug has 4 nodes"),
+        ("--gpus-per-node 8", "8 GPUs per node; partition debug has 4 nodes, each 4 CPUs, 64000 MB, no GPUs"),
+        (
+            "--partition short --time 10",
+            "10 of time; partition short has 4 nodes, each 4 CPUs, 64000 MB, no GPUs, and a time limit of 1:00",
+        ),
+        ("--cpus-per-rank 64", "64 CPUs per rank; partition debug has 4 nodes, each 4 CPUs"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_queued_or_written(shell: Shell, arguments: str, sentence: str) -> None:
+    before = sorted(shell.project.rglob("*"))
+    done = shell("launch/slurm.py", "--config", "subject.yaml", *arguments.split())
+    assert done.returncode == 2 and done.stdout == ""
+    assert sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not shell.queue() and sorted(shell.project.rglob("*")) == before
+
+
+def test_a_folder_that_everybody_can_write_to_is_refused(shell: Shell) -> None:
+    shared = shell.project / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    done = shell("launch/slurm.py", *HELD, "--run.root", "shared")
+    assert done.returncode == 2 and f"everybody can write to {shared}" in done.stderr
+    assert not list(shared.iterdir()) and not shell.queue()
+
+
+def test_the_launcher_never_imports_torch(shell: Shell) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPO / 'launch')!r}); import slurm; "
+        f"assert slurm.main({[*HELD, '--nodes', '2']!r}) == 0; "
+        "sys.exit(' '.join({'torch', 'lightning', 'jsonargparse', 'subject'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=shell.project, env=shell.env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shell.jobs.append(done.stdout.strip())
+
+
+def test_what_is_written_is_private_and_holds_no_secret(shell: Shell) -> None:
+    key = "0123456789abcdef" * 2 + "beefbeef"
+    job = shell.submit(*HELD, WANDB_API_KEY=key)
+    assert stat.S_IMODE(job.folder.stat().st_mode) == 0o700
+    files = [path for path in job.folder.rglob("*") if path.is_file()]
+    assert len(files) > 20 and not [path for path in files if key.encode() in path.read_bytes()]
+    (shell.project / "notes.txt").write_text(f"my key is {key}")
+    done = shell("launch/slurm.py", *HELD, WANDB_API_KEY=key)
+    assert done.returncode == 2 and "notes.txt holds the W&B key" in done.stderr and key not in done.stderr
+    assert [path for path in job.folder.parent.iterdir()] == [job.folder]
+    done = shell("launch/slurm.py", *HELD, "--wandb.notes", key, WANDB_API_KEY=key)
+    assert done.returncode == 2 and "The W&B key stands in an argument" in done.stderr
+
+
+def test_pickles_are_not_loaded_from_a_folder_that_others_can_write(shell: Shell) -> None:
+    job = shell.submit(*HELD)
+    job.folder.chmod(0o777)
+    shell.cluster.command("scontrol", "release", job.id)
+    status = job.wait(seconds=15)
+    assert status["exit"] == 2 and "others can write to" in status["sentence"]
+
+
+def test_a_changed_snapshot_is_not_run(shell: Shell) -> None:
+    job = shell.submit(*HELD)
+    subprocess.run(["sha256sum", "--check", "--quiet", "../code.sha256"], cwd=job.folder / "code", check=True)
+    (job.folder / "code" / "project" / "subject.py").write_text("raise SystemExit")
+    shell.cluster.command("scontrol", "release", job.id)
+    status = job.wait(seconds=20)
+    assert status["exit"] == 1 and "subject.py is changed: this is not the code that was submitted" in status["sentence"]
+
+
+def test_a_sweep_of_a_thousand_is_one_job_in_seconds(shell: Shell) -> None:
+    values = ",".join(map(str, range(500)))
+    began = time.monotonic()
+    job = shell.submit(*HELD, "--sweep", f"model.step={values}", "--sweep", "model.rank=1,2")
+    assert time.monotonic() - began < 20
+    assert len(list(job.folder.parent.iterdir())) == 1001
+    listed = shell("launch/jobs.py", "list").stdout.splitlines()
+    assert len(listed) == 1 and "1000 waiting" in listed[0]
+    assert shell("launch/jobs.py", "cancel", job.id).returncode == 0
+
+
+def test_dry_run_shows_everything_and_leaves_nothing(shell: Shell) -> None:
+    before = sorted(shell.project.rglob("*"))
+    done = shell("launch/slurm.py", "--nodes", "2", "--dry-run", "--config", "subject.yaml", "--model.word", "dry")
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --nodes=2" in done.stdout and "srun --unbuffered" in done.stdout and "word: dry" in done.stdout
+    done = shell("launch/slurm.py", "--check", "--config", "subject.yaml", "--trainer.precision", "half")
+    assert done.returncode == 2 and done.stdout == ""
+    assert not shell.queue() and sorted(shell.project.rglob("*")) == before
+
+
+def test_ranks_are_placed_and_nothing_that_happens_after_submission_matters(shell: Shell) -> None:
+    """Two jobs at the same time on the same nodes, submitted from inside a job, with hostile names; then the code changes."""
+    inside = {
+        "SLURM_JOB_ID": "999",
+        "SLURM_NTASKS": "7",
+        "SLURM_CPU_BIND": "mask_cpu:0x1",
+        "SBATCH_PARTITION": "nowhere",
+        "RANK": "3",
+    }
+    jobs: list[Job] = []
+    for word in (HOSTILE, "plain"):
+        job = shell.submit(
+            *HELD, "--nodes", "2", "--ranks-per-node", "2", "--cpus-per-rank", "2", "--nodelist", "n1,n2",
+            "--job-name", word, "--model.word", word, "--data.diary", f"diary {len(jobs)}", **inside,
+        )  # fmt: skip
+        name = shell.cluster.command("squeue", f"--jobs={job.id}", "--noheader", "--format=%j")
+        assert name.rstrip("\n") == word
+        jobs.append(job)
+    code = shell.project / "subject.py"
+    code.write_text(code.read_text().replace("as submitted", "as edited"))
+    (shell.project / "subject.yaml").unlink()
+    for job in jobs:
+        shell.cluster.command("scontrol", "release", job.id)
+    for number, (job, word) in enumerate(zip(jobs, (HOSTILE, "plain"), strict=True)):
+        assert job.wait()["exit"] == 0
+        for rank in range(4):
+            place = f"as submitted: rank {rank} node {rank // 2} local {rank % 2} on n{rank // 2 + 1} says {word!r}"
+            assert place in job.log(rank), job.log(rank)
+        noted = sorted(path.name.split("-")[0] for path in (shell.project / f"diary {number}").iterdir())
+        assert noted == ["prepare", "setup", "setup", "setup", "setup"]
+        assert re.search(r"4 ranks on 2 nodes, meeting at tcp://127", job.log())
+        assert job.result["world_size"] == 4 and job.result["weights_sha256"] == jobs[0].result["weights_sha256"]
+    assert not list(shell.project.rglob("pwned"))
+
+
+def test_slurm_and_local_give_the_same_weights(shell: Shell) -> None:
+    digits = ("--nodes", "4", "--trainer.max_epochs", "5", "--run.root", "runs")
+    job = shell.submit(*digits, WANDB_MODE="offline")
+    status = job.wait()
+    assert status["exit"] == 0 and status["metrics"]["test/accuracy"] >= 0.95
+    assert len(list((job.folder / "wandb").glob("offline-run-*"))) == 1
+    done = shell("launch/local.py", *digits)
+    assert done.returncode == 0, done.stderr
+    (local,) = [path for path in job.folder.parent.iterdir() if path != job.folder]
+    assert json.loads((local / "result.json").read_text())["weights_sha256"] == job.result["weights_sha256"]
+
+
+def test_a_sweep_is_one_job_one_group_and_one_table(shell: Shell) -> None:
+    sweep = ("--sweep", "model.seconds=0,0.001,0.002", "--sweep", "seed_everything=1,2")
+    job = shell.submit("--config", "subject.yaml", *sweep, WANDB_MODE="offline")
+    assert len(shell.cluster.command("squeue", "--array", "--noheader", "--format=%F").split()) == 6
+    deadline = time.monotonic() + 120
+    while (done := shell("launch/jobs.py", "status", job.id)).returncode == 3:
+        assert time.monotonic() < deadline, done.stdout
+        time.sleep(0.5)
+    assert done.returncode == 0
+    rows = [line.split("\t") for line in done.stdout.splitlines()[:6]]
+    assert [row[:4] for row in rows] == [
+        [f"{job.id}_{index}", seconds, seed, "finished"]
+        for index, (seconds, seed) in enumerate((s, d) for s in ("0", "0.001", "0.002") for d in ("1", "2"))
+    ]
+    told = json.loads(shell("launch/jobs.py", "status", job.id, "--json").stdout)
+    assert all(run["metrics"]["train/loss"] < 1 for run in told)
+    groups = set()
+    for run in told:
+        (record,) = Path(run["run"]).glob("wandb/offline-run-*/run-*.wandb")
+        command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", record]
+        read = subprocess.run(command, capture_output=True, text=True, check=True)
+        groups |= set(re.findall(r'"run_?[gG]roup":\s*"([^"]+)"', read.stdout))
+        assert Path(run["run"]).name in record.name
+    assert groups == {job.folder.name}, os.listdir(job.folder)
