@@ -1,9 +1,10 @@
 # Everything here is safe to run twice, and the second time is fast.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup slurm demo test lint bench lock clean
 SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+SLURM := slurmctld slurmd slurm-client munge
 STAMP := $(VENV)/.made
 
 help: ## show this list
@@ -16,13 +17,26 @@ $(STAMP): requirements.lock pyproject.toml
 	@command -v uv >/dev/null || python3 -m pip install --quiet uv || python3 -m pip install --quiet --user --break-system-packages uv
 	@export PATH="$$HOME/.local/bin:$$PATH"; set -e; \
 	  [ -x $(PYTHON) ] || uv venv --quiet --python '>=3.11' $(VENV); \
-	  uv pip sync --quiet --python $(VENV) --require-hashes requirements.lock; \
+	  uv pip sync --quiet --compile-bytecode --python $(VENV) --require-hashes requirements.lock; \
 	  uv pip install --quiet --python $(VENV) --no-deps --editable .
 	@touch $@
 
-demo: setup ## train the digits on two pretend nodes of two ranks
-	@echo "== demo: launch/local.py --nodes 2 --ranks 2"
-	$(PYTHON) launch/local.py --nodes 2 --ranks 2
+slurm: ## install Slurm, for the one-machine cluster, if it is missing (Debian, Ubuntu; as root or with sudo)
+	@command -v slurmctld slurmd sbatch munged >/dev/null || { \
+	  echo "== slurm: installing $(SLURM)"; \
+	  sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  { $$sudo apt-get install -y -qq --no-install-recommends $(SLURM) || { \
+	    $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends $(SLURM); }; } >/dev/null; }
+
+demo: setup ## train the digits as a job of four nodes on a Slurm cluster that it brings up on this machine
+	@if $(MAKE) --no-print-directory slurm; then \
+	  echo "== demo: slurm/cluster.py run -- launch/slurm.py --nodes 4 --follow"; \
+	  $(PYTHON) slurm/cluster.py run --nodes 4 -- $(PYTHON) launch/slurm.py --nodes 4 --profile one-machine --follow; \
+	else \
+	  echo "== demo: Slurm cannot be installed here, so launch/local.py --nodes 4 instead"; \
+	  $(PYTHON) launch/local.py --nodes 4; \
+	fi
 
 test: setup lint ## pass the tests
 	@echo "== test: pytest"
@@ -32,8 +46,9 @@ lint: setup ## ruff and mypy
 	@echo "== lint: ruff, mypy"
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check . && $(VENV)/bin/mypy --no-error-summary
 
-bench: setup ## measure against stock lightning and a hand-written loop
+bench: setup ## measure a step against stock lightning and a hand-written loop, and a submission against submitit and sbatch
 	$(PYTHON) benchmarks/step.py
+	$(PYTHON) slurm/cluster.py run -- $(PYTHON) benchmarks/launch.py
 
 lock: ## pin what pyproject.toml asks for
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra dev pyproject.toml -o requirements.lock

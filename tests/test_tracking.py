@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import SMALL, Launch, Outcome
 
-from lockstep.config import WandbOptions
+from lockstep.options import WandbOptions
 from lockstep.tracking import MetricsFile, read_metrics, wandb_mode
 
 

@@ -30,6 +30,8 @@ def start_logging(world: World, file: Path | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # A run that starts from another run's checkpoint has its own folder for checkpoints.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    # It says so wherever Slurm is installed.
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # These say only what a config has asked them for.

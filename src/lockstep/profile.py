@@ -225,6 +225,10 @@ def _check_sense(profile: Profile, place: str) -> None:
         for argument in getattr(profile, name):
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", argument) or "\n" in argument:
                 raise UsageError(f"{place}{name}: {argument!r} must be one line of the form --name or --name=value.")
+    if profile.scratch is not None and not re.fullmatch(r"[\w./${}@+-]+", profile.scratch):
+        raise UsageError(
+            f"{place}scratch: {profile.scratch!r} must be a path of letters, digits and . _ - + @, with $VARIABLES."
+        )
     for name in profile.environment:
         if _SECRET.search(name):
             raise UsageError(

@@ -21,6 +21,7 @@ from lockstep.config import make_objects, parse
 from lockstep.errors import Interrupted, LockstepError, RunError, UsageError
 from lockstep.logs import start_logging
 from lockstep.nearest import did_you_mean
+from lockstep.options import COMMANDS
 from lockstep.order import Sharding
 from lockstep.report import draw, five_lines, weights_sha256
 from lockstep.run import Run, update_status, write_whole
@@ -30,8 +31,6 @@ from lockstep.trainer import make_trainer, resolve_precision
 from lockstep.world import World
 
 log = logging.getLogger(__name__)
-
-COMMANDS = ("fit", "validate", "test")
 
 
 def train(

@@ -1,0 +1,46 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=your_account
+#SBATCH --chdir=/home/user/project
+#SBATCH --cpus-per-task=16
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --mail-type=FAIL,TIME_LIMIT
+#SBATCH --mail-user=you@example.org
+#SBATCH --mem=960G
+#SBATCH --no-requeue
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output=/home/user/project/runs/digits/20260101-000000-abcd/slurm/%j_0_log.out
+#SBATCH --partition=a100
+#SBATCH --signal=USR2@90
+#SBATCH --time=1440
+
+# setup
+# How this ends is written down also where Slurm keeps no accounts.
+ended=/home/user/project/runs/digits/20260101-000000-abcd/slurm/"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}.exit"
+rm -f "$ended"
+trap 'echo $? >"$ended"' EXIT
+# Pickles are loaded from here: nobody else may be able to write here.
+if [ -n "$(find /home/user/project/runs/digits/20260101-000000-abcd /home/user/project/runs/digits/20260101-000000-abcd/slurm -maxdepth 0 \( ! -uid "$(id -u)" -o -perm /022 \) 2>&1)" ]; then
+  echo lockstep: others can write to /home/user/project/runs/digits/20260101-000000-abcd, so nothing is loaded from it. >&2
+  exit 2
+fi
+module load cuda/12.8 || { echo lockstep: module load cuda/12.8 failed. >&2; exit 2; }
+export PYTHONPATH=/home/user/project/runs/digits/20260101-000000-abcd/code/project:/home/user/project/runs/digits/20260101-000000-abcd/code/project/src
+export PYTHONSAFEPATH=1
+export NCCL_SOCKET_IFNAME=ib0
+export GLOO_SOCKET_IFNAME=ib0
+export NCCL_DEBUG=WARN
+# Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.
+MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))
+while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
+  MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
+done
+export MASTER_PORT
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /home/user/project/runs/digits/20260101-000000-abcd/slurm/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=16 /home/user/.venv/bin/python -u -m submitit.core._submit /home/user/project/runs/digits/20260101-000000-abcd/slurm
