@@ -2,7 +2,7 @@
 
     python slurm/cluster.py run -- python benchmarks/launch.py [--rounds 10]
 
-Whole processes, in milliseconds, from start to exit; the three take turns, round by round, and the median round counts. All jobs
+Whole processes, in milliseconds, from start to exit; they take turns, round by round, and the median round counts. All jobs
 are held and cancelled at the end. Ratios are to the submitit script.
 """
 

@@ -132,7 +132,7 @@ class View:
     Attributes:
         job: Its job's id.
         run: Its folder.
-        exit_status: 0 finished · 1 failed · 2 usage error · 3 waits or runs · 4 cancelled · 5 over its time limit · 6 out of
+        exit_status: 0 finished · 1 failed · 2 usage error · 3 waits, runs or unknown · 4 cancelled · 5 over its time limit · 6 out of
             memory · 7 a node failed · 130, 143 interrupted.
         state: One or a few words.
         sentence: What there is to say about it; may be empty.
@@ -222,11 +222,11 @@ def find(which: str | None, env: Mapping[str, str]) -> Queued:
 def look(jobs: Iterable[Queued], env: Mapping[str, str]) -> list[View]:
     """What is known of every run of these submissions, with one question to Slurm."""
     jobs = list(jobs)
-    slots = _ask({job.job for job in jobs}, env)
-    return [_view(id_, run, job, slots.get(id_)) for job in jobs for id_, run in job.members]
+    slots, silence = _ask({job.job for job in jobs}, env)
+    return [_view(id_, run, job, slots.get(id_), silence) for job in jobs for id_, run in job.members]
 
 
-def _view(job: str, run: Run, queued: Queued, slot: Slot | None) -> View:
+def _view(job: str, run: Run, queued: Queued, slot: Slot | None, silence: str) -> View:
     slurm = queued.folder / "slurm" if (queued.folder / "slurm").is_dir() else _sweep_folder(run) / "slurm"
     kept = slurm / f"{job}.ended.json"
     if slot is not None and slot.ended:
@@ -235,7 +235,11 @@ def _view(job: str, run: Run, queued: Queued, slot: Slot | None) -> View:
     elif slot is None and (before := read_whole(kept)):
         slot = Slot(**before)
     progress, result = read_whole(run.status), read_whole(run.result)
-    status, state, sentence = _verdict(job, run, slurm, slot, result)
+    known = slot is not None or result.get("status") == "finished" or (slurm / f"{job}.exit").exists()
+    if silence and not known:
+        status, state, sentence = ALIVE, "unknown", f"Slurm does not answer: {silence}"
+    else:
+        status, state, sentence = _verdict(job, run, slurm, slot, result)
     return View(job, run, status, state, sentence, slot, progress, result)
 
 
@@ -338,14 +342,18 @@ def _index(env: Mapping[str, str]) -> Path:
 _FIELDS = ("JobID", "ArrayJobID", "ArrayTaskID", "State", "Reason", "StartTime", "TimeUsed", "TimeLimit", "NodeList")
 
 
-def _ask(ids: set[str], env: Mapping[str, str]) -> dict[str, Slot]:
-    """Slurm's word on the jobs that it still knows; with accounting, on the others too."""
-    if not ids or shutil.which("squeue", path=env.get("PATH")) is None:
-        return {}
+def _ask(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, Slot], str]:
+    """Slurm's word on the jobs that it still knows, and with accounting on the others too; why it says nothing, if so."""
+    if not ids:
+        return {}, ""
+    if shutil.which("squeue", path=env.get("PATH")) is None:
+        return {}, "there is no squeue here."
     format_ = ",".join(f"{name}:|" for name in (*_FIELDS, "exit_code", "RestartCnt"))
     # Not --jobs: one that Slurm has forgotten makes an error of the whole answer.
     command = ["squeue", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"]
     answer = subprocess.run(command, env=dict(env), capture_output=True, text=True)
+    if answer.returncode:
+        return {}, answer.stderr.strip().splitlines()[-1].removeprefix("slurm_load_jobs error: ")
     slots: dict[str, Slot] = {}
     for line in answer.stdout.splitlines():
         job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, *_ = line.split("|")
@@ -353,7 +361,7 @@ def _ask(ids: set[str], env: Mapping[str, str]) -> dict[str, Slot]:
         status = os.waitstatus_to_exitcode(int(code)) if code.isdigit() else 0
         slots[name] = Slot(state, reason, start, elapsed, limit, nodes, status if status >= 0 else 128 - status, int(restarts))
     known = {name.partition("_")[0] for name in slots}
-    return slots | _from_accounting({id_ for id_ in ids if id_.partition("_")[0] not in known}, env)
+    return slots | _from_accounting({id_ for id_ in ids if id_.partition("_")[0] not in known}, env), ""
 
 
 def _from_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, Slot]:

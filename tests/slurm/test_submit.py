@@ -10,9 +10,11 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cluster import Cluster
 from shell import REPO, Job, Shell
 
 pytestmark = pytest.mark.timeout(150)
@@ -88,6 +90,15 @@ def test_what_is_written_is_private_and_holds_no_secret(shell: Shell) -> None:
     assert [path for path in job.folder.parent.iterdir()] == [job.folder]
     done = shell("launch/slurm.py", *HELD, "--wandb.notes", key, WANDB_API_KEY=key)
     assert done.returncode == 2 and "The W&B key stands in an argument" in done.stderr
+
+
+def test_a_silent_slurm_is_not_taken_for_the_end_of_a_job(shell: Shell, tmp_path: Path) -> None:
+    with Cluster.up(tmp_path / "c", nodes=1) as other:
+        job = replace(shell, env=shell.env | other.env).submit(*HELD)
+        assert job.status()["state"] == "waiting"
+        other.command("scontrol", "shutdown")
+        status = job.status()
+    assert (status["state"], status["exit"]) == ("unknown", 3) and "Slurm does not answer" in status["sentence"]
 
 
 def test_pickles_are_not_loaded_from_a_folder_that_others_can_write(shell: Shell) -> None:
