@@ -132,8 +132,8 @@ class View:
     Attributes:
         job: Its job's id.
         run: Its folder.
-        exit_status: 0 finished · 1 failed · 2 usage error · 3 waits, runs or unknown · 4 cancelled · 5 over its time limit · 6 out of
-            memory · 7 a node failed · 130, 143 interrupted.
+        exit_status: 0 finished · 1 failed · 2 usage error · 3 waits, runs or unknown · 4 cancelled · 5 over its time limit ·
+            6 out of memory · 7 a node failed · 130, 143 interrupted.
         state: One or a few words.
         sentence: What there is to say about it; may be empty.
         slot: Slurm's word; None if it has forgotten the job.
