@@ -39,6 +39,11 @@ class Failure:
     echo: bool = False
 
     @property
+    def interrupted(self) -> bool:
+        """Whether it was a signal that ended the rank."""
+        return self.exit_status in (130, 143)
+
+    @property
     def reason(self) -> str:
         """One line: the rank, and the last line of its report."""
         last = self.report.strip().splitlines()[-1]

@@ -118,12 +118,11 @@ def _fail(error: BaseException, world: World, run: Run, attempt: int) -> int:
 
 def _write_result(run: Run, attempt: int, first: Failure) -> None:
     """Say in ``result.json`` why the run failed; rank zero may have had no time to, or no idea."""
-    result = {"status": "failed", "world_size": first.size, "attempts": attempt}
-    if run.result.exists():
-        result = read_whole(run.result)
-    if result["status"] != "interrupted":
-        write_whole(run.result, result | {"reason": first.reason})
-        update_status(run, "failed")
+    result = read_whole(run.result) or {"world_size": first.size, "attempts": attempt}
+    if not first.interrupted or "status" not in result:
+        status = "interrupted" if first.interrupted else "failed"
+        write_whole(run.result, result | {"status": status, "reason": first.reason})
+        update_status(run, status)
 
 
 def _lost_a_peer(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lockstep.config import make_objects, parse
 from lockstep.errors import Interrupted, LockstepError, RunError, UsageError
+from lockstep.failure import first_failure
 from lockstep.logs import start_logging
 from lockstep.nearest import did_you_mean
 from lockstep.options import COMMANDS
@@ -70,6 +71,10 @@ def train(
         raise
     finally:
         if world.is_zero:
+            first = first_failure(run, attempt)
+            if result["status"] != "finished" and first and not first.interrupted:
+                # What rank zero saw is only that a peer was gone, or the signal that ends the job because of it.
+                result |= {"status": "failed", "reason": first.reason}
             write_whole(run.result, result)
             update_status(run, result["status"])
     if world.is_zero:
