@@ -273,12 +273,16 @@ def _verdict(job: str, run: Run, slurm: Path, slot: Slot | None, result: dict[st
         return status, word, more.get(slot.state, said)
     if result.get("status") == "finished" and (slot is None or slot.state == "COMPLETED"):
         return 0, "finished", ""
-    if ate_too_much and (failure is None or failure.echo):
+    # A rank that lost its peers, or was told to leave because of one, does not know why.
+    knows = failure is not None and not failure.echo and not failure.interrupted
+    if ate_too_much and not knows:
         return 6, "out of memory", f"It used more memory than it had asked for; ask for more with --mem. {said}"
-    if failure is not None and not failure.echo:
+    if failure is not None and knows:
         return failure.exit_status, "failed", failure.reason
     if said:
         return 1, "failed", said
+    if failure is not None and failure.interrupted:
+        return failure.exit_status, "interrupted", failure.reason
     if result.get("reason"):
         return {"interrupted": 143}.get(result["status"], exited or 1), result["status"], str(result["reason"])
     if slot is None and exited is None:
