@@ -4,7 +4,8 @@ The run itself (``config.parse``, then the classes) knows more; what it would ta
 """
 
 import ast
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,21 @@ from lockstep.static.source import CannotTell
 from lockstep.static.values import BASES, Values
 
 
-def check(arguments: Sequence[str], launcher_flags: Iterable[str] = (), folders: Sequence[Path] = ()) -> dict[str, Any]:
+def check(
+    arguments: Sequence[str],
+    launcher_flags: Iterable[str] = (),
+    folders: Sequence[Path] = (),
+    sweep: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
     """The config that ``arguments`` give, as far as it can be known without importing a class; defaults are lockstep's own.
+
+    With a sweep, that of its first run; every value is checked once, together with the first ones of the other keys.
 
     Args:
         arguments: As for ``lockstep.train``: a command or none, then ``--config FILE`` and keys with their values.
         launcher_flags: The launcher's own flags, without dashes; a misspelt one may be meant.
         folders: Where one's own modules are looked for before ``sys.path``.
+        sweep: Keys and the values that they take in turn, after ``arguments``.
 
     Raises:
         UsageError: A command, key, value, file or class is certainly wrong: one sentence that names it and what is valid.
@@ -40,9 +49,25 @@ def check(arguments: Sequence[str], launcher_flags: Iterable[str] = (), folders:
     given = flags(rest)
     for key, value in given:
         config.take(key, value)
-    if not any(_is_shown(key) for key, _ in given):
+    if any(_is_shown(key) for key, _ in given):
+        return config.content
+    common = config.content
+    first: dict[str, Any] | None = None
+    for point in _one_at_a_time(sweep or {}):
+        config.content = copy.deepcopy(common)
+        for key, value in point.items():
+            config.take(key, value)
         config.refuse_incomplete()
-    return config.content
+        first = first or config.content
+    return first or common
+
+
+def _one_at_a_time(sweep: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
+    """The first value of every key, then each further value of each key."""
+    first = {key: values[0] for key, values in sweep.items()}
+    yield first
+    for key, values in sweep.items():
+        yield from (first | {key: value} for value in values[1:])
 
 
 def _is_shown(key: str) -> bool:

@@ -21,6 +21,9 @@ import yaml
 
 from lockstep.errors import UsageError
 
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""The fast one, where there is libyaml: a sweep writes a thousand files."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -145,7 +148,11 @@ class Run:
             "git": git,
             **more,
         }
-        self.launch.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+        self.launch.write_text(yaml.dump(facts, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+IDENTITY = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}(-\d{3,})?")
+"""The name of a run folder; the runs of a sweep have a number at the end."""
 
 
 def new_identity() -> str:

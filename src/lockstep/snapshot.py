@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import RunError, UsageError
-from lockstep.run import git_state
+from lockstep.run import IDENTITY, git_state
 
 LIMIT_MB, LIMIT_FILES = 100, 20_000
 """A snapshot larger than this has data in it that belong elsewhere."""
@@ -156,11 +156,11 @@ def _refuse_secrets(path: Path, content: bytes, secrets: tuple[str, ...]) -> Non
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Files of a checkout: tracked and untracked ones, not the ignored ones; those of its submodules too."""
+    """Files of a checkout: tracked and untracked ones, not the ignored ones nor run folders; those of its submodules too."""
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate")
     for name in listed.decode(errors="surrogateescape").split("\0"):
         path = Path(name)
-        if not name:
+        if not name or any(IDENTITY.fullmatch(part) for part in path.parts):
             continue
         if (root / path).is_dir() and not (root / path).is_symlink():  # a submodule, or a checkout inside this one
             inner = _files(root / path) if (root / path / ".git").exists() else _walk(root / path)
@@ -179,8 +179,7 @@ def _walk(root: Path) -> Iterator[Path]:
             if not name.startswith(".")
             and name != "__pycache__"
             and not (here / name / "pyvenv.cfg").exists()
-            # A run folder holds a snapshot of its own.
-            and not (here / name / "launch.yaml").exists()
+            and not IDENTITY.fullmatch(name)  # a run folder, with a snapshot of its own
         ]
         yield from ((here / name).relative_to(root) for name in files if not name.startswith(".") and not name.endswith(".pyc"))
 

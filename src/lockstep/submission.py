@@ -91,12 +91,12 @@ class Submission:
         if (key := env.get("WANDB_API_KEY")) and any(key in argument for argument in typed):
             raise UsageError("The W&B key stands in an argument, which everybody can read; leave it in WANDB_API_KEY.")
         folders = [here, *(Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry)]
-        config = check(arguments, flags, folders)
-        for name, values in (sweep or {}).items():
+        for name in sweep or {}:
             if name.startswith("run."):
                 raise UsageError(f"--sweep: {name} cannot be swept over; runs of a sweep share the folder of their name.")
-            for value in values:
-                check([*arguments, f"--{name}={value}"], flags, folders)
+            if name == "config":
+                raise UsageError("--sweep: config cannot be swept over; submit once for each config.")
+        config = check(arguments, flags, folders, sweep)
         points = [dict(zip(sweep or {}, values, strict=True)) for values in itertools.product(*(sweep or {}).values())]
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_name(name)

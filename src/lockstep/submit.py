@@ -92,10 +92,10 @@ def would_run(request: Request, env: Mapping[str, str]) -> None:
         capture_output=True,
         text=True,
     )
-    partitions = _partitions(env)
     if answer.returncode:
-        raise UsageError(_sentence(answer.stderr, request, partitions))
-    _refuse_time_over_limit(request, partitions)
+        raise UsageError(_sentence(answer.stderr, request, _partitions(env)))
+    if request.profile.minutes is not None:
+        _refuse_time_over_limit(request, request.profile.minutes, _partitions(env))
 
 
 def submit(request: Request, jobs: Sequence[TrainJob], env: MutableMapping[str, str]) -> str:
@@ -268,11 +268,10 @@ def _chosen(request: Request, partitions: Sequence[_Partition]) -> list[_Partiti
     return [p for p in partitions if p.name in names or (not names and p.is_default)]
 
 
-def _refuse_time_over_limit(request: Request, partitions: Sequence[_Partition]) -> None:
+def _refuse_time_over_limit(request: Request, asked: int, partitions: Sequence[_Partition]) -> None:
     """Most clusters queue such a job and never start it; ``--test-only`` says nothing either."""
     limits = [p.time for p in _chosen(request, partitions)]
-    asked = request.profile.minutes
-    if asked is None or not limits or any(limit in ("infinite", "n/a") or minutes(limit) >= asked for limit in limits):
+    if not limits or any(limit in ("infinite", "n/a") or minutes(limit) >= asked for limit in limits):
         return
     raise UsageError(_sentence("The time limit is longer than the partition's", request, partitions))
 
