@@ -161,15 +161,14 @@ def new_identity() -> str:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout around ``folder`` and whether it has uncommitted changes; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
-
+    """Commit of the checkout around ``folder`` and whether it has uncommitted changes; None outside of one with a commit."""
+    command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch"]
     try:
-        return {"commit": git("rev-parse", "HEAD").strip(), "changed": bool(git("status", "--porcelain").strip())}
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
+    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "(initial)")
+    return None if commit == "(initial)" else {"commit": commit, "changed": not lines[-1].startswith("# ")}
 
 
 def write_whole(path: Path, content: Mapping[str, Any]) -> None:

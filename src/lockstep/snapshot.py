@@ -12,10 +12,9 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lockstep.errors import RunError, UsageError
-from lockstep.run import IDENTITY, git_state
+from lockstep.run import IDENTITY
 
 LIMIT_MB, LIMIT_FILES = 100, 20_000
 """A snapshot larger than this has data in it that belong elsewhere."""
@@ -31,13 +30,11 @@ class Code:
         paths: For PYTHONPATH, the first wins.
         project: The folder that was copied, and its copy; None without a snapshot.
         digest: SHA-256 of ``code.sha256``, in hexadecimal; empty without a snapshot.
-        git: Commit and whether there were uncommitted changes; None outside a checkout.
     """
 
     paths: tuple[Path, ...]
     project: tuple[Path, Path] | None
     digest: str
-    git: dict[str, Any] | None
 
     def inside(self, path: Path) -> Path | None:
         """The copy of ``path`` in the snapshot, where there is one."""
@@ -50,7 +47,7 @@ class Code:
 def live_code(here: Path, package: Path, python_path: str) -> Code:
     """The code as it is when the job starts: the current folder and lockstep where they are."""
     own = [Path(entry).absolute() for entry in python_path.split(os.pathsep) if entry]
-    return Code((here, *own, package.parent), None, "", git_state(here))
+    return Code((here, *own, package.parent), None, "")
 
 
 def take_snapshot(here: Path, package: Path, run: Path, python_path: str, secrets: tuple[str, ...]) -> Code:
@@ -67,7 +64,7 @@ def take_snapshot(here: Path, package: Path, run: Path, python_path: str, secret
         UsageError: A file holds a secret or cannot be read, or the files are too large for code.
     """
     here, package = here.resolve(), package.resolve()
-    checkout, git = _checkout(here), git_state(here)
+    checkout, has_commit = _checkout(here)
     root = checkout or here
     code = run / "code"
     sums = _copy(root, code / "project", _files(root) if checkout else _walk(root), secrets)
@@ -76,7 +73,7 @@ def take_snapshot(here: Path, package: Path, run: Path, python_path: str, secret
         sums |= _copy(package, code / "lockstep" / package.name, _walk(package), secrets)
     manifest = "".join(f"{digest}  {path.relative_to(code)}\n" for path, digest in sorted(sums.items())).encode()
     (run / "code.sha256").write_bytes(manifest)
-    if git is not None:
+    if checkout and has_commit:
         patch = _git(root, "diff", "--binary", "HEAD")
         _refuse_secrets(Path("changes.patch"), patch, secrets)
         if patch:
@@ -88,7 +85,7 @@ def take_snapshot(here: Path, package: Path, run: Path, python_path: str, secret
     own = [copied(Path(entry).resolve()) for entry in python_path.split(os.pathsep) if entry]
     lockstep = copied(package.parent) if inside else code / "lockstep"
     paths = tuple(dict.fromkeys((copied(here), *own, lockstep)))
-    return Code(paths, (root, code / "project"), hashlib.sha256(manifest).hexdigest(), git)
+    return Code(paths, (root, code / "project"), hashlib.sha256(manifest).hexdigest())
 
 
 def check_snapshot(run: Path, digest: str) -> int:
@@ -184,12 +181,15 @@ def _walk(root: Path) -> Iterator[Path]:
         yield from ((here / name).relative_to(root) for name in files if not name.startswith(".") and not name.endswith(".pyc"))
 
 
-def _checkout(here: Path) -> Path | None:
-    """Root of the checkout around ``here``; None where there is none, or no git."""
+def _checkout(here: Path) -> tuple[Path | None, bool]:
+    """Root of the checkout around ``here``, and whether it has a commit; None where there is none, or no git."""
+    command = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "--verify", "HEAD"]
     try:
-        return Path(os.fsdecode(_git(here, "rev-parse", "--show-toplevel").rstrip(b"\n")))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        done = subprocess.run(command, capture_output=True)
+    except OSError:
+        return None, False
+    root = os.fsdecode(done.stdout.partition(b"\n")[0])
+    return Path(root) if root else None, done.returncode == 0
 
 
 def _git(folder: Path, *arguments: str) -> bytes:

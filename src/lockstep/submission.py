@@ -16,7 +16,7 @@ from lockstep.errors import UsageError
 from lockstep.job import TrainJob
 from lockstep.profile import Profile
 from lockstep.queue import Queued, record
-from lockstep.run import Run, new_identity
+from lockstep.run import Run, git_state, new_identity
 from lockstep.snapshot import Code, live_code, take_snapshot
 from lockstep.submit import Request, batch_script, submit, would_run
 
@@ -151,7 +151,8 @@ class Submission:
                 made.append(Run.create(run.folder.parent.parent, run.name, run.id))
             code = self._code(env)
             arguments = self._freeze(code)
-            jobs = [self._job(run, point, arguments, code, index) for index, (run, point) in enumerate(self._runs())]
+            git = git_state(self.here)
+            jobs = [self._job(run, point, arguments, code, git, index) for index, (run, point) in enumerate(self._runs())]
             job = submit(self._request(code), jobs, env)
         except BaseException:
             for run in made:
@@ -215,7 +216,9 @@ class Submission:
             told.append("--shared_filesystem=false")
         return [*told, *(f"--{key}={value}" for key, value in point.items())]
 
-    def _job(self, run: Run, point: Point, arguments: Sequence[str], code: Code, index: int) -> TrainJob:
+    def _job(
+        self, run: Run, point: Point, arguments: Sequence[str], code: Code, git: Mapping[str, Any] | None, index: int
+    ) -> TrainJob:
         """Describe the run in its folder and make what its ranks get."""
         if self._is_sweep and self.snapshot:
             for name in ("code", "code.sha256"):
@@ -230,7 +233,7 @@ class Submission:
             self.typed,
             self.nodes,
             self.profile.ranks,
-            code.git,
+            git,
             folder=str(self.here),
             slurm={key: str(value) for key, value in resources.items()},
             code=code.digest,

@@ -1,7 +1,6 @@
 """Which values an annotation allows, as jsonargparse reads them, where it is simple enough to say so."""
 
 import ast
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,8 +115,8 @@ ANYTHING = Expected(anything=True)
 
 def expected(sources: Sources, argument: Argument) -> Expected:
     """What an argument takes."""
-    if argument.annotation is None or re.search(r"^\s*(?:import|from) jsonargparse", argument.module.text, re.MULTILINE):
-        return ANYTHING  # a module that uses jsonargparse may teach it types
+    if argument.annotation is None or argument.module.teaches_types:
+        return ANYTHING
     try:
         found = _expected(sources, argument.module, argument.annotation)
     except RecursionError:  # a type of itself, such as a tree

@@ -68,6 +68,11 @@ class Module:
                 names += [name for alias in node.names if (name := alias.asname or alias.name)[0].isupper()]
         return [name for name in names if not name.startswith("_")]
 
+    @cached_property
+    def teaches_types(self) -> bool:
+        """Whether it uses jsonargparse, and so may teach it types."""
+        return "jsonargparse" in self.text and bool(re.search(r"^\s*(?:import|from) jsonargparse", self.text, re.MULTILINE))
+
     def bound(self, name: str) -> list[Binding]:
         """The statements and imports, also inside of ``if`` and ``try``, that give the module ``name``."""
         if name not in self._bound:
