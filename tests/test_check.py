@@ -336,3 +336,26 @@ def test_a_file_that_is_refused_the_parser_refuses_too(text: str, tmp_path: Path
 def test_the_keys_are_the_parsers() -> None:
     known = {action.dest for action in make_parser()._actions if not re.search(r"help$|^print_|^==", action.dest)}
     assert set(Config(Sources(), []).keys()) | {"run", "ddp", "checkpoint", "wandb"} == known
+
+
+def test_every_value_of_a_sweep_is_checked_with_the_others(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"model\.lr: 'x' is not valid"):
+        check(DIGITS, sweep={"model.network": ["lockstep.networks.MLP", "lockstep.networks.ConvNet"], "model.lr": ["0.1", "x"]})
+    # What only the sweep gives is not missing.
+    text = "from lightning.pytorch import LightningModule as L\nclass M(L):\n def __init__(self, width: int, depth: int = 1): 0"
+    written(tmp_path, text, "mine.py")
+    mine = [*DIGITS, "--model", "mine.M"]
+    with pytest.raises(UsageError, match=r"model\.width: must be set"):
+        check(mine, folders=[tmp_path], sweep={"model.depth": ["1"]})
+    config = check(mine, folders=[tmp_path], sweep={"model.depth": ["1", "2"], "model.width": ["10", "11"]})
+    assert config["model"]["init_args"] == {"depth": 1, "width": 10}
+
+
+def test_what_only_an_image_has_is_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from only_in_the_image import Base\nclass Model(Base): pass\n")
+    for path in ("only_in_the_image.Model", "mine.Model"):
+        check([*DIGITS, "--model", path], folders=[tmp_path], elsewhere=True)
+    with pytest.raises(UsageError, match="No module named 'only_in_the_image'"):
+        check([*DIGITS, "--model", "only_in_the_image.Model"], folders=[tmp_path])
+    with pytest.raises(UsageError, match=r"mine\.Modle does not exist; did you mean 'mine.Model'"):
+        check([*DIGITS, "--model", "mine.Modle"], folders=[tmp_path], elsewhere=True)

@@ -26,6 +26,7 @@ def check(
     launcher_flags: Iterable[str] = (),
     folders: Sequence[Path] = (),
     sweep: Mapping[str, Sequence[str]] | None = None,
+    elsewhere: bool = False,
 ) -> dict[str, Any]:
     """The config that ``arguments`` give, as far as it can be known without importing a class; defaults are lockstep's own.
 
@@ -36,6 +37,7 @@ def check(
         launcher_flags: The launcher's own flags, without dashes; a misspelt one may be meant.
         folders: Where one's own modules are looked for before ``sys.path``.
         sweep: Keys and the values that they take in turn, after ``arguments``.
+        elsewhere: Whether the run has another Python, whose packages need not be here.
 
     Raises:
         UsageError: A command, key, value, file or class is certainly wrong: one sentence that names it and what is valid.
@@ -45,7 +47,7 @@ def check(
         if rest[0] not in COMMANDS:
             raise UsageError(f"{rest[0]!r} is no command{did_you_mean(rest[0], COMMANDS)}")
         del rest[0]
-    config = Config(Sources(folders), launcher_flags)
+    config = Config(Sources(folders, elsewhere), launcher_flags)
     given = flags(rest)
     for key, value in given:
         config.take(key, value)

@@ -96,7 +96,8 @@ class Submission:
                 raise UsageError(f"--sweep: {name} cannot be swept over; runs of a sweep share the folder of their name.")
             if name == "config":
                 raise UsageError("--sweep: config cannot be swept over; submit once for each config.")
-        config = check(arguments, flags, folders, sweep)
+        elsewhere = profile.container is not None or profile.python is not None
+        config = check(arguments, flags, folders, sweep, elsewhere)
         points = [dict(zip(sweep or {}, values, strict=True)) for values in itertools.product(*(sweep or {}).values())]
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_name(name)

@@ -48,10 +48,11 @@ class Sources:
 
     Args:
         folders: Where modules are looked for before ``sys.path``.
+        elsewhere: Whether the run has another Python, which may have packages that are not here.
     """
 
-    def __init__(self, folders: Iterable[Path] = ()) -> None:
-        self._folders = [Path(folder) for folder in folders]
+    def __init__(self, folders: Iterable[Path] = (), elsewhere: bool = False) -> None:
+        self._folders, self._elsewhere = [Path(folder) for folder in folders], elsewhere
         self._modules: dict[str, Module | None] = {}
 
     def find(self, path: str) -> Found:
@@ -128,6 +129,8 @@ class Sources:
             Path(place) for place in (spec.submodule_search_locations or [] if spec else [])
         }
         if len({place.resolve() for place in spread if place}) > 1:
+            raise CannotTell
+        if not spread and self._elsewhere:
             raise CannotTell
         return Module(name, "", spread.pop()) if spread else None
 
