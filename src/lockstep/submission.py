@@ -19,6 +19,7 @@ from lockstep.queue import Queued, record
 from lockstep.run import Run, git_state, new_identity
 from lockstep.snapshot import Code, live_code, take_snapshot
 from lockstep.submit import Request, batch_script, submit, would_run
+from lockstep.wandb_key import wandb_key
 
 Point = dict[str, str]
 """The values that one run of a sweep has, by key."""
@@ -88,8 +89,10 @@ class Submission:
                 raise UsageError(f"--{name}: {number} must be 1 or more.")
         if after is not None and not re.fullmatch(r"\d+(_\d+)?", after):
             raise UsageError(f"--after: {after!r} is no job; write the number that sbatch or this launcher gave.")
-        if (key := env.get("WANDB_API_KEY")) and any(key in argument for argument in typed):
-            raise UsageError("The W&B key stands in an argument, which everybody can read; leave it in WANDB_API_KEY.")
+        if (key := wandb_key(env)) and any(key in argument for argument in typed):
+            raise UsageError(
+                "The W&B key stands in an argument, which everybody can read; leave it in WANDB_API_KEY, or use wandb login."
+            )
         folders = [here, *(Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry)]
         for name in sweep or {}:
             if name.startswith("run."):
@@ -184,8 +187,8 @@ class Submission:
         python_path = env.get("PYTHONPATH", "")
         if not self.snapshot:
             return live_code(self.here, _PACKAGE, python_path)
-        secrets = tuple(filter(None, [env.get("WANDB_API_KEY")]))
-        return take_snapshot(self.here, _PACKAGE, self.folder, python_path, secrets)
+        key = wandb_key(env)
+        return take_snapshot(self.here, _PACKAGE, self.folder, python_path, (key,) if key else ())
 
     def _freeze(self, code: Code) -> tuple[str, ...]:
         """The arguments with every config file in them replaced by its copy in the run folder."""
@@ -278,13 +281,21 @@ def read_sweep(given: Sequence[str]) -> dict[str, list[str]]:
 def build_config(submission: Submission, env: Mapping[str, str]) -> str:
     """The complete config, built as the ranks will build it, with torch and the classes that it names.
 
+    With the Python of the ranks; where that is in an image, with the one here.
+
     Raises:
         UsageError: What the job would have said.
     """
-    point = submission.points[0]
-    command = [sys.executable, "-m", "lockstep.train", submission.command]
-    told = submission._told(submission.arguments, point)
-    built = subprocess.run([*command, *told, "--print_config"], env=dict(env), capture_output=True, text=True)
+    profile, point = submission.profile, submission.points[0]
+    python = sys.executable if profile.container or not profile.python else profile.python
+    code = live_code(submission.here, _PACKAGE, env.get("PYTHONPATH", ""))
+    env = {**env, "PYTHONPATH": os.pathsep.join(map(str, code.paths)), "PYTHONSAFEPATH": "1"}
+    command = [python, "-m", "lockstep.train", submission.command, *submission._told(submission.arguments, point)]
+    try:
+        built = subprocess.run([*command, "--print_config"], env=env, capture_output=True, text=True)
+    except OSError as error:
+        raise UsageError(f"python: {python} cannot be run here ({error.strerror}); give the path of an interpreter.") from None
     if built.returncode:
-        raise UsageError(built.stderr.strip().splitlines()[-1].removeprefix("lockstep: "))
+        said = built.stderr.strip().splitlines()[-1].removeprefix("lockstep: ")
+        raise UsageError(said + (" (Said by the Python here; that of the image was not asked.)" if profile.container else ""))
     return built.stdout

@@ -2,13 +2,11 @@
 
 import csv
 import logging
-import netrc
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 import yaml
 from lightning.pytorch.loggers import Logger
@@ -16,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lockstep.options import WandbOptions
 from lockstep.run import Run
+from lockstep.wandb_key import wandb_key
 from lockstep.world import World
 
 if TYPE_CHECKING:
@@ -98,16 +97,7 @@ def wandb_mode(options: WandbOptions, env: Mapping[str, str]) -> str:
         return options.mode
     if env.get("WANDB_MODE") in ("online", "offline", "disabled"):
         return env["WANDB_MODE"]
-    return "online" if env.get("WANDB_API_KEY") or _key_in_netrc(env) else "offline"
-
-
-def _key_in_netrc(env: Mapping[str, str]) -> bool:
-    host = urlparse(env.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(env.get("NETRC") or Path(env.get("HOME", "~")).expanduser() / ".netrc")
-    try:
-        return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return "online" if wandb_key(env) else "offline"
 
 
 def start_wandb(run: Run, options: WandbOptions, config: Mapping[str, Any], world: World) -> "wandb.Run | None":

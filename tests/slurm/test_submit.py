@@ -87,6 +87,10 @@ def test_what_is_written_is_private_and_holds_no_secret(shell: Shell) -> None:
     (shell.project / "notes.txt").write_text(f"my key is {key}")
     done = shell("launch/slurm.py", *HELD, WANDB_API_KEY=key)
     assert done.returncode == 2 and "notes.txt holds the W&B key" in done.stderr and key not in done.stderr
+    netrc = shell.project.parent / "netrc"
+    netrc.write_text(f"machine api.wandb.ai login user password {key}\n")
+    done = shell("launch/slurm.py", *HELD, NETRC=str(netrc))
+    assert done.returncode == 2 and "notes.txt holds the W&B key" in done.stderr and key not in done.stderr
     assert [path for path in job.folder.parent.iterdir()] == [job.folder]
     done = shell("launch/slurm.py", *HELD, "--wandb.notes", key, WANDB_API_KEY=key)
     assert done.returncode == 2 and "The W&B key stands in an argument" in done.stderr
