@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster
+from daemons import Cluster
 
 REPO = Path(__file__).parents[2]
 

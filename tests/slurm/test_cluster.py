@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import cluster
+import daemons
 import pytest
-from cluster import Cluster, ClusterError
+from conf import ClusterError
+from daemons import Cluster
 
-SCRIPT = Path(cluster.__file__)
+SCRIPT = Path(daemons.__file__).with_name("cluster.py")
 
 
 @pytest.fixture
@@ -158,10 +159,10 @@ def test_preemption_requeues_a_job_of_low_priority(place: Path) -> None:
 
 
 def test_a_port_that_was_taken_in_between_is_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really_free = cluster._free_ports
+    really_free = daemons.free_ports
     with socket.create_server(("127.0.0.1", 0)) as busy:
         tries = [lambda count: [*really_free(count - 1), busy.getsockname()[1]], really_free]
-        monkeypatch.setattr(cluster, "_free_ports", lambda count: tries.pop(0)(count))
+        monkeypatch.setattr(daemons, "free_ports", lambda count: tries.pop(0)(count))
         with Cluster.up(place / "c", nodes=1) as there:
             assert there.node_states() == {"n1": "idle"}
     assert not tries

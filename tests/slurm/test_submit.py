@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from daemons import Cluster
 from shell import REPO, Job, Shell
 
 pytestmark = pytest.mark.timeout(150)
