@@ -22,7 +22,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 slurm: ## install Slurm, for the one-machine cluster, if it is missing (Debian, Ubuntu; as root or with sudo)
-	@command -v slurmctld slurmd sbatch munged >/dev/null || { \
+	@export PATH="$$PATH:/usr/local/sbin:/usr/sbin"; \
+	for program in slurmctld slurmd sbatch munged; do command -v $$program >/dev/null || missing=1; done; \
+	[ -z "$$missing" ] || { \
 	  echo "== slurm: installing $(SLURM)"; \
 	  sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
 	  export DEBIAN_FRONTEND=noninteractive; \

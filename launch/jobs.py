@@ -22,10 +22,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 
 from lockstep.errors import LockstepError, UsageError
-from lockstep.queue import POLL_SECONDS, Queued, View, find, follow, look, recorded
+from lockstep.queue import Queued, View, find, follow, look, recorded
 
 Row = dict[str, str]
 
@@ -124,7 +123,7 @@ def print_facts(view: View) -> None:
         "attempt": str(view.attempt or ""),
         "step": steps(view),
         "speed": f"{progress['samples_per_second']:g} samples/s" if progress.get("samples_per_second") else "",
-        "time left": f"{left:.0f} s" if left and view.exit_status == 3 else "",
+        "time left": f"{left:.0f} s" if left and view.alive else "",
         **{name: f"{value:.5g}" for name, value in sorted(view.metrics.items()) if not name.startswith("rate/")},
         "folder": str(view.run.folder),
     }
@@ -159,8 +158,8 @@ def show_log(queued: Queued, rank: int, tail: int | None, following: bool) -> in
     """
     if queued.runs > 1:
         raise UsageError(f"{queued.job} is a sweep of {queued.runs} runs; name one, such as {queued.job}_0.")
-    if following and tail is None and rank == 0:
-        return follow(queued, os.environ)
+    if following and tail is None:
+        return follow(queued, os.environ, rank)
     view = look([queued], os.environ)[0]
     path = view.run.folder / "logs" / str(view.attempt) / f"{rank}.log"
     if not path.exists():
@@ -168,26 +167,10 @@ def show_log(queued: Queued, rank: int, tail: int | None, following: bool) -> in
         if not early.exists():
             raise UsageError(f"job {view.job} ({view.state}) has no log of rank {rank} yet. {view.sentence}".rstrip())
         path = early
-    return print_file(path, tail, queued if following else None)
-
-
-def print_file(path: Path, tail: int | None, until_end_of: Queued | None) -> int:
-    """Print a file, or its last lines; then what is added to it, until that job ends."""
     with path.open(errors="replace") as file:
         sys.stdout.writelines(file if tail is None else deque(file, tail))
-        sys.stdout.flush()
-        try:
-            while until_end_of is not None:
-                view = look([until_end_of], os.environ)[0]
-                sys.stdout.writelines(file)
-                sys.stdout.flush()
-                if view.exit_status != 3:
-                    print(f"job {view.job}: {view.state}. {view.sentence}".rstrip())
-                    return view.exit_status
-                time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            return 130
-    return 0
+    sys.stdout.flush()
+    return follow(queued, os.environ, rank, view) if following else 0
 
 
 def end(queued: Queued) -> int:
@@ -197,7 +180,7 @@ def end(queued: Queued) -> int:
         UsageError: Slurm would not.
     """
     views = look([queued], os.environ)
-    if all(view.exit_status != 3 for view in views):
+    if not any(view.alive for view in views):
         raise UsageError(f"job {queued.job} is over already: {views[0].state}.")
     done = subprocess.run(["scancel", queued.job], capture_output=True, text=True)
     if done.returncode:

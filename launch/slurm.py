@@ -14,11 +14,13 @@ import argparse
 import gc
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from lockstep.check import shows_only
 from lockstep.errors import LockstepError
 from lockstep.profile import FLAGS, Profile, load_profile, profile_folders, with_flags
 from lockstep.queue import follow
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str]) -> int:
         at = 1 if rest and not rest[0].startswith("-") else 0
         rest[at:at] = ["--config", str(TOOLKIT / "configs" / "digits.yaml")]
     here = Path.cwd()
+    if any(shows_only(argument) for argument in rest):
+        return subprocess.run([sys.executable, "-m", "lockstep.train", *rest]).returncode
     try:
         if ignored := [name for name in scrub(os.environ) if name.startswith("SBATCH_")]:
             print(f"ignored: {', '.join(ignored)}; put them into a profile.", file=sys.stderr)

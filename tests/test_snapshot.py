@@ -60,6 +60,18 @@ def test_a_checkout_with_what_is_not_committed_and_without_what_is_ignored(proje
     assert "+changed" in (run / "changes.patch").read_text()
 
 
+def test_links_lead_to_copies_where_there_are_any(project: Path) -> None:
+    (project / "absolute.py").symlink_to(project / "train me.py")
+    (project / "folder").symlink_to("inner")
+    (project / "out").symlink_to("/usr/bin")
+    run, files = taken(project)
+    assert files == ["absolute.py", "folder", "inner/größe.py", "out", "train me.py"]
+    (project / "train me.py").write_text("edited")
+    copies = run / "code/project"
+    assert (copies / "absolute.py").read_text() == "train me.py" and (copies / "folder/größe.py").exists()
+    assert (copies / "out").readlink() == Path("/usr/bin")
+
+
 def test_entries_of_the_python_path_become_their_copies(project: Path) -> None:
     run = project / "run"
     run.mkdir()

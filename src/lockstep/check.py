@@ -72,6 +72,11 @@ def _one_at_a_time(sweep: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str
         yield from (first | {key: value} for value in values[1:])
 
 
+def shows_only(argument: str) -> bool:
+    """Whether an argument shows something instead of starting a run."""
+    return argument.startswith("--") and _is_shown(argument[2:].partition("=")[0])
+
+
 def _is_shown(key: str) -> bool:
     """Whether a key shows something instead of starting a run."""
     return key.endswith(".help") or key in ("help", "print_config", "print_completion", "print_shtab")

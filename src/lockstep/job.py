@@ -56,11 +56,14 @@ class TrainJob:
 
             train(self.command, *parse(self.arguments), world, run, attempt)
         except BaseException as error:
-            status = _fail(error, world, run, attempt)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            # Not sys.exit: a thread of a broken process group must not keep this rank, and with it the job, alive.
-            os._exit(status)
+            status = 1
+            try:
+                status = _fail(error, world, run, attempt)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                # Not sys.exit: a thread of a broken process group must not keep this rank, and with it the job, alive.
+                os._exit(status)
 
     def _look_around(self, world: World) -> None:
         """Say where this rank is; check the snapshot and what Slurm gave."""
@@ -73,7 +76,11 @@ class TrainJob:
         if self.cpus is not None and mine < self.cpus:
             log.warning("rank %d may use %d CPUs, but %d were asked for; see --cpu-bind of srun", world.rank, mine, self.cpus)
         if scratch := os.environ.get("TMPDIR"):
-            os.makedirs(scratch, exist_ok=True)
+            try:
+                os.makedirs(scratch, exist_ok=True)
+            except OSError as error:
+                log.warning("rank %d: TMPDIR=%s cannot be made (%s); /tmp is used", world.rank, scratch, error.strerror)
+                del os.environ["TMPDIR"]
 
 
 def _speak_into(path: Path) -> None:

@@ -210,8 +210,8 @@ def _value(key: str, value: Any, hint: Any) -> Any:
         if not re.fullmatch(r"\d+", str(value)):
             raise UsageError(f"{key}: {value!r} must be a whole number.")
         return int(value)
-    if isinstance(value, Mapping | list):
-        raise UsageError(f"{key}: {value!r} must be a text.")
+    if isinstance(value, Mapping | list) or "\n" in str(value):
+        raise UsageError(f"{key}: {value!r} must be a text of one line.")
     return str(value)
 
 
@@ -225,14 +225,18 @@ def _check_sense(profile: Profile, place: str) -> None:
         for argument in getattr(profile, name):
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", argument) or "\n" in argument:
                 raise UsageError(f"{place}{name}: {argument!r} must be one line of the form --name or --name=value.")
+            if name == "sbatch" and re.match(r"--clusters?(=|$)", argument):
+                raise UsageError(f"{place}sbatch: {argument!r} leads to another cluster; submit on its own login node.")
     if profile.scratch is not None and not re.fullmatch(r"[\w./${}@+-]+", profile.scratch):
         raise UsageError(
             f"{place}scratch: {profile.scratch!r} must be a path of letters, digits and . _ - + @, with $VARIABLES."
         )
-    for name in profile.environment:
+    in_setup = [name for line in profile.setup for name in re.findall(r"(\w+)=", line)]
+    for name in (*profile.environment, *in_setup):
         if _SECRET.search(name):
+            where = "environment" if name in profile.environment else "setup"
             raise UsageError(
-                f"{place}environment.{name}: a secret does not belong into a profile, it would be written into every job's "
+                f"{place}{where}.{name}: a secret does not belong into a profile, it would be written into every job's "
                 "script; export it in the shell that submits, or keep it where its own tool does (wandb login)."
             )
 

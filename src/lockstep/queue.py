@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Queued:
         runs: Number of runs.
         conf: ``SLURM_CONF`` at submission: which cluster it was.
         time: Of submission, in seconds since 1970.
+        recycled: Whether Slurm has given its id to another job since.
     """
 
     job: str
@@ -83,6 +84,7 @@ class Queued:
     runs: int
     conf: str
     time: float = 0.0
+    recycled: bool = False
 
     @property
     def members(self) -> list[tuple[str, Run]]:
@@ -151,6 +153,11 @@ class View:
     result: dict[str, Any]
 
     @property
+    def alive(self) -> bool:
+        """Whether it waits or runs, as far as anybody knows."""
+        return self.exit_status == ALIVE
+
+    @property
     def attempt(self) -> int:
         """Number of the newest attempt; 0 before the first."""
         return _attempt(self.run)
@@ -183,6 +190,7 @@ def record(queued: Queued, env: Mapping[str, str]) -> None:
     path = _index(env)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     row = asdict(queued) | {"folder": str(queued.folder), "time": time.time()}
+    del row["recycled"]
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.write(file, (json.dumps(row, ensure_ascii=False) + "\n").encode())  # in one piece: others append too
     os.close(file)
@@ -195,7 +203,9 @@ def recorded(env: Mapping[str, str]) -> list[Queued]:
         return []
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     queued = [Queued(**row | {"folder": Path(row["folder"])}) for row in rows]
-    return [job for job in queued if job.conf == env.get("SLURM_CONF", "") and job.folder.is_dir()]
+    here = [job for job in queued if job.conf == env.get("SLURM_CONF", "")]
+    owners = {job.job: job for job in here}
+    return [replace(job, recycled=owners[job.job] is not job) for job in here if job.folder.is_dir()]
 
 
 def find(which: str | None, env: Mapping[str, str]) -> Queued:
@@ -210,20 +220,22 @@ def find(which: str | None, env: Mapping[str, str]) -> Queued:
             raise UsageError("No job was submitted to this cluster yet; launch/slurm.py does it.")
         return jobs[-1]
     main, _, index = which.partition("_")
+    folder = Path(which).absolute()
     for job in reversed(jobs):
-        if which == job.job or Path(which).absolute() == job.folder:
+        if which == job.job or folder == job.folder:
             return job
-        if main == job.job and index.isdigit() and int(index) < job.runs > 1:
-            member, run = job.members[int(index)]
-            return Queued(member, run.folder, job.name, 1, job.conf, job.time)
+        if main == job.job or folder.parent == job.folder.parent:
+            for number, (member, run) in enumerate(job.members if job.runs > 1 else []):
+                if index == str(number) or folder == run.folder:
+                    return replace(job, job=member, folder=run.folder, runs=1)
     raise UsageError(f"{which}: no such job was submitted with lockstep; jobs.py list shows those that were.")
 
 
 def look(jobs: Iterable[Queued], env: Mapping[str, str]) -> list[View]:
     """What is known of every run of these submissions, with one question to Slurm."""
     jobs = list(jobs)
-    slots, silence = _ask({job.job for job in jobs}, env)
-    return [_view(id_, run, job, slots.get(id_), silence) for job in jobs for id_, run in job.members]
+    slots, silence = _ask({id_ for job in jobs if not job.recycled for id_, _ in job.members}, env)
+    return [_view(id_, run, job, None if job.recycled else slots.get(id_), silence) for job in jobs for id_, run in job.members]
 
 
 def _view(job: str, run: Run, queued: Queued, slot: Slot | None, silence: str) -> View:
@@ -278,29 +290,44 @@ def _verdict(job: str, run: Run, slurm: Path, slot: Slot | None, result: dict[st
     if ate_too_much and not knows:
         return 6, "out of memory", f"It used more memory than it had asked for; ask for more with --mem. {said}"
     if failure is not None and knows:
-        return failure.exit_status, "failed", failure.reason
+        return _of_run(failure.exit_status), "failed", failure.reason
+    if slot is None and (why := _cancelled_by_slurm(slurm, job)):
+        return _ENDED[why][0], _ENDED[why][1], "Slurm says so in the job's output."
     if said:
         return 1, "failed", said
     if failure is not None and failure.interrupted:
-        return failure.exit_status, "interrupted", failure.reason
+        return _of_run(failure.exit_status), "interrupted", failure.reason
     if result.get("reason"):
-        return {"interrupted": 143}.get(result["status"], exited or 1), result["status"], str(result["reason"])
+        return {"interrupted": 143}.get(result["status"], _of_run(exited or 1)), result["status"], str(result["reason"])
     if slot is None and exited is None:
         return 1, "gone", "It ended without a word, and Slurm has forgotten it: cancelled, over a limit, or a node was lost."
-    output = _tail(slurm / f"{job}_0_log.out")
-    return (
-        exited or (slot.status if slot else 0) or 1,
-        "failed",
-        f"It ended without a word; the last one of its output: {output}",
-    )
+    output = _tail(_output(slurm, job))
+    status = _of_run(exited or (slot.status if slot else 1))
+    return status, "failed", f"It ended without a word; the last one of its output: {output}"
+
+
+def _of_run(status: int) -> int:
+    """The exit status of a run: what a script or a user's code may have ended with must not look like one of Slurm's."""
+    return status if status in (2, 130, 143) else 1
+
+
+def _output(slurm: Path, job: str) -> str:
+    """What the batch script and srun have printed."""
+    try:
+        return (slurm / f"{job}_0_log.out").read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _cancelled_by_slurm(slurm: Path, job: str) -> str:
+    """Slurm's state of a job that it has forgotten, from what slurmstepd wrote when the job was ended; empty if nothing."""
+    why = re.search(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|PREEMPTION)", _output(slurm, job))
+    return {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}[why[1]] if why else ""
 
 
 def _last_words(slurm: Path, job: str) -> str:
     """What srun says of a task that was killed, in the output of the batch script."""
-    try:
-        text = (slurm / f"{job}_0_log.out").read_text(errors="replace")
-    except FileNotFoundError:
-        return ""
+    text = _output(slurm, job)
     if over := re.search(r"(?i)error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)", text):
         return f"Slurm says: {over[1].strip().rstrip('.')}."
     killed = re.findall(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", text)
@@ -317,11 +344,8 @@ def _exit_file(path: Path) -> int | None:
         return None
 
 
-def _tail(path: Path) -> str:
-    try:
-        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return f"there is none ({path})."
+def _tail(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "nothing."
 
 
@@ -354,8 +378,10 @@ def _ask(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, Slot], str]:
         return {}, "there is no squeue here."
     format_ = ",".join(f"{name}:|" for name in (*_FIELDS, "exit_code", "RestartCnt"))
     # Not --jobs: one that Slurm has forgotten makes an error of the whole answer.
-    command = ["squeue", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"]
-    answer = subprocess.run(command, env=dict(env), capture_output=True, text=True)
+    command = ["squeue", "--all", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"]
+    # A user's own defaults, such as SQUEUE_PARTITION, would leave jobs out.
+    asking = {name: value for name, value in env.items() if not name.startswith(("SQUEUE_", "SACCT_", "SLURM_CLUSTERS"))}
+    answer = subprocess.run(command, env=asking, capture_output=True, text=True)
     if answer.returncode:
         return {}, answer.stderr.strip().splitlines()[-1].removeprefix("slurm_load_jobs error: ")
     slots: dict[str, Slot] = {}
@@ -364,18 +390,18 @@ def _ask(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, Slot], str]:
         name = f"{array}_{task}" if task != "N/A" else job
         status = os.waitstatus_to_exitcode(int(code)) if code.isdigit() else 0
         slots[name] = Slot(state, reason, start, elapsed, limit, nodes, status if status >= 0 else 128 - status, int(restarts))
-    known = {name.partition("_")[0] for name in slots}
-    return slots | _from_accounting({id_ for id_ in ids if id_.partition("_")[0] not in known}, env), ""
+    return _from_accounting(ids - set(slots), asking) | slots, ""
 
 
 def _from_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, Slot]:
     """What ``sacct`` says, where there is accounting."""
     if not ids or shutil.which("sacct", path=env.get("PATH")) is None:
         return {}
-    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(sorted(ids))}"]
+    jobs = sorted({id_.partition("_")[0] for id_ in ids})
+    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(jobs)}"]
     answer = subprocess.run(
         [*command, "--format=JobID,State,Reason,Start,Elapsed,Timelimit,NodeList,ExitCode"],
-        env=dict(env),
+        env=env,
         capture_output=True,
         text=True,
     )
@@ -388,14 +414,20 @@ def _from_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, Slot]:
     return slots
 
 
-def follow(queued: Queued, env: Mapping[str, str]) -> int:
-    """Print rank zero's log until the job ends and return its exit status; Ctrl-C stops the following, never the job.
+def follow(queued: Queued, env: Mapping[str, str], rank: int = 0, seen: View | None = None) -> int:
+    """Print a rank's log until the job ends and return its exit status; Ctrl-C stops the following, never the job.
 
     For a sweep, one line whenever one of its runs changes; the exit status is that of the first that did not finish.
+
+    Args:
+        queued: The job.
+        env: Environment for Slurm's commands.
+        rank: Whose log.
+        seen: What was known just now, with a log that has been shown already.
     """
-    logs = _Log(queued) if queued.runs == 1 else None
+    logs = _Log(queued, rank, seen.attempt if seen else 0) if queued.runs == 1 else None
     said: dict[str, tuple[str, str]] = {}
-    asked = 0.0
+    asked = time.monotonic() if seen else 0.0
     try:
         while True:
             if logs is not None:
@@ -410,7 +442,7 @@ def follow(queued: Queued, env: Mapping[str, str]) -> int:
                 if said.get(view.job) != (view.state, view.sentence):
                     said[view.job] = view.state, view.sentence
                     print(f"job {view.job}: {view.state}. {view.sentence}".rstrip(), flush=True)
-            if all(view.exit_status != ALIVE for view in views):
+            if not any(view.alive for view in views):
                 if logs is not None:
                     for text in logs.news():
                         print(text, end="", flush=True)
@@ -421,12 +453,21 @@ def follow(queued: Queued, env: Mapping[str, str]) -> int:
 
 
 class _Log:
-    """Rank zero's log as it grows, attempt after attempt."""
+    """A rank's log as it grows, attempt after attempt.
 
-    def __init__(self, queued: Queued) -> None:
-        self._run = queued.members[0][1]
-        self._attempt = 0
-        self._read = 0
+    Args:
+        queued: The job.
+        rank: Whose log.
+        shown: Number of the attempt whose log has been shown already; 0 for none.
+    """
+
+    def __init__(self, queued: Queued, rank: int, shown: int) -> None:
+        self._run, self._rank = queued.members[0][1], rank
+        self._attempt = shown
+        self._read = path.stat().st_size if (path := self._path(shown)).exists() else 0
+
+    def _path(self, attempt: int) -> Path:
+        return self._run.folder / "logs" / str(attempt) / f"{self._rank}.log"
 
     def news(self) -> Iterator[str]:
         """What was written since the last call."""
@@ -434,7 +475,7 @@ class _Log:
         for attempt in range(max(1, self._attempt), newest + 1):
             if attempt != self._attempt:
                 self._attempt, self._read = attempt, 0
-            path = self._run.folder / "logs" / str(attempt) / "0.log"
+            path = self._path(attempt)
             if path.exists():
                 with path.open(errors="replace", newline="") as file:
                     file.seek(self._read)

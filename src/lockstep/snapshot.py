@@ -75,7 +75,7 @@ def take_snapshot(here: Path, package: Path, run: Path, python_path: str, secret
     (run / "code.sha256").write_bytes(manifest)
     if checkout and has_commit:
         patch = _git(root, "diff", "--binary", "HEAD")
-        _refuse_secrets(Path("changes.patch"), patch, secrets)
+        refuse_secrets(Path("changes.patch"), patch, secrets)
         if patch:
             (run / "changes.patch").write_bytes(patch)
 
@@ -124,9 +124,11 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_symlink():
-                link = Path(os.readlink(source))
-                leads_out = not link.is_absolute() and not (source.parent / link).resolve().is_relative_to(root)
-                target.symlink_to((source.parent / link).resolve() if leads_out else link)
+                to = (source.parent / os.readlink(source)).resolve()
+                # Inside, to the copy, also where the link is absolute; out of it, to what it pointed to.
+                target.symlink_to(
+                    os.path.relpath(into / to.relative_to(root), target.parent) if to.is_relative_to(root) else to
+                )
                 continue
             size += source.stat().st_size
             largest = max(largest, (source.stat().st_size, source))
@@ -134,7 +136,7 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
                 of_it = f"{largest[1]} alone has {largest[0] >> 20} MB"
                 raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {of_it}; {_REMEDY}.")
             content = source.read_bytes()
-            _refuse_secrets(source, content, secrets)
+            refuse_secrets(source, content, secrets)
             target.write_bytes(content)
             shutil.copymode(source, target)
         except FileNotFoundError:  # tracked, but deleted
@@ -145,7 +147,8 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
     return sums
 
 
-def _refuse_secrets(path: Path, content: bytes, secrets: tuple[str, ...]) -> None:
+def refuse_secrets(path: Path, content: bytes, secrets: tuple[str, ...]) -> None:
+    """Raise UsageError if ``content``, which is that of ``path``, holds one of ``secrets``."""
     if any(secret.encode() in content for secret in secrets):
         raise UsageError(
             f"snapshot: {path} holds the W&B key; a run folder must not: keep it with `wandb login`, or {_REMEDY}."
@@ -154,8 +157,8 @@ def _refuse_secrets(path: Path, content: bytes, secrets: tuple[str, ...]) -> Non
 
 def _files(root: Path) -> Iterator[Path]:
     """Files of a checkout: tracked and untracked ones, not the ignored ones nor run folders; those of its submodules too."""
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate")
-    for name in listed.decode(errors="surrogateescape").split("\0"):
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in dict.fromkeys(listed.decode(errors="surrogateescape").split("\0")):
         path = Path(name)
         if not name or any(IDENTITY.fullmatch(part) for part in path.parts):
             continue
@@ -178,7 +181,12 @@ def _walk(root: Path) -> Iterator[Path]:
             and not (here / name / "pyvenv.cfg").exists()
             and not IDENTITY.fullmatch(name)  # a run folder, with a snapshot of its own
         ]
-        yield from ((here / name).relative_to(root) for name in files if not name.startswith(".") and not name.endswith(".pyc"))
+        links = [name for name in folders if (here / name).is_symlink()]
+        yield from (
+            (here / name).relative_to(root)
+            for name in (*links, *files)
+            if not name.startswith(".") and not name.endswith(".pyc")
+        )
 
 
 def _checkout(here: Path) -> tuple[Path | None, bool]:
@@ -189,6 +197,9 @@ def _checkout(here: Path) -> tuple[Path | None, bool]:
     except OSError:
         return None, False
     root = os.fsdecode(done.stdout.partition(b"\n")[0])
+    if not root and any((folder / ".git").exists() for folder in (here, *here.parents)):
+        said = os.fsdecode(done.stderr).strip().splitlines()[0]
+        raise UsageError(f"snapshot: git refuses the checkout around {here}: {said}; mend that, or use --no-snapshot.")
     return Path(root) if root else None, done.returncode == 0
 
 

@@ -1,8 +1,10 @@
 """One call of the launcher: checked, shown, or sent. No torch here."""
 
 import itertools
+import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,14 +19,19 @@ from lockstep.job import TrainJob
 from lockstep.profile import Profile
 from lockstep.queue import Queued, record
 from lockstep.run import Run, git_state, new_identity
-from lockstep.snapshot import Code, live_code, take_snapshot
+from lockstep.snapshot import Code, live_code, refuse_secrets, take_snapshot
 from lockstep.submit import Request, batch_script, submit, would_run
 from lockstep.wandb_key import wandb_key
+
+log = logging.getLogger(__name__)
 
 Point = dict[str, str]
 """The values that one run of a sweep has, by key."""
 
 _PACKAGE = Path(__file__).resolve().parent
+_SHORTEST_KEY = 20
+"""Characters. W&B's have 40 and more; a shorter one is a stand-in, and may be part of innocent words."""
+
 _FILE = re.compile(r"\.(ya?ml|json)$")
 
 
@@ -46,6 +53,7 @@ class Submission:
         at_once: How many of them run at the same time.
         snapshot: Whether to copy the code.
         typed: The whole command line.
+        secrets: What must not be written anywhere.
     """
 
     command: str
@@ -61,6 +69,7 @@ class Submission:
     at_once: int
     snapshot: bool
     typed: tuple[str, ...]
+    secrets: tuple[str, ...]
 
     @classmethod
     def checked(
@@ -89,7 +98,9 @@ class Submission:
                 raise UsageError(f"--{name}: {number} must be 1 or more.")
         if after is not None and not re.fullmatch(r"\d+(_\d+)?", after):
             raise UsageError(f"--after: {after!r} is no job; write the number that sbatch or this launcher gave.")
-        if (key := wandb_key(env)) and any(key in argument for argument in typed):
+        key = wandb_key(env)
+        secrets = (key,) if key and len(key) >= _SHORTEST_KEY else ()
+        if any(secret in argument for secret in secrets for argument in typed):
             raise UsageError(
                 "The W&B key stands in an argument, which everybody can read; leave it in WANDB_API_KEY, or use wandb login."
             )
@@ -104,8 +115,9 @@ class Submission:
         points = [dict(zip(sweep or {}, values, strict=True)) for values in itertools.product(*(sweep or {}).values())]
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_name(name)
-        if bad := re.search(r"[%\\\n]", str(root)):
-            raise UsageError(f"run.root: {str(root)!r} has {bad[0]!r} in it, which Slurm takes for something else.")
+        for what, path in (("run.root", root), ("The folder of submission", here)):
+            if bad := re.search(r"[%\\\n]", str(path)):
+                raise UsageError(f"{what}: {str(path)!r} has {bad[0]!r} in it, which Slurm takes for something else.")
         has_command = bool(arguments) and not arguments[0].startswith("-")
         return cls(
             command=arguments[0] if has_command else "fit",
@@ -121,6 +133,7 @@ class Submission:
             at_once=at_once,
             snapshot=snapshot,
             typed=tuple(typed),
+            secrets=secrets,
         )
 
     def ask_slurm(self, env: Mapping[str, str]) -> None:
@@ -138,7 +151,10 @@ class Submission:
     def preview(self, env: Mapping[str, str]) -> str:
         """The batch script, and what each run is told, as ``submit`` would send them."""
         script = batch_script(self._request(live_code(self.here, _PACKAGE, env.get("PYTHONPATH", ""))))
-        shown = [f"# {run.folder}: {self.command} {' '.join(self._told(self.arguments, point))}" for run, point in self._runs()]
+        shown = [
+            f"# {run.folder}: {shlex.join([self.command, *self._told(self.arguments, point, {})])}".replace("\n", "\n# ")
+            for run, point in self._runs()
+        ]
         more = [f"# … and {len(shown) - 10} more runs"] if len(shown) > 10 else []
         return "\n".join([script, *shown[:10], *more, ""])
 
@@ -154,19 +170,31 @@ class Submission:
             for run in dict.fromkeys([Run(self.folder), *(run for run, _ in self._runs())]):
                 made.append(Run.create(run.folder.parent.parent, run.name, run.id))
             code = self._code(env)
-            arguments = self._freeze(code)
+            self._refuse_ignored(code, env)
+            arguments = self._freeze(self.arguments, code)
             git = git_state(self.here)
-            jobs = [self._job(run, point, arguments, code, git, index) for index, (run, point) in enumerate(self._runs())]
+            files = {text: self._freeze([text], code)[0] for point in self.points for text in _files(point)}
+            jobs = [
+                self._job(run, point, [*self._told(arguments, point, files)], code, git, index)
+                for index, (run, point) in enumerate(self._runs())
+            ]
             job = submit(self._request(code), jobs, env)
-        except BaseException:
+        except BaseException as error:
+            for script in self.folder.glob("slurm/*_submission.sh"):  # queued, and then something went wrong
+                subprocess.run(["scancel", script.name.partition("_")[0]], env=dict(env), capture_output=True)
             for run in made:
                 shutil.rmtree(run.folder)
             for folder in sorted(new, key=lambda path: len(path.parts), reverse=True):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+            if isinstance(error, OSError):
+                raise UsageError(f"The run folder {self.folder} cannot be written ({error}); nothing was queued.") from None
             raise
         queued = Queued(job, self.folder, self.job_name, len(self.points), env.get("SLURM_CONF", ""))
-        record(queued, env)
+        try:
+            record(queued, env)
+        except OSError as error:
+            log.warning("job %s is queued, but jobs.py will not know it: %s.", job, error)
         return queued
 
     def _runs(self) -> list[tuple[Run, Point]]:
@@ -187,16 +215,30 @@ class Submission:
         python_path = env.get("PYTHONPATH", "")
         if not self.snapshot:
             return live_code(self.here, _PACKAGE, python_path)
-        key = wandb_key(env)
-        return take_snapshot(self.here, _PACKAGE, self.folder, python_path, (key,) if key else ())
+        return take_snapshot(self.here, _PACKAGE, self.folder, python_path, self.secrets)
 
-    def _freeze(self, code: Code) -> tuple[str, ...]:
+    def _refuse_ignored(self, code: Code, env: Mapping[str, str]) -> None:
+        """Raise about a module of one's own that the config names and the snapshot lacks."""
+        if not self.snapshot:
+            return
+        own = [Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        for name in sorted(_modules(self.config)):
+            for folder in (self.here, *own):
+                for path in (folder / name, folder / f"{name}.py"):
+                    here = path.is_dir() if not path.suffix else path.is_file()
+                    if here and path.resolve().is_relative_to(self.here) and code.inside(path) is None:
+                        raise UsageError(
+                            f"snapshot: {path} is needed, but git ignores it; take it out of .gitignore, or use --no-snapshot."
+                        )
+
+    def _freeze(self, arguments: Sequence[str], code: Code) -> tuple[str, ...]:
         """The arguments with every config file in them replaced by its copy in the run folder."""
         frozen: list[str] = []
         follows = ""
-        for argument in self.arguments:
+        for argument in arguments:
             name, equals, value = argument.partition("=") if argument.startswith("--") else (follows, "", argument)
-            is_file = name.startswith("--") and "." not in name and _FILE.search(value) and Path(value).is_file()
+            may_be = name == "--config" or (name.startswith("--") and "." not in name and _FILE.search(value))
+            is_file = may_be and Path(value).is_file()
             copy = str(self._copy(Path(value), code)) if is_file else value
             frozen.append(f"{name}={copy}" if equals else copy if not argument.startswith("--") else argument)
             follows = argument if argument.startswith("--") and not equals else ""
@@ -208,20 +250,22 @@ class Submission:
         folder = self.folder / "configs"
         folder.mkdir(exist_ok=True)
         copy = folder / f"{len(list(folder.iterdir()))}-{path.name}"
-        shutil.copyfile(path, copy)
+        content = path.read_bytes()
+        refuse_secrets(path, content, self.secrets)
+        copy.write_bytes(content)
         return copy
 
-    def _told(self, arguments: Sequence[str], point: Point) -> list[str]:
-        """All arguments of one run."""
+    def _told(self, arguments: Sequence[str], point: Point, files: Mapping[str, str]) -> list[str]:
+        """All arguments of one run; ``files`` are what stands for those that name a file."""
         told = list(arguments)
         if self._is_sweep and not self.config["wandb"]["group"]:
             told.append(f"--wandb.group={self.folder.name}")
         if not self.profile.shared_filesystem and not any(word.startswith("--shared_filesystem") for word in arguments):
             told.append("--shared_filesystem=false")
-        return [*told, *(f"--{key}={value}" for key, value in point.items())]
+        return [*told, *(files.get(text, text) for text in (f"--{key}={value}" for key, value in point.items()))]
 
     def _job(
-        self, run: Run, point: Point, arguments: Sequence[str], code: Code, git: Mapping[str, Any] | None, index: int
+        self, run: Run, point: Point, told: Sequence[str], code: Code, git: Mapping[str, Any] | None, index: int
     ) -> TrainJob:
         """Describe the run in its folder and make what its ranks get."""
         if self._is_sweep and self.snapshot:
@@ -243,7 +287,7 @@ class Submission:
             code=code.digest,
             **({"sweep": {"id": self.folder.name, "index": index, "values": point}} if self._is_sweep else {}),
         )
-        return TrainJob(run.folder, self.command, tuple(self._told(arguments, point)), code.digest, self.profile.cpus)
+        return TrainJob(run.folder, self.command, tuple(told), code.digest, self.profile.cpus)
 
     def _request(self, code: Code) -> Request:
         return Request(
@@ -257,6 +301,19 @@ class Submission:
             len(self.points),
             self.at_once,
         )
+
+
+def _modules(config: Any) -> set[str]:
+    """First parts of the import paths of all classes in a config."""
+    if isinstance(config, Mapping):
+        path = config.get("class_path")
+        inner = [_modules(value) for value in config.values()]
+        return set().union(*inner, {path.partition(".")[0]} if isinstance(path, str) and "." in path else set())
+    return set().union(*map(_modules, config)) if isinstance(config, list) else set()
+
+
+def _files(point: Point) -> list[str]:
+    return [f"--{key}={value}" for key, value in point.items() if _FILE.search(value) and Path(value).is_file()]
 
 
 def read_sweep(given: Sequence[str]) -> dict[str, list[str]]:
@@ -290,7 +347,7 @@ def build_config(submission: Submission, env: Mapping[str, str]) -> str:
     python = sys.executable if profile.container or not profile.python else profile.python
     code = live_code(submission.here, _PACKAGE, env.get("PYTHONPATH", ""))
     env = {**env, "PYTHONPATH": os.pathsep.join(map(str, code.paths)), "PYTHONSAFEPATH": "1"}
-    command = [python, "-m", "lockstep.train", submission.command, *submission._told(submission.arguments, point)]
+    command = [python, "-m", "lockstep.train", submission.command, *submission._told(submission.arguments, point, {})]
     try:
         built = subprocess.run([*command, "--print_config"], env=env, capture_output=True, text=True)
     except OSError as error:

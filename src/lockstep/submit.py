@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def would_run(request: Request, env: Mapping[str, str]) -> None:
     Raises:
         UsageError: It would not; Slurm's own words, and what they mean for these resources.
     """
+    # --test-only looks at nodes that are up, a submission at all of them: during maintenance it would refuse what can wait.
     answer = subprocess.run(
         ["sbatch", "--test-only"],
         input=batch_script(request),
@@ -93,9 +94,12 @@ def would_run(request: Request, env: Mapping[str, str]) -> None:
         text=True,
     )
     if answer.returncode:
-        raise UsageError(_sentence(answer.stderr, request, _partitions(env)))
-    if request.profile.minutes is not None:
-        _refuse_time_over_limit(request, request.profile.minutes, _partitions(env))
+        partitions = _partitions(env)
+        if not ("node configuration is not available" in answer.stderr and _could_if_all_were_up(request, partitions)):
+            raise UsageError(_sentence(answer.stderr, request, partitions))
+    profile = request.profile
+    if profile.minutes is not None and not profile.qos and not _names(profile.sbatch) & {"qos", "partition", "time"}:
+        _refuse_time_over_limit(request, profile.minutes, _partitions(env))
 
 
 def submit(request: Request, jobs: Sequence[TrainJob], env: MutableMapping[str, str]) -> str:
@@ -123,7 +127,8 @@ def submit(request: Request, jobs: Sequence[TrainJob], env: MutableMapping[str, 
 def _executor(request: Request) -> _Executor:
     profile = request.profile
     executor = _Executor(folder=request.folder / "slurm", python=_python(request))
-    more: dict[str, Any] = {"chdir": request.here, "no-requeue": True}
+    # Of submitit's signal before the end nobody is told: it may come before there is a handler, and would end the rank.
+    more: dict[str, Any] = {"chdir": request.here, "no-requeue": True, "signal": "URG@90"}
     if profile.reservation:
         more["reservation"] = profile.reservation
     if request.after:
@@ -190,7 +195,7 @@ def _python(request: Request) -> str | None:
 
 def _mounted(request: Request) -> list[Path]:
     """Folders that a container must see: the runs of this name, the folder of submission, and live code."""
-    wanted = [request.folder.parent, request.here, *request.code.paths]
+    wanted = [request.folder.parent, request.here, *(path for path in request.code.paths if path.is_dir())]
     return [path for path in dict.fromkeys(wanted) if not any(path != other and path.is_relative_to(other) for other in wanted)]
 
 
@@ -247,6 +252,12 @@ class _Partition:
     memory: str
     gres: str
     time: str
+    state: str
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of each node."""
+        return sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", self.gres))
 
     def __str__(self) -> str:
         gpus = self.gres if self.gres != "(null)" else "no GPUs"
@@ -257,8 +268,9 @@ class _Partition:
 
 
 def _partitions(env: Mapping[str, str]) -> list[_Partition]:
-    command = ["sinfo", "--noheader", "--format=%R|%P|%D|%c|%m|%G|%l"]
-    rows = subprocess.run(command, env=dict(env), capture_output=True, text=True).stdout.splitlines()
+    command = ["sinfo", "--all", "--exact", "--noheader", "--format=%R|%P|%D|%c|%m|%G|%l|%T"]
+    asking = {name: value for name, value in env.items() if not name.startswith("SINFO_")}
+    rows = subprocess.run(command, env=asking, capture_output=True, text=True).stdout.splitlines()
     return [_Partition(name, marked.endswith("*"), *rest) for name, marked, *rest in (row.split("|") for row in rows)]
 
 
@@ -266,6 +278,19 @@ def _chosen(request: Request, partitions: Sequence[_Partition]) -> list[_Partiti
     """The partitions that a request may run in; ``sinfo`` has a row for each kind of node."""
     names = request.profile.partition.split(",") if request.profile.partition else []
     return [p for p in partitions if p.name in names or (not names and p.is_default)]
+
+
+def _could_if_all_were_up(request: Request, partitions: Sequence[_Partition]) -> bool:
+    """Whether nodes that are down or drained now could make up for what is missing."""
+    chosen, profile = _chosen(request, partitions), request.profile
+    cpus = profile.ranks * (profile.cpus or 1)
+    fitting = [p for p in chosen if int(p.cpus.rstrip("+")) >= cpus and p.gpus >= profile.gpus_per_node]
+    away = [p for p in fitting if re.match(r"down|drain|drng|maint|reserved|fail|unk|no_resp|power", p.state)]
+    return bool(away) and sum(int(p.nodes) for p in fitting) >= request.nodes
+
+
+def _names(arguments: Sequence[str]) -> set[str]:
+    return {argument[2:].partition("=")[0] for argument in arguments}
 
 
 def _refuse_time_over_limit(request: Request, asked: int, partitions: Sequence[_Partition]) -> None:
@@ -286,7 +311,11 @@ def _sentence(said: str, request: Request, partitions: Sequence[_Partition]) -> 
     asked += [f"{_count(profile.cpus, 'CPU')} per rank"] if profile.cpus else []
     asked += [f"{profile.mem} of memory per node"] if profile.mem else []
     asked += [f"{profile.time} of time"] if profile.time else []
-    there_is = "; ".join(map(str, _chosen(request, partitions)))
+    kinds: dict[_Partition, int] = {}
+    for partition in _chosen(request, partitions):
+        kind = replace(partition, nodes="", state="")
+        kinds[kind] = kinds.get(kind, 0) + int(partition.nodes)
+    there_is = "; ".join(str(replace(kind, nodes=str(nodes))) for kind, nodes in kinds.items())
     if not there_is:
         names = dict.fromkeys(p.name for p in partitions)
         there_is = f"partitions are {', '.join(names)}" if names else "sinfo knows no partition"

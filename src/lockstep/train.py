@@ -62,8 +62,11 @@ def train(
     try:
         tracked = work(command, parser, config, world, devices, run, result)
     except SystemExit as error:
-        # lightning makes one of Ctrl-C and one of SIGTERM.
-        sigterm = isinstance(error, SIGTERMException)
+        # lightning makes one of Ctrl-C and one of SIGTERM; any other is of the user's own code.
+        sigterm = isinstance(error, SIGTERMException) or (isinstance(error, Interrupted) and error.code == 143)
+        if not sigterm and not isinstance(error.__context__, KeyboardInterrupt):
+            result["reason"] = f"it was ended by exit status {error.code}"
+            raise
         result |= {"status": "interrupted", "reason": "SIGTERM" if sigterm else "Ctrl-C"}
         raise Interrupted(143 if sigterm else 130) from error
     except BaseException as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conf import search_path
 from daemons import Cluster
 
 REPO = Path(__file__).parents[2]
@@ -99,7 +100,7 @@ MISSING = "Slurm is not installed; as root: apt-get install slurmctld slurmd slu
 @pytest.fixture(scope="session")
 def slurm_is_here() -> None:
     """Skip where Slurm is missing, except where it must not be (in CI)."""
-    if shutil.which("slurmctld") is None:
+    if shutil.which("slurmctld", path=search_path()) is None:
         if os.environ.get("LOCKSTEP_REQUIRE_SLURM"):
             pytest.fail(MISSING)
         pytest.skip(MISSING)

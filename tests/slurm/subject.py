@@ -28,6 +28,8 @@ class Subject(LightningModule):
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         time.sleep(self.seconds)
         if self.global_rank == self.rank and self.global_step == self.step:
+            if self.trouble != "none":
+                Path(f"trouble-{os.environ['SLURM_JOB_ID']}").touch()
             if self.trouble == "raise":
                 raise ValueError("the subject was told to fail")
             if self.trouble == "kill":

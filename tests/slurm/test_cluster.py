@@ -17,6 +17,7 @@ import pytest
 from conf import ClusterError
 from daemons import Cluster
 
+pytestmark = pytest.mark.usefixtures("slurm_is_here")
 SCRIPT = Path(daemons.__file__).with_name("cluster.py")
 
 

@@ -3,6 +3,7 @@
 Cheapest first: jobs that never start, then ranks that really train and die.
 """
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -61,32 +62,40 @@ def test_a_job_that_waits_for_ever_says_what_for(shell: Shell) -> None:
     assert (status["exit"], status["state"]) == (4, "cancelled")
 
 
+def followed(job: Job) -> "subprocess.CompletedProcess[str]":
+    """``logs -f`` until the end, which must be told soon after the trouble began."""
+    done = job.shell("launch/jobs.py", "logs", "-f", job.id)
+    began = (job.shell.project / f"trouble-{job.id}").stat().st_mtime
+    assert time.time() - began < SOON, done.stdout
+    return done
+
+
 def test_a_raised_exception_is_told_with_its_rank_and_traceback(shell: Shell) -> None:
     job = shell.submit("--nodes", "2", "--config", "subject.yaml", "--model.trouble", "raise")
-    followed = shell("launch/jobs.py", "logs", "-f", job.id)
-    assert followed.returncode == 1
+    shown = followed(job)
+    assert shown.returncode == 1
     status = told(job)
     assert (status["exit"], status["state"]) == (1, "failed")
     assert "rank 1 (node 1," in status["sentence"] and "ValueError: the subject was told to fail" in status["sentence"]
     log = job.log()
     assert "rank 1 of 2 (node 1" in log and log.count("Traceback") == 1, log
-    assert f"job {job.id}: failed." in followed.stdout and "Traceback" in followed.stdout
+    assert f"job {job.id}: failed." in shown.stdout and "Traceback" in shown.stdout
     assert "the subject was told to fail" in job.result["reason"]
 
 
 def test_a_killed_rank_is_told(shell: Shell) -> None:
     job = shell.submit("--nodes", "2", "--config", "subject.yaml", "--model.trouble", "kill")
-    followed = shell("launch/jobs.py", "logs", "-f", job.id)
+    shown = followed(job)
     status = told(job)
-    assert (followed.returncode, status["exit"], status["state"]) == (1, 1, "failed")
+    assert (shown.returncode, status["exit"], status["state"]) == (1, 1, "failed")
     assert "rank 1 on n2: Killed" in status["sentence"]
 
 
 def test_a_rank_that_eats_too_much_memory_is_told(shell: Shell) -> None:
     job = shell.submit("--nodes", "2", "--mem", "2G", "--config", "subject.yaml", "--model.trouble", "eat")
-    followed = shell("launch/jobs.py", "logs", "-f", job.id)
+    shown = followed(job)
     status = told(job)
-    assert (followed.returncode, status["exit"], status["state"]) == (6, 6, "out of memory"), status
+    assert (shown.returncode, status["exit"], status["state"]) == (6, 6, "out of memory"), status
     assert "--mem" in str(status["sentence"])
 
 
@@ -98,9 +107,11 @@ def test_cancelled_and_lost_node(shell: Shell) -> None:
     assert shell("launch/jobs.py", "cancel", cancelled.id).returncode == 0
     status = cancelled.wait(seconds=SOON)
     assert (status["exit"], status["state"]) == (4, "cancelled")
+    nothing_is_left(cancelled)
     shell.cluster.lose("n4")
     status = lost.wait(seconds=SOON)
     assert (status["exit"], status["state"]) == (7, "a node failed")
+    nothing_is_left(lost)
     shell.cluster.restore("n4")
 
 

@@ -78,6 +78,33 @@ def test_the_launcher_never_imports_torch(shell: Shell) -> None:
     shell.jobs.append(done.stdout.strip())
 
 
+def test_a_job_may_wait_for_nodes_that_are_drained(shell: Shell) -> None:
+    shell.cluster.command("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=maintenance")
+    try:
+        job = shell.submit("--nodes", "4", "--config", "subject.yaml")
+        status = job.wait("waiting")
+        done = shell("launch/slurm.py", "--nodes", "5", "--config", "subject.yaml")
+        assert done.returncode == 2 and "Asked for: 5 nodes of 1 rank; partition debug has 4 nodes" in done.stderr
+        shell("launch/jobs.py", "cancel", job.id)
+    finally:
+        shell.cluster.command("scontrol", "update", "NodeName=n4", "State=RESUME")
+    assert "node" in status["sentence"].lower(), status
+
+
+def test_what_only_shows_something_queues_nothing(shell: Shell) -> None:
+    done = shell("launch/slurm.py", "--config", "subject.yaml", "--print_config")
+    assert done.returncode == 0 and "class_path: subject.Subject" in done.stdout
+    assert not shell.queue() and not (shell.project / "runs").exists()
+
+
+def test_a_module_that_git_ignores_is_missed_before_it_is_queued(shell: Shell) -> None:
+    subprocess.run(["git", "init", "--quiet"], cwd=shell.project, check=True)
+    (shell.project / ".gitignore").write_text("subject.py\n")
+    done = shell("launch/slurm.py", "--config", "subject.yaml")
+    assert done.returncode == 2 and "subject.py is needed, but git ignores it" in done.stderr
+    assert not shell.queue() and not (shell.project / "runs").exists()
+
+
 def test_what_is_written_is_private_and_holds_no_secret(shell: Shell) -> None:
     key = "0123456789abcdef" * 2 + "beefbeef"
     job = shell.submit(*HELD, WANDB_API_KEY=key)
@@ -155,7 +182,7 @@ def test_ranks_are_placed_and_nothing_that_happens_after_submission_matters(shel
     jobs: list[Job] = []
     for word in (HOSTILE, "plain"):
         job = shell.submit(
-            *HELD, "--nodes", "2", "--ranks-per-node", "2", "--cpus-per-rank", "2", "--nodelist", "n1,n2",
+            *HELD, "--nodes", "2", "--ranks-per-node", "2", "--cpus-per-rank", "1", "--nodelist", "n1,n2",
             "--job-name", word, "--model.word", word, "--data.diary", f"diary {len(jobs)}", **inside,
         )  # fmt: skip
         name = shell.cluster.command("squeue", f"--jobs={job.id}", "--noheader", "--format=%j")
@@ -166,6 +193,11 @@ def test_ranks_are_placed_and_nothing_that_happens_after_submission_matters(shel
     (shell.project / "subject.yaml").unlink()
     for job in jobs:
         shell.cluster.command("scontrol", "release", job.id)
+    both = {job.id for job in jobs}
+    deadline = time.monotonic() + 20
+    while set(shell.cluster.command("squeue", "--noheader", "--states=RUNNING", "--format=%i").split()) & both != both:
+        assert time.monotonic() < deadline, "they never ran at the same time"
+        time.sleep(0.2)
     for number, (job, word) in enumerate(zip(jobs, (HOSTILE, "plain"), strict=True)):
         assert job.wait()["exit"] == 0
         for rank in range(4):

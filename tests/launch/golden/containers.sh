@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=/home/user/project/runs/digits/20260101-000000-abcd/slurm/%j_0_log.out
 #SBATCH --partition=gpu
-#SBATCH --signal=USR2@90
+#SBATCH --signal=URG@90
 #SBATCH --time=1440
 
 # setup

@@ -12,7 +12,7 @@
 #SBATCH --output=/home/user/project/runs/digits/20260101-000000-abcd/slurm/%j_0_log.out
 #SBATCH --partition=compute
 #SBATCH --qos=normal
-#SBATCH --signal=USR2@90
+#SBATCH --signal=URG@90
 #SBATCH --time=720
 
 # setup

@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=/home/user/project/runs/digits/20260101-000000-abcd/slurm/%j_0_log.out
 #SBATCH --partition=debug
-#SBATCH --signal=USR2@90
+#SBATCH --signal=URG@90
 #SBATCH --time=60
 
 # setup
