@@ -24,31 +24,31 @@ from collections import deque
 from collections.abc import Sequence
 
 from lockstep.errors import LockstepError, UsageError
-from lockstep.queue import Queued, View, find, follow, look, recorded
+from lockstep.flags import Parser, at_least, refuse_dead_conf
+from lockstep.queue import Queued, View, find, follow, look, mark_cancelled, recorded
 
 Row = dict[str, str]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Do what ``arguments`` say and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="launch/jobs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="launch/jobs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="all jobs")
     status = commands.add_parser("status", help="what became of a job")
     for command in (listing, status):
         command.add_argument("--json", action="store_true", help="for scripts")
     logs = commands.add_parser("logs", help="what a rank has printed")
-    logs.add_argument("--rank", type=int, default=0, help="which rank (default 0)")
-    logs.add_argument("--tail", type=int, metavar="N", help="only the last N lines")
+    logs.add_argument("--rank", type=at_least(0), default=0, help="which rank (default 0)")
+    logs.add_argument("--tail", type=at_least(0), metavar="N", help="only the last N lines")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends; Ctrl-C stops the following alone")
     cancel = commands.add_parser("cancel", help="end a job")
     for command in (status, logs):
         command.add_argument("job", nargs="?", metavar="JOB")
     cancel.add_argument("job", metavar="JOB")
-    own = parser.parse_args(arguments)
     try:
+        own = parser.parse_args(arguments)
+        refuse_dead_conf(os.environ)
         if own.command == "list":
             return show_all(recorded(os.environ), own.json)
         queued = find(own.job, os.environ)
@@ -138,7 +138,7 @@ def print_table(rows: Sequence[Row]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if not sys.stdout.isatty():
         for row in rows:
-            print("\t".join(row.get(name, "") for name in columns))
+            print("\t".join(" ".join(row.get(name, "").split()) for name in columns))
         return
     from rich.console import Console
     from rich.table import Table
@@ -185,6 +185,7 @@ def end(queued: Queued) -> int:
     done = subprocess.run(["scancel", queued.job], capture_output=True, text=True)
     if done.returncode:
         raise UsageError(f"Slurm does not cancel {queued.job}: {done.stderr.strip()}")
+    mark_cancelled(views)
     print(f"job {queued.job} is cancelled", file=sys.stderr)
     return 0
 

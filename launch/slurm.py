@@ -21,7 +21,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from lockstep.check import shows_only
-from lockstep.errors import LockstepError
+from lockstep.errors import LockstepError, UsageError
+from lockstep.flags import Parser, refuse_dead_conf
 from lockstep.profile import FLAGS, Profile, load_profile, profile_folders, with_flags
 from lockstep.queue import follow
 from lockstep.submission import Submission, build_config, read_sweep
@@ -32,7 +33,7 @@ TOOLKIT = Path(__file__).resolve().parent.parent
 
 def make_parser() -> argparse.ArgumentParser:
     """The launcher's own flags: resources, and what to do with the job."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
@@ -61,7 +62,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Submit what ``arguments`` say and return the exit status: 0, 2 (usage), with --follow the run's (see jobs.py)."""
     parser = make_parser()
-    own, rest = parser.parse_known_args(arguments)
+    try:
+        own, rest = parser.parse_known_args(arguments)
+        refuse_dead_conf(os.environ)
+    except UsageError as error:
+        print(f"lockstep: {error.sentence}", file=sys.stderr)
+        return error.exit_status
     if not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
         at = 1 if rest and not rest[0].startswith("-") else 0
         rest[at:at] = ["--config", str(TOOLKIT / "configs" / "digits.yaml")]

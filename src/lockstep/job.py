@@ -75,12 +75,12 @@ class TrainJob:
         mine = len(os.sched_getaffinity(0))
         if self.cpus is not None and mine < self.cpus:
             log.warning("rank %d may use %d CPUs, but %d were asked for; see --cpu-bind of srun", world.rank, mine, self.cpus)
-        if scratch := os.environ.get("TMPDIR"):
+        if scratch := os.environ.get("LOCKSTEP_SCRATCH"):  # not TMPDIR itself: where that is missing, Slurm replaces it
             try:
                 os.makedirs(scratch, exist_ok=True)
             except OSError as error:
-                log.warning("rank %d: TMPDIR=%s cannot be made (%s); /tmp is used", world.rank, scratch, error.strerror)
-                del os.environ["TMPDIR"]
+                raise RunError(f"scratch: {scratch} cannot be made on {platform.node()} ({error.strerror}).") from None
+            os.environ["TMPDIR"] = scratch
 
 
 def _speak_into(path: Path) -> None:
@@ -104,9 +104,11 @@ def _fail(error: BaseException, world: World, run: Run, attempt: int) -> int:
     """Write down how this rank failed, unless another one failed first, and return its exit status."""
     if isinstance(error, LockstepError):
         status, report = error.exit_status, error.sentence
+    elif isinstance(error, Interrupted):
+        status = int(error.code or 1)
+        report = f"it was ended by {'SIGTERM' if status == 143 else 'Ctrl-C'}."
     elif isinstance(error, SystemExit):
-        status = error.code if isinstance(error.code, int) else 1
-        report = f"it was ended by {'SIGTERM' if status == 143 else f'exit status {status}'}."
+        status, report = 1, f"it was ended by sys.exit({error.code!r})."
     else:
         status, report = 1, "".join(traceback.format_exception(error))
     echo = world.size > 1 and _lost_a_peer(error)

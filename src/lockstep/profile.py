@@ -15,6 +15,17 @@ import yaml
 from lockstep.errors import UsageError
 from lockstep.nearest import did_you_mean
 
+_FOR_EVER = 10 * 365 * 24 * 60
+"""Minutes."""
+
+_OWNED = {
+    "array": "; use --sweep", "chdir": "", "dependency": "; use --after", "error": "", "export": "; use environment",
+    "job-name": "; use --job-name", "nodes": "; use --nodes", "ntasks": "; use --ranks-per-node",
+    "ntasks-per-node": "; use --ranks-per-node", "cpus-per-task": "; use --cpus-per-rank", "open-mode": "", "output": "",
+    "parsable": "", "signal": "", "test-only": "; use --dry-run", "wrap": "",
+}  # fmt: skip
+"""Arguments of sbatch that would break what the launcher does with its own, and what to use instead."""
+
 _SECRET = re.compile(r"API_?KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 
@@ -196,6 +207,8 @@ def _value(key: str, value: Any, hint: Any) -> Any:
     if hint == dict[str, str]:
         if not isinstance(value, Mapping) or not all(re.fullmatch(r"[A-Za-z_]\w*", str(name)) for name in value):
             raise UsageError(f"{key}: {value!r} must be variables with values, such as {{NCCL_DEBUG: WARN}}.")
+        if wrong := [name for name, item in value.items() if isinstance(item, Mapping | list)]:
+            raise UsageError(f"{key}.{wrong[0]}: {value[wrong[0]]!r} must be a text.")
         return {str(name): str(item) for name, item in value.items()}
     if hint == tuple[str, ...]:
         items = [value] if isinstance(value, str) else value
@@ -217,7 +230,15 @@ def _value(key: str, value: Any, hint: Any) -> Any:
 
 def _check_sense(profile: Profile, place: str) -> None:
     if profile.time is not None:
-        minutes(profile.time)
+        try:
+            asked = minutes(profile.time)
+        except UsageError as error:
+            raise UsageError(f"{place}{error.sentence}") from None
+        if not 0 < asked < _FOR_EVER:
+            raise UsageError(f"{place}time: {profile.time!r} must be more than 0, and less than ten years.")
+    for mount in profile.container.mounts if profile.container else ():
+        if ":" not in mount:
+            raise UsageError(f"{place}container.mounts: {mount!r} must be of the form from:to.")
     for name in ("ranks_per_node", "cpus_per_rank", "cpus_per_gpu"):
         if getattr(profile, name) == 0:
             raise UsageError(f"{place}{name}: 0 must be 1 or more.")
@@ -225,6 +246,8 @@ def _check_sense(profile: Profile, place: str) -> None:
         for argument in getattr(profile, name):
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", argument) or "\n" in argument:
                 raise UsageError(f"{place}{name}: {argument!r} must be one line of the form --name or --name=value.")
+            if name == "sbatch" and (owned := argument[2:].partition("=")[0]) in _OWNED:
+                raise UsageError(f"{place}sbatch: {argument!r}: {owned} belongs to the launcher{_OWNED[owned]}.")
             if name == "sbatch" and re.match(r"--clusters?(=|$)", argument):
                 raise UsageError(f"{place}sbatch: {argument!r} leads to another cluster; submit on its own login node.")
     if profile.scratch is not None and not re.fullmatch(r"[\w./${}@+-]+", profile.scratch):

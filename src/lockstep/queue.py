@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from lockstep.errors import UsageError
-from lockstep.failure import first_failure
+from lockstep.failure import Failure, first_failure
+from lockstep.flags import asking
 from lockstep.run import Run, read_whole, write_whole
 
 POLL_SECONDS = 2.0
@@ -191,21 +192,30 @@ def record(queued: Queued, env: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     row = asdict(queued) | {"folder": str(queued.folder), "time": time.time()}
     del row["recycled"]
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.write(file, (json.dumps(row, ensure_ascii=False) + "\n").encode())  # in one piece: others append too
-    os.close(file)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
+        begun = file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # by a full disk
+        # In one piece: others append too.
+        file.write((b"\n" if begun else b"") + (json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def recorded(env: Mapping[str, str]) -> list[Queued]:
     """All submissions to this cluster from this machine whose folder is still there, oldest first."""
+    return [job for job in _all_recorded(env) if job.folder.is_dir()]
+
+
+def _all_recorded(env: Mapping[str, str]) -> list[Queued]:
     path = _index(env)
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    queued = [Queued(**row | {"folder": Path(row["folder"])}) for row in rows]
-    here = [job for job in queued if job.conf == env.get("SLURM_CONF", "")]
+    here: list[Queued] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            job = Queued(**row | {"folder": Path(row["folder"])})
+        except (ValueError, TypeError, KeyError):  # half a line, which a full disk has left
+            continue
+        if job.conf == env.get("SLURM_CONF", ""):
+            here.append(job)
     owners = {job.job: job for job in here}
-    return [replace(job, recycled=owners[job.job] is not job) for job in here if job.folder.is_dir()]
+    return [replace(job, recycled=owners[job.job] is not job) for job in here]
 
 
 def find(which: str | None, env: Mapping[str, str]) -> Queued:
@@ -214,7 +224,7 @@ def find(which: str | None, env: Mapping[str, str]) -> Queued:
     Raises:
         UsageError: There is none.
     """
-    jobs = recorded(env)
+    jobs = _all_recorded(env) if which else recorded(env)
     if which is None:
         if not jobs:
             raise UsageError("No job was submitted to this cluster yet; launch/slurm.py does it.")
@@ -231,6 +241,13 @@ def find(which: str | None, env: Mapping[str, str]) -> Queued:
     raise UsageError(f"{which}: no such job was submitted with lockstep; jobs.py list shows those that were.")
 
 
+def mark_cancelled(views: Iterable[View]) -> None:
+    """Remember that these were cancelled: of a run of a sweep that never started, Slurm soon knows nothing any more."""
+    for view in views:
+        if view.alive and (folder := _slurm_folder(view.run)).is_dir():
+            (folder / f"{view.job}.cancelled").touch()
+
+
 def look(jobs: Iterable[Queued], env: Mapping[str, str]) -> list[View]:
     """What is known of every run of these submissions, with one question to Slurm."""
     jobs = list(jobs)
@@ -239,10 +256,10 @@ def look(jobs: Iterable[Queued], env: Mapping[str, str]) -> list[View]:
 
 
 def _view(job: str, run: Run, queued: Queued, slot: Slot | None, silence: str) -> View:
-    slurm = queued.folder / "slurm" if (queued.folder / "slurm").is_dir() else _sweep_folder(run) / "slurm"
+    slurm = queued.folder / "slurm" if (queued.folder / "slurm").is_dir() else _slurm_folder(run)
     kept = slurm / f"{job}.ended.json"
     if slot is not None and slot.ended:
-        if not kept.exists():
+        if not kept.exists() and slurm.is_dir():
             write_whole(kept, asdict(slot))
     elif slot is None and (before := read_whole(kept)):
         slot = Slot(**before)
@@ -291,10 +308,14 @@ def _verdict(job: str, run: Run, slurm: Path, slot: Slot | None, result: dict[st
         return 6, "out of memory", f"It used more memory than it had asked for; ask for more with --mem. {said}"
     if failure is not None and knows:
         return _of_run(failure.exit_status), "failed", failure.reason
+    if slot is None and (slurm / f"{job}.cancelled").exists():
+        return 4, "cancelled", ""
     if slot is None and (why := _cancelled_by_slurm(slurm, job)):
         return _ENDED[why][0], _ENDED[why][1], "Slurm says so in the job's output."
     if said:
         return 1, "failed", said
+    if exit_words := _exit_words(slurm, job, failure):
+        return 1, "failed", exit_words
     if failure is not None and failure.interrupted:
         return _of_run(failure.exit_status), "interrupted", failure.reason
     if result.get("reason"):
@@ -337,6 +358,17 @@ def _last_words(slurm: Path, job: str) -> str:
     return ""
 
 
+def _exit_words(slurm: Path, job: str, failure: Failure | None) -> str:
+    """What srun says of the first task that ended by itself, where no rank has told more."""
+    text = _output(slurm, job)
+    if (found := re.search(r"error: (execve\(\): .+)", text)) and failure is None:
+        return f"Slurm says: {found[1].rstrip('.')}."
+    first = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): Exited with exit code (\d+)", text)
+    if first is None or int(first[3]) in (130, 143):
+        return ""
+    return f"rank {first[2]} on {first[1]} ended with exit status {first[3]} and without a word."
+
+
 def _exit_file(path: Path) -> int | None:
     try:
         return int(path.read_text())
@@ -357,13 +389,14 @@ def _launch(run: Run) -> dict[str, Any]:
     return yaml.safe_load(run.launch.read_text()) or {} if run.launch.exists() else {}
 
 
-def _sweep_folder(run: Run) -> Path:
+def _slurm_folder(run: Run) -> Path:
+    """Where the scripts and the output of a run's job are; those of a sweep lie together."""
     sweep = _launch(run).get("sweep") or {}
-    return run.folder.with_name(sweep["id"]) if sweep else run.folder
+    return (run.folder.with_name(sweep["id"]) if sweep else run.folder) / "slurm"
 
 
 def _index(env: Mapping[str, str]) -> Path:
-    state = env.get("XDG_STATE_HOME") or Path(env.get("HOME", os.sep)) / ".local" / "state"
+    state = env.get("XDG_STATE_HOME") or Path(env.get("HOME") or Path.home()) / ".local" / "state"
     return Path(state) / "lockstep" / "jobs.jsonl"
 
 
@@ -379,9 +412,7 @@ def _ask(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, Slot], str]:
     format_ = ",".join(f"{name}:|" for name in (*_FIELDS, "exit_code", "RestartCnt"))
     # Not --jobs: one that Slurm has forgotten makes an error of the whole answer.
     command = ["squeue", "--all", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"]
-    # A user's own defaults, such as SQUEUE_PARTITION, would leave jobs out.
-    asking = {name: value for name, value in env.items() if not name.startswith(("SQUEUE_", "SACCT_", "SLURM_CLUSTERS"))}
-    answer = subprocess.run(command, env=asking, capture_output=True, text=True)
+    answer = subprocess.run(command, env=asking(env), capture_output=True, text=True)
     if answer.returncode:
         return {}, answer.stderr.strip().splitlines()[-1].removeprefix("slurm_load_jobs error: ")
     slots: dict[str, Slot] = {}
@@ -390,7 +421,7 @@ def _ask(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, Slot], str]:
         name = f"{array}_{task}" if task != "N/A" else job
         status = os.waitstatus_to_exitcode(int(code)) if code.isdigit() else 0
         slots[name] = Slot(state, reason, start, elapsed, limit, nodes, status if status >= 0 else 128 - status, int(restarts))
-    return _from_accounting(ids - set(slots), asking) | slots, ""
+    return _from_accounting(ids - set(slots), asking(env)) | slots, ""
 
 
 def _from_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, Slot]:
@@ -401,7 +432,7 @@ def _from_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, Slot]:
     command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(jobs)}"]
     answer = subprocess.run(
         [*command, "--format=JobID,State,Reason,Start,Elapsed,Timelimit,NodeList,ExitCode"],
-        env=env,
+        env=dict(env),
         capture_output=True,
         text=True,
     )
@@ -448,7 +479,8 @@ def follow(queued: Queued, env: Mapping[str, str], rank: int = 0, seen: View | N
                         print(text, end="", flush=True)
                 return next((view.exit_status for view in views if view.exit_status), 0)
     except KeyboardInterrupt:
-        print(f"\njob {queued.job} goes on; jobs.py logs -f {queued.job} follows it again.", flush=True)
+        again = f"logs -f {queued.job} follows it again" if queued.runs == 1 else f"status {queued.job} shows it"
+        print(f"\njob {queued.job} goes on; jobs.py {again}.", flush=True)
         return 130
 
 

@@ -5,6 +5,7 @@ ignored ones not; ``code/lockstep`` is lockstep itself, where it is not part of 
 ``code/`` says whether they are whole. No torch here: the launcher uses this room.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -71,7 +72,8 @@ def take_snapshot(here: Path, package: Path, run: Path, python_path: str, secret
     inside = package.is_relative_to(root) and (code / "project" / package.relative_to(root)).is_dir()
     if not inside:
         sums |= _copy(package, code / "lockstep" / package.name, _walk(package), secrets)
-    manifest = "".join(f"{digest}  {path.relative_to(code)}\n" for path, digest in sorted(sums.items())).encode()
+    text = "".join(f"{digest}  {path.relative_to(code)}\n" for path, digest in sorted(sums.items()))
+    manifest = text.encode(errors="surrogateescape")
     (run / "code.sha256").write_bytes(manifest)
     if checkout and has_commit:
         patch = _git(root, "diff", "--binary", "HEAD")
@@ -100,7 +102,7 @@ def check_snapshot(run: Path, digest: str) -> int:
         raise RunError(f"The snapshot of the code in {run} cannot be read ({error.strerror}); submit again.") from None
     if hashlib.sha256(manifest).hexdigest() != digest:
         raise RunError(f"{run}/code.sha256 is not what was submitted; submit again.")
-    lines = manifest.decode().splitlines()
+    lines = manifest.decode(errors="surrogateescape").splitlines()
     for line in lines:
         expected, _, name = line.partition("  ")
         path = run / "code" / name
@@ -115,7 +117,7 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
     sums: dict[Path, str] = {}
     size = 0
     largest = (0, Path())
-    for count, name in enumerate(files):
+    for count, name in enumerate(_readable(files, root)):
         if count == LIMIT_FILES:
             raise UsageError(f"snapshot: the code in {root} has more than {LIMIT_FILES:,} files; {_REMEDY}.")
         source, target = root / name, into / name
@@ -142,9 +144,18 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
         except FileNotFoundError:  # tracked, but deleted
             continue
         except OSError as error:
-            raise UsageError(f"snapshot: {source} cannot be copied ({error.strerror}); {_REMEDY}.") from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "choose another disk with --run.root" if full else _REMEDY
+            raise UsageError(f"snapshot: {source} cannot be copied ({error.strerror}); {remedy}.") from None
         sums[target] = hashlib.sha256(content).hexdigest()
     return sums
+
+
+def _readable(files: Iterator[Path], root: Path) -> Iterator[Path]:
+    try:
+        yield from files
+    except OSError as error:
+        raise UsageError(f"snapshot: {error.filename or root} cannot be read ({error.strerror}); {_REMEDY}.") from None
 
 
 def refuse_secrets(path: Path, content: bytes, secrets: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ from lockstep.profile import Profile
 from lockstep.queue import Queued, record
 from lockstep.run import Run, git_state, new_identity
 from lockstep.snapshot import Code, live_code, refuse_secrets, take_snapshot
-from lockstep.submit import Request, batch_script, submit, would_run
+from lockstep.submit import Request, batch_script, refuse_dead_dependency, submit, would_run
 from lockstep.wandb_key import wandb_key
 
 log = logging.getLogger(__name__)
@@ -108,17 +108,22 @@ class Submission:
         for name in sweep or {}:
             if name.startswith("run."):
                 raise UsageError(f"--sweep: {name} cannot be swept over; runs of a sweep share the folder of their name.")
-            if name == "config":
-                raise UsageError("--sweep: config cannot be swept over; submit once for each config.")
+            if name == "config" or name in flags:
+                raise UsageError(f"--sweep: {name} cannot be swept over; submit once for each.")
         elsewhere = profile.container is not None or profile.python is not None
         config = check(arguments, flags, folders, sweep, elsewhere)
         points = [dict(zip(sweep or {}, values, strict=True)) for values in itertools.product(*(sweep or {}).values())]
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_name(name)
         for what, path in (("run.root", root), ("The folder of submission", here)):
-            if bad := re.search(r"[%\\\n]", str(path)):
-                raise UsageError(f"{what}: {str(path)!r} has {bad[0]!r} in it, which Slurm takes for something else.")
+            if bad := re.search(r"[%\\\n:]", str(path)):
+                raise UsageError(f"{what}: {str(path)!r} has {bad[0]!r} in it, which Slurm or Python take for something else.")
+        there = next(folder for folder in (root / name, *(root / name).parents) if folder.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UsageError(f"run.root: {there} cannot be written; choose another with --run.root.")
         has_command = bool(arguments) and not arguments[0].startswith("-")
+        _refuse_missing_checkpoint(arguments[0] if has_command else "fit", config["ckpt_path"], sweep or {})
+        _refuse_impossible(config, profile, nodes)
         return cls(
             command=arguments[0] if has_command else "fit",
             arguments=tuple(arguments[1:] if has_command else arguments),
@@ -146,6 +151,8 @@ class Submission:
             raise UsageError(
                 "sbatch is not found: this is no login node of a Slurm cluster; see slurm/cluster.py for one here."
             )
+        if self.after is not None:
+            refuse_dead_dependency(self.after, env)
         would_run(self._request(live_code(self.here, _PACKAGE, env.get("PYTHONPATH", ""))), env)
 
     def preview(self, env: Mapping[str, str]) -> str:
@@ -303,6 +310,32 @@ class Submission:
         )
 
 
+def _refuse_missing_checkpoint(command: str, path: str | None, sweep: Mapping[str, Sequence[str]]) -> None:
+    for place in sweep.get("ckpt_path", [] if path is None else [path]):
+        if not Path(place).exists():
+            raise UsageError(f"ckpt_path: there is no {place}; give a checkpoint, or a run folder.")
+    if command != "fit" and path is None and "ckpt_path" not in sweep:
+        raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
+
+
+def _refuse_impossible(config: Mapping[str, Any], profile: Profile, nodes: int) -> None:
+    """Raise about what does not go together with the resources."""
+    accelerator = config["trainer"].get("accelerator")
+    if (
+        accelerator in ("gpu", "cuda")
+        and not profile.gpus_per_node
+        and not any("gpu" in argument for argument in profile.sbatch)
+    ):
+        raise UsageError(f"trainer.accelerator: {accelerator!r} needs GPUs; ask for some with --gpus-per-node.")
+    data, ranks = config["data"], nodes * profile.ranks
+    size = data.get("init_args", {}).get("batch_size") if isinstance(data, Mapping) else None
+    if str(data and data.get("class_path")).startswith("lockstep.data.") and isinstance(size, int):
+        if size < 1:
+            raise UsageError(f"data.batch_size: {size} must be 1 or more.")
+        if size % ranks:
+            raise UsageError(f"data.batch_size: {size} is the global batch and does not divide by {ranks} ranks.")
+
+
 def _modules(config: Any) -> set[str]:
     """First parts of the import paths of all classes in a config."""
     if isinstance(config, Mapping):
@@ -329,6 +362,8 @@ def read_sweep(given: Sequence[str]) -> dict[str, list[str]]:
             raise UsageError(f"--sweep: {text!r} must be of the form KEY=A,B,…, such as model.lr=0.1,0.03.")
         if key in sweep:
             raise UsageError(f"--sweep: {key} is given twice; write all of its values after one --sweep.")
+        if re.search(r",,|^,|,$", values):
+            raise UsageError(f'--sweep: {text!r} has an empty value; write "" for an empty text.')
         sweep[key] = re.findall(r"((?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'|[^,])+)", values)
         if len(set(sweep[key])) < len(sweep[key]):
             raise UsageError(f"--sweep: {text!r} has a value twice.")

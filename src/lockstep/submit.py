@@ -16,6 +16,7 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from lockstep.errors import UsageError
+from lockstep.flags import asking
 from lockstep.job import TrainJob
 from lockstep.profile import Profile, minutes
 from lockstep.snapshot import Code
@@ -100,6 +101,17 @@ def would_run(request: Request, env: Mapping[str, str]) -> None:
     profile = request.profile
     if profile.minutes is not None and not profile.qos and not _names(profile.sbatch) & {"qos", "partition", "time"}:
         _refuse_time_over_limit(request, profile.minutes, _partitions(env))
+
+
+def refuse_dead_dependency(job: str, env: Mapping[str, str]) -> None:
+    """Raise UsageError unless ``job`` waits, runs, or has just ended well: of any other Slurm would make no condition."""
+    command = ["squeue", "--all", "--array", "--states=all", "--noheader", f"--jobs={job}", "--Format=State"]
+    answer = subprocess.run(command, env=asking(env), capture_output=True, text=True)
+    states = set(answer.stdout.split())
+    if not states:
+        raise UsageError(f"--after: Slurm does not know job {job}, or has forgotten it; if it ended well, leave --after out.")
+    if bad := states - {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "COMPLETED"}:
+        raise UsageError(f"--after: job {job} has not ended well ({', '.join(sorted(bad))}), so this one would never start.")
 
 
 def submit(request: Request, jobs: Sequence[TrainJob], env: MutableMapping[str, str]) -> str:
@@ -229,7 +241,7 @@ def _setup(request: Request) -> list[str]:
     lines += profile.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     if profile.scratch:
-        lines.append(f'export TMPDIR="{profile.scratch}"')
+        lines.append(f'export LOCKSTEP_SCRATCH="{profile.scratch}"')
     return [
         *lines,
         "# Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.",
@@ -269,8 +281,7 @@ class _Partition:
 
 def _partitions(env: Mapping[str, str]) -> list[_Partition]:
     command = ["sinfo", "--all", "--exact", "--noheader", "--format=%R|%P|%D|%c|%m|%G|%l|%T"]
-    asking = {name: value for name, value in env.items() if not name.startswith("SINFO_")}
-    rows = subprocess.run(command, env=asking, capture_output=True, text=True).stdout.splitlines()
+    rows = subprocess.run(command, env=asking(env), capture_output=True, text=True).stdout.splitlines()
     return [_Partition(name, marked.endswith("*"), *rest) for name, marked, *rest in (row.split("|") for row in rows)]
 
 
@@ -311,6 +322,7 @@ def _sentence(said: str, request: Request, partitions: Sequence[_Partition]) -> 
     asked += [f"{_count(profile.cpus, 'CPU')} per rank"] if profile.cpus else []
     asked += [f"{profile.mem} of memory per node"] if profile.mem else []
     asked += [f"{profile.time} of time"] if profile.time else []
+    asked += [f"an array of {request.runs} runs (MaxArraySize of slurm.conf is the limit)"] if request.runs > 1 else []
     kinds: dict[_Partition, int] = {}
     for partition in _chosen(request, partitions):
         kind = replace(partition, nodes="", state="")

@@ -31,7 +31,7 @@ from lockstep.tracking import start_wandb, sync_command
 from lockstep.trainer import make_trainer, resolve_precision
 from lockstep.world import World
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lockstep.train")  # as __main__ too
 
 
 def train(
@@ -65,8 +65,9 @@ def train(
         # lightning makes one of Ctrl-C and one of SIGTERM; any other is of the user's own code.
         sigterm = isinstance(error, SIGTERMException) or (isinstance(error, Interrupted) and error.code == 143)
         if not sigterm and not isinstance(error.__context__, KeyboardInterrupt):
-            result["reason"] = f"it was ended by exit status {error.code}"
-            raise
+            ended = RunError(f"The run was ended by sys.exit({error.code!r}).")
+            result["reason"] = ended.sentence
+            raise ended from error
         result |= {"status": "interrupted", "reason": "SIGTERM" if sigterm else "Ctrl-C"}
         raise Interrupted(143 if sigterm else 130) from error
     except BaseException as error:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +33,10 @@ class Subject(LightningModule):
                 Path(f"trouble-{os.environ['SLURM_JOB_ID']}").touch()
             if self.trouble == "raise":
                 raise ValueError("the subject was told to fail")
+            if self.trouble == "leave":
+                os._exit(9)
+            if self.trouble == "exit":
+                sys.exit("there are no data")
             if self.trouble == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.trouble == "eat":

@@ -91,6 +91,21 @@ def test_a_killed_rank_is_told(shell: Shell) -> None:
     assert "rank 1 on n2: Killed" in status["sentence"]
 
 
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        ("leave", "rank 1 on n2 ended with exit status 9 and without a word."),
+        ("exit", "The run was ended by sys.exit('there are no data')."),
+    ],
+)
+def test_a_rank_that_leaves_by_itself_is_told(shell: Shell, trouble: str, sentence: str) -> None:
+    job = shell.submit("--nodes", "2", "--config", "subject.yaml", "--model.trouble", trouble)
+    shown = followed(job)
+    status = told(job)
+    assert (shown.returncode, status["exit"], status["state"]) == (1, 1, "failed"), status
+    assert sentence in str(status["sentence"])
+
+
 def test_a_rank_that_eats_too_much_memory_is_told(shell: Shell) -> None:
     job = shell.submit("--nodes", "2", "--mem", "2G", "--config", "subject.yaml", "--model.trouble", "eat")
     shown = followed(job)

@@ -36,6 +36,15 @@ HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
         ("--run.root /proc/runs", "run.root: the run folder /proc/runs/subject/"),
         ("--profile a10", "profile: there is no 'a10' in "),
         ("--after never", "--after: 'never' is no job"),
+        ("--after 999999", "--after: Slurm does not know job 999999"),
+        ("--nodes four", "argument --nodes: invalid int value: 'four'; --help lists the flags."),
+        ("--sbatch --hold", "argument --sbatch: expected one argument; write it with =, such as --sbatch=--hold"),
+        ("--sbatch=--array=1-3", "sbatch: '--array=1-3': array belongs to the launcher; use --sweep."),
+        ("--sweep nodes=1,2", "--sweep: nodes cannot be swept over"),
+        ("--sweep model.rank=1,,2", "--sweep: 'model.rank=1,,2' has an empty value"),
+        ("--time 0", "time: '0' must be more than 0"),
+        ("--ckpt_path /nope", "ckpt_path: there is no /nope"),
+        ("--trainer.accelerator gpu", "trainer.accelerator: 'gpu' needs GPUs; ask for some with --gpus-per-node."),
         ("--nodes 0", "--nodes: 0 must be 1 or more"),
         ("--time soon", "time: 'soon' is no time"),
         ("--partition nowhere", "Invalid partition name specified. Asked for: 1 node of 1 rank; partitions are debug, short"),
@@ -54,6 +63,31 @@ def test_mistakes_are_refused_before_anything_is_queued_or_written(shell: Shell,
     assert done.returncode == 2 and done.stdout == ""
     assert sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not shell.queue() and sorted(shell.project.rglob("*")) == before
+
+
+def test_a_cluster_that_is_gone_is_told_at_once(shell: Shell) -> None:
+    for script, *arguments in (("launch/slurm.py",), ("launch/jobs.py", "list")):
+        done = shell(script, *arguments, SLURM_CONF="/gone/slurm.conf")
+        assert done.returncode == 2 and "that cluster is gone; unset SLURM_CONF" in done.stderr
+
+
+def test_a_full_home_does_not_hide_a_job(shell: Shell) -> None:
+    done = shell("launch/slurm.py", *HELD, XDG_STATE_HOME="/dev/null")
+    assert done.returncode == 0 and "jobs.py will not know it" in done.stderr
+    shell.jobs.append(done.stdout.strip())
+    index = Path(shell.env["XDG_STATE_HOME"]) / "lockstep/jobs.jsonl"
+    index.parent.mkdir(parents=True)
+    index.write_text('{"job": "1", "fol')  # all that a full disk had room for
+    job = shell.submit(*HELD)
+    assert job.status()["state"] == "waiting" and len(shell("launch/jobs.py", "list").stdout.splitlines()) == 1
+
+
+def test_a_cancelled_run_of_a_sweep_stays_cancelled(shell: Shell) -> None:
+    job = shell.submit(*HELD, "--sweep", "model.rank=0,1,2")
+    assert shell("launch/jobs.py", "cancel", f"{job.id}_1").returncode == 0
+    time.sleep(3)  # then Slurm knows nothing of it any more
+    states = [run["state"] for run in json.loads(shell("launch/jobs.py", "status", job.id, "--json").stdout)]
+    assert states == ["waiting", "cancelled", "waiting"]
 
 
 def test_a_folder_that_everybody_can_write_to_is_refused(shell: Shell) -> None:

@@ -29,7 +29,7 @@ ulimit -n 65536
 export PYTHONPATH=/home/user/project/runs/digits/20260101-000000-abcd/code/project:/home/user/project/runs/digits/20260101-000000-abcd/code/project/src
 export PYTHONSAFEPATH=1
 export WANDB_MODE=offline
-export TMPDIR="/scratch/$USER/$SLURM_JOB_ID"
+export LOCKSTEP_SCRATCH="/scratch/$USER/$SLURM_JOB_ID"
 # Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.
 MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))
 while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
