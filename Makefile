@@ -1,6 +1,6 @@
 # Everything here is safe to run twice, and the second time is fast.
 .DEFAULT_GOAL := help
-.PHONY: help setup slurm demo test lint bench lock clean
+.PHONY: help setup slurm demo test lint bench faults lock clean
 SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -51,6 +51,9 @@ lint: setup ## ruff and mypy
 bench: setup ## measure a step against stock lightning and a hand-written loop, and a submission against submitit and sbatch
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) slurm/cluster.py run -- $(PYTHON) benchmarks/launch.py
+
+faults: setup slurm ## kill, stop and take away what a job on a one-machine Slurm cluster needs, and print what that cost
+	$(PYTHON) benchmarks/faults.py
 
 lock: ## pin what pyproject.toml asks for
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra dev pyproject.toml -o requirements.lock

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from lockstep.errors import LockstepError, UsageError
+from lockstep.failure import attempts
 from lockstep.flags import Parser, at_least, refuse_dead_conf
 from lockstep.queue import Queued, View, find, follow, look, mark_cancelled, recorded
 
@@ -121,6 +122,7 @@ def print_facts(view: View) -> None:
         "nodes": slot.nodes if slot else "",
         "time": f"{slot.elapsed} of {slot.limit}" if slot else "",
         "attempt": str(view.attempt or ""),
+        **{f"attempt {a.attempt}": f"ended at step {a.step}: {a.reason}" for a in attempts(view.run)[-5:] if a.reason},
         "step": steps(view),
         "speed": f"{progress['samples_per_second']:g} samples/s" if progress.get("samples_per_second") else "",
         "time left": f"{left:.0f} s" if left and view.alive else "",

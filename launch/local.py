@@ -34,10 +34,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="launch/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--nodes", type=positive, default=1, help="pretend nodes (default 1)")
-    parser.add_argument("--ranks", type=positive, default=1, help="ranks on each node (default 1)")
+    parser.add_argument("--nodes", type=positive, help="pretend nodes (default 1, or as before)")
+    parser.add_argument("--ranks", type=positive, help="ranks on each node (default 1, or as before)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder, with its own config")
     own, rest = parser.parse_known_args(arguments)
-    if not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
+    if own.resume is None and not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
         at = 1 if rest and not rest[0].startswith("-") else 0
         rest[at:at] = ["--config", str(DEFAULT_CONFIG)]
     # A shell inside a Slurm allocation must not make this run look like one of its tasks.
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     from lockstep.local import train_locally
 
     try:
-        return train_locally(rest, own.nodes, own.ranks, ["python", "launch/local.py", *arguments])
+        return train_locally(rest, own.nodes, own.ranks, ["python", "launch/local.py", *arguments], own.resume)
     except LockstepError as error:
         print(f"lockstep: {error.sentence}", file=sys.stderr)
         return error.exit_status

@@ -165,25 +165,25 @@ class Cluster:
         alive = {process.part for process in self.processes() if process.program in ("munged", "slurmctld", "slurmd")}
         return [part for part in self.parts if part not in alive]
 
-    def lose(self, node: str) -> None:
-        """Kill a node's daemon and all that jobs run there, without a goodbye."""
-        self._check_node(node)
-        kill(self.folder, node)
+    def lose(self, part: str) -> None:
+        """Kill a node's daemon and all that jobs run there, or slurmctld, without a goodbye."""
+        self._check_part(part)
+        kill(self.folder, part)
 
-    def restore(self, node: str) -> None:
-        """Start the daemon of a lost node again and wait until Slurm uses it; its jobs have then been requeued or failed.
+    def restore(self, part: str) -> None:
+        """Start a lost daemon again and wait until Slurm uses it; the jobs of a node have then been requeued or failed.
 
         Raises:
             ClusterError: It runs already, or failed.
         """
-        self._check_node(node)
-        if node not in self.dead_parts():
-            raise ClusterError(f"{node} is not lost: its slurmd runs.")
+        self._check_part(part)
+        if part not in self.dead_parts():
+            raise ClusterError(f"{part} is not lost: it runs.")
         # A machine is away for longer than Slurm needs to notice: else jobs would seem to run on, on a node without them.
-        if not self.node_states()[node].startswith("down"):
-            self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
-        self._launch(node)
-        self._wait_for([node], HEALTHY)
+        if part != "slurmctld" and not self.node_states()[part].startswith("down"):
+            self.command("scontrol", "update", f"NodeName={part}", "State=DOWN", "Reason=lost")
+        self._launch(part)
+        self._wait_for([part] if part != "slurmctld" else [], HEALTHY)
 
     def down(self) -> None:
         """End every process and remove the folder, whatever is left of the cluster; a whole one cancels its jobs first.
@@ -210,9 +210,9 @@ class Cluster:
                     break
                 time.sleep(0.05)
 
-    def _check_node(self, node: str) -> None:
-        if node not in self.shape.node_names:
-            raise UsageError(f"{node}: the cluster in {self.folder} has only {', '.join(self.shape.node_names)}.")
+    def _check_part(self, part: str) -> None:
+        if part not in (known := ["slurmctld", *self.shape.node_names]):
+            raise UsageError(f"{part}: the cluster in {self.folder} has only {', '.join(known)}.")
 
     def _check_folder(self) -> None:
         """Refuse a folder that is neither a cluster's nor empty, or not this user's."""

@@ -17,7 +17,9 @@ from typing import Any
 
 import local
 import pytest
+import torch
 
+from lockstep.checkpoint import Checkpoint, newest
 from lockstep.logs import stop_logging
 
 pytest_plugins = ["shell"]  # the fixtures of tests/slurm
@@ -36,6 +38,18 @@ class Outcome:
     def result(self) -> dict[str, Any]:
         """``result.json``."""
         return json.loads((self.folder / "result.json").read_text())
+
+    @property
+    def newest(self) -> Checkpoint:
+        """The newest whole checkpoint."""
+        found = newest(self.folder / "checkpoints")
+        assert found is not None
+        return found
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those of the newest checkpoint."""
+        return torch.load(self.newest.model, weights_only=True)["state_dict"]
 
     def series(self, metric: str) -> list[float]:
         """All values of a metric in ``metrics.csv``."""

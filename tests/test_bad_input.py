@@ -6,7 +6,6 @@ Found while parsing (milliseconds), then found by data and model in one process,
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import SMALL, Launch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
@@ -79,7 +78,7 @@ def folder_run(root: Path, *more: str) -> list[str]:
         (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
         (["--seed_everything", "4294967296"], "seed_everything: 4294967296 must be 0 or more, and less than 2**32"),
         (["test"], "ckpt_path: must be set to test"),
-        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: nowhere.ckpt is no checkpoint file"),
+        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: nowhere.ckpt is no whole checkpoint"),
         (
             ["--model.network", "resnet19"],
             "model.network: torchvision has no classification model 'resnet19'; did you mean 'resnet1",
@@ -211,9 +210,8 @@ def test_nan_loss_names_step_and_rank_and_keeps_the_last_good_checkpoint(
     assert "The loss is not a finite number at step 28 on rank 1." in said
     assert said.count("not a finite number") == 1
     assert "failed first" not in said
-    kept = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert kept["global_step"] == 20
-    assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
+    assert run.newest.step == 20
+    assert all(tensor.isfinite().all() for tensor in run.weights.values())
     assert run.result["status"] == "failed"
     assert "step 28 on rank 1" in run.result["reason"]
 

@@ -16,11 +16,19 @@ from lockstep.tracking import MetricsFile, read_metrics, wandb_mode
 
 def test_metrics_file_takes_new_columns_and_goes_on_after_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    MetricsFile(path).log_metrics({"a": 1.5, "epoch": 0}, step=1)
-    MetricsFile(path).log_metrics({"b": 2.5, "epoch": 1}, step=2)
+    MetricsFile(path, lambda: 1).log_metrics({"a": 1.5, "epoch": 0})
+    again = MetricsFile(path, lambda: 2)
+    again.log_metrics({"a": 1.5, "epoch": 0})  # the step is done again
+    again.log_metrics({"b": 2.5, "epoch": 1})
+    with path.open("a") as file:
+        file.write("3,1,")  # killed in the middle of a line
+    third = MetricsFile(path, lambda: 3)
+    third.rows = 2  # as a checkpoint says
+    third.log_metrics({"b": 3.5, "epoch": 1})
     assert read_metrics(path) == [
         {"step": "1", "epoch": "0", "a": "1.5", "b": ""},
         {"step": "2", "epoch": "1", "a": "", "b": "2.5"},
+        {"step": "3", "epoch": "1", "a": "", "b": "3.5"},
     ]
 
 
@@ -68,7 +76,7 @@ def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: L
     history = [record["item"] for record in found["history"]]
     trained = [row for row in history if "train/loss" in row]
     assert [row["train/loss"] for row in trained] == pytest.approx(run.series("train/loss"))
-    assert [row["trainer/global_step"] for row in trained] == [4, 9, 14, 19, 24, 29, 34, 39]
+    assert [row["trainer/global_step"] for row in trained] == [5, 10, 15, 20, 25, 30, 35, 40]
     summary: dict[str, float] = {}
     for row in history:
         summary |= row

@@ -62,8 +62,8 @@ def test_training_from_the_saved_config_gives_the_same_run(launch: Launch) -> No
 
 def test_validate_and_test_a_checkpoint(launch: Launch) -> None:
     trained = launch(*SMALL)
-    newest = str(trained.folder / "checkpoints" / "last.ckpt")
-    for where in (newest, str(trained.folder)):
+    newest = str(trained.newest.model)
+    for where in (newest, str(trained.newest.folder), str(trained.folder)):
         tested = launch("test", "--ckpt_path", where)
         assert tested.status == 0
         for name in ("test/accuracy", "test/correct", "test/samples"):
@@ -227,5 +227,5 @@ def test_ones_own_module_and_data_outside_the_repository(
     assert (alone.status, two.status) == (0, 0)
     assert two.series("my/loss") == pytest.approx(alone.series("my/loss"), abs=1e-5)
     assert len(alone.series("my/loss")) == 40
-    state = torch.load(alone.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    state = alone.weights
     assert float(state["layer.weight"]) == pytest.approx(3, abs=0.05)

@@ -28,5 +28,18 @@ class Interrupted(SystemExit):
     """A signal ended the run: exit status 130 after Ctrl-C, 143 after SIGTERM."""
 
 
+class Stopped(SystemExit):
+    """All ranks have stopped after the same step and saved it; the run can go on. Exit status 128 and the signal's number.
+
+    Attributes:
+        signal: Why; SIGUSR2 also for the end of the allocation.
+        step: Optimizer steps done.
+    """
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(128 + signal)
+        self.signal, self.step = signal, step
+
+
 class RunError(LockstepError):
     """Found while training: a damaged file, a loss that is not a number. Exit status 1."""

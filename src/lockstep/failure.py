@@ -1,4 +1,4 @@
-"""Which rank failed first: ``logs/<attempt>/failure.json``, and its report at the end of rank zero's log.
+"""How attempts end: which rank failed first (``logs/<attempt>/failure.json``), and ``attempts.jsonl``, a line for each of them.
 
 When one rank fails all others do, with errors about lost connections that say nothing. Only the first is told; the others
 say that it was. No torch here: ``jobs`` reads it.
@@ -28,6 +28,7 @@ class Failure:
         report: One sentence, or a traceback.
         exit_status: What the rank exits with.
         echo: Whether it only lost a connection, because another rank was gone.
+        final: Whether another start would fail in the same way.
     """
 
     rank: int
@@ -37,17 +38,50 @@ class Failure:
     report: str
     exit_status: int = 1
     echo: bool = False
+    final: bool = False
 
     @property
     def interrupted(self) -> bool:
         """Whether it was a signal that ended the rank."""
-        return self.exit_status in (130, 143)
+        return self.exit_status in (130, 138, 140, 143)  # SIGINT, SIGUSR1, SIGUSR2, SIGTERM
 
     @property
     def reason(self) -> str:
         """One line: the rank, and the last line of its report."""
         last = self.report.strip().splitlines()[-1]
         return last if self.size == 1 else f"rank {self.rank} (node {self.node}, {self.host}): {last}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run, once it has ended.
+
+    Attributes:
+        attempt: Its number.
+        job: Slurm's id.
+        reason: Why it ended; empty if the run was finished.
+        exit_status: Of srun.
+        begun, ended: When, in seconds since 1970.
+        saved: Step of the newest checkpoint at its end; 0 before the first.
+        step: Optimizer steps done, as far as is known.
+        crashed: Whether it ended against its will and that of Slurm.
+    """
+
+    attempt: int
+    job: str
+    reason: str
+    exit_status: int
+    begun: float
+    ended: float
+    saved: int
+    step: int
+    crashed: bool
+
+
+def attempts(run: Run) -> list[Attempt]:
+    """All attempts that have ended, as far as somebody was left to note it."""
+    path = run.folder / "attempts.jsonl"
+    return [Attempt(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def first_failure(run: Run, attempt: int) -> Failure | None:

@@ -8,7 +8,6 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from lockstep.errors import Interrupted, LockstepError, RunError
 from lockstep.failure import Failure, record_failure, wait_for_cause
@@ -40,14 +39,19 @@ class TrainJob:
 
     def __call__(self) -> None:
         """Train as the rank that the environment describes; leave with the run's exit status if that fails."""
-        run, attempt = Run(self.folder), 1 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        run, attempt = Run(self.folder), int(os.environ["LOCKSTEP_ATTEMPT"])
         world = World.from_env(os.environ)
         _speak_into(run.log(attempt, world.rank))
         start_logging(world)
         logging.getLogger("submitit").setLevel(logging.WARNING)
         signal.signal(signal.SIGTERM, _leave)
-        signal.signal(signal.SIGUSR2, _note)
+        # Before training there is nothing to save, and the job's time is not over yet.
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        if read_whole(run.result).get("status") == "finished":
+            log.info("the run is finished already: %s", run.folder)
+            return
         try:
             self._look_around(world)
             # Only now: torch takes seconds to import, and what was wrong so far should not.
@@ -55,6 +59,10 @@ class TrainJob:
             from lockstep.train import train
 
             train(self.command, *parse(self.arguments), world, run, attempt)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Not by way of Python's own end: it would wait for workers of DataLoaders, which heed no signals.
+            os._exit(0)
         except BaseException as error:
             status = 1
             try:
@@ -96,10 +104,6 @@ def _leave(*_: object) -> None:
     raise Interrupted(143)
 
 
-def _note(signum: int, frame: FrameType | None) -> None:
-    log.warning("Slurm says that the end of the job's time is near")
-
-
 def _fail(error: BaseException, world: World, run: Run, attempt: int) -> int:
     """Write down how this rank failed, unless another one failed first, and return its exit status."""
     if isinstance(error, LockstepError):
@@ -112,7 +116,8 @@ def _fail(error: BaseException, world: World, run: Run, attempt: int) -> int:
     else:
         status, report = 1, "".join(traceback.format_exception(error))
     echo = world.size > 1 and _lost_a_peer(error)
-    mine = Failure(world.rank, world.size, world.node_rank, platform.node(), report, status, echo)
+    final = isinstance(error, LockstepError)
+    mine = Failure(world.rank, world.size, world.node_rank, platform.node(), report, status, echo, final)
     first = (wait_for_cause(run, attempt) if echo else None) or record_failure(run, attempt, mine)
     if first.rank != world.rank:
         print(f"lockstep: rank {world.rank} ended because of {first.reason}", flush=True)

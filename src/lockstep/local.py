@@ -1,11 +1,18 @@
 """A run on this machine: in this very process, or as several ranks."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
 
 from lockstep.config import parse
+from lockstep.errors import Interrupted
+from lockstep.failure import first_failure
 from lockstep.logs import start_logging
+from lockstep.queue import holds
 from lockstep.ranks import RankFailed, fork_ranks
 from lockstep.run import Run, update_status, write_whole
 from lockstep.train import split_command, train
@@ -14,21 +21,33 @@ from lockstep.world import World
 log = logging.getLogger(__name__)
 
 
-def train_locally(arguments: Sequence[str], nodes: int, ranks: int, typed: Sequence[str]) -> int:
+def train_locally(
+    arguments: Sequence[str], nodes: int | None, ranks: int | None, typed: Sequence[str], resume: Path | None = None
+) -> int:
     """Train with ``nodes`` × ``ranks`` ranks and return the exit status.
 
     Args:
         arguments: What the trainer is told: a command and the keys of the config.
-        nodes: Pretend nodes.
-        ranks: Ranks on each.
+        nodes: Pretend nodes; None is one, or as many as the run had.
+        ranks: Ranks on each; the same.
         typed: The whole command line, for the record.
+        resume: Folder of a run to go on with, whose config comes before ``arguments``; None begins a new one.
 
     Raises:
         LockstepError: With one rank, what the trainer says; so does any other exception, with its own traceback.
     """
     command, keys = split_command(arguments)
+    before: dict[str, int] = {}
+    if resume is not None:
+        run = Run.existing(resume)
+        keys = ["--config", str(run.config), *keys]
+        before = yaml.safe_load(run.launch.read_text())
+    nodes, ranks = nodes or before.get("nodes", 1), ranks or before.get("ranks_per_node", 1)
     parser, config = parse(keys)
-    run, attempt = Run.start(config.run.root, config.run.name, typed, nodes, ranks)
+    if resume is None:
+        run, attempt = Run.start(config.run.root, config.run.name, typed, nodes, ranks)
+    else:
+        attempt = run.begin_attempt(None, lambda owner: holds(owner, os.environ))
     if nodes * ranks == 1:
         train(command, parser, config, World(), run, attempt)
         return 0
@@ -39,7 +58,11 @@ def train_locally(arguments: Sequence[str], nodes: int, ranks: int, typed: Seque
             ranks,
             logs=lambda rank: run.log(attempt, rank),
         )
-    except RankFailed as failure:
+    except RankFailed as failed:
+        failure = failed
+        if stuck := first_failure(run, attempt):  # written by a rank that has seen another one hang
+            its_place = World(stuck.rank, nodes * ranks, stuck.rank % ranks, ranks)
+            failure = RankFailed(its_place, stuck.report, stuck.exit_status, sentence=True)
         if not run.result.exists():  # rank zero had no time to write it
             reason = f"rank {failure.world.rank}: {failure.report.strip().splitlines()[-1]}"
             write_whole(run.result, {"status": "failed", "reason": reason, "world_size": nodes * ranks, "attempts": attempt})
@@ -56,7 +79,7 @@ def train_locally(arguments: Sequence[str], nodes: int, ranks: int, typed: Seque
                 run.log(attempt, 0).parent,
             )
         return failure.exit_status
-    except KeyboardInterrupt:
-        print(f"interrupted; all ranks were ended. run folder {run.folder}", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Interrupted) as interrupted:
+        print(f"interrupted; to go on: launch/local.py --resume {run.folder}", file=sys.stderr)
+        return int(interrupted.code or 1) if isinstance(interrupted, Interrupted) else 130
     return 0

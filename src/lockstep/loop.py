@@ -1,27 +1,74 @@
-"""lightning's training epoch without its per-step broadcast, and with a clock on the wait for data.
+"""lightning's training loops, with a boundary after each step at which the ranks may save, stop, and later go on.
 
-Since 2.5.2 every step of a world larger than one begins with a broadcast from rank zero and an ``.item()``: the host waits
-for the device each time. Its SIGTERM handler broadcasts too, from inside the handler. Both go: here the handler sets a flag and
-does nothing else, the rank leaves before its next batch, and the launcher ends the others.
+What differs from lightning:
+
+- A run goes on at the very boundary that was saved: after a step, before the validation that may follow it. lightning's own
+  restarts repeat or skip steps, depending on where they were saved.
+- No broadcast at each step. Since 2.5.2 every step of a world larger than one begins with one from rank zero and an
+  ``.item()``: the host waits for the device each time. ``stop.Agreement`` takes its place.
+- A clock on the wait for data.
 """
 
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.trainer import call
+
+from lockstep.order import Position
+from lockstep.state import State, put_state
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        position: In the data.
+        states: Of the ranks that this one stands for, see ``state.put_state``.
+        seed: For random numbers that no state gives.
+    """
+
+    position: Position
+    states: Sequence[State]
+    seed: int
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """An epoch whose steps begin without talking to the other ranks.
+    """An epoch with a boundary after each optimizer step.
 
     Attributes:
+        at_boundary: Called after each optimizer step, before a validation, with whether one follows.
+        pending: Whether the step before the boundary that was loaded is not ended yet.
         waited: Seconds that the host has spent waiting for the next batch so far.
     """
 
+    at_boundary: Callable[[bool], None] | None = None
+    pending = False
     waited = 0.0
     _fetch_began = 0.0
+
+    @property
+    def done(self) -> bool:
+        return not self.pending and super().done
+
+    def reset(self) -> None:
+        if not self.pending:  # else all counters are where they were
+            super().reset()
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        if self.pending:
+            self.pending = False
+            return
+        super().advance(data_fetcher)
+        if self.at_boundary is not None and not self._should_accumulate():
+            self.at_boundary(self._should_check_val_fx(data_fetcher))
 
     def _on_before_fetch(self) -> None:
         self._fetch_began = time.perf_counter()
@@ -32,38 +79,57 @@ class EpochLoop(_TrainingEpochLoop):
         self.waited += time.perf_counter() - self._fetch_began
 
     def _broadcast_sigterm_tensor(self) -> None:
-        """Nothing; ``LeaveOnSigterm`` takes its place."""
+        """Nothing."""
 
 
-class LeaveOnSigterm(Callback):
-    """Ends this rank before its next batch once it has been sent SIGTERM.
+class FitLoop(_FitLoop):
+    """A fit that can begin at a boundary.
 
-    Raises:
-        SIGTERMException: As lightning does.
+    Attributes:
+        resumed: Where it goes on; None begins at the beginning, or where a checkpoint of lightning's own says.
     """
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._leave(trainer)
+    resumed: Resumed | None = None
+    epoch_loop: EpochLoop
 
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self._leave(trainer)
+    @property
+    def done(self) -> bool:
+        return not self.epoch_loop.pending and super().done
 
-    def on_test_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self._leave(trainer)
+    def setup_data(self) -> None:
+        strategy: Any = self.trainer.strategy
+        strategy.position = self.resumed.position if self.resumed else None
+        super().setup_data()
+        strategy.position = None
 
-    @staticmethod
-    def _leave(trainer: Trainer) -> None:
-        if trainer.received_sigterm:
-            raise SIGTERMException
+    def run(self) -> None:
+        if self.resumed is not None:
+            # Not a restart in lightning's sense: nothing is to be guessed from the counters.
+            self.restarting = False
+            self._restarting = False
+            self.epoch_loop.pending = True
+        super().run()
+
+    def on_advance_start(self) -> None:
+        resumed = self.resumed
+        if resumed is None:
+            super().on_advance_start()
+            return
+        self.setup_data()
+        assert self._combined_loader is not None
+        for loader in self._combined_loader.flattened:
+            _set_sampler_epoch(loader, resumed.position.epoch)
+        # For whoever prepares something here; what is drawn, counted or logged by it is undone.
+        call._call_callback_hooks(self.trainer, "on_train_epoch_start")
+        call._call_lightning_module_hook(self.trainer, "on_train_epoch_start")
+        put_state(self.trainer, resumed.states, resumed.seed)
+        self.resumed = None
 
 
-def replace_epoch_loop(trainer: Trainer) -> None:
-    """Give ``trainer`` the loop of this module, with the limits that it has, and a SIGTERM handler that goes with it."""
-    signals = trainer._signal_connector
-
-    def note(*_: Any) -> None:
-        signals.received_sigterm = True
-
-    signals._sigterm_notifier_fn = note  # type: ignore[assignment]
-    old = trainer.fit_loop.epoch_loop
-    trainer.fit_loop.epoch_loop = EpochLoop(trainer, old.min_steps, old.max_steps)
+def replace_loops(trainer: Trainer) -> None:
+    """Give ``trainer`` the loops of this module, with the limits that it has, and no signal handlers."""
+    old = trainer.fit_loop
+    new = FitLoop(trainer, old.min_epochs, old.max_epochs)
+    new.epoch_loop = EpochLoop(trainer, old.epoch_loop.min_steps, old.epoch_loop.max_steps)
+    trainer.fit_loop = new
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -212,21 +212,22 @@ class Status(Callback):
             return
         self._next = time.monotonic() + self.seconds
         steps, left = total_steps(trainer), self._seconds_left(trainer)
-        write_whole(
-            self.run.status,
-            {
-                "status": state,
-                "step": trainer.global_step,
-                "steps": steps,
-                "epoch": trainer.current_epoch,
-                "samples_per_second": round(self.rates.samples_per_second, 1),
-                "seconds_left": left,
-                "attempt": self.attempt,
-                "world_size": trainer.world_size,
-                "metrics": newest(trainer),
-                "time": time.time(),
-            },
-        )
+        content = {
+            "status": state,
+            "step": trainer.global_step,
+            "steps": steps,
+            "epoch": trainer.current_epoch,
+            "samples_per_second": round(self.rates.samples_per_second, 1),
+            "seconds_left": left,
+            "attempt": self.attempt,
+            "world_size": trainer.world_size,
+            "metrics": newest(trainer),
+            "time": time.time(),
+        }
+        try:
+            write_whole(self.run.status, content)
+        except OSError as error:
+            log.warning("%s could not be written (%s)", self.run.status, error.strerror)
         if self.speak and state == "training" and trainer.global_step:
             left_text = "" if left is None else f"  {left:.0f} s left"
             log.info(

@@ -29,11 +29,15 @@ class RunOptions:
         name: What the run is called.
         root: Folder of all runs.
         test: Test the final weights when training has ended, where there is a test set.
+        hang_seconds: The least time without progress after which a rank is taken for stuck; it adapts to what is usual.
+        max_restarts: How often a job is started again after a crash; being preempted, or out of time, does not count.
     """
 
     name: str = "run"
     root: Path = Path("runs")
     test: bool = True
+    hang_seconds: float = 300.0
+    max_restarts: int = 100
 
 
 @dataclass
@@ -59,14 +63,22 @@ class DDPOptions:
 
 @dataclass
 class CheckpointOptions:
-    """What is kept below <run folder>/checkpoints: the newest after every validation, and the best.
+    """What is saved below <run folder>/checkpoints, and when; always before a validation and at the end.
 
     Args:
+        every_n_steps: Save after every so many steps as well.
+        every_minutes: Save after every so many minutes as well.
+        background: Go on training while the files are written.
+        keep: How many of the newest are kept.
         monitor: Metric that says which are the best, such as val/accuracy; none keeps the newest alone.
         mode: Whether more or less of it is better.
         best: How many of the best are kept.
     """
 
+    every_n_steps: int | None = None
+    every_minutes: float | None = 15.0
+    background: bool = True
+    keep: int = 2
     monitor: str | None = None
     mode: Literal["max", "min"] = "max"
     best: int = 1

@@ -7,9 +7,11 @@ process prepares it.
 """
 
 import copy
+import itertools
 import logging
 import random
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +30,26 @@ from torch.utils.data import (
 )
 
 from lockstep.errors import UsageError
+from lockstep.stop import STOPPING, ignore_signals
 from lockstep.world import World
 
 log = logging.getLogger(__name__)
 
 Draw = tuple[int, int]
 """One sample of one epoch: (epoch, index)."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the data.
+
+    Attributes:
+        epoch: Number of the epoch, from 0.
+        batch: Batches of it that are used up.
+    """
+
+    epoch: int
+    batch: int
 
 
 def mix(*parts: int) -> int:
@@ -140,6 +156,7 @@ class GlobalBatches(BatchSampler):
             )
         per_rank = -(-batch_size // world.size)
         self.batch_size = per_rank * world.size
+        self.start = 0  # batches to leave out of the next iteration, and of that one only
         self._bounds = self._split(len(order), name)
 
     def _split(self, samples: int, name: str) -> list[tuple[int, int]]:
@@ -187,7 +204,8 @@ class GlobalBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
         epoch, indices = self.order.epoch, self.order.indices()
-        for batch in range(len(self)):
+        first, self.start = self.start, 0
+        for batch in range(first, len(self)):
             start, end = self._mine(batch)
             yield [(epoch, index) for index in indices[start:end]]
 
@@ -233,6 +251,47 @@ class Seeded(Dataset[Any]):
         return self.dataset[index]
 
 
+class Quiet:
+    """Makes a DataLoader's worker leave signals to its rank: one to the whole job is not for it to die of.
+
+    Args:
+        then: What the loader's owner wants done in a worker.
+        in_job: Whether Slurm may signal the whole job; elsewhere SIGTERM is what Python ends a worker with.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None, in_job: bool) -> None:
+        self.then, self.in_job = then, in_job
+
+    def __call__(self, worker: int) -> None:
+        ignore_signals(*STOPPING if self.in_job else (signal.SIGINT,))
+        if self.then is not None:
+            self.then(worker)
+
+
+class Later:
+    """A loader that is not ours, without its first batches when it is iterated for the first time.
+
+    Args:
+        loader: Any iterable of batches.
+        batches: How many are drawn and dropped.
+    """
+
+    def __init__(self, loader: Any, batches: int) -> None:
+        self.loader, self._batches = loader, batches
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not yet there while unpickling
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self._batches = self._batches, 0
+        return itertools.islice(iter(self.loader), first, None)
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How a run shares out its data: the world and the seed."""
@@ -275,6 +334,7 @@ class Sharding:
             batch_sampler=batches,
             # Its own, or every start of an epoch would draw the workers' seed from the generator that drives dropout.
             generator=loader.generator or torch.Generator(),
+            worker_init_fn=Quiet(loader.worker_init_fn, self.world.launcher in ("slurm", "submitit")),
             _iterator=None,
         )
         return ordered

@@ -7,6 +7,7 @@ exit status in ``slurm/<job>.exit``, and whoever asks while Slurm still knows ke
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 
 from lockstep.errors import UsageError
-from lockstep.failure import Failure, first_failure
+from lockstep.failure import Failure, attempts, first_failure
 from lockstep.flags import asking
 from lockstep.run import Run, read_whole, write_whole
 
@@ -161,7 +162,7 @@ class View:
     @property
     def attempt(self) -> int:
         """Number of the newest attempt; 0 before the first."""
-        return _attempt(self.run)
+        return self.run.newest_attempt
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -178,12 +179,23 @@ class View:
             "exit_status": self.exit_status,
             "sentence": self.sentence,
             "attempt": self.attempt,
+            "attempts": [asdict(attempt) for attempt in attempts(self.run)],
             "slurm": asdict(self.slot) if self.slot else None,
             "progress": self.progress,
             "metrics": self.metrics,
             "result": self.result,
             "sweep": launch.get("sweep"),
         }
+
+
+def holds(owner: Mapping[str, Any], env: Mapping[str, str]) -> bool:
+    """Whether the job, or the process on this machine, that has claimed a run still has it."""
+    if job := str(owner.get("job", "")):
+        if shutil.which("squeue", path=env.get("PATH")) is None:
+            return False
+        command = ["squeue", "--all", "--noheader", f"--jobs={job}", "--Format=State"]
+        return subprocess.run(command, env=asking(env), capture_output=True, text=True).stdout.split() == ["RUNNING"]
+    return owner.get("host") == platform.node() and Path("/proc", str(owner.get("pid"))).exists()
 
 
 def record(queued: Queued, env: Mapping[str, str]) -> None:
@@ -276,18 +288,19 @@ def _verdict(job: str, run: Run, slurm: Path, slot: Slot | None, result: dict[st
     """Exit status, state and sentence of a run."""
     if slot is not None and not slot.ended:
         if slot.state != "PENDING":
-            failed = first_failure(run, slot.restarts + 1)
-            return ALIVE, slot.state.lower(), f"It is ending: {failed.reason}" if failed else ""
+            number = run.newest_attempt
+            failed = first_failure(run, number) if number else None
+            return ALIVE, slot.state.lower(), f"Attempt {number} has failed: {failed.reason}" if failed else ""
         if slot.reason in _NEVER:
             return ALIVE, "waiting", f"It will never start: {_NEVER[slot.reason]} (Slurm: {slot.reason}); cancel it."
         if slot.reason == "None":
             return ALIVE, "waiting", "Slurm has not looked at it yet."
         why = _WAITS.get(slot.reason.partition(",")[0].strip("()"), f"for what Slurm calls {slot.reason}")
         return ALIVE, "waiting", f"It waits {why}." + (f" Expected start: {slot.start}." if slot.start[:1].isdigit() else "")
-    exited = _exit_file(slurm / f"{job}.exit")
-    attempt = _attempt(run)
+    exited, output = _exit_file(slurm / f"{job}.exit"), output_of(run, slurm, job)
+    attempt = run.newest_attempt
     failure = first_failure(run, attempt) if attempt else None
-    said = _last_words(slurm, job)
+    said = last_words(output)
     ate_too_much = said.startswith("Slurm says")
     if slot is not None and slot.state not in ("COMPLETED", "FAILED"):
         status, word = _ENDED[slot.state]
@@ -310,45 +323,46 @@ def _verdict(job: str, run: Run, slurm: Path, slot: Slot | None, result: dict[st
         return _of_run(failure.exit_status), "failed", failure.reason
     if slot is None and (slurm / f"{job}.cancelled").exists():
         return 4, "cancelled", ""
-    if slot is None and (why := _cancelled_by_slurm(slurm, job)):
+    if slot is None and (why := _cancelled_by_slurm(output)):
         return _ENDED[why][0], _ENDED[why][1], "Slurm says so in the job's output."
     if said:
         return 1, "failed", said
-    if exit_words := _exit_words(slurm, job, failure):
-        return 1, "failed", exit_words
+    if words := exit_words(output, failure):
+        return 1, "failed", words
     if failure is not None and failure.interrupted:
         return _of_run(failure.exit_status), "interrupted", failure.reason
     if result.get("reason"):
         return {"interrupted": 143}.get(result["status"], _of_run(exited or 1)), result["status"], str(result["reason"])
     if slot is None and exited is None:
         return 1, "gone", "It ended without a word, and Slurm has forgotten it: cancelled, over a limit, or a node was lost."
-    output = _tail(_output(slurm, job))
     status = _of_run(exited or (slot.status if slot else 1))
-    return status, "failed", f"It ended without a word; the last one of its output: {output}"
+    return status, "failed", f"It ended without a word; the last one of its output: {_tail(output)}"
 
 
 def _of_run(status: int) -> int:
     """The exit status of a run: what a script or a user's code may have ended with must not look like one of Slurm's."""
-    return status if status in (2, 130, 143) else 1
+    return status if status in (2, 130, 138, 140, 143) else 1
 
 
-def _output(slurm: Path, job: str) -> str:
-    """What the batch script and srun have printed."""
+def output_of(run: Run, slurm: Path, job: str) -> str:
+    """What the batch script and srun have printed since the newest attempt of this job began."""
+    begun = read_whole(run.folder / "logs" / str(run.newest_attempt) / "begun.json")
     try:
-        return (slurm / f"{job}_0_log.out").read_text(errors="replace")
+        with (slurm / f"{job}_0_log.out").open(errors="replace") as file:
+            file.seek(begun.get("output", 0) if begun.get("job") == job else 0)
+            return file.read()
     except FileNotFoundError:
         return ""
 
 
-def _cancelled_by_slurm(slurm: Path, job: str) -> str:
+def _cancelled_by_slurm(output: str) -> str:
     """Slurm's state of a job that it has forgotten, from what slurmstepd wrote when the job was ended; empty if nothing."""
-    why = re.search(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|PREEMPTION)", _output(slurm, job))
+    why = re.search(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|PREEMPTION)", output)
     return {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}[why[1]] if why else ""
 
 
-def _last_words(slurm: Path, job: str) -> str:
-    """What srun says of a task that was killed, in the output of the batch script."""
-    text = _output(slurm, job)
+def last_words(text: str) -> str:
+    """What srun says of a task that was killed, in the output of an attempt."""
     if over := re.search(r"(?i)error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)", text):
         return f"Slurm says: {over[1].strip().rstrip('.')}."
     killed = re.findall(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", text)
@@ -358,9 +372,8 @@ def _last_words(slurm: Path, job: str) -> str:
     return ""
 
 
-def _exit_words(slurm: Path, job: str, failure: Failure | None) -> str:
+def exit_words(text: str, failure: Failure | None) -> str:
     """What srun says of the first task that ended by itself, where no rank has told more."""
-    text = _output(slurm, job)
     if (found := re.search(r"error: (execve\(\): .+)", text)) and failure is None:
         return f"Slurm says: {found[1].rstrip('.')}."
     first = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): Exited with exit code (\d+)", text)
@@ -379,10 +392,6 @@ def _exit_file(path: Path) -> int | None:
 def _tail(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "nothing."
-
-
-def _attempt(run: Run) -> int:
-    return max((int(path.name) for path in (run.folder / "logs").glob("*") if path.name.isdigit()), default=0)
 
 
 def _launch(run: Run) -> dict[str, Any]:
@@ -503,7 +512,7 @@ class _Log:
 
     def news(self) -> Iterator[str]:
         """What was written since the last call."""
-        newest = _attempt(self._run)
+        newest = self._run.newest_attempt
         for attempt in range(max(1, self._attempt), newest + 1):
             if attempt != self._attempt:
                 self._attempt, self._read = attempt, 0

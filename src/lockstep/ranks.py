@@ -75,6 +75,7 @@ def fork_ranks(
         sys.stderr.flush()
         processes: list[BaseProcess] = []
         endings: list[int] = []
+        before = signal.signal(signal.SIGTERM, _leave)
         try:
             for world in worlds:
                 # One after the other, or a rank would hold the ends of the pipes of those after it, and nobody could tell
@@ -90,14 +91,24 @@ def fork_ranks(
                 endings.append(os.pidfd_open(process.pid or 0) if linux else os.dup(process.sentinel))
                 sender.close()
             return _collect(worlds, processes, receivers, endings)
-        except KeyboardInterrupt:
-            # A terminal sends it to the ranks as well: let them write down that they were interrupted.
+        except (KeyboardInterrupt, Interrupted):
+            # A terminal sends Ctrl-C to the ranks as well: let them stop together, and save. A second one ends that.
             _wait(processes)
+            for rank in processes:
+                if rank.is_alive():
+                    rank.terminate()
+            for rank in processes:
+                rank.join()
             raise
         finally:
+            signal.signal(signal.SIGTERM, before)
             _end(processes)
             for ending in endings:
                 os.close(ending)
+
+
+def _leave(*_: object) -> None:
+    raise Interrupted(143)
 
 
 def _rank(target: Callable[[World], Any], world: World, sender: Connection, log: Path | None, parent: int) -> None:
@@ -122,7 +133,8 @@ def _rank(target: Callable[[World], Any], world: World, sender: Connection, log:
         sender.send(_Failure(time.time(), error.sentence, status, True))
     except Interrupted as error:
         status = int(error.code) if isinstance(error.code, int) else 1
-        sender.send(_Failure(time.time(), f"it was ended by {'SIGTERM' if status == 143 else 'Ctrl-C'}.", 1, False))
+        name = "Ctrl-C" if status == 130 else signal.Signals(status - 128).name
+        sender.send(_Failure(time.time(), f"It was ended by {name}; --resume goes on.", status, True))
     except BaseException as error:
         if log is not None:
             traceback.print_exc()

@@ -12,7 +12,7 @@ import shlex
 import stat
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,18 @@ class Run:
         run.describe_launch(command, nodes, ranks, git_state(Path.cwd()))
         return run, run.begin_attempt()
 
+    @classmethod
+    def existing(cls, folder: Path) -> "Run":
+        """The run in ``folder``.
+
+        Raises:
+            UsageError: There is none.
+        """
+        run = cls(folder.absolute())
+        if not run.config.is_file():
+            raise UsageError(f"{folder} is no run folder: it has no config.yaml.")
+        return run
+
     @property
     def id(self) -> str:
         """The folder's own name: the time of creation and four random digits; sorts by time."""
@@ -128,11 +140,36 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{rank}.log"
 
-    def begin_attempt(self) -> int:
-        """Count one more start of this run: 1 for the first. Called once per job, before the ranks start."""
-        attempt = 1 + max((int(path.name) for path in (self.folder / "logs").iterdir() if path.name.isdigit()), default=0)
-        (self.folder / "logs" / str(attempt)).mkdir()
+    def begin_attempt(
+        self, owner: Mapping[str, Any] | None = None, holds: Callable[[Mapping[str, Any]], bool] = lambda owner: False
+    ) -> int:
+        """Claim this run and count one more start of it: 1 for the first. Called once, before the ranks start.
+
+        Args:
+            owner: Who claims it: a job, or a process of this machine (the default).
+            holds: Whether another owner still has it.
+
+        Raises:
+            UsageError: Another has it.
+        """
+        owner = owner or {"host": platform.node(), "pid": os.getpid()}
+        held, attempt = read_whole(self.folder / "owner.json"), 1 + self.newest_attempt
+        taken = bool(held) and held != owner and holds(held)
+        try:
+            if not taken:
+                (self.folder / "logs" / str(attempt)).mkdir()
+        except FileExistsError:  # at this very moment
+            held, taken = read_whole(self.folder / "owner.json"), True
+        if taken:
+            who = ", ".join(f"{name} {value}" for name, value in held.items()) or "another"
+            raise UsageError(f"The run {self.folder} is being trained by {who}; end that first.")
+        write_whole(self.folder / "owner.json", owner)
         return attempt
+
+    @property
+    def newest_attempt(self) -> int:
+        """Number of the newest attempt; 0 before the first."""
+        return max((int(path.name) for path in (self.folder / "logs").glob("*") if path.name.isdigit()), default=0)
 
     def describe_launch(
         self, command: Sequence[str], nodes: int, ranks: int, git: Mapping[str, Any] | None, **more: Any

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lockstep.errors import LockstepError, UsageError
 from lockstep.options import DDPOptions
-from lockstep.order import GlobalBatches, Sharding, mix
+from lockstep.order import GlobalBatches, Later, Position, Sharding, mix
 from lockstep.world import World
 
 log = logging.getLogger(__name__)
@@ -133,6 +133,8 @@ class _Ordered(Strategy):
     each of its samples alike."""
 
     sharding: Sharding
+    position: Position | None = None
+    ready_order: list[int] | None = None
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
@@ -144,10 +146,16 @@ class _Ordered(Strategy):
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         owner = type(getattr(trainer, "datamodule", None) or self.lightning_module).__name__
         ordered = self.sharding.in_order(dataloader, owner)
-        if trainer is not None and isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches):
-            # lightning tells the epoch only after the workers of a resumed run have begun to fetch.
-            ordered.batch_sampler.order.set_epoch(trainer.current_epoch)
-        return ordered
+        if self.position is None:
+            if trainer is not None and isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches):
+                ordered.batch_sampler.order.set_epoch(trainer.current_epoch)
+            return ordered
+        # Now: lightning tells the epoch only after the workers of a resumed run have begun to fetch.
+        if isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches):
+            ordered.batch_sampler.order.set_epoch(self.position.epoch)
+            ordered.batch_sampler.start = self.position.batch % len(ordered.batch_sampler)
+            return ordered
+        return Later(ordered, self.position.batch)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         weight = self._batch_weight()
@@ -189,7 +197,44 @@ class DDP(_Ordered, DDPStrategy):
             gradient_as_bucket_view=options.bucket_view,
         )
         self._hook = hooks[options.gradient_compression]
+        self._rebuckets = not options.find_unused_parameters
         self.sharding = sharding
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn == "fit" and self._rebuckets:
+            self._keep_buckets(trainer)
+
+    def _keep_buckets(self, trainer: Trainer) -> None:
+        """Sum gradients in the same order after a restart as before it.
+
+        After its first backward, DDP puts gradients into buckets in the order in which they became ready, and so sums them in
+        another order from the second step on. That order is noted, saved, and after a restart shown to DDP with gradients of
+        zero, so that the first step is already summed as the later ones are.
+        """
+        model = self.model
+        assert isinstance(model, DistributedDataParallel)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.ready_order is None:
+            ready: list[int] = []
+
+            def note(index: int, hook: list[Any]) -> Callable[[Tensor], None]:
+                def noted(_: Tensor) -> None:
+                    ready.append(index)
+                    hook.pop().remove()
+
+                return noted
+
+            for index, parameter in enumerate(parameters):
+                hook: list[Any] = []
+                hook.append(parameter.register_post_accumulate_grad_hook(note(index, hook)))  # type: ignore[no-untyped-call]
+            self.ready_order = ready
+        elif sorted(self.ready_order) == list(range(len(parameters))):
+            model.reducer.prepare_for_forward()
+            model.reducer.prepare_for_backward([])
+            for index in self.ready_order:
+                (parameters[index].reshape(-1)[:1].sum() * 0).backward()  # type: ignore[no-untyped-call]
+            trainer.lightning_module.zero_grad(set_to_none=True)
 
     def _register_ddp_hooks(self) -> None:
         # lightning registers hooks on GPUs only; gloo takes them as well.

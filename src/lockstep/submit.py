@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from lockstep.again import HERE, QUEUE
 from lockstep.errors import UsageError
 from lockstep.flags import asking
 from lockstep.job import TrainJob
@@ -140,7 +142,7 @@ def _executor(request: Request) -> _Executor:
     profile = request.profile
     executor = _Executor(folder=request.folder / "slurm", python=_python(request))
     # Of submitit's signal before the end nobody is told: it may come before there is a handler, and would end the rank.
-    more: dict[str, Any] = {"chdir": request.here, "no-requeue": True, "signal": "URG@90"}
+    more: dict[str, Any] = {"chdir": request.here, "requeue": True, "signal": "URG@90"}
     if profile.reservation:
         more["reservation"] = profile.reservation
     if request.after:
@@ -179,7 +181,7 @@ def _executor(request: Request) -> _Executor:
 
 def _srun(request: Request) -> list[str]:
     profile = request.profile
-    arguments = ["--kill-on-bad-exit=1"]
+    arguments = ["--kill-on-bad-exit=1", "--open-mode=append"]
     if profile.cpus is not None:
         arguments.append(f"--cpus-per-task={profile.cpus}")  # srun does not inherit it
     if profile.container and profile.container.runtime == "pyxis":
@@ -226,7 +228,8 @@ def _setup(request: Request) -> list[str]:
     exports |= profile.environment
     lines = [
         "# How this ends is written down also where Slurm keeps no accounts.",
-        f'ended={slurm}/"${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}.exit"',
+        'export LOCKSTEP_JOB="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"',
+        f'ended={slurm}/"$LOCKSTEP_JOB.exit"',
         'rm -f "$ended"',
         "trap 'echo $? >\"$ended\"' EXIT",
         "# Pickles are loaded from here: nobody else may be able to write here.",
@@ -244,13 +247,39 @@ def _setup(request: Request) -> list[str]:
         lines.append(f'export LOCKSTEP_SCRATCH="{profile.scratch}"')
     return [
         *lines,
-        "# Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.",
-        "MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))",
-        'while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do',
-        "  MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))",
-        "done",
-        "export MASTER_PORT",
+        "# srun, below, starts the ranks until the run is finished; lockstep.again says what comes after each attempt.",
+        f'again() {{ {_again(request)} {slurm} "$@"; }}',
+        "srun() {",
+        "  while :; do",
+        "    begun=$(again begin) || return 2",
+        "    LOCKSTEP_ATTEMPT=${begun% *} LOCKSTEP_ENDS=${begun#* }",
+        "    # Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.",
+        "    MASTER_PORT=$((15000 + (SLURM_JOB_ID + 37 * LOCKSTEP_ATTEMPT) % 10000))",
+        '    while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do',
+        "      MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))",
+        "    done",
+        "    export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS MASTER_PORT",
+        '    command srun "$@"',
+        "    again end $?",
+        "    status=$?",
+        "    case $status in",
+        f"      {HERE}) ;;",
+        f'      {QUEUE}) scontrol requeue "$SLURM_JOB_ID" && sleep 600; return 1 ;;',
+        "      *) return $status ;;",
+        "    esac",
+        "  done",
+        "}",
     ]
+
+
+def _again(request: Request) -> str:
+    """The command that starts ``lockstep.again`` on the first node."""
+    container = request.profile.container
+    python = _python(request) or shlex.quote(sys.executable)
+    if container is not None and container.runtime == "pyxis":
+        inside = [argument for argument in _srun(request) if argument.startswith("--container")]
+        python = f"command srun --overlap --nodes=1 --ntasks=1 {shlex.join(inside)} {python}"
+    return f"{python} -m lockstep.again"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """One training, from a config to its result: ``python -m lockstep.train [fit|validate|test] --config FILE …``."""
 
 import logging
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from os import environ
 from pathlib import Path
@@ -13,21 +14,25 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lockstep.checkpoint import MANIFEST, MODEL, Checkpoint, newest, read
 from lockstep.config import make_objects, parse
-from lockstep.errors import Interrupted, LockstepError, RunError, UsageError
+from lockstep.errors import Interrupted, LockstepError, RunError, Stopped, UsageError
 from lockstep.failure import first_failure
+from lockstep.keep import Keeper
 from lockstep.logs import start_logging
+from lockstep.loop import Resumed
+from lockstep.monitor import Rates
 from lockstep.nearest import did_you_mean
 from lockstep.options import COMMANDS
-from lockstep.order import Sharding
+from lockstep.order import Position, Sharding, mix
 from lockstep.report import draw, five_lines, weights_sha256
 from lockstep.run import Run, update_status, write_whole
+from lockstep.stop import Signals
 from lockstep.strategy import devices_of_node, from_rank_zero, join, leave, make_strategy, on_all_ranks
-from lockstep.tracking import start_wandb, sync_command
+from lockstep.tracking import MetricsFile, Tracked, start_tracking, sync_command
 from lockstep.trainer import make_trainer, resolve_precision
 from lockstep.world import World
 
@@ -35,7 +40,12 @@ log = logging.getLogger("lockstep.train")  # as __main__ too
 
 
 def train(
-    command: str, parser: ArgumentParser, config: Namespace, world: World, run: Run | None = None, attempt: int = 1
+    command: str,
+    parser: ArgumentParser,
+    config: Namespace,
+    world: World,
+    run: Run | None = None,
+    attempt: int = 1,
 ) -> dict[str, Any]:
     """Carry out ``command`` on this rank, together with all others, and return what ``result.json`` says.
 
@@ -61,15 +71,20 @@ def train(
     result: dict[str, Any] = {"status": "failed", "command": command, "world_size": world.size, "attempts": attempt}
     try:
         tracked = work(command, parser, config, world, devices, run, result)
+    except Stopped as stopped:
+        name = "Ctrl-C" if stopped.signal == signal.SIGINT else signal.Signals(stopped.signal).name
+        result |= {"status": "interrupted", "reason": name, "global_step": stopped.step}
+        log.info("stopped by %s after step %d; what is saved goes on from there", name, stopped.step)
+        raise Interrupted(128 + stopped.signal) from stopped
     except SystemExit as error:
-        # lightning makes one of Ctrl-C and one of SIGTERM; any other is of the user's own code.
-        sigterm = isinstance(error, SIGTERMException) or (isinstance(error, Interrupted) and error.code == 143)
-        if not sigterm and not isinstance(error.__context__, KeyboardInterrupt):
+        # lightning makes one of Ctrl-C; a signal before training began is ours; any other is of the user's own code.
+        interrupted = isinstance(error, Interrupted)
+        if not interrupted and not isinstance(error.__context__, KeyboardInterrupt):
             ended = RunError(f"The run was ended by sys.exit({error.code!r}).")
             result["reason"] = ended.sentence
             raise ended from error
-        result |= {"status": "interrupted", "reason": "SIGTERM" if sigterm else "Ctrl-C"}
-        raise Interrupted(143 if sigterm else 130) from error
+        result |= {"status": "interrupted", "reason": "SIGTERM" if interrupted and error.code == 143 else "Ctrl-C"}
+        raise Interrupted(error.code if interrupted else 130) from error
     except BaseException as error:
         result["reason"] = error.sentence if isinstance(error, LockstepError) else f"{type(error).__name__}: {error}"
         raise
@@ -103,30 +118,75 @@ def work(
     Returns:
         Where W&B has the run: its address, what uploads it, or that W&B is off.
     """
-    checkpoint = find_checkpoint(command, config.ckpt_path)
+    given = find_checkpoint(command, config.ckpt_path)
+    own = from_rank_zero(lambda: newest(run.checkpoints), world) if command == "fit" else None
     seed_everything(config.seed_everything, verbose=False)
     made = make_objects(parser, config)
     made.data.prepare_data_per_node = not config.shared_filesystem
     strategy = make_strategy(config.strategy, config.ddp, devices, Sharding(world, config.seed_everything))
-    wandb = start_wandb(run, config.wandb, yaml.safe_load(parser.dump(config, skip_unset=False)), world)
+    content, signals = yaml.safe_load(parser.dump(config, skip_unset=False)), Signals()
+    tracked: Tracked | None = None
+    preempted = False
+
+    def track(step: Callable[[], int]) -> Tracked | None:
+        nonlocal tracked
+        tracked = start_tracking(run, config.wandb, content, world, step)
+        return tracked
+
     try:
-        trainer, rates = make_trainer(config, made.trainer, strategy, run, result["attempts"], wandb)
+        trainer, rates = make_trainer(config, made.trainer, strategy, run, result["attempts"], signals, track)
+        if isinstance(start := own or given, Checkpoint) and command == "fit":
+            go_on(trainer, rates, start, same_run=own is not None)
         began = time.monotonic()
         try:
-            result["metrics"] = carry_out(command, trainer, made.model, made.data, checkpoint, config.run.test)
+            with signals.heard():
+                result["metrics"] = carry_out(command, trainer, made.model, made.data, path_of(own or given), config.run.test)
         finally:
             total = time.monotonic() - began
             result["global_step"], result["epochs"] = trainer.global_step, trainer.current_epoch
-            result["seconds"] = {"training": round(rates.train_seconds, 3), "total": round(total, 3), "lost": 0.0}
+            lost = sum(callback.lost for callback in callbacks_of(trainer) if isinstance(callback, Keeper))
+            result["seconds"] = {"training": round(rates.train_seconds, 3), "total": round(total, 3), "lost": round(lost, 3)}
         result["weights_sha256"] = weights_sha256(made.model.state_dict())
         result["skipped_files"] = len(set().union(*on_all_ranks(getattr(made.data, "skipped", set()), world)))
         result["status"] = "finished"
+    except Stopped:
+        preempted = True
+        raise
     finally:
-        if wandb is not None:
-            wandb.finish(exit_code=0 if result["status"] == "finished" else 1)
-    if wandb is None:
+        if tracked is not None:
+            tracked.close(0 if result["status"] == "finished" else 1, preempted)
+    if tracked is None:
         return "off"
-    return sync_command(run) if wandb.offline else str(wandb.url)
+    return sync_command(run) if tracked.run.offline else str(tracked.run.url)
+
+
+def go_on(trainer: Trainer, rates: Rates, checkpoint: Checkpoint, same_run: bool) -> None:
+    """Let ``trainer`` begin where ``checkpoint`` was saved; what it logs again is not written again in the same run."""
+    strategy: Any = trainer.strategy
+    world, facts = strategy.sharding.world, checkpoint.facts
+    strategy.ready_order = facts["ready"]
+    seed = mix(strategy.sharding.seed, checkpoint.step, world.rank) >> 1
+    position = Position(int(facts["epoch"]), int(facts["batch"]))
+    trainer.fit_loop.resumed = Resumed(position, checkpoint.states_for(world), seed)  # type: ignore[attr-defined]
+    if same_run:
+        rates.train_seconds = float(facts["seconds"])
+        for part in (*trainer.loggers, *callbacks_of(trainer)):
+            if isinstance(part, MetricsFile | Tracked):
+                part.rows = int(facts["rows"])
+            elif isinstance(part, Keeper):
+                part.go_on(facts)
+    log.info("going on from step %d (epoch %d, batch %d)", checkpoint.step, position.epoch, position.batch)
+
+
+def callbacks_of(trainer: Any) -> list[Callback]:
+    """All callbacks of a Trainer, which its type does not tell."""
+    callbacks: list[Callback] = trainer.callbacks
+    return callbacks
+
+
+def path_of(checkpoint: Checkpoint | Path | None) -> str | None:
+    """The file that lightning loads."""
+    return None if checkpoint is None else str(checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint)
 
 
 def carry_out(
@@ -149,19 +209,22 @@ def carry_out(
     return {name: float(value) for name, value in sorted(metrics.items())}
 
 
-def find_checkpoint(command: str, path: str | None) -> str | None:
-    """The checkpoint at ``path``: the file itself, or the newest one of a run folder.
+def find_checkpoint(command: str, path: str | None) -> Checkpoint | Path | None:
+    """The checkpoint at ``path``: a file of lightning's, one of a run's, or the newest whole one of a run folder.
 
     Raises:
         UsageError: There is none, or ``command`` is to evaluate and no path is given.
     """
-    if path is None and command != "fit":
-        raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint file, or a run folder.")
-    if path is None or Path(path).is_file():
-        return path
-    if (newest := Path(path) / "checkpoints" / "last.ckpt").is_file():
-        return str(newest)
-    raise UsageError(f"ckpt_path: {path} is no checkpoint file, nor a run folder with checkpoints/last.ckpt in it.")
+    if path is None:
+        if command != "fit":
+            raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
+        return None
+    place = Path(path)
+    folder = place.parent if place.name == MODEL else place
+    found = read(folder) if (folder / MANIFEST).exists() else newest(place / "checkpoints")
+    if found is None and not place.is_file():
+        raise UsageError(f"ckpt_path: {path} is no whole checkpoint, nor a run folder with one below checkpoints/.")
+    return found or place
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:

@@ -1,22 +1,27 @@
 """The lightning Trainer of a run: the config's arguments, and what lockstep adds to every run."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
+from lockstep.checkpoint import Writer
 from lockstep.errors import UsageError
-from lockstep.loop import LeaveOnSigterm, replace_epoch_loop
+from lockstep.hang import Hang
+from lockstep.keep import Keeper
+from lockstep.loop import replace_loops
 from lockstep.monitor import FiniteLoss, ProgressBar, Rates, Status, on_terminal
 from lockstep.run import Run
+from lockstep.stop import Signals
 from lockstep.strategy import DDP, SingleDevice
-from lockstep.tracking import MetricsFile
+from lockstep.tracking import MetricsFile, Tracked
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -27,7 +32,13 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def make_trainer(
-    config: Namespace, arguments: Namespace, strategy: SingleDevice | DDP, run: Run, attempt: int, wandb: Any
+    config: Namespace,
+    arguments: Namespace,
+    strategy: SingleDevice | DDP,
+    run: Run,
+    attempt: int,
+    signals: Signals,
+    tracked: Callable[[Callable[[], int]], Tracked | None],
 ) -> tuple[Trainer, Rates]:
     """The Trainer, and the callback that knows how fast it goes.
 
@@ -37,7 +48,8 @@ def make_trainer(
         strategy: What this rank does with gradients and data.
         run: Where everything goes.
         attempt: Number of this start of the run.
-        wandb: W&B's run, on the rank that has one.
+        signals: What this rank is told while it trains.
+        tracked: Makes W&B's logger, given what knows the number of steps done.
     """
     given: dict[str, Any] = vars(arguments).copy()
     callbacks = _as_list(given.pop("callbacks"))
@@ -45,16 +57,22 @@ def make_trainer(
     bar = given.pop("enable_progress_bar")
     bar = own_bar or on_terminal() if bar is None else bar
     rates = Rates()
-    callbacks += [LeaveOnSigterm(), FiniteLoss(), rates, Status(run, rates, attempt, speak=not bar)]
+    world = strategy.sharding.world
+    saves = given["enable_checkpointing"] is not False
+    options = config.checkpoint
+    # Only who is newest writes: an older attempt may live on, on a node that Slurm has given up.
+    writer = Writer(run.checkpoints, world, attempt, options.background, options.keep, lambda: run.newest_attempt == attempt)
+    keeper = Keeper(run, options, rates, signals, writer if saves else None)
+    given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # lightning's, of one's own
+    callbacks += [FiniteLoss(), rates, Status(run, rates, attempt, speak=not bar), keeper]
+    callbacks.append(Hang(run, world, attempt, config.run.hang_seconds))
     if bar and not own_bar:
         callbacks.append(ProgressBar())
-    if given["enable_checkpointing"] is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-        callbacks.append(_checkpoints(config, run))
     if given["enable_model_summary"] is None:
         given["enable_model_summary"] = False
     loggers: list[Logger] = [
-        MetricsFile(run.metrics),
-        *([WandbLogger(experiment=wandb)] if wandb is not None else []),
+        MetricsFile(run.metrics, lambda: trainer.global_step),
+        *([wandb] if (wandb := tracked(lambda: trainer.global_step)) is not None else []),
         *_as_list(given.pop("logger")),
     ]
     with warnings.catch_warnings():
@@ -72,21 +90,9 @@ def make_trainer(
             )
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
-    replace_epoch_loop(trainer)
+    replace_loops(trainer)
+    trainer.fit_loop.epoch_loop.at_boundary = keeper.at_boundary
     return trainer, rates
-
-
-def _checkpoints(config: Namespace, run: Run) -> Callback:
-    wanted = config.checkpoint
-    return ModelCheckpoint(
-        dirpath=run.checkpoints,
-        filename="step={step}",
-        auto_insert_metric_name=False,
-        monitor=wanted.monitor,
-        mode=wanted.mode,
-        save_top_k=wanted.best if wanted.monitor is not None else 1,
-        save_last=True,
-    )
 
 
 def _as_list(value: Any) -> list[Any]:

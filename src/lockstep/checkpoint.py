@@ -1,0 +1,250 @@
+"""Checkpoints that are there whole or not at all: how they are written, published, found again and cleaned up.
+
+``checkpoints/step-00000120/`` holds ``model.ckpt`` (lightning's own: weights, optimizer, schedule, loops, callbacks),
+``rank-0.pt`` … (what each rank alone knows, see ``state``) and ``manifest.json`` (size and SHA-256 of each file, step, epoch,
+batches, world size). Every rank writes its files into a hidden folder beside and flushes them to disk; rank zero reads all
+of them back, writes the manifest and renames the folder. Nobody needs a pointer to the newest one: it is the last whole one.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+from lockstep.run import write_whole
+from lockstep.state import on_cpu
+from lockstep.world import World
+
+log = logging.getLogger(__name__)
+
+MODEL, MANIFEST = "model.ckpt", "manifest.json"
+
+_OTHERS_SECONDS = 600.0
+"""How long rank zero waits for the files of the other ranks."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint.
+
+    Attributes:
+        folder: Where it lies.
+        facts: What its manifest says.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.facts["step"])
+
+    @property
+    def model(self) -> Path:
+        """lightning's checkpoint."""
+        return self.folder / MODEL
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that wrote it."""
+        return int(self.facts["world_size"])
+
+    def rank(self, rank: int) -> dict[str, Any]:
+        """What a rank alone knew."""
+        state: dict[str, Any] = torch.load(self.folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+        return state
+
+    def states_for(self, world: World) -> list[dict[str, Any]]:
+        """The states that a rank of ``world`` goes on with; in another world, those of every ``size``-th rank from its own."""
+        return [self.rank(rank) for rank in range(world.rank, self.world_size, world.size)]
+
+
+def folders(checkpoints: Path) -> list[Path]:
+    """All published checkpoints, newest first."""
+    return sorted((path for path in checkpoints.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def read(folder: Path, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
+    """The checkpoint in ``folder`` if every byte of it is as it was written; else a complaint."""
+    try:
+        facts = json.loads((folder / MANIFEST).read_text())
+        for name, (size, digest) in facts["files"].items():
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes instead of {size}")
+            if _digest(folder / name) != digest:
+                raise ValueError(f"{name} is not as it was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        complain(f"checkpoint {folder} is damaged and left out: {reason}.")
+        return None
+    return Checkpoint(folder, facts)
+
+
+def newest(checkpoints: Path, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
+    """The newest whole checkpoint of a run."""
+    return next((found for folder in folders(checkpoints) if (found := read(folder, complain))), None)
+
+
+class Writer:
+    """Saves what one rank has, in the background if it may; at most one save at a time.
+
+    Args:
+        checkpoints: Folder of all checkpoints of the run.
+        world: Who saves together.
+        attempt: Number of this start of the run.
+        background: Whether training goes on while the files are written.
+        keep: How many of the newest stay.
+        is_mine: Whether this attempt is still the one that may write.
+
+    Attributes:
+        seconds: Time that the last save took, from the first byte to its publication; 0 before the first.
+        failure: What was wrong with the last save; empty if nothing.
+        kept: Steps that are kept beside the newest.
+    """
+
+    def __init__(
+        self, checkpoints: Path, world: World, attempt: int, background: bool, keep: int, is_mine: Callable[[], bool]
+    ) -> None:
+        self.checkpoints, self.world, self.attempt, self.background, self.keep = checkpoints, world, attempt, background, keep
+        self.is_mine = is_mine
+        self.seconds, self.failure = 0.0, ""
+        self.kept: set[int] = set()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is going on."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step will be."""
+        return self.checkpoints / f"step-{step:08}"
+
+    def save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Save ``parts``, by file name, as this rank's share of the checkpoint of ``step``; every rank must call.
+
+        Returns when the parts have been copied, or without a background when they are published. Errors do not end the
+        run: they are in ``failure``, and the log.
+        """
+        self.wait()
+        if self.background:
+            parts = on_cpu(dict(parts))
+            self._thread = threading.Thread(target=self._save, args=(step, parts, facts), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._save(step, parts, facts)
+
+    def wait(self) -> None:
+        """Wait until nothing is being saved."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        began = time.monotonic()
+        final = self.path(step)
+        beside = self.checkpoints / f".{final.name}.{self.attempt}"
+        try:
+            beside.mkdir(exist_ok=True)
+            files = {name: _write(beside / name, part) for name, part in parts.items()}
+            write_whole(beside / f"{self.world.rank}.json", files)
+            if self.world.is_zero:
+                self._publish(beside, final, facts)
+            self.failure = ""
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+            self.failure = f"the checkpoint of step {step} could not be written ({reason})"
+            log.warning("%s; training goes on, and the last whole checkpoint is kept.", self.failure)
+            if self.world.is_zero:
+                shutil.rmtree(beside, ignore_errors=True)
+        self.seconds = time.monotonic() - began
+
+    def _publish(self, beside: Path, final: Path, facts: Mapping[str, Any]) -> None:
+        """Wait for all ranks, read everything back, and make the checkpoint appear."""
+        deadline = time.monotonic() + _OTHERS_SECONDS
+        files: dict[str, Any] = {}
+        for rank in range(self.world.size):
+            told = beside / f"{rank}.json"
+            while not told.exists():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"rank {rank} has not written its part")
+                time.sleep(0.01)
+            files |= json.loads(told.read_text())
+        for name, (_, digest) in files.items():
+            if _digest(beside / name) != digest:
+                raise RuntimeError(f"{name} reads back otherwise than it was written")
+        for rank in range(self.world.size):
+            (beside / f"{rank}.json").unlink()
+        manifest = {**facts, "world_size": self.world.size, "attempt": self.attempt, "time": time.time(), "files": files}
+        write_whole(beside / MANIFEST, manifest)
+        _flush(beside)
+        if not self.is_mine():
+            raise RuntimeError("another attempt of this run has begun")
+        if final.exists():  # damaged, or it would have been gone on from
+            shutil.rmtree(final)
+        beside.rename(final)
+        _flush(self.checkpoints)
+        self._clean_up(int(facts["step"]))
+
+    def _clean_up(self, done: int) -> None:
+        """Remove what is neither among the newest nor kept for its score, and what was left half-written before ``done``."""
+        published = folders(self.checkpoints)
+        for path in published[self.keep :]:
+            if int(path.name.removeprefix("step-")) not in self.kept:
+                gone = path.rename(path.with_name(f".{path.name}.gone"))  # at once no checkpoint any more
+                shutil.rmtree(gone, ignore_errors=True)
+        for path in self.checkpoints.glob(".step-*"):
+            _, step, attempt = path.name.rsplit(".", 2)
+            # Not what another rank, ahead of this one, has begun to write for the next checkpoint.
+            if attempt == "gone" or int(attempt) < self.attempt or int(step.removeprefix("step-")) <= done:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(path: Path, content: Any) -> tuple[int, str]:
+    """Write ``content``, flush it to disk, and return its size and SHA-256."""
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        torch.save(content, cast(IO[bytes], hashing))
+        file.flush()
+        os.fsync(file.fileno())
+    return hashing.size, hashing.digest.hexdigest()
+
+
+class _Hashing:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        self.file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    """Flush a folder's entries to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,209 @@
+"""At each boundary of two steps: save if it is time to, stop if the ranks have agreed to, and remember which were the best."""
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lockstep.checkpoint import MODEL, Writer
+from lockstep.errors import Stopped
+from lockstep.monitor import Rates
+from lockstep.options import CheckpointOptions
+from lockstep.run import Run, write_whole
+from lockstep.state import take_state
+from lockstep.stop import Agreement, Signals, allocation_ends
+from lockstep.tracking import MetricsFile
+
+log = logging.getLogger(__name__)
+
+_SPARE_SECONDS = 10.0
+"""What stopping takes beside a save: to agree, to close W&B, to be queued again."""
+
+
+class Keeper(Callback):
+    """Saves and stops, on every rank.
+
+    Args:
+        run: Whose checkpoints they are.
+        options: When to save and what to keep.
+        rates: Knows how long training has taken.
+        signals: What this rank was told.
+        writer: Writes this rank's part; None saves nothing.
+
+    Attributes:
+        lost: Seconds that restarts have cost so far: from the checkpoint that was gone on from to the first step after it.
+    """
+
+    def __init__(self, run: Run, options: CheckpointOptions, rates: Rates, signals: Signals, writer: Writer | None) -> None:
+        self.run, self.options, self.rates, self.signals, self.writer = run, options, rates, signals, writer
+        self.trainer: Trainer | None = None
+        self._agreement: Agreement | None = None
+        self._saved = -1
+        self._saved_at = time.monotonic()
+        self._scores: dict[int, float] = _read_scores(run)
+        self._ends = allocation_ends()
+        self.lost = 0.0
+        self._left_at: float | None = None
+
+    def go_on(self, facts: Mapping[str, Any]) -> None:
+        """Count on from what a checkpoint of this run says."""
+        self.lost, self._left_at = float(facts["lost"]), float(facts["left_at"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._left_at is not None:
+            self.lost, self._left_at = self.lost + time.time() - self._left_at, None
+        self.trainer = trainer
+        strategy: Any = trainer.strategy
+        self._agreement = Agreement(strategy.sharding.world)
+        self._saved = trainer.global_step
+        self._saved_at = time.monotonic()
+
+    def at_boundary(self, validation_follows: bool) -> None:
+        """After a step, before the validation that may follow."""
+        trainer, agreement = self.trainer, self._agreement
+        assert trainer is not None and agreement is not None
+        agreed = agreement.ask(self._why_stop(trainer), self._wants_to_save(trainer))
+        step, every = trainer.global_step, self.options.every_n_steps
+        due = validation_follows or agreed.save or agreed.stop or (every and step % every == 0) or _is_last(trainer)
+        if due and step != self._saved:
+            self.save(trainer)
+        if agreed.stop:
+            if self.writer is not None:
+                self.writer.wait()
+            trainer.strategy.barrier("stop")
+            raise Stopped(agreed.stop, step)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save what is now; every rank must call."""
+        if self.writer is None:
+            return
+        strategy: Any = trainer.strategy
+        step = trainer.global_step
+        whole = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        parts: dict[str, Any] = {f"rank-{trainer.global_rank}.pt": take_state(trainer)}
+        if trainer.is_global_zero:
+            whole["hyper_parameters"] = plain(whole.get("hyper_parameters", {}))
+            parts[MODEL] = whole
+        facts = {
+            "step": step,
+            "epoch": _epochs(trainer),
+            "batch": trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+            "rows": _rows(trainer),
+            "ready": strategy.ready_order,
+            "seconds": self.rates.train_seconds,
+            "lost": self.lost,
+            "left_at": time.time(),
+        }
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile) and trainer.is_global_zero:
+                logger.save()
+        self.writer.kept = self._best()
+        self.writer.save(step, parts, facts)
+        self._saved, self._saved_at = step, time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        monitor = self.options.monitor
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._leave_if_told(trainer)
+        if monitor is None or not trainer.is_global_zero or trainer.global_step != self._saved:
+            return
+        value = trainer.callback_metrics.get(monitor)
+        if value is None:
+            names = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            log.warning(
+                "checkpoint.monitor: %r is not logged, so no checkpoint is better than another; logged: %s.", monitor, names
+            )
+        elif math.isfinite(value):
+            self._scores[trainer.global_step] = float(value)
+            try:
+                write_whole(self.run.checkpoints / "scores.json", {str(step): score for step, score in self._scores.items()})
+            except OSError as error:
+                log.warning("the scores of checkpoints could not be written (%s)", error.strerror)
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self._leave_if_told(trainer)
+
+    def on_test_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self._leave_if_told(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._agreement is not None:
+            self._agreement.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.writer is not None:
+            self.writer.wait()
+
+    def _leave_if_told(self, trainer: Trainer) -> None:
+        """In an evaluation there is nothing to save, and so nothing to agree on: the boundary before it is saved."""
+        if self.signals.received is not None:
+            if self.writer is not None:
+                self.writer.wait()
+            raise Stopped(self.signals.received, trainer.global_step)
+
+    def _why_stop(self, trainer: Trainer) -> int:
+        if self.signals.received is not None:
+            return int(self.signals.received)
+        if self._ends is not None and trainer.is_global_zero:
+            save = self.writer.seconds if self.writer is not None else 0.0
+            if time.time() > self._ends - _SPARE_SECONDS - 2 * save:
+                return int(signal.SIGUSR2)
+        return 0
+
+    def _wants_to_save(self, trainer: Trainer) -> bool:
+        minutes = self.options.every_minutes
+        if minutes is None or self.writer is None or not trainer.is_global_zero or self.writer.busy:
+            return False
+        return time.monotonic() - self._saved_at > 60 * minutes
+
+    def _best(self) -> set[int]:
+        """Steps of the checkpoints with the best scores."""
+        if self.options.monitor is None:
+            return set()
+        ranked = sorted(self._scores, key=lambda step: (self._scores[step], step), reverse=self.options.mode == "max")
+        return set(ranked[: self.options.best])
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether training ends with this step."""
+    loop = trainer.fit_loop
+    if not loop.epoch_loop._is_training_done:
+        return False
+    assert loop.max_epochs is not None
+    by_steps = loop.max_steps != -1 and trainer.global_step >= loop.max_steps
+    return by_steps or (loop.max_epochs != -1 and _epochs(trainer) + 1 >= loop.max_epochs)
+
+
+def _epochs(trainer: Trainer) -> int:
+    """Epochs whose steps are all done."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return int(progress.processed)
+
+
+def _rows(trainer: Trainer) -> int:
+    """How many rows of metrics were logged."""
+    return next((logger.rows for logger in trainer.loggers if isinstance(logger, MetricsFile)), 0)
+
+
+def _read_scores(run: Run) -> dict[int, float]:
+    path = run.checkpoints / "scores.json"
+    return {int(step): score for step, score in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def plain(value: Any) -> Any:
+    """``value`` without what ``torch.load(weights_only=True)`` would refuse."""
+    if value is None or isinstance(value, bool | int | float | str | Tensor | torch.dtype):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value)

@@ -1,0 +1,50 @@
+"""Jobs that are killed, requeued and run out of time, on the real one-machine cluster: they end as if nothing had happened.
+
+A short selection of the fault table, all of it at the same time; ``make faults`` is the whole of it.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trouble
+from shell import Job, Shell
+
+RUN = (
+    *("--ranks-per-node", "2", "--cpus-per-rank", "1", "--config", "subject.yaml", "--trainer.max_epochs", "5"),
+    *("--checkpoint.every_n_steps", "5", "--run.hang_seconds", "8", "--model.seconds"),
+)
+"""40 steps."""
+
+
+def start(shell: Shell, node: str, seconds: float, *arguments: str) -> Job:
+    """A run that anything may happen to."""
+    shutil.copy(Path(trouble.__file__), shell.project)
+    return shell.submit(*RUN, str(seconds), "--nodelist", node, *arguments)
+
+
+def once(what: str) -> list[str]:
+    """Something goes wrong on rank one after step 22, once."""
+    given: dict[str, Any] = {"what": what, "once": what, "step": 22, "rank": 1}
+    return ["--trainer.callbacks+=trouble.Trouble", *(f"--trainer.callbacks.{name}={value}" for name, value in given.items())]
+
+
+@pytest.mark.timeout(200)
+def test_whatever_happens_to_a_job_it_ends_with_the_same_weights(shell: Shell) -> None:
+    late = start(shell, "n1", 1.3, "--time", "1")
+    undisturbed, killed = start(shell, "n2", 0.1), start(shell, "n3", 0.1, *once("SIGKILL"))
+    stopped, requeued = start(shell, "n4", 0.1, *once("SIGSTOP")), start(shell, "n2", 0.3)
+    requeued.wait_for_step(12)
+    shell.cluster.command("scontrol", "requeue", requeued.id)
+    for job in (undisturbed, killed, stopped, requeued, late):
+        status = job.wait(seconds=120)
+        assert status["exit"] == 0, (status, job.log())
+        assert job.result["weights_sha256"] == undisturbed.result["weights_sha256"]
+        if job is not undisturbed:
+            assert job.result["attempts"] == 2 and job.result["seconds"]["lost"] > 0
+    (attempt, last) = killed.status()["attempts"]
+    assert "rank 1 on n3: Killed" in attempt["reason"] and (attempt["crashed"], last["reason"]) == (True, "")
+    assert "rank 1 does not answer" in stopped.status()["attempts"][0]["reason"]
+    (attempt, _) = late.status()["attempts"]
+    assert (attempt["reason"], attempt["crashed"]) == ("SIGUSR2", False) and attempt["step"] == attempt["saved"] > 15
