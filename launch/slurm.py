@@ -22,9 +22,10 @@ from pathlib import Path
 
 from lockstep.check import shows_only
 from lockstep.errors import LockstepError, UsageError
-from lockstep.flags import Parser, refuse_dead_conf
+from lockstep.flags import Nodes, Parser, refuse_dead_conf
 from lockstep.profile import FLAGS, Profile, load_profile, profile_folders, with_flags
 from lockstep.queue import follow
+from lockstep.run import Run
 from lockstep.submission import Submission, build_config, read_sweep
 from lockstep.submit import scrub
 
@@ -36,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch/slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
+    parser.add_argument("--nodes", type=Nodes.parse, default=Nodes(1, 1), metavar="N[-M]", help="nodes, or a range (default 1)")
     parser.add_argument("--profile", metavar="NAME", help="configs/cluster/NAME.yaml, one of your own, or a file")
     helps = {f.name: f.metadata["help"] for f in fields(Profile)}
     numbers = {f.name for f in fields(Profile) if f.type in (int, int | None)}
@@ -50,6 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--after", metavar="JOB", help="start when that job has ended well")
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="KEY=A,B,…", help="one run for each value; may be repeated"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with the run in this folder, on its own code and config"
     )
     parser.add_argument("--at-once", type=int, default=256, help="runs of a sweep at the same time (default 256)")
     parser.add_argument("--no-snapshot", action="store_true", help="run the code as it will be when the job starts")
@@ -65,10 +69,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         own, rest = parser.parse_known_args(arguments)
         refuse_dead_conf(os.environ)
+        resume = Run.existing(own.resume) if own.resume else None
     except UsageError as error:
         print(f"lockstep: {error.sentence}", file=sys.stderr)
         return error.exit_status
-    if not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
+    if resume is not None:
+        rest[:0] = ["--config", str(resume.config)]
+    elif not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
         at = 1 if rest and not rest[0].startswith("-") else 0
         rest[at:at] = ["--config", str(TOOLKIT / "configs" / "digits.yaml")]
     here = Path.cwd()
@@ -89,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
             sweep=read_sweep(own.sweep),
             at_once=own.at_once,
             snapshot=not own.no_snapshot,
+            resume=resume,
             typed=["python", "launch/slurm.py", *arguments],
             flags=[name[2:] for action in parser._actions for name in action.option_strings],
             env=os.environ,

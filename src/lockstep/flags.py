@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +21,32 @@ class Parser(argparse.ArgumentParser):
             else ""
         )
         raise UsageError(f"{message}{hint}; --help lists the flags.")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """How many nodes a job takes: a number, or a range of which each start of the job gets what there is.
+
+    Attributes:
+        least, most: Of the range.
+    """
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.most) if self.least == self.most else f"{self.least}-{self.most}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Nodes":
+        """``4``, or ``2-4``."""
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        if not match:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of nodes; write 4, or 2-4")
+        nodes = cls(int(match[1]), int(match[2] or match[1]))
+        if not 1 <= nodes.least <= nodes.most:
+            raise argparse.ArgumentTypeError(f"{text} must be 1 or more, the smaller number first")
+        return nodes
 
 
 def at_least(least: int) -> "type[int]":

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,12 +38,12 @@ def train_locally(
         LockstepError: With one rank, what the trainer says; so does any other exception, with its own traceback.
     """
     command, keys = split_command(arguments)
-    before: dict[str, int] = {}
+    before: dict[str, Any] = {}
     if resume is not None:
         run = Run.existing(resume)
         keys = ["--config", str(run.config), *keys]
         before = yaml.safe_load(run.launch.read_text())
-    nodes, ranks = nodes or before.get("nodes", 1), ranks or before.get("ranks_per_node", 1)
+    nodes, ranks = nodes or int(str(before.get("nodes", 1)).rpartition("-")[2]), ranks or before.get("ranks_per_node", 1)
     parser, config = parse(keys)
     if resume is None:
         run, attempt = Run.start(config.run.root, config.run.name, typed, nodes, ranks)

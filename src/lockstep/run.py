@@ -172,7 +172,7 @@ class Run:
         return max((int(path.name) for path in (self.folder / "logs").glob("*") if path.name.isdigit()), default=0)
 
     def describe_launch(
-        self, command: Sequence[str], nodes: int, ranks: int, git: Mapping[str, Any] | None, **more: Any
+        self, command: Sequence[str], nodes: int | str, ranks: int, git: Mapping[str, Any] | None, **more: Any
     ) -> None:
         """Write ``launch.yaml``: command line, resources, machine, git commit and what else the launcher knows."""
         facts = {

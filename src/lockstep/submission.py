@@ -9,16 +9,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lockstep.check import check
 from lockstep.errors import UsageError
+from lockstep.flags import Nodes
 from lockstep.job import TrainJob
 from lockstep.profile import Profile
 from lockstep.queue import Queued, record
-from lockstep.run import Run, git_state, new_identity
+from lockstep.run import Run, git_state, new_identity, read_whole
 from lockstep.snapshot import Code, live_code, refuse_secrets, take_snapshot
 from lockstep.submit import Request, batch_script, refuse_dead_dependency, submit, would_run
 from lockstep.wandb_key import wandb_key
@@ -44,7 +47,7 @@ class Submission:
         arguments: Keys of the config, as they were typed.
         config: What they say, as ``check`` gave it.
         profile: Resources, flags included.
-        nodes: Number of nodes.
+        nodes: Number of nodes, or a range.
         here: Folder of submission.
         folder: Run folder, or folder of the sweep; not made yet.
         job_name: Name of the job.
@@ -54,13 +57,14 @@ class Submission:
         snapshot: Whether to copy the code.
         typed: The whole command line.
         secrets: What must not be written anywhere.
+        resume: A run to go on with, in its own folder and on its own code; None makes a new one.
     """
 
     command: str
     arguments: tuple[str, ...]
     config: Mapping[str, Any]
     profile: Profile
-    nodes: int
+    nodes: Nodes
     here: Path
     folder: Path
     job_name: str
@@ -70,13 +74,14 @@ class Submission:
     snapshot: bool
     typed: tuple[str, ...]
     secrets: tuple[str, ...]
+    resume: Run | None = None
 
     @classmethod
     def checked(
         cls,
         arguments: Sequence[str],
         profile: Profile,
-        nodes: int,
+        nodes: Nodes,
         here: Path,
         *,
         typed: Sequence[str],
@@ -86,6 +91,7 @@ class Submission:
         sweep: Mapping[str, Sequence[str]] | None = None,
         at_once: int = 256,
         snapshot: bool = True,
+        resume: Run | None = None,
         env: Mapping[str, str],
     ) -> "Submission":
         """A submission whose mistakes, as far as they show without torch, are found.
@@ -93,9 +99,10 @@ class Submission:
         Raises:
             UsageError: The first of them.
         """
-        for name, number in (("nodes", nodes), ("at-once", at_once)):
-            if number < 1:
-                raise UsageError(f"--{name}: {number} must be 1 or more.")
+        if resume and (sweep or read_whole(resume.result).get("status") == "finished"):
+            raise UsageError(f"--resume: {resume.folder} is {'one run, no sweep' if sweep else 'finished'}.")
+        if at_once < 1:
+            raise UsageError(f"--at-once: {at_once} must be 1 or more.")
         if after is not None and not re.fullmatch(r"\d+(_\d+)?", after):
             raise UsageError(f"--after: {after!r} is no job; write the number that sbatch or this launcher gave.")
         key = wandb_key(env)
@@ -131,7 +138,7 @@ class Submission:
             profile=profile,
             nodes=nodes,
             here=here,
-            folder=root / name / new_identity(),
+            folder=resume.folder if resume else root / name / new_identity(),
             job_name=job_name or name,
             after=after,
             points=tuple(points),
@@ -139,6 +146,7 @@ class Submission:
             snapshot=snapshot,
             typed=tuple(typed),
             secrets=secrets,
+            resume=resume,
         )
 
     def ask_slurm(self, env: Mapping[str, str]) -> None:
@@ -171,6 +179,8 @@ class Submission:
         Raises:
             UsageError: A folder or file cannot be written, or Slurm does not take the job; nothing is left behind.
         """
+        if self.resume is not None:
+            return self._submit_again(self.resume, env)
         new = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
         made: list[Run] = []
         try:
@@ -197,6 +207,16 @@ class Submission:
             if isinstance(error, OSError):
                 raise UsageError(f"The run folder {self.folder} cannot be written ({error}); nothing was queued.") from None
             raise
+        return self._recorded(job, env)
+
+    def _submit_again(self, run: Run, env: MutableMapping[str, str]) -> Queued:
+        """Queue a job that goes on with ``run``."""
+        launch = yaml.safe_load(run.launch.read_text())
+        code = Code(tuple(map(Path, launch["paths"])), None, launch["code"])
+        train = TrainJob(run.folder, self.command, self.arguments, code.digest, self.profile.cpus)
+        return self._recorded(submit(replace(self._request(code), here=Path(launch["folder"])), [train], env), env)
+
+    def _recorded(self, job: str, env: Mapping[str, str]) -> Queued:
         queued = Queued(job, self.folder, self.job_name, len(self.points), env.get("SLURM_CONF", ""))
         try:
             record(queued, env)
@@ -286,12 +306,13 @@ class Submission:
         }
         run.describe_launch(
             self.typed,
-            self.nodes,
+            str(self.nodes),
             self.profile.ranks,
             git,
             folder=str(self.here),
             slurm={key: str(value) for key, value in resources.items()},
             code=code.digest,
+            paths=[str(path) for path in code.paths],
             **({"sweep": {"id": self.folder.name, "index": index, "values": point}} if self._is_sweep else {}),
         )
         return TrainJob(run.folder, self.command, tuple(told), code.digest, self.profile.cpus)
@@ -318,7 +339,7 @@ def _refuse_missing_checkpoint(command: str, path: str | None, sweep: Mapping[st
         raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
 
 
-def _refuse_impossible(config: Mapping[str, Any], profile: Profile, nodes: int) -> None:
+def _refuse_impossible(config: Mapping[str, Any], profile: Profile, nodes: Nodes) -> None:
     """Raise about what does not go together with the resources."""
     accelerator = config["trainer"].get("accelerator")
     if (
@@ -327,13 +348,14 @@ def _refuse_impossible(config: Mapping[str, Any], profile: Profile, nodes: int) 
         and not any("gpu" in argument for argument in profile.sbatch)
     ):
         raise UsageError(f"trainer.accelerator: {accelerator!r} needs GPUs; ask for some with --gpus-per-node.")
-    data, ranks = config["data"], nodes * profile.ranks
+    data = config["data"]
     size = data.get("init_args", {}).get("batch_size") if isinstance(data, Mapping) else None
     if str(data and data.get("class_path")).startswith("lockstep.data.") and isinstance(size, int):
         if size < 1:
             raise UsageError(f"data.batch_size: {size} must be 1 or more.")
-        if size % ranks:
-            raise UsageError(f"data.batch_size: {size} is the global batch and does not divide by {ranks} ranks.")
+        for ranks in (number * profile.ranks for number in range(nodes.least, nodes.most + 1)):
+            if size % ranks:
+                raise UsageError(f"data.batch_size: {size} is the global batch and does not divide by {ranks} ranks.")
 
 
 def _modules(config: Any) -> set[str]:

@@ -18,7 +18,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from lockstep.again import HERE, QUEUE
 from lockstep.errors import UsageError
-from lockstep.flags import asking
+from lockstep.flags import Nodes, asking
 from lockstep.job import TrainJob
 from lockstep.profile import Profile, minutes
 from lockstep.snapshot import Code
@@ -40,7 +40,7 @@ class Request:
         folder: Of the run, or of the sweep; scripts, pickles and srun's output go into its ``slurm/``.
         here: Folder of submission; the ranks work in it.
         code: Where the ranks import from.
-        nodes: Number of nodes.
+        nodes: Number of nodes, or a range.
         profile: All else about resources.
         after: Job that must have ended well before; None does not wait.
         runs: Number of runs; more than one make an array.
@@ -51,7 +51,7 @@ class Request:
     folder: Path
     here: Path
     code: Code
-    nodes: int
+    nodes: Nodes
     profile: Profile
     after: str | None = None
     runs: int = 1
@@ -123,7 +123,7 @@ def submit(request: Request, jobs: Sequence[TrainJob], env: MutableMapping[str, 
         UsageError: Slurm does not take it; nothing is queued.
     """
     executor = _executor(request)
-    (request.folder / "slurm").mkdir(mode=0o700)
+    (request.folder / "slurm").mkdir(mode=0o700, exist_ok=True)
     # Not in the script, where a line break in a name would begin a new line.
     env["SBATCH_JOB_NAME"] = request.name
     try:
@@ -158,7 +158,7 @@ def _executor(request: Request) -> _Executor:
         "nodelist": profile.nodelist,
         "exclude": profile.exclude,
         "time": profile.minutes,
-        "nodes": request.nodes,
+        "nodes": str(request.nodes),
         "ntasks_per_node": profile.ranks,
         "cpus_per_task": profile.cpus,
         "gpus_per_node": profile.gpus_per_node or None,
@@ -326,7 +326,7 @@ def _could_if_all_were_up(request: Request, partitions: Sequence[_Partition]) ->
     cpus = profile.ranks * (profile.cpus or 1)
     fitting = [p for p in chosen if int(p.cpus.rstrip("+")) >= cpus and p.gpus >= profile.gpus_per_node]
     away = [p for p in fitting if re.match(r"down|drain|drng|maint|reserved|fail|unk|no_resp|power", p.state)]
-    return bool(away) and sum(int(p.nodes) for p in fitting) >= request.nodes
+    return bool(away) and sum(int(p.nodes) for p in fitting) >= request.nodes.least
 
 
 def _names(arguments: Sequence[str]) -> set[str]:
@@ -346,7 +346,7 @@ def _sentence(said: str, request: Request, partitions: Sequence[_Partition]) -> 
     errors = re.findall(r"(?:sbatch: error: |allocation failure: |Batch job submission failed: )([^\n]+)", said)
     words = errors[-1].rpartition("failed: ")[2] if errors else " ".join(said.split())
     profile = request.profile
-    asked = [f"{_count(request.nodes, 'node')} of {_count(profile.ranks, 'rank')}"]
+    asked = [f"{request.nodes} node{'' if request.nodes.most == 1 else 's'} of {_count(profile.ranks, 'rank')}"]
     asked += [f"{_count(profile.gpus_per_node, 'GPU')} per node"] if profile.gpus_per_node else []
     asked += [f"{_count(profile.cpus, 'CPU')} per rank"] if profile.cpus else []
     asked += [f"{profile.mem} of memory per node"] if profile.mem else []

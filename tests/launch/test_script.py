@@ -11,6 +11,7 @@ import pytest
 from conftest import REPO
 
 from lockstep.errors import UsageError
+from lockstep.flags import Nodes
 from lockstep.profile import Profile, load_profile, minutes, with_flags
 from lockstep.snapshot import Code
 from lockstep.submission import read_sweep
@@ -23,7 +24,7 @@ PROFILES = [path.stem for path in sorted((REPO / "configs" / "cluster").glob("*.
 def request_for(profile: Profile, **more: object) -> Request:
     folder = Path("/home/user/project/runs/digits/20260101-000000-abcd")
     code = Code((folder / "code/project", folder / "code/project/src"), None, "0" * 64)
-    return Request("digits", folder, Path("/home/user/project"), code, 4, profile, **more)  # type: ignore[arg-type]
+    return Request("digits", folder, Path("/home/user/project"), code, Nodes(4, 4), profile, **more)  # type: ignore[arg-type]
 
 
 def script(request: Request) -> str:
@@ -58,7 +59,7 @@ def test_flags_win_over_the_profile_and_lists_are_added_to() -> None:
 def test_a_hostile_path_stays_one_word(tmp_path: Path) -> None:
     folder = tmp_path / "a 'b' \"c\" $(touch pwned) ü"
     code = Code((folder,), None, "")
-    request = Request("x", folder, folder, code, 1, Profile(environment={"A": "$(touch pwned) 'b'"}))
+    request = Request("x", folder, folder, code, Nodes(1, 1), Profile(environment={"A": "$(touch pwned) 'b'"}))
     env = {**os.environ, "SLURM_JOB_ID": "1"}
     (folder / "slurm").mkdir(parents=True, mode=0o700)
     folder.chmod(0o700)

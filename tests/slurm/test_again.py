@@ -3,7 +3,9 @@
 A short selection of the fault table, all of it at the same time; ``make faults`` is the whole of it.
 """
 
+import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,25 @@ def test_whatever_happens_to_a_job_it_ends_with_the_same_weights(shell: Shell) -
     assert "rank 1 does not answer" in stopped.status()["attempts"][0]["reason"]
     (attempt, _) = late.status()["attempts"]
     assert (attempt["reason"], attempt["crashed"]) == ("SIGUSR2", False) and attempt["step"] == attempt["saved"] > 15
+
+
+def test_a_run_goes_on_with_more_or_fewer_nodes_and_never_twice_at_once(shell: Shell) -> None:
+    job = shell.submit(*RUN, "0.3", "--ranks-per-node", "1", "--nodes", "1-2", "--exclude", "n1,n2")
+    job.wait_for_step(7)
+    twice = shell.submit("--resume", str(job.folder), "--nodes", "1", "--nodelist", "n1")
+    status = twice.wait(seconds=60)
+    assert status["exit"] == 2 and f"is being trained by job {job.id}; end that first" in status["sentence"]
+    shell.cluster.command("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=maintenance")
+    try:
+        shell.cluster.command("scontrol", "requeue", job.id)
+        deadline = time.monotonic() + 60
+        while json.loads((job.folder / "status.json").read_text())["world_size"] != 1:
+            assert time.monotonic() < deadline, job.log()
+            time.sleep(0.2)
+        shell("launch/jobs.py", "cancel", job.id)
+    finally:
+        shell.cluster.command("scontrol", "update", "NodeName=n4", "State=RESUME")
+    job.wait("cancelled")
+    again = shell.submit("--resume", str(job.folder), "--nodes", "2", "--nodelist", "n1,n2")
+    assert again.wait(seconds=60)["exit"] == 0, again.log()
+    assert (again.result["world_size"], again.result["attempts"], again.result["global_step"]) == (2, 3, 40)
