@@ -177,3 +177,11 @@ def test_wandb_gets_every_row_once(launch: Launch, tmp_path: Path, what: str) ->
     assert [row["trainer/global_step"] for row in found] == [int(row["step"]) for row in rows(run)]
     losses = [row["train/loss"] for row in found if "train/loss" in row]
     assert losses == pytest.approx(run.series("train/loss"))
+
+
+def test_wandb_may_die_and_gets_the_rest_at_the_end(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = launch(*DIGITS, "--wandb.mode", "offline", *trouble(tmp_path / "once", "wandb", step=33))
+    assert run.status == 0
+    assert "W&B is gone (ConnectionResetError" in capfd.readouterr().err
+    assert len(list(run.folder.glob("wandb/offline-run-*"))) == 2
+    assert [row["_step"] for row in history(run)] == list(range(1, len(rows(run)) + 1))

@@ -1,0 +1,68 @@
+"""Agreeing on a step to stop after, in two real ranks; then that lightning's own ways are off, in a real run."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from conftest import SMALL, Launch
+from lightning.pytorch import Callback, Trainer
+
+from lockstep.ranks import fork_ranks
+from lockstep.stop import Agreement, Signals
+from lockstep.strategy import join, leave
+from lockstep.world import World
+
+
+def steps_until_stop(world: World) -> tuple[int, int]:
+    """The step after which this rank stops, and for what; rank one is told after five steps, and is slower than the others."""
+    join(world, torch.device("cpu"), timedelta(minutes=1))
+    agreement = Agreement(world)
+    for step in range(1, 1000):
+        time.sleep(0.01 * (1 + world.rank))
+        agreed = agreement.ask(signal.SIGTERM if world.rank == 1 and step > 5 else 0, save=False)
+        if agreed.stop:
+            agreement.close()
+            leave()
+            return step, agreed.stop
+    raise AssertionError("they never stopped")
+
+
+def test_all_ranks_stop_after_the_same_step() -> None:
+    stops = fork_ranks(steps_until_stop, nodes=1, ranks=3)
+    assert len(set(stops)) == 1
+    step, number = stops[0]
+    assert 5 < step < 120 and number == signal.SIGTERM
+
+
+def test_a_signal_is_noted_and_a_second_ctrl_c_means_what_it_says() -> None:
+    signals, before = Signals(), signal.getsignal(signal.SIGTERM)
+    with signals.heard():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Watch(Callback):
+    """Fails where lightning has taken over the handlers, or talks to other ranks at a step."""
+
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
+        handler = signal.getsignal(signal.SIGTERM)
+        assert getattr(handler, "__self__", None).__class__ is Signals, handler
+
+        def broadcast(*_: object, **__: object) -> None:
+            raise AssertionError("lightning broadcasts at each step")
+
+        torch.distributed.broadcast = broadcast
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        assert type(trainer.fit_loop).__module__ == type(trainer.fit_loop.epoch_loop).__module__ == "lockstep.loop"
+
+
+def test_lightnings_own_signal_handling_and_its_broadcast_are_off(launch: Launch) -> None:
+    assert launch("--ranks", "2", *SMALL, "--trainer.callbacks+=test_stop.Watch", "--run.test", "false").status == 0
