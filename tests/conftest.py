@@ -27,6 +27,13 @@ pytest_plugins = ["shell"]  # the fixtures of tests/slurm
 REPO = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests of Slurm, which wait more than they compute, run one after the other beside all others."""
+    for item in items:
+        if "slurm" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run left behind."""

@@ -52,7 +52,7 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("line", readme_commands())
 def test_every_command_of_the_readme_passes(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
-    arguments = shlex.split(re.sub(r"--(?:ranks|nodes) \d+", "", line))
+    arguments = shlex.split(re.sub(r"--(?:ranks|nodes|resume) \S+", "", line))
     at = 1 if arguments and not arguments[0].startswith("-") else 0
     if "--config" not in arguments:
         images = any(key in line for key in ("--data.on_corrupt", "--data.archive"))
@@ -84,7 +84,8 @@ def test_the_readmes_own_module_passes(tmp_path: Path) -> None:
 
 def test_defaults_files_and_flags_are_merged_in_their_order(tmp_path: Path) -> None:
     config = check(list(DIGITS))
-    assert config["run"] == {"name": "digits", "root": Path("runs"), "test": True}
+    usual = {"test": True, "hang_seconds": 300.0, "max_restarts": 100}
+    assert config["run"] == {"name": "digits", "root": Path("runs"), **usual}
     assert (config["wandb"]["group"], config["shared_filesystem"]) == (None, True)
     later = written(
         tmp_path, "trainer: {max_epochs: 7, accumulate_grad_batches: 2}\nmodel: {init_args: {lr: 5e-1}}\nrun.name: a\n"
@@ -93,7 +94,7 @@ def test_defaults_files_and_flags_are_merged_in_their_order(tmp_path: Path) -> N
     config = check(["fit", *DIGITS, "--config", later, *flags])
     assert config["trainer"] == {"max_epochs": 9, "log_every_n_steps": 10, "accumulate_grad_batches": 2}
     assert config["model"]["init_args"]["lr"] == 0.5
-    assert config["run"] == {"name": "a", "root": Path("/x"), "test": True}
+    assert config["run"] == {"name": "a", "root": Path("/x"), **usual}
     assert (config["wandb"]["group"], config["shared_filesystem"]) == ("7", False)
     assert check(["--trainer.max_epochs", "9", *DIGITS])["trainer"]["max_epochs"] == 20
 

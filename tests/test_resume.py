@@ -42,6 +42,16 @@ def rows(run: Outcome) -> list[dict[str, str]]:
         return [{name: value for name, value in row.items() if not name.startswith("rate/")} for row in csv.DictReader(file)]
 
 
+_undisturbed: dict[tuple[str, ...], Outcome] = {}
+
+
+def left_alone(launch: Launch, *arguments: str) -> Outcome:
+    """The same run undisturbed; it is done once."""
+    if arguments not in _undisturbed:
+        _undisturbed[arguments] = launch(*arguments)
+    return _undisturbed[arguments]
+
+
 def go_on(launch: Launch, run: Outcome, *arguments: str) -> Outcome:
     """Resume a run."""
     return Outcome(launch("--resume", str(run.folder), *arguments).status, run.folder)
@@ -61,7 +71,7 @@ def assert_same(run: Outcome, undisturbed: Outcome) -> None:
 @pytest.mark.parametrize("where", ["on_train_start", "on_validation_batch_start", "on_test_batch_start", "on_train_epoch_end"])
 @pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM"])
 def test_one_rank_anywhere(launch: Launch, tmp_path: Path, what: str, where: str) -> None:
-    undisturbed = launch(*DIGITS)
+    undisturbed = left_alone(launch, *DIGITS)
     killed = launch(*DIGITS, *trouble(tmp_path / "once", what, where=where, step=0 if where == "on_train_start" else 40))
     assert killed.status != 0
     assert_same(go_on(launch, killed), undisturbed)
@@ -70,7 +80,7 @@ def test_one_rank_anywhere(launch: Launch, tmp_path: Path, what: str, where: str
 @pytest.mark.parametrize(("ranks", "what"), [("1", "SIGTERM"), ("2", "SIGTERM"), ("2", "raise"), ("4", "SIGKILL")])
 def test_in_the_middle_of_an_epoch(launch: Launch, tmp_path: Path, ranks: str, what: str) -> None:
     small_buckets = ("--ranks", ranks, *DIGITS, "--ddp.bucket_mb", "1", "--model.network.hidden", "[300,700,300]")
-    undisturbed = launch(*small_buckets)
+    undisturbed = left_alone(launch, *small_buckets)
     killed = launch(*small_buckets, *trouble(tmp_path / "once", what, step=27, rank=int(ranks) - 1))
     assert killed.status != 0
     resumed = go_on(launch, killed)
@@ -79,7 +89,7 @@ def test_in_the_middle_of_an_epoch(launch: Launch, tmp_path: Path, ranks: str, w
 
 
 def test_twice_in_one_epoch_and_in_its_last_step(launch: Launch, tmp_path: Path) -> None:
-    undisturbed = launch("--ranks", "2", *DIGITS)
+    undisturbed = left_alone(launch, "--ranks", "2", *DIGITS)
     run = launch("--ranks", "2", *DIGITS, *trouble(tmp_path / "1", "SIGKILL", step=29))
     for number, step in ((2, 36), (3, 40)):
         more = trouble(tmp_path / str(number), "SIGKILL", step=step, rank=1)
@@ -90,7 +100,7 @@ def test_twice_in_one_epoch_and_in_its_last_step(launch: Launch, tmp_path: Path)
 
 def test_ones_own_module_with_nothing_to_implement(launch: Launch, tmp_path: Path) -> None:
     own = ("--ranks", "2", *OWN, "--checkpoint.background", "false")
-    undisturbed = launch(*own)
+    undisturbed = left_alone(launch, *own)
     killed = launch(*own, *trouble(tmp_path / "once", "SIGKILL", step=33))
     assert killed.status == 1
     assert_same(go_on(launch, killed), undisturbed)
@@ -98,7 +108,7 @@ def test_ones_own_module_with_nothing_to_implement(launch: Launch, tmp_path: Pat
 
 
 def test_on_another_number_of_ranks_the_losses_go_on(launch: Launch, tmp_path: Path) -> None:
-    undisturbed = launch("--ranks", "4", *DIGITS, "--model.schedule", "constant")
+    undisturbed = left_alone(launch, "--ranks", "4", *DIGITS, "--model.schedule", "constant")
     run = launch("--ranks", "4", *DIGITS, "--model.schedule", "constant", *trouble(tmp_path / "1", "SIGKILL", step=16))
     more = trouble(tmp_path / "2", "SIGKILL", step=37)
     assert go_on(launch, run, "--ranks", "2", *more).status == 1
@@ -112,7 +122,7 @@ def test_on_another_number_of_ranks_the_losses_go_on(launch: Launch, tmp_path: P
 def test_a_damaged_checkpoint_is_named_and_left_out(
     launch: Launch, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    undisturbed = launch(*DIGITS)
+    undisturbed = left_alone(launch, *DIGITS)
     killed = launch(*DIGITS, *trouble(tmp_path / "once", "SIGKILL", step=38))
     damaged, before, *_ = folders(killed.folder / "checkpoints")
     file = damaged / "model.ckpt"
@@ -130,7 +140,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
 
 
 def test_a_rank_that_is_stopped_is_named_and_ended(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    undisturbed = launch("--ranks", "2", *DIGITS)
+    undisturbed = left_alone(launch, "--ranks", "2", *DIGITS)
     stuck = launch("--ranks", "2", *DIGITS, "--run.hang_seconds", "2", *trouble(tmp_path / "once", "SIGSTOP", step=30, rank=1))
     assert stuck.status == 1
     said = capfd.readouterr().err

@@ -160,7 +160,17 @@ def test_what_a_run_leaves_behind(launch: Launch) -> None:
     run = launch("--nodes", "2", "--ranks", "2", *SMALL)
     names = {path.name for path in run.folder.iterdir()}
     assert names == {
-        *("config.yaml", "launch.yaml", "metrics.csv", "report.png", "result.json", "status.json", "logs", "checkpoints"),
+        *(
+            "config.yaml",
+            "launch.yaml",
+            "metrics.csv",
+            "report.png",
+            "result.json",
+            "status.json",
+            "logs",
+            "checkpoints",
+            "owner.json",
+        ),
     }
     assert run.folder.stat().st_mode & 0o777 == 0o700
     assert sorted(path.name for path in (run.folder / "logs" / "1").iterdir()) == ["0.log", "1.log", "2.log", "3.log"]

@@ -33,6 +33,8 @@ class Subject(LightningModule):
                 Path(f"trouble-{os.environ['SLURM_JOB_ID']}").touch()
             if self.trouble == "raise":
                 raise ValueError("the subject was told to fail")
+            if self.trouble == "sleep":
+                time.sleep(1000)
             if self.trouble == "leave":
                 os._exit(9)
             if self.trouble == "exit":

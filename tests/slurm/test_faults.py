@@ -20,8 +20,9 @@ ENDLESS = ("--config", "subject.yaml", "--trainer.max_epochs", "100000")
 
 @pytest.fixture(scope="module", autouse=True)
 def late(long_shell: Shell) -> Job:
-    """A job with a minute of time; it runs beside the other tests, as Slurm looks for such jobs every 30 seconds only."""
-    return long_shell.submit("--time", "1", "--nodelist", "n2", *ENDLESS)
+    """A job that does not stop in time; it runs beside the other tests, as Slurm looks for such jobs every 30 seconds only."""
+    stuck = ("--model.trouble", "sleep", "--model.rank", "0")
+    return long_shell.submit("--time", "1", "--nodelist", "n2", *ENDLESS, *stuck)
 
 
 def told(job: Job) -> dict[str, object]:
