@@ -143,6 +143,10 @@ def _executor(request: Request) -> _Executor:
     executor = _Executor(folder=request.folder / "slurm", python=_python(request))
     # Of submitit's signal before the end nobody is told: it may come before there is a handler, and would end the rank.
     more: dict[str, Any] = {"chdir": request.here, "requeue": True, "signal": "URG@90"}
+    is_range = request.nodes.least != request.nodes.most
+    if is_range:
+        # Not --ntasks-per-node, with which Slurm takes the least number; all CPUs of a node as those of one task.
+        more |= {"nodes": str(request.nodes), "cpus-per-task": profile.ranks * (profile.cpus or 1)}
     if profile.reservation:
         more["reservation"] = profile.reservation
     if request.after:
@@ -158,7 +162,7 @@ def _executor(request: Request) -> _Executor:
         "nodelist": profile.nodelist,
         "exclude": profile.exclude,
         "time": profile.minutes,
-        "nodes": str(request.nodes),
+        "nodes": request.nodes.most,
         "ntasks_per_node": profile.ranks,
         "cpus_per_task": profile.cpus,
         "gpus_per_node": profile.gpus_per_node or None,
@@ -175,6 +179,8 @@ def _executor(request: Request) -> _Executor:
         "srun_args": _srun(request),
         "additional_parameters": more,
     }
+    if is_range:
+        del given["ntasks_per_node"], given["cpus_per_task"]
     executor.parameters.update(given)
     return executor
 
@@ -259,7 +265,7 @@ def _setup(request: Request) -> list[str]:
         "      MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))",
         "    done",
         "    export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS MASTER_PORT",
-        '    command srun "$@"',
+        f'    command srun {_tasks(request)}"$@"',
         "    again end $?",
         "    status=$?",
         "    case $status in",
@@ -270,6 +276,15 @@ def _setup(request: Request) -> list[str]:
         "  done",
         "}",
     ]
+
+
+def _tasks(request: Request) -> str:
+    """How many ranks srun starts, where sbatch could not say."""
+    if request.nodes.least == request.nodes.most:
+        return ""
+    ranks = request.profile.ranks
+    cpus = "" if request.profile.cpus else "--cpus-per-task=1 "
+    return f"--ntasks=$((SLURM_NNODES * {ranks})) --ntasks-per-node={ranks} {cpus}"
 
 
 def _again(request: Request) -> str:
