@@ -44,11 +44,11 @@ def test_whatever_happens_to_a_job_it_ends_with_the_same_weights(shell: Shell) -
         assert status["exit"] == 0, (status, job.log())
         assert job.result["weights_sha256"] == undisturbed.result["weights_sha256"]
         if job is not undisturbed:
-            assert job.result["attempts"] == 2 and job.result["seconds"]["lost"] > 0
-    (attempt, last) = killed.status()["attempts"]
+            assert job.result["attempts"] > 1 and job.result["seconds"]["lost"] > 0
+    (attempt, *_, last) = killed.status()["attempts"]
     assert "rank 1 on n3: Killed" in attempt["reason"] and (attempt["crashed"], last["reason"]) == (True, "")
     assert "rank 1 does not answer" in stopped.status()["attempts"][0]["reason"]
-    (attempt, _) = late.status()["attempts"]
+    (attempt, *_) = late.status()["attempts"]
     assert (attempt["reason"], attempt["crashed"]) == ("SIGUSR2", False) and attempt["step"] == attempt["saved"] > 15
 
 
