@@ -34,11 +34,12 @@ class Stopped(SystemExit):
     Attributes:
         signal: Why; SIGUSR2 also for the end of the allocation.
         step: Optimizer steps done.
+        together: Whether all ranks have agreed on it; in an evaluation each leaves by itself.
     """
 
-    def __init__(self, signal: int, step: int) -> None:
+    def __init__(self, signal: int, step: int, together: bool) -> None:
         super().__init__(128 + signal)
-        self.signal, self.step = signal, step
+        self.signal, self.step, self.together = signal, step, together
 
 
 class RunError(LockstepError):

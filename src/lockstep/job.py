@@ -9,7 +9,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from lockstep.errors import Interrupted, LockstepError, RunError
+from lockstep.errors import Interrupted, LockstepError, RunError, Stopped
 from lockstep.failure import Failure, record_failure, wait_for_cause
 from lockstep.logs import start_logging
 from lockstep.run import Run, read_whole, update_status, write_whole
@@ -66,7 +66,10 @@ class TrainJob:
         except BaseException as error:
             status = 1
             try:
-                status = _fail(error, world, run, attempt)
+                stopped = error.__cause__
+                # With 0, where all have stopped together: else srun would end rank zero before it has closed W&B.
+                alone = not (isinstance(stopped, Stopped) and stopped.together)
+                status = _fail(error, world, run, attempt) if alone else 0
                 sys.stdout.flush()
                 sys.stderr.flush()
             finally:
@@ -110,7 +113,7 @@ def _fail(error: BaseException, world: World, run: Run, attempt: int) -> int:
         status, report = error.exit_status, error.sentence
     elif isinstance(error, Interrupted):
         status = int(error.code or 1)
-        report = f"it was ended by {'SIGTERM' if status == 143 else 'Ctrl-C'}."
+        report = f"it was ended by {'Ctrl-C' if status == 130 else signal.Signals(status - 128).name}."
     elif isinstance(error, SystemExit):
         status, report = 1, f"it was ended by sys.exit({error.code!r})."
     else:

@@ -78,7 +78,7 @@ class Keeper(Callback):
             if self.writer is not None:
                 self.writer.wait()
             trainer.strategy.barrier("stop")
-            raise Stopped(agreed.stop, step)
+            raise Stopped(agreed.stop, step, together=True)
 
     def save(self, trainer: Trainer) -> None:
         """Save what is now; every rank must call."""
@@ -147,7 +147,7 @@ class Keeper(Callback):
         if self.signals.received is not None:
             if self.writer is not None:
                 self.writer.wait()
-            raise Stopped(self.signals.received, trainer.global_step)
+            raise Stopped(self.signals.received, trainer.global_step, together=False)
 
     def _why_stop(self, trainer: Trainer) -> int:
         if self.signals.received is not None:

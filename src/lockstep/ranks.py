@@ -184,8 +184,10 @@ def _collect(
             message = _last_word(receivers[rank], processes[rank])
             if isinstance(message, _Failure):
                 failures[rank] = message
-                # Its peers fail with it, some of them sooner to tell: hear them before the first is named.
-                deadline = deadline or time.time() + 0.3
+                # Its peers fail with it, some of them sooner to tell: hear them before the first is named. Those that stop
+                # together have things to close.
+                if message.exit_status < 128:
+                    deadline = deadline or time.time() + 0.3
             else:
                 results[rank] = message
     if failures:
