@@ -28,14 +28,14 @@ RUN python3 -m venv /opt/uv \
 ENV VIRTUAL_ENV=/opt/lockstep/venv CUDA_HOME=/opt/lockstep/cuda
 ENV PATH=${VIRTUAL_ENV}/bin:${CUDA_HOME}/bin:${PATH}
 COPY requirements.lock /opt/lockstep/
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv venv --python python3 "$VIRTUAL_ENV" \
-    && uv pip sync --link-mode copy --compile-bytecode --require-hashes /opt/lockstep/requirements.lock
+    && uv pip sync --cache-dir /var/cache/uv --link-mode copy --compile-bytecode --require-hashes /opt/lockstep/requirements.lock
 
 # nvcc of the very CUDA that torch was built with, and the names that a linker looks for, which the wheels leave out.
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     cuda=$(sed -n 's/^cuda-toolkit==\([0-9.]*\).*/\1/p' /opt/lockstep/requirements.lock) \
-    && uv pip install --link-mode copy --constraint /opt/lockstep/requirements.lock "cuda-toolkit[nvcc,curand]==$cuda" \
+    && uv pip install --cache-dir /var/cache/uv --link-mode copy --constraint /opt/lockstep/requirements.lock "cuda-toolkit[nvcc,curand]==$cuda" \
     && ln -s "$VIRTUAL_ENV"/lib/python3*/site-packages/nvidia/cu"${cuda%%.*}" "$CUDA_HOME" \
     && ln -s lib "$CUDA_HOME/lib64" \
     && for library in "$CUDA_HOME"/lib/lib*.so.*; do ln -sf "${library##*/}" "${library%%.so.*}.so"; done

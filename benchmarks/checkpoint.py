@@ -77,13 +77,13 @@ def measure(megabytes: int, rounds: int, root: Path) -> None:
                 keeper.writer.wait()  # not a part of this save: the one before
             timed(name, lambda: own(keeper, trainer))
 
-        keep.Keeper.save = save  # type: ignore[method-assign]
+        keep.Keeper.save = save
         arguments = [
             *("--model", "__main__.Heavy", f"--model.megabytes={megabytes}", "--data", "__main__.Few"),
             *("--trainer.max_steps", str(rounds), "--wandb.mode", "disabled", "--run.root", str(root), *extra),
         ]
         train.train("fit", *config.parse(arguments), World())
-    keep.Keeper.save = own  # type: ignore[method-assign]
+    keep.Keeper.save = own
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -49,7 +49,7 @@ class Nodes:
         return nodes
 
 
-def at_least(least: int) -> "type[int]":
+def at_least(least: int) -> Callable[[str], int]:
     """A type of flags: a whole number of at least ``least``."""
 
     def number(text: str) -> int:
@@ -59,7 +59,7 @@ def at_least(least: int) -> "type[int]":
         return value
 
     number.__name__ = "int"
-    return number  # type: ignore[return-value]
+    return number
 
 
 def refuse_dead_conf(env: Mapping[str, str]) -> None:

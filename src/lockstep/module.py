@@ -136,7 +136,7 @@ class Classifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the data's classes fit the outputs."""
-        classes = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         if classes is not None and classes > self.num_classes:
             raise UsageError(
                 f"model.num_classes: {self.num_classes} outputs are too few for the {classes} classes of the data; "
@@ -217,7 +217,7 @@ class Classifier(LightningModule):
         # A fused update unscales fp16 gradients inside itself: too late to clip them or to know their norm.
         fused = trainer.precision != "16-mixed"
         total = trainer.estimated_stepping_batches
-        scale = getattr(trainer.datamodule, "lr_scale", 1)  # type: ignore[attr-defined]
+        scale = getattr(getattr(trainer, "datamodule", None), "lr_scale", 1)
         warmup = self.warmup_steps
         if scale > 1:
             warmup = max(warmup, self._scaled_warmup(total))

@@ -23,7 +23,7 @@ from lockstep.errors import Interrupted, LockstepError, RunError, Stopped, Usage
 from lockstep.failure import first_failure
 from lockstep.keep import Keeper
 from lockstep.logs import start_logging
-from lockstep.loop import Resumed
+from lockstep.loop import FitLoop, Resumed
 from lockstep.monitor import Rates
 from lockstep.nearest import did_you_mean
 from lockstep.options import COMMANDS
@@ -167,7 +167,8 @@ def go_on(trainer: Trainer, rates: Rates, checkpoint: Checkpoint, same_run: bool
     strategy.ready_order = facts["ready"]
     seed = mix(strategy.sharding.seed, checkpoint.step, world.rank) >> 1
     position = Position(int(facts["epoch"]), int(facts["batch"]))
-    trainer.fit_loop.resumed = Resumed(position, checkpoint.states_for(world), seed)  # type: ignore[attr-defined]
+    assert isinstance(trainer.fit_loop, FitLoop)
+    trainer.fit_loop.resumed = Resumed(position, checkpoint.states_for(world), seed)
     if same_run:
         rates.train_seconds = float(facts["seconds"])
         for part in (*trainer.loggers, *callbacks_of(trainer)):

@@ -24,7 +24,7 @@ PROFILES = [path.stem for path in sorted((REPO / "configs" / "cluster").glob("*.
 def request_for(profile: Profile, **more: object) -> Request:
     folder = Path("/home/user/project/runs/digits/20260101-000000-abcd")
     code = Code((folder / "code/project", folder / "code/project/src"), None, "0" * 64)
-    return Request("digits", folder, Path("/home/user/project"), code, Nodes(4, 4), profile, **more)  # type: ignore[arg-type]
+    return Request("digits", folder, Path("/home/user/project"), code, Nodes(4, 4), profile, **more)
 
 
 def script(request: Request) -> str:
