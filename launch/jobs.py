@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from lockstep.errors import LockstepError, UsageError
 from lockstep.failure import attempts
 from lockstep.flags import Parser, at_least, refuse_dead_conf
-from lockstep.queue import Queued, View, find, follow, look, mark_cancelled, recorded
+from lockstep.follow import follow
+from lockstep.queue import Queued, View, find, look, mark_cancelled, recorded
 
 Row = dict[str, str]
 

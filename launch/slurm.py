@@ -23,8 +23,8 @@ from pathlib import Path
 from lockstep.check import shows_only
 from lockstep.errors import LockstepError, UsageError
 from lockstep.flags import Nodes, Parser, refuse_dead_conf
+from lockstep.follow import follow
 from lockstep.profile import FLAGS, Profile, load_profile, profile_folders, with_flags
-from lockstep.queue import follow
 from lockstep.run import Run
 from lockstep.submission import Submission, build_config, read_sweep
 from lockstep.submit import scrub

@@ -22,8 +22,9 @@ from lockstep.errors import LockstepError
 from lockstep.failure import Attempt, attempts, first_failure
 from lockstep.flags import asking
 from lockstep.options import RunOptions
-from lockstep.queue import exit_words, holds, last_words, output_of
 from lockstep.run import Run, read_whole, update_status, write_whole
+from lockstep.squeue import holds
+from lockstep.verdict import exit_words, last_words, output_of
 
 HERE, QUEUE = 75, 76
 """Exit statuses of ``again end``: start again in this allocation, or wait for another one."""

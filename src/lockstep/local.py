@@ -13,9 +13,9 @@ from lockstep.config import parse
 from lockstep.errors import Interrupted
 from lockstep.failure import first_failure
 from lockstep.logs import start_logging
-from lockstep.queue import holds
 from lockstep.ranks import RankFailed, fork_ranks
 from lockstep.run import Run, update_status, write_whole
+from lockstep.squeue import holds
 from lockstep.train import split_command, train
 from lockstep.world import World
 
