@@ -26,8 +26,9 @@ from lockstep.flags import Nodes, Parser, refuse_dead_conf
 from lockstep.follow import follow
 from lockstep.profile import FLAGS, Profile, load_profile, profile_folders, with_flags
 from lockstep.run import Run
-from lockstep.submission import Submission, build_config, read_sweep
+from lockstep.submission import Submission, build_config
 from lockstep.submit import scrub
+from lockstep.sweep import read_sweep
 
 TOOLKIT = Path(__file__).resolve().parent.parent
 

@@ -1,6 +1,5 @@
 """One call of the launcher: checked, shown, or sent. No torch here."""
 
-import itertools
 import logging
 import os
 import re
@@ -18,24 +17,23 @@ import yaml
 from lockstep.check import check
 from lockstep.errors import UsageError
 from lockstep.flags import Nodes
+from lockstep.frozen import files_in, freeze, refuse_ignored
 from lockstep.job import TrainJob
+from lockstep.possible import refuse_folders, refuse_misfits, refuse_missing_checkpoint
 from lockstep.profile import Profile
 from lockstep.queue import Queued, record
 from lockstep.run import Run, git_state, new_identity, read_whole
-from lockstep.snapshot import Code, live_code, refuse_secrets, take_snapshot
+from lockstep.snapshot import Code, live_code, take_snapshot
 from lockstep.submit import Request, batch_script, refuse_dead_dependency, submit, would_run
+from lockstep.sweep import Point, points_of, refuse_keys
 from lockstep.wandb_key import wandb_key
 
 log = logging.getLogger(__name__)
 
-Point = dict[str, str]
-"""The values that one run of a sweep has, by key."""
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHORTEST_KEY = 20
 """Characters. W&B's have 40 and more; a shorter one is a stand-in, and may be part of innocent words."""
-
-_FILE = re.compile(r"\.(ya?ml|json)$")
 
 
 @dataclass(frozen=True)
@@ -112,25 +110,15 @@ class Submission:
                 "The W&B key stands in an argument, which everybody can read; leave it in WANDB_API_KEY, or use wandb login."
             )
         folders = [here, *(Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry)]
-        for name in sweep or {}:
-            if name.startswith("run."):
-                raise UsageError(f"--sweep: {name} cannot be swept over; runs of a sweep share the folder of their name.")
-            if name == "config" or name in flags:
-                raise UsageError(f"--sweep: {name} cannot be swept over; submit once for each.")
+        refuse_keys(sweep or {}, flags)
         elsewhere = profile.container is not None or profile.python is not None
         config = check(arguments, flags, folders, sweep, elsewhere)
-        points = [dict(zip(sweep or {}, values, strict=True)) for values in itertools.product(*(sweep or {}).values())]
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_name(name)
-        for what, path in (("run.root", root), ("The folder of submission", here)):
-            if bad := re.search(r"[%\\\n:]", str(path)):
-                raise UsageError(f"{what}: {str(path)!r} has {bad[0]!r} in it, which Slurm or Python take for something else.")
-        there = next(folder for folder in (root / name, *(root / name).parents) if folder.exists())
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UsageError(f"run.root: {there} cannot be written; choose another with --run.root.")
+        refuse_folders(root, name, here)
         has_command = bool(arguments) and not arguments[0].startswith("-")
-        _refuse_missing_checkpoint(arguments[0] if has_command else "fit", config["ckpt_path"], sweep or {})
-        _refuse_impossible(config, profile, nodes)
+        refuse_missing_checkpoint(arguments[0] if has_command else "fit", config["ckpt_path"], sweep or {})
+        refuse_misfits(config, profile, nodes)
         return cls(
             command=arguments[0] if has_command else "fit",
             arguments=tuple(arguments[1:] if has_command else arguments),
@@ -141,7 +129,7 @@ class Submission:
             folder=resume.folder if resume else root / name / new_identity(),
             job_name=job_name or name,
             after=after,
-            points=tuple(points),
+            points=points_of(sweep or {}),
             at_once=at_once,
             snapshot=snapshot,
             typed=tuple(typed),
@@ -187,10 +175,12 @@ class Submission:
             for run in dict.fromkeys([Run(self.folder), *(run for run, _ in self._runs())]):
                 made.append(Run.create(run.folder.parent.parent, run.name, run.id))
             code = self._code(env)
-            self._refuse_ignored(code, env)
-            arguments = self._freeze(self.arguments, code)
+            if self.snapshot:
+                refuse_ignored(self.config, code, self.here, env)
+            arguments = freeze(self.arguments, code, self.folder, self.secrets)
             git = git_state(self.here)
-            files = {text: self._freeze([text], code)[0] for point in self.points for text in _files(point)}
+            swept = {text for point in self.points for text in files_in(point)}
+            files = {text: freeze([text], code, self.folder, self.secrets)[0] for text in swept}
             jobs = [
                 self._job(run, point, [*self._told(arguments, point, files)], code, git, index)
                 for index, (run, point) in enumerate(self._runs())
@@ -244,44 +234,6 @@ class Submission:
             return live_code(self.here, _PACKAGE, python_path)
         return take_snapshot(self.here, _PACKAGE, self.folder, python_path, self.secrets)
 
-    def _refuse_ignored(self, code: Code, env: Mapping[str, str]) -> None:
-        """Raise about a module of one's own that the config names and the snapshot lacks."""
-        if not self.snapshot:
-            return
-        own = [Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        for name in sorted(_modules(self.config)):
-            for folder in (self.here, *own):
-                for path in (folder / name, folder / f"{name}.py"):
-                    here = path.is_dir() if not path.suffix else path.is_file()
-                    if here and path.resolve().is_relative_to(self.here) and code.inside(path) is None:
-                        raise UsageError(
-                            f"snapshot: {path} is needed, but git ignores it; take it out of .gitignore, or use --no-snapshot."
-                        )
-
-    def _freeze(self, arguments: Sequence[str], code: Code) -> tuple[str, ...]:
-        """The arguments with every config file in them replaced by its copy in the run folder."""
-        frozen: list[str] = []
-        follows = ""
-        for argument in arguments:
-            name, equals, value = argument.partition("=") if argument.startswith("--") else (follows, "", argument)
-            may_be = name == "--config" or (name.startswith("--") and "." not in name and _FILE.search(value))
-            is_file = may_be and Path(value).is_file()
-            copy = str(self._copy(Path(value), code)) if is_file else value
-            frozen.append(f"{name}={copy}" if equals else copy if not argument.startswith("--") else argument)
-            follows = argument if argument.startswith("--") and not equals else ""
-        return tuple(frozen)
-
-    def _copy(self, path: Path, code: Code) -> Path:
-        if copy := code.inside(path):
-            return copy
-        folder = self.folder / "configs"
-        folder.mkdir(exist_ok=True)
-        copy = folder / f"{len(list(folder.iterdir()))}-{path.name}"
-        content = path.read_bytes()
-        refuse_secrets(path, content, self.secrets)
-        copy.write_bytes(content)
-        return copy
-
     def _told(self, arguments: Sequence[str], point: Point, files: Mapping[str, str]) -> list[str]:
         """All arguments of one run; ``files`` are what stands for those that name a file."""
         told = list(arguments)
@@ -329,67 +281,6 @@ class Submission:
             len(self.points),
             self.at_once,
         )
-
-
-def _refuse_missing_checkpoint(command: str, path: str | None, sweep: Mapping[str, Sequence[str]]) -> None:
-    for place in sweep.get("ckpt_path", [] if path is None else [path]):
-        if not Path(place).exists():
-            raise UsageError(f"ckpt_path: there is no {place}; give a checkpoint, or a run folder.")
-    if command != "fit" and path is None and "ckpt_path" not in sweep:
-        raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
-
-
-def _refuse_impossible(config: Mapping[str, Any], profile: Profile, nodes: Nodes) -> None:
-    """Raise about what does not go together with the resources."""
-    accelerator = config["trainer"].get("accelerator")
-    if (
-        accelerator in ("gpu", "cuda")
-        and not profile.gpus_per_node
-        and not any("gpu" in argument for argument in profile.sbatch)
-    ):
-        raise UsageError(f"trainer.accelerator: {accelerator!r} needs GPUs; ask for some with --gpus-per-node.")
-    data = config["data"]
-    size = data.get("init_args", {}).get("batch_size") if isinstance(data, Mapping) else None
-    if str(data and data.get("class_path")).startswith("lockstep.data.") and isinstance(size, int):
-        if size < 1:
-            raise UsageError(f"data.batch_size: {size} must be 1 or more.")
-        for ranks in (number * profile.ranks for number in range(nodes.least, nodes.most + 1)):
-            if size % ranks:
-                raise UsageError(f"data.batch_size: {size} is the global batch and does not divide by {ranks} ranks.")
-
-
-def _modules(config: Any) -> set[str]:
-    """First parts of the import paths of all classes in a config."""
-    if isinstance(config, Mapping):
-        path = config.get("class_path")
-        inner = [_modules(value) for value in config.values()]
-        return set().union(*inner, {path.partition(".")[0]} if isinstance(path, str) and "." in path else set())
-    return set().union(*map(_modules, config)) if isinstance(config, list) else set()
-
-
-def _files(point: Point) -> list[str]:
-    return [f"--{key}={value}" for key, value in point.items() if _FILE.search(value) and Path(value).is_file()]
-
-
-def read_sweep(given: Sequence[str]) -> dict[str, list[str]]:
-    """Keys and their values from ``KEY=A,B,…``; commas inside brackets and quotes do not part values.
-
-    Raises:
-        UsageError: One is not of that form, has a value twice, or a key is given twice.
-    """
-    sweep: dict[str, list[str]] = {}
-    for text in given:
-        key, equals, values = text.partition("=")
-        if not equals or not re.fullmatch(r"\w[\w.]*", key) or not values:
-            raise UsageError(f"--sweep: {text!r} must be of the form KEY=A,B,…, such as model.lr=0.1,0.03.")
-        if key in sweep:
-            raise UsageError(f"--sweep: {key} is given twice; write all of its values after one --sweep.")
-        if re.search(r",,|^,|,$", values):
-            raise UsageError(f'--sweep: {text!r} has an empty value; write "" for an empty text.')
-        sweep[key] = re.findall(r"((?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'|[^,])+)", values)
-        if len(set(sweep[key])) < len(sweep[key]):
-            raise UsageError(f"--sweep: {text!r} has a value twice.")
-    return sweep
 
 
 def build_config(submission: Submission, env: Mapping[str, str]) -> str:

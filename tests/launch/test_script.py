@@ -14,8 +14,8 @@ from lockstep.errors import UsageError
 from lockstep.flags import Nodes
 from lockstep.profile import Profile, load_profile, minutes, with_flags
 from lockstep.snapshot import Code
-from lockstep.submission import read_sweep
 from lockstep.submit import Request, batch_script, scrub
+from lockstep.sweep import read_sweep
 
 GOLDEN = Path(__file__).parent / "golden"
 PROFILES = [path.stem for path in sorted((REPO / "configs" / "cluster").glob("*.yaml"))]
