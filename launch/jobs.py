@@ -124,6 +124,7 @@ def print_facts(view: View) -> None:
         "time": f"{slot.elapsed} of {slot.limit}" if slot else "",
         "attempt": str(view.attempt or ""),
         **{f"attempt {a.attempt}": f"ended at step {a.step}: {a.reason}" for a in attempts(view.run)[-5:] if a.reason},
+        "trouble": progress.get("trouble", "") if view.alive else "",
         "step": steps(view),
         "speed": f"{progress['samples_per_second']:g} samples/s" if progress.get("samples_per_second") else "",
         "time left": f"{left:.0f} s" if left and view.alive else "",

@@ -16,39 +16,42 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lockstep.check import check
 from lockstep.errors import LockstepError
+from lockstep.flags import Parser, at_least, python_path
+from lockstep.run import Run
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
 
 
-def positive(text: str) -> int:
-    """A whole number of at least one."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def main(arguments: Sequence[str]) -> int:
     """Train as ``arguments`` say and return the exit status: 0, 1 (failed while running), 2 (usage), 130 (Ctrl-C)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--nodes", type=positive, help="pretend nodes (default 1, or as before)")
-    parser.add_argument("--ranks", type=positive, help="ranks on each node (default 1, or as before)")
+    parser.add_argument("--nodes", type=at_least(1), help="pretend nodes (default 1, or as before)")
+    parser.add_argument("--ranks", type=at_least(1), help="ranks on each node (default 1, or as before)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder, with its own config")
-    own, rest = parser.parse_known_args(arguments)
-    if own.resume is None and not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
-        at = 1 if rest and not rest[0].startswith("-") else 0
-        rest[at:at] = ["--config", str(DEFAULT_CONFIG)]
-    # A shell inside a Slurm allocation must not make this run look like one of its tasks.
-    for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
-        del os.environ[name]
-    # Only now: torch and lightning take seconds to import, and nobody should wait for a usage error.
-    from lockstep.local import train_locally
-
     try:
-        return train_locally(rest, own.nodes, own.ranks, ["python", "launch/local.py", *arguments], own.resume)
+        own, rest = parser.parse_known_args(arguments)
+        at = 1 if rest and not rest[0].startswith("-") else 0
+        resume = Run.existing(own.resume) if own.resume else None
+        if resume is not None:
+            rest[at:at] = ["--config", str(resume.config)]
+        elif not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
+            rest[at:at] = ["--config", str(DEFAULT_CONFIG)]
+        check(
+            rest,
+            [name[2:] for action in parser._actions for name in action.option_strings],
+            [Path.cwd(), *python_path(os.environ)],
+        )
+        # A shell inside a Slurm allocation must not make this run look like one of its tasks.
+        for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+            del os.environ[name]
+        # Only now: torch and lightning take seconds to import, and nobody should wait for a usage error.
+        from lockstep.local import train_locally
+
+        return train_locally(rest, own.nodes, own.ranks, ["python", "launch/local.py", *arguments], resume)
     except LockstepError as error:
         print(f"lockstep: {error.sentence}", file=sys.stderr)
         return error.exit_status

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.disk import write_whole
 from lockstep.failure import Failure, record_failure
 from lockstep.queue import Queued, View, find, look, record, recorded
-from lockstep.run import Run, write_whole
+from lockstep.run import Run
 
 
 @pytest.fixture

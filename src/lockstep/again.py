@@ -1,7 +1,8 @@
 """What comes after the ranks of a Slurm job have ended: nothing, another start right here, or the queue.
 
-The batch script asks, outside of srun: ``again begin`` prints the number of the attempt that may begin and when the allocation
-ends, ``again end STATUS`` answers with its exit status. Every end is noted in ``attempts.jsonl``. No torch here.
+The batch script asks, outside of srun. ``again begin`` prints the number of the attempt that may begin and when the allocation
+ends. ``again end STATUS`` prints ``here`` (start again in this allocation), ``queue`` (wait for another one), or the exit
+status of the job. Every end is noted in ``attempts.jsonl``. No torch here.
 """
 
 import json
@@ -18,16 +19,19 @@ from typing import Any
 import yaml
 from submitit.core.utils import DelayedSubmission
 
-from lockstep.errors import LockstepError
+from lockstep.disk import read_whole, write_whole
+from lockstep.errors import SIGNALLED, LockstepError
 from lockstep.failure import Attempt, attempts, first_failure
 from lockstep.flags import asking
 from lockstep.options import RunOptions
-from lockstep.run import Run, read_whole, update_status, write_whole
+from lockstep.run import Run, update_status
 from lockstep.squeue import holds
 from lockstep.verdict import exit_words, last_words, output_of
 
-HERE, QUEUE = 75, 76
-"""Exit statuses of ``again end``: start again in this allocation, or wait for another one."""
+HERE, QUEUE = "here", "queue"
+
+_PATIENCE_SECONDS = 600.0
+"""How long a Slurm that does not answer is waited for."""
 
 _ALIKE = 2
 """So many ends in a row at the same step for the same reason are a bug, and no bad luck."""
@@ -42,14 +46,14 @@ def begin(run: Run, slurm: Path, env: Mapping[str, str]) -> int:
     Raises:
         LockstepError: Another job has the run.
     """
-    number = run.begin_attempt({"job": env["SLURM_JOB_ID"]}, lambda owner: holds(owner, env))
+    number = run.begin_attempt({"job": env["SLURM_JOB_ID"]}, lambda owner: holds(owner, env, _PATIENCE_SECONDS))
     output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
     begun = {"job": env["LOCKSTEP_JOB"], "time": time.time(), "output": output.stat().st_size if output.exists() else 0}
     write_whole(run.folder / "logs" / str(number) / "begun.json", begun)
     return number
 
 
-def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> int:
+def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int:
     """Note how an attempt has ended, and say what comes next.
 
     Returns:
@@ -60,7 +64,7 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> int:
     if result.get("attempts") != number:
         result = {}  # of the attempt before
     finished = result.get("status") == "finished"
-    interrupted = result.get("status") == "interrupted" or (failure is not None and failure.interrupted) or status in _SIGNALS
+    interrupted = result.get("status") == "interrupted" or (failure is not None and failure.interrupted) or status in SIGNALLED
     output = output_of(run, slurm, env["LOCKSTEP_JOB"])
     left = exit_words(output, failure)
     said = last_words(output) or left
@@ -77,21 +81,21 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> int:
     this = Attempt(
         number, job, "" if finished else reason, status, begun, time.time(), saved, step, not (finished or interrupted)
     )
-    with (run.folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(this), ensure_ascii=False) + "\n")
+    try:
+        with (run.folder / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(this), ensure_ascii=False) + "\n")
+    except OSError as error:  # a full disk: the run goes on while it can
+        print(f"lockstep: attempts.jsonl could not be written ({error.strerror}).", file=sys.stderr)
     if finished:
         return 0
     if failure is not None and failure.final:
         return _give_up(run, status, "")
-    if not holds({"job": job}, env):
+    if not holds({"job": job}, env, _PATIENCE_SECONDS):
         return status or 1  # cancelled, or Slurm queues it again by itself
     if interrupted:  # by Slurm, which wants the nodes back or whose time is up, or by somebody else
         return QUEUE if "SIGUSR2" in reason or _is_preempted(job, env) else HERE
     is_told = bool(left) or said.startswith("Slurm says") or (failure is not None and not failure.echo)
     return _give_up(run, status, why) if (why := _hopeless(run, [*before, this], is_told)) else HERE
-
-
-_SIGNALS = {130, 138, 140, 143}
 
 
 def _hopeless(run: Run, ended: Sequence[Attempt], told: bool) -> str:
@@ -157,10 +161,14 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         if what == "begin":
             print(begin(run, Path(folder), env), _ends(env["SLURM_JOB_ID"], env))
             return 0
-        return end(run, Path(folder), int(rest[0]), env)
+        print(end(run, Path(folder), int(rest[0]), env))
+        return 0
     except LockstepError as error:
         print(f"lockstep: {error.sentence}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        print(f"lockstep: {error.filename} cannot be read or written ({error.strerror}).", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from lockstep.run import write_whole
+from lockstep.disk import flush, write_whole
 from lockstep.state import on_cpu
 from lockstep.world import World
 
@@ -120,6 +120,8 @@ class Writer:
         self.seconds, self.failure = 0.0, ""
         self.kept: set[int] = set()
         self._thread: threading.Thread | None = None
+        self._written = threading.Event()
+        self._missing: int | None = None
 
     @property
     def busy(self) -> bool:
@@ -130,24 +132,40 @@ class Writer:
         """Where the checkpoint of a step will be."""
         return self.checkpoints / f"step-{step:08}"
 
-    def save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], most: Callable[[int], int]) -> None:
         """Save ``parts``, by file name, as this rank's share of the checkpoint of ``step``; every rank must call.
 
         Returns when the parts have been copied, or without a background when they are published. Errors do not end the
-        run: they are in ``failure``, and the log.
+        run: they are in ``failure``, and the log. ``most`` as for ``settle``.
         """
-        self.wait()
+        self.settle(most)
         if self.background:
             parts = on_cpu(dict(parts))
-            self._thread = threading.Thread(target=self._save, args=(step, parts, facts), name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            self._save(step, parts, facts)
+        self._written.clear()
+        self._missing = None
+        self._thread = threading.Thread(target=self._save, args=(step, parts, facts), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.background:
+            self.settle(most)
 
-    def wait(self) -> None:
-        """Wait until nothing is being saved."""
+    def settle(self, most: Callable[[int], int]) -> None:
+        """Wait until nothing is being saved; every rank must call.
+
+        Args:
+            most: Gives all ranks the largest number that one of them has given: nobody waits for the part of a rank that
+                could not write it.
+        """
+        if self._thread is None:
+            return
+        self._written.wait()
+        if (rank := most(self.world.rank if self.failure else -1)) != -1:
+            self._missing = rank
+        self.wait()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until this rank saves nothing, or so long."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
             self._thread = None
 
     def _save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -158,12 +176,14 @@ class Writer:
             beside.mkdir(exist_ok=True)
             files = {name: _write(beside / name, part) for name, part in parts.items()}
             write_whole(beside / f"{self.world.rank}.json", files)
+            self.failure = ""
+            self._written.set()
             if self.world.is_zero:
                 self._publish(beside, final, facts)
-            self.failure = ""
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # a user's own state may fail in any way, and a run does not end because of a save
             reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
             self.failure = f"the checkpoint of step {step} could not be written ({reason})"
+            self._written.set()
             log.warning("%s; training goes on, and the last whole checkpoint is kept.", self.failure)
             if self.world.is_zero:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -176,6 +196,8 @@ class Writer:
         for rank in range(self.world.size):
             told = beside / f"{rank}.json"
             while not told.exists():
+                if self._missing is not None:
+                    raise RuntimeError(f"rank {self._missing} could not write its part; its log says why")
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"rank {rank} has not written its part")
                 time.sleep(0.01)
@@ -187,14 +209,17 @@ class Writer:
             (beside / f"{rank}.json").unlink()
         manifest = {**facts, "world_size": self.world.size, "attempt": self.attempt, "time": time.time(), "files": files}
         write_whole(beside / MANIFEST, manifest)
-        _flush(beside)
+        flush(beside)
         if not self.is_mine():
             raise RuntimeError("another attempt of this run has begun")
         if final.exists():  # damaged, or it would have been gone on from
             shutil.rmtree(final)
         beside.rename(final)
-        _flush(self.checkpoints)
-        self._clean_up(int(facts["step"]))
+        flush(self.checkpoints)
+        try:
+            self._clean_up(int(facts["step"]))
+        except OSError as error:
+            log.warning("old checkpoints in %s could not be removed (%s)", self.checkpoints, error.strerror)
 
     def _clean_up(self, done: int) -> None:
         """Remove what is neither among the newest nor kept for its score, and what was left half-written before ``done``."""
@@ -239,12 +264,3 @@ class _Hashing:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,6 +24,10 @@ class UsageError(LockstepError):
     exit_status = 2
 
 
+SIGNALLED = (130, 138, 140, 143)
+"""Exit statuses of a run that SIGINT, SIGUSR1, SIGUSR2 or SIGTERM has ended."""
+
+
 class Interrupted(SystemExit):
     """A signal ended the run: exit status 130 after Ctrl-C, 143 after SIGTERM."""
 

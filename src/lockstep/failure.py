@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lockstep.errors import SIGNALLED
 from lockstep.run import Run
 
 _PATIENCE_SECONDS = 5.0
@@ -43,13 +44,18 @@ class Failure:
     @property
     def interrupted(self) -> bool:
         """Whether it was a signal that ended the rank."""
-        return self.exit_status in (130, 138, 140, 143)  # SIGINT, SIGUSR1, SIGUSR2, SIGTERM
+        return self.exit_status in SIGNALLED
 
     @property
     def reason(self) -> str:
         """One line: the rank, and the last line of its report."""
         last = self.report.strip().splitlines()[-1]
-        return last if self.size == 1 else f"rank {self.rank} (node {self.node}, {self.host}): {last}"
+        return last if self.size == 1 else f"rank {self.rank} {self.place}: {last}"
+
+    @property
+    def place(self) -> str:
+        """Its node, and its machine where that is known."""
+        return f"(node {self.node}{', ' if self.host else ''}{self.host})"
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,9 @@ def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
     finally:
         beside.unlink()
     what = "lost a peer that has left no word" if failure.echo else "failed first"
-    place = f"rank {failure.rank} of {failure.size} (node {failure.node}, {failure.host}) {what}.\n"
+    place = f"rank {failure.rank} of {failure.size} {failure.place} {what}.\n" if failure.size > 1 else ""
     with run.log(attempt, 0).open("a") as log:
-        log.write(f"lockstep: {place if failure.size > 1 else ''}{failure.report.rstrip()}\n")
+        log.write(f"lockstep: {place}{failure.report.rstrip()}\n")
     return failure
 
 

@@ -62,6 +62,11 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def python_path(env: Mapping[str, str]) -> list[Path]:
+    """The folders of PYTHONPATH."""
+    return [Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+
+
 def refuse_dead_conf(env: Mapping[str, str]) -> None:
     """Raise UsageError where SLURM_CONF leads nowhere: each of Slurm's commands would try for a minute before it says so."""
     conf = env.get("SLURM_CONF")

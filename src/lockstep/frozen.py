@@ -1,12 +1,12 @@
 """Config files and modules of a submission, as they were then. No torch here."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import UsageError
+from lockstep.flags import python_path
 from lockstep.snapshot import Code, refuse_secrets
 
 _FILE = re.compile(r"\.(ya?ml|json)$")
@@ -44,9 +44,8 @@ def files_in(point: Mapping[str, str]) -> list[str]:
 
 def refuse_ignored(config: Mapping[str, Any], code: Code, here: Path, env: Mapping[str, str]) -> None:
     """Raise about a module of one's own that the config names and the snapshot lacks."""
-    own = [Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
     for name in sorted(_modules(config)):
-        for folder in (here, *own):
+        for folder in (here, *python_path(env)):
             for path in (folder / name, folder / f"{name}.py"):
                 is_there = path.is_dir() if not path.suffix else path.is_file()
                 if is_there and path.resolve().is_relative_to(here) and code.inside(path) is None:

@@ -18,8 +18,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lockstep.disk import write_whole
 from lockstep.failure import Failure, record_failure
-from lockstep.run import Run, write_whole
+from lockstep.run import Run
 from lockstep.world import World
 
 log = logging.getLogger(__name__)

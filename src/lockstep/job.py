@@ -9,10 +9,11 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from lockstep.disk import read_whole, write_whole
 from lockstep.errors import Interrupted, LockstepError, RunError, Stopped
 from lockstep.failure import Failure, record_failure, wait_for_cause
 from lockstep.logs import start_logging
-from lockstep.run import Run, read_whole, update_status, write_whole
+from lockstep.run import Run, update_status
 from lockstep.snapshot import check_snapshot
 from lockstep.world import World
 

@@ -8,16 +8,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from lockstep.checkpoint import MODEL, Writer
+from lockstep.disk import write_whole
 from lockstep.errors import Stopped
 from lockstep.monitor import Rates
 from lockstep.options import CheckpointOptions
-from lockstep.run import Run, write_whole
-from lockstep.state import take_state
+from lockstep.run import Run
+from lockstep.state import plain, refuse_unloadable, take_state
 from lockstep.stop import Agreement, Signals, allocation_ends
 from lockstep.tracking import MetricsFile
 
@@ -25,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _SPARE_SECONDS = 10.0
 """What stopping takes beside a save: to agree, to close W&B, to be queued again."""
+
+_AGAIN_MINUTES = 1.0
+"""How soon a save that failed is tried again."""
 
 
 class Keeper(Callback):
@@ -45,7 +47,7 @@ class Keeper(Callback):
         self.run, self.options, self.rates, self.signals, self.writer = run, options, rates, signals, writer
         self.trainer: Trainer | None = None
         self._agreement: Agreement | None = None
-        self._saved = -1
+        self._saved, self._saved_any = -1, False
         self._saved_at = time.monotonic()
         self._scores: dict[int, float] = _read_scores(run)
         self._ends = allocation_ends()
@@ -76,7 +78,7 @@ class Keeper(Callback):
             self.save(trainer)
         if agreed.stop:
             if self.writer is not None:
-                self.writer.wait()
+                self.writer.settle(agreement.most)
             trainer.strategy.barrier("stop")
             raise Stopped(agreed.stop, step, together=True)
 
@@ -84,6 +86,7 @@ class Keeper(Callback):
         """Save what is now; every rank must call."""
         if self.writer is None:
             return
+        assert self._agreement is not None
         strategy: Any = trainer.strategy
         step = trainer.global_step
         whole = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -105,7 +108,11 @@ class Keeper(Callback):
             if isinstance(logger, MetricsFile) and trainer.is_global_zero:
                 logger.save()
         self.writer.kept = self._best()
-        self.writer.save(step, parts, facts)
+        if not self._saved_any:
+            for part in parts.values():
+                refuse_unloadable(part)
+            self._saved_any = True
+        self.writer.save(step, parts, facts, self._agreement.most)
         self._saved, self._saved_at = step, time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,17 +143,15 @@ class Keeper(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._agreement is not None:
+            if self.writer is not None:
+                self.writer.settle(self._agreement.most)
             self._agreement.close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.writer is not None:
-            self.writer.wait()
 
     def _leave_if_told(self, trainer: Trainer) -> None:
         """In an evaluation there is nothing to save, and so nothing to agree on: the boundary before it is saved."""
         if self.signals.received is not None:
             if self.writer is not None:
-                self.writer.wait()
+                self.writer.wait(_SPARE_SECONDS)
             raise Stopped(self.signals.received, trainer.global_step, together=False)
 
     def _why_stop(self, trainer: Trainer) -> int:
@@ -162,7 +167,7 @@ class Keeper(Callback):
         minutes = self.options.every_minutes
         if minutes is None or self.writer is None or not trainer.is_global_zero or self.writer.busy:
             return False
-        return time.monotonic() - self._saved_at > 60 * minutes
+        return time.monotonic() - self._saved_at > 60 * (min(minutes, _AGAIN_MINUTES) if self.writer.failure else minutes)
 
     def _best(self) -> set[int]:
         """Steps of the checkpoints with the best scores."""
@@ -196,14 +201,3 @@ def _rows(trainer: Trainer) -> int:
 def _read_scores(run: Run) -> dict[int, float]:
     path = run.checkpoints / "scores.json"
     return {int(step): score for step, score in json.loads(path.read_text()).items()} if path.exists() else {}
-
-
-def plain(value: Any) -> Any:
-    """``value`` without what ``torch.load(weights_only=True)`` would refuse."""
-    if value is None or isinstance(value, bool | int | float | str | Tensor | torch.dtype):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value)

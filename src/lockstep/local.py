@@ -4,17 +4,17 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lockstep.config import parse
+from lockstep.disk import write_whole
 from lockstep.errors import Interrupted
 from lockstep.failure import first_failure
 from lockstep.logs import start_logging
 from lockstep.ranks import RankFailed, fork_ranks
-from lockstep.run import Run, update_status, write_whole
+from lockstep.run import Run, update_status
 from lockstep.squeue import holds
 from lockstep.train import split_command, train
 from lockstep.world import World
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def train_locally(
-    arguments: Sequence[str], nodes: int | None, ranks: int | None, typed: Sequence[str], resume: Path | None = None
+    arguments: Sequence[str], nodes: int | None, ranks: int | None, typed: Sequence[str], resume: Run | None = None
 ) -> int:
     """Train with ``nodes`` × ``ranks`` ranks and return the exit status.
 
@@ -32,7 +32,7 @@ def train_locally(
         nodes: Pretend nodes; None is one, or as many as the run had.
         ranks: Ranks on each; the same.
         typed: The whole command line, for the record.
-        resume: Folder of a run to go on with, whose config comes before ``arguments``; None begins a new one.
+        resume: A run to go on with, whose config is among ``arguments``; None begins a new one.
 
     Raises:
         LockstepError: With one rank, what the trainer says; so does any other exception, with its own traceback.
@@ -40,8 +40,7 @@ def train_locally(
     command, keys = split_command(arguments)
     before: dict[str, Any] = {}
     if resume is not None:
-        run = Run.existing(resume)
-        keys = ["--config", str(run.config), *keys]
+        run = resume
         before = yaml.safe_load(run.launch.read_text())
     nodes, ranks = nodes or int(str(before.get("nodes", 1)).rpartition("-")[2]), ranks or before.get("ranks_per_node", 1)
     parser, config = parse(keys)

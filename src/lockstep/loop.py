@@ -18,6 +18,7 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 
@@ -104,9 +105,9 @@ class FitLoop(_FitLoop):
 
     def run(self) -> None:
         if self.resumed is not None:
-            # Not a restart in lightning's sense: nothing is to be guessed from the counters.
-            self.restarting = False
-            self._restarting = False
+            # Not a restart in lightning's sense: nothing is to be guessed from the counters. Not by way of the fit loop's own
+            # setter, for which a run that is measured in steps is always one.
+            _Loop.restarting.fset(self, False)  # type: ignore[attr-defined]
             self.epoch_loop.pending = True
         super().run()
 

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lockstep.disk import write_whole
 from lockstep.errors import RunError
 from lockstep.order import GlobalBatches
-from lockstep.run import Run, write_whole
+from lockstep.run import Run
 from lockstep.tracking import MetricsFile
 
 log = logging.getLogger(__name__)
@@ -182,10 +184,14 @@ class Status(Callback):
         rates: Knows the speed.
         seconds: Time between two lines.
         speak: Whether to write lines to the log as well.
+        trouble: Tells what is wrong with the run's files now; empty if nothing.
     """
 
-    def __init__(self, run: Run, rates: Rates, attempt: int, speak: bool, seconds: float = 5.0) -> None:
+    def __init__(
+        self, run: Run, rates: Rates, attempt: int, speak: bool, trouble: Callable[[], str], seconds: float = 5.0
+    ) -> None:
         self.run, self.rates, self.attempt, self.speak, self.seconds = run, rates, attempt, speak, seconds
+        self.trouble = trouble
         self._next = 0.0
         self._began: tuple[float, int] | None = None
 
@@ -222,6 +228,7 @@ class Status(Callback):
             "attempt": self.attempt,
             "world_size": trainer.world_size,
             "metrics": newest(trainer),
+            "trouble": self.trouble(),
             "time": time.time(),
         }
         try:

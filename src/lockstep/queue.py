@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 
+from lockstep.disk import read_whole, write_whole
 from lockstep.errors import UsageError
 from lockstep.failure import attempts
-from lockstep.run import Run, read_whole, write_whole
+from lockstep.run import Run
 from lockstep.squeue import Slot, ask
 from lockstep.verdict import ALIVE, verdict
 

@@ -3,7 +3,6 @@
 No torch here: the launcher makes the folder before any rank exists.
 """
 
-import json
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from lockstep.disk import read_whole, write_whole
 from lockstep.errors import UsageError
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -208,38 +208,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     return None if commit == "(initial)" else {"commit": commit, "changed": not lines[-1].startswith("# ")}
 
 
-def write_whole(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace ``path`` by ``content`` as JSON: a reader sees the old file or the new one, never a part.
-
-    A number that is not finite becomes null, so that the file is JSON to every reader.
-    """
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def read_whole(path: Path) -> dict[str, Any]:
-    """What ``write_whole`` has written to ``path``; empty where there is nothing yet."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    return content
-
-
 def update_status(run: Run, status: str) -> None:
     """Change ``status`` in ``status.json``, where there is one, and leave the rest as it was."""
     if before := read_whole(run.status):
         write_whole(run.status, before | {"status": status})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and value - value != 0:
-        return None
-    return value

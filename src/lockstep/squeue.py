@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +55,27 @@ class Slot:
         return self.state in ENDED
 
 
-def holds(owner: Mapping[str, Any], env: Mapping[str, str]) -> bool:
-    """Whether the job, or the process on this machine, that has claimed a run still has it."""
-    if job := str(owner.get("job", "")):
-        if shutil.which("squeue", path=env.get("PATH")) is None:
-            return False
-        command = ["squeue", "--all", "--noheader", f"--jobs={job}", "--Format=State"]
-        return subprocess.run(command, env=asking(env), capture_output=True, text=True).stdout.split() == ["RUNNING"]
-    return owner.get("host") == platform.node() and Path("/proc", str(owner.get("pid"))).exists()
+def holds(owner: Mapping[str, Any], env: Mapping[str, str], patience: float = 0.0) -> bool:
+    """Whether the job, or the process on this machine, that has claimed a run still has it.
+
+    Args:
+        owner: What claimed it.
+        env: With SLURM_CONF and PATH.
+        patience: How long to go on asking where Slurm does not answer, in seconds; after that it is taken for a yes.
+    """
+    if not (job := str(owner.get("job", ""))):
+        return owner.get("host") == platform.node() and Path("/proc", str(owner.get("pid"))).exists()
+    if shutil.which("squeue", path=env.get("PATH")) is None:
+        return False
+    command = ["squeue", "--all", "--noheader", f"--jobs={job}", "--Format=State"]
+    deadline = time.monotonic() + patience
+    while True:
+        answer = subprocess.run(command, env=asking(env), capture_output=True, text=True)
+        if answer.returncode == 0 or "Invalid job id" in answer.stderr:  # it has forgotten the job
+            return answer.stdout.strip() in ("RUNNING", "SUSPENDED")
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(2)
 
 
 _FIELDS = ("JobID", "ArrayJobID", "ArrayTaskID", "State", "Reason", "StartTime", "TimeUsed", "TimeLimit", "NodeList")

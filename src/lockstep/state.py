@@ -4,7 +4,10 @@ Plain tensors and numbers only, so that it loads with ``weights_only``.
 """
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torch import Tensor
 from torchmetrics import Metric
+
+from lockstep.errors import RunError
 
 State = dict[str, Any]
 
@@ -149,10 +154,61 @@ def _made(saved: State, trainer: Trainer) -> _ResultMetric:
 
 def on_cpu(value: Any) -> Any:
     """A copy of ``value``, however nested, whose tensors are on the CPU and shared with nobody."""
+    return _with_tensors(value, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+def _with_tensors(value: Any, make: Callable[[Tensor], Tensor]) -> Any:
+    """``value``, however nested, with what ``make`` makes of its tensors."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return make(value)
     if isinstance(value, dict):
-        return type(value)((key, on_cpu(item)) for key, item in value.items())
+        return type(value)((key, _with_tensors(item, make)) for key, item in value.items())
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(on_cpu(item) for item in value)
+        return type(value)(_with_tensors(item, make) for item in value)
     return value
+
+
+def plain(value: Any) -> Any:
+    """``value`` without what ``torch.load(weights_only=True)`` would refuse."""
+    if value is None or isinstance(value, bool | int | float | str | Tensor | torch.dtype):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def allow_numpy() -> None:
+    """Let ``torch.load(weights_only=True)`` load arrays and numbers of numpy, of which states of one's own are often made."""
+    kinds = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType") and name != "ObjectDType"]
+    multiarray: Any = import_module("numpy._core.multiarray")
+    torch.serialization.add_safe_globals([np.ndarray, np.dtype, multiarray.scalar, multiarray._reconstruct, *kinds])
+
+
+def refuse_unloadable(state: Mapping[str, Any]) -> None:
+    """Raise a RunError if ``torch.load(weights_only=True)`` would refuse ``state``: a run must not train for what is lost."""
+    if (found := _unloadable(state, "")) is not None:
+        place, reason = found
+        named = re.search(r"GLOBAL (\S+)", reason)
+        what = named[1] if named else " ".join(reason.split())
+        raise RunError(
+            f"A checkpoint cannot hold {place}: it has a {what}, which torch.load(weights_only=True) would refuse; "
+            "give tensors, numbers, texts, lists and dicts there (in state_dict or on_save_checkpoint)."
+        )
+
+
+def _unloadable(value: Any, place: str) -> tuple[str, str] | None:
+    """Where in ``value`` it is that cannot be loaded, and why; None if all of it can."""
+    file = BytesIO()
+    try:
+        torch.save(_with_tensors(value, lambda tensor: tensor.detach().to("meta")), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+        return None
+    except Exception as error:  # pickle raises what it likes
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if (found := _unloadable(item, f"{place}[{key!r}]")) is not None:
+                    return found
+        return place, str(error)

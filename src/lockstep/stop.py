@@ -117,6 +117,14 @@ class Agreement:
         self._next = self._asked + interval
         return agreed
 
+    def most(self, number: int) -> int:
+        """The largest number that a rank has given, on all of them; waits for all."""
+        if self._group is None:
+            return number
+        shared = torch.tensor(number)
+        torch.distributed.all_reduce(shared, ReduceOp.MAX, group=self._group)
+        return int(shared)
+
     def close(self) -> None:
         """Wait for the last one, so that nobody leaves while another still counts on it."""
         if self._work is not None:

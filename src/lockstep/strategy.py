@@ -146,16 +146,16 @@ class _Ordered(Strategy):
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         owner = type(getattr(trainer, "datamodule", None) or self.lightning_module).__name__
         ordered = self.sharding.in_order(dataloader, owner)
-        if self.position is None:
-            if trainer is not None and isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches):
-                ordered.batch_sampler.order.set_epoch(trainer.current_epoch)
-            return ordered
-        # Now: lightning tells the epoch only after the workers of a resumed run have begun to fetch.
-        if isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches):
-            ordered.batch_sampler.order.set_epoch(self.position.epoch)
-            ordered.batch_sampler.start = self.position.batch % len(ordered.batch_sampler)
-            return ordered
-        return Later(ordered, self.position.batch)
+        position = self.position
+        if not (isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches)):
+            return Later(ordered, position.batch) if position else ordered
+        # Now: lightning tells the epoch only after workers have begun to fetch.
+        if position:
+            ordered.batch_sampler.order.set_epoch(position.epoch)
+            ordered.batch_sampler.start = position.batch % len(ordered.batch_sampler)
+        elif trainer is not None:
+            ordered.batch_sampler.order.set_epoch(trainer.current_epoch)
+        return ordered
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         weight = self._batch_weight()

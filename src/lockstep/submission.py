@@ -15,14 +15,15 @@ from typing import Any
 import yaml
 
 from lockstep.check import check
+from lockstep.disk import read_whole
 from lockstep.errors import UsageError
-from lockstep.flags import Nodes
+from lockstep.flags import Nodes, python_path
 from lockstep.frozen import files_in, freeze, refuse_ignored
 from lockstep.job import TrainJob
 from lockstep.possible import refuse_folders, refuse_misfits, refuse_missing_checkpoint
 from lockstep.profile import Profile
 from lockstep.queue import Queued, record
-from lockstep.run import Run, git_state, new_identity, read_whole
+from lockstep.run import Run, git_state, new_identity
 from lockstep.snapshot import Code, live_code, take_snapshot
 from lockstep.submit import Request, batch_script, refuse_dead_dependency, submit, would_run
 from lockstep.sweep import Point, points_of, refuse_keys
@@ -109,10 +110,9 @@ class Submission:
             raise UsageError(
                 "The W&B key stands in an argument, which everybody can read; leave it in WANDB_API_KEY, or use wandb login."
             )
-        folders = [here, *(Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry)]
         refuse_keys(sweep or {}, flags)
         elsewhere = profile.container is not None or profile.python is not None
-        config = check(arguments, flags, folders, sweep, elsewhere)
+        config = check(arguments, flags, [here, *python_path(env)], sweep, elsewhere)
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_name(name)
         refuse_folders(root, name, here)

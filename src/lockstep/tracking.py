@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -112,10 +112,15 @@ class MetricsFile(Logger):
         self._waiting.clear()
 
     def save(self) -> None:
-        """Flush the file to disk: a checkpoint counts on its rows."""
-        if self.path.exists():
-            with self.path.open("a") as file:
-                os.fsync(file.fileno())
+        """Write what waits and flush the file to disk: a checkpoint counts on its rows."""
+        try:
+            if self._waiting:
+                self._write()
+            if self.path.exists():
+                with self.path.open("a") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            log.warning("%s could not be written (%s); training goes on, and its rows wait", self.path, error.strerror)
 
 
 def _drop_half_a_line(path: Path) -> None:
@@ -262,24 +267,23 @@ def _start_wandb(run: Run, options: WandbOptions, config: Mapping[str, Any], wor
         # Its greetings are silenced; what matters of them is logged here.
         "settings": wandb.Settings(silent=True, finish_timeout=_FINISH_SECONDS),
     }
-    has = _rows_on_disk(run)
-    mode = wandb_mode(options, os.environ)
+    mode: Literal["online", "offline"] = "offline" if wandb_mode(options, os.environ) == "offline" else "online"
     # A signal to the whole job must not take W&B's service down: it inherits this.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
-        tracked = wandb.init(mode="offline" if mode == "offline" else "online", **arguments)
-        if mode != "offline":
-            has = tracked.step - 1 if tracked.resumed else 0
+        try:
+            tracked = wandb.init(mode=mode, **arguments)
+        except ConnectionError:  # the service of before is dead
+            _let_go()
+            tracked = wandb.init(mode=mode, **arguments)
     except wandb.Error as error:
         # A training job does not die of its tracker.
-        log.warning("W&B cannot be reached, going on offline: %s", " ".join(str(error).split()))
+        log.warning("W&B cannot be reached, going on offline: %s", _one_line(error))
         _let_go()
         mode, tracked = "offline", wandb.init(mode="offline", **arguments)
-    except ConnectionError:  # the service of before is dead
-        _let_go()
-        tracked = wandb.init(mode="offline" if mode == "offline" else "online", **arguments)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    has = _rows_on_disk(run) if mode == "offline" else tracked.step - 1 if tracked.resumed else 0
     # As lightning's logger does for a run that it starts itself: optimizer steps are the x axis.
     tracked.define_metric("trainer/global_step")
     tracked.define_metric("*", step_metric="trainer/global_step", step_sync=True)

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lockstep.checkpoint import MANIFEST, MODEL, Checkpoint, newest, read
 from lockstep.config import make_objects, parse
+from lockstep.disk import replace_text, write_whole
 from lockstep.errors import Interrupted, LockstepError, RunError, Stopped, UsageError
 from lockstep.failure import first_failure
 from lockstep.keep import Keeper
@@ -29,7 +30,8 @@ from lockstep.nearest import did_you_mean
 from lockstep.options import COMMANDS
 from lockstep.order import Position, Sharding, mix
 from lockstep.report import draw, five_lines, weights_sha256
-from lockstep.run import Run, update_status, write_whole
+from lockstep.run import Run, update_status
+from lockstep.state import allow_numpy
 from lockstep.stop import Signals
 from lockstep.strategy import devices_of_node, from_rank_zero, join, leave, make_strategy, on_all_ranks
 from lockstep.tracking import MetricsFile, Tracked, start_tracking, sync_command
@@ -66,7 +68,7 @@ def train(
         )
     start_logging(world, run.log(attempt, 0))
     if world.is_zero:
-        run.config.write_text(parser.dump(config, skip_unset=False))
+        replace_text(run.config, parser.dump(config, skip_unset=False))
 
     result: dict[str, Any] = {"status": "failed", "command": command, "world_size": world.size, "attempts": attempt}
     try:
@@ -118,6 +120,7 @@ def work(
     Returns:
         Where W&B has the run: its address, what uploads it, or that W&B is off.
     """
+    allow_numpy()
     given = find_checkpoint(command, config.ckpt_path)
     own = from_rank_zero(lambda: newest(run.checkpoints), world) if command == "fit" else None
     seed_everything(config.seed_everything, verbose=False)

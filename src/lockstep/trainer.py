@@ -64,7 +64,7 @@ def make_trainer(
     writer = Writer(run.checkpoints, world, attempt, options.background, options.keep, lambda: run.newest_attempt == attempt)
     keeper = Keeper(run, options, rates, signals, writer if saves else None)
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # lightning's, of one's own
-    callbacks += [FiniteLoss(), rates, Status(run, rates, attempt, speak=not bar), keeper]
+    callbacks += [FiniteLoss(), rates, Status(run, rates, attempt, not bar, lambda: writer.failure), keeper]
     callbacks.append(Hang(run, world, attempt, config.run.hang_seconds))
     if bar and not own_bar:
         callbacks.append(ProgressBar())

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lockstep.disk import read_whole
 from lockstep.failure import Failure, first_failure
-from lockstep.run import Run, read_whole
+from lockstep.run import Run
 from lockstep.squeue import ENDED, Slot
 
 ALIVE = 3

@@ -24,10 +24,15 @@ def run_folder(root: Path) -> Path:
 
 @pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--nodes", "two"], ["--ranks"]])
 def test_a_wrong_flag_of_the_launcher_is_refused_at_once(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        local.main(arguments)
-    assert raised.value.code == 2
+    assert local.main(arguments) == 2
     assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_mistakes_are_told_without_torch(tmp_path: Path) -> None:
+    code = f"import sys, runpy; sys.argv = ['local.py', '--rank', '2']\ntry: runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
+    code += "except SystemExit as error: print(error.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, "did you mean 'ranks'" in done.stderr) == ("2 False\n", True), done.stderr
 
 
 def test_help_needs_no_torch() -> None:

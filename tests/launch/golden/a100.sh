@@ -37,9 +37,10 @@ export GLOO_SOCKET_IFNAME=ib0
 export NCCL_DEBUG=WARN
 # srun, below, starts the ranks until the run is finished; lockstep.again says what comes after each attempt.
 again() { /home/user/.venv/bin/python -m lockstep.again /home/user/project/runs/digits/20260101-000000-abcd/slurm "$@"; }
+another_try() { [ $((tries += 1)) -le 60 ] && sleep 10; }  # a full disk, no slurmctld, a kill: for ten minutes
 srun() {
   while :; do
-    begun=$(again begin) || return 2
+    begun=$(again begin) || { [ $? -ne 2 ] && another_try && continue; return 2; }
     LOCKSTEP_ATTEMPT=${begun% *} LOCKSTEP_ENDS=${begun#* }
     # Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.
     MASTER_PORT=$((15000 + (SLURM_JOB_ID + 37 * LOCKSTEP_ATTEMPT) % 10000))
@@ -48,12 +49,12 @@ srun() {
     done
     export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS MASTER_PORT
     command srun "$@"
-    again end $?
-    status=$?
-    case $status in
-      75) ;;
-      76) scontrol requeue "$SLURM_JOB_ID" && sleep 600; return 1 ;;
-      *) return $status ;;
+    next=$(again end $?)
+    case $next in
+      here) ;;
+      '') another_try || return 1 ;;  # it was killed itself
+      queue) until scontrol requeue "$SLURM_JOB_ID"; do another_try || return 1; done; sleep 600; return 1 ;;
+      *) return $next ;;
     esac
   done
 }

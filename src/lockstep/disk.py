@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all: written beside, flushed to disk, renamed. No torch here."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace ``path`` by ``content`` as JSON.
+
+    A number that is not finite becomes null, so that the file is JSON to every reader.
+
+    Raises:
+        OSError: It cannot be written; what was there before still is.
+    """
+    replace_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """What ``write_whole`` has written to ``path``; empty where there is nothing yet."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: It cannot be written; what was there before still is.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def flush(folder: Path) -> None:
+    """Flush a folder's entries to disk, as a file's own flush does not."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
