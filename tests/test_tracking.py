@@ -1,17 +1,23 @@
-"""Where metrics go: the metrics file, W&B's mode, then a real W&B run of four ranks, read back from its file."""
+"""Where metrics go: the metrics file, W&B's mode, then a real W&B run of four ranks, read back from its file, and
+real online runs, with a server that comes and goes."""
 
 import json
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import SMALL, Launch, Outcome
+from wandb_server import WandbServer
 
+from lockstep.metrics import MetricsFile, read_metrics
 from lockstep.options import WandbOptions
-from lockstep.tracking import MetricsFile, read_metrics, wandb_mode
+from lockstep.tracking import wandb_mode
 
 
 def test_metrics_file_takes_new_columns_and_goes_on_after_a_restart(tmp_path: Path) -> None:
@@ -113,3 +119,84 @@ def test_an_unreachable_server_does_not_end_the_run(launch: Launch, monkeypatch:
     run = launch(*SMALL, "--wandb.mode", "online")
     assert run.status == 0
     assert any(record["type"] == "history" for record in records(run))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A W&B server that runs here, for real online runs."""
+    with WandbServer() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def at_step(tmp_path: Path, what: str, step: int, rank: int = 0) -> list[str]:
+    """Arguments that make something happen once."""
+    given = {"what": what, "once": tmp_path / f"once-{step}", "step": step, "rank": rank}
+    return ["--trainer.callbacks+=trouble.Trouble", *(f"--trainer.callbacks.{name}={value}" for name, value in given.items())]
+
+
+def when(paused: Path, act: Callable[[], None]) -> None:
+    """Do something while a run pauses."""
+
+    def wait() -> None:
+        while not paused.exists():
+            time.sleep(0.01)
+        act()
+        paused.with_suffix(".over").touch()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def assert_complete(server: WandbServer, run: Outcome) -> None:
+    """The server has each row of metrics once, in order, under its number."""
+    history, rows = server.history(run.folder.name), read_metrics(run.folder / "metrics.csv")
+    assert [row["_step"] for row in history] == list(range(1, len(rows) + 1))
+    assert [row["trainer/global_step"] for row in history] == [int(row["step"]) for row in rows]
+
+
+@pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM"])
+def test_attempts_are_one_online_run(launch: Launch, tmp_path: Path, server: WandbServer, what: str) -> None:
+    run = launch("--ranks", "2", *SMALL, *at_step(tmp_path, what, 27))
+    assert run.status != 0
+    assert launch("--resume", str(run.folder)).status == 0
+    assert_complete(server, run)
+    said = server.ends[run.folder.name]
+    assert said[-1] == {"exitcode": 0}
+    assert ({"preempting": True} in said) == (what == "SIGTERM")
+
+
+def test_a_server_that_goes_away_and_comes_back_misses_nothing(launch: Launch, tmp_path: Path, server: WandbServer) -> None:
+    when(tmp_path / "once-10", server.go)
+    when(tmp_path / "once-30", server.come)
+    run = launch(*SMALL, *at_step(tmp_path, "pause", 10), *at_step(tmp_path, "pause", 30))
+    assert run.status == 0
+    assert_complete(server, run)
+
+
+def test_a_server_that_comes_only_at_the_end_gets_everything(
+    launch: Launch, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.go()
+    when(tmp_path / "once-30", server.come)
+    run = launch(*SMALL, *at_step(tmp_path, "pause", 30))
+    assert run.status == 0
+    assert "W&B cannot be reached, going on offline" in capfd.readouterr().err
+    assert_complete(server, run)
+
+
+def test_what_a_server_has_missed_is_given_to_it_later(
+    launch: Launch, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.go()
+    run = launch(*SMALL)
+    assert run.status == 0
+    assert f"wandb sync {run.folder}/wandb/offline-run-*" in capfd.readouterr().err
+    server.come()
+    for _ in range(2):
+        command = [sys.executable, "-m", "lockstep.sync", str(run.folder)]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().endswith(run.folder.name)
+        assert_complete(server, run)
+    server.go()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "try again later" in done.stderr) == (1, True)

@@ -29,6 +29,9 @@ class Trouble(Callback):
             raise ValueError("told to")
         if self.what == "wandb":
             subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=True)
+        elif self.what == "pause":  # until somebody says that it is over
+            while not self.once.with_suffix(".over").exists():
+                time.sleep(0.01)
         elif self.what == "vanish":
             folder = Path(str(trainer.default_root_dir)) / "checkpoints"
             folder.rename(folder.with_name("gone"))

@@ -13,12 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lockstep.checkpoint import MODEL, Writer
 from lockstep.disk import write_whole
 from lockstep.errors import Stopped
+from lockstep.metrics import MetricsFile
 from lockstep.monitor import Rates
 from lockstep.options import CheckpointOptions
 from lockstep.run import Run
 from lockstep.state import plain, refuse_unloadable, take_state
 from lockstep.stop import Agreement, Signals, allocation_ends
-from lockstep.tracking import MetricsFile
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 
 from lockstep.disk import write_whole
 from lockstep.errors import RunError
+from lockstep.metrics import MetricsFile
 from lockstep.order import GlobalBatches
 from lockstep.run import Run
-from lockstep.tracking import MetricsFile
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lockstep.metrics import read_metrics
 from lockstep.run import Run
-from lockstep.tracking import read_metrics
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

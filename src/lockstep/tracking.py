@@ -1,22 +1,26 @@
-"""Where metrics go: ``metrics.csv`` always, and W&B on rank zero alone."""
+"""W&B, on rank zero alone: one run however often it restarts, each row once, and nothing that it does ends or slows a run."""
 
 import contextlib
-import csv
 import json
 import logging
 import os
 import signal
+import ssl
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lockstep.metrics import read_metrics
 from lockstep.options import WandbOptions
 from lockstep.run import Run
 from lockstep.stop import STOPPING
@@ -34,106 +38,11 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NO
 _FINISH_SECONDS = 60.0
 """How long the end of a run waits for W&B to take everything; what it does not is on disk."""
 
+_LEAVE_SECONDS = 5.0
+"""The same where the nodes are wanted back: the next attempt sends the rest."""
 
-class MetricsFile(Logger):
-    """Appends one row per logged step to ``metrics.csv``: step, epoch, then the metrics in the order of their appearance.
-
-    Rows are counted. A run that goes on from a checkpoint counts on from what was logged when that was saved, and a row that
-    is in the file already is not written again: what is logged twice, because steps are done twice, is there once.
-
-    Args:
-        path: The file.
-        step: Number of optimizer steps done; lightning's own label counts from 0.
-
-    Attributes:
-        rows: How many rows were logged, up to here in the run.
-        newest: The newest value of every metric.
-    """
-
-    def __init__(self, path: Path, step: Callable[[], int]) -> None:
-        super().__init__()
-        self.path, self._step = path, step
-        self.rows = 0
-        self.newest: dict[str, float] = {}
-        self._columns: list[str] = []
-        self._written = 0
-        self._waiting: list[dict[str, Any]] = []
-        if path.exists():
-            _drop_half_a_line(path)
-            self._columns, self._written = _columns(path), len(read_metrics(path))
-
-    @property
-    def name(self) -> str:
-        """Name of the file."""
-        return self.path.name
-
-    @property
-    def version(self) -> str:
-        """There is one file per run."""
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The config is saved elsewhere, whole."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one row; new metrics become new columns."""
-        self.newest |= metrics
-        self.rows += 1
-        if self.rows <= self._written:
-            return
-        self._written = self.rows
-        self._waiting.append({"step": self._step(), "epoch": metrics.get("epoch", "")} | dict(metrics))
-        try:
-            self._write()
-        except OSError as error:
-            log.warning("%s could not be written (%s); training goes on, and its rows wait", self.path, error.strerror)
-
-    def _write(self) -> None:
-        """Append what waits; all of it or nothing."""
-        names = dict.fromkeys(name for row in self._waiting for name in row)
-        if added := [name for name in names if name not in self._columns]:
-            rows = read_metrics(self.path) if self.path.exists() else []
-            beside = self.path.with_name(f".{self.path.name}")
-            with beside.open("w", newline="") as file:
-                writer = csv.DictWriter(file, [*self._columns, *added])
-                writer.writeheader()
-                writer.writerows(rows)
-            beside.replace(self.path)
-            self._columns += added
-        size = self.path.stat().st_size
-        try:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerows(self._waiting)
-        except OSError:
-            os.truncate(self.path, size)
-            raise
-        self._waiting.clear()
-
-    def save(self) -> None:
-        """Write what waits and flush the file to disk: a checkpoint counts on its rows."""
-        try:
-            if self._waiting:
-                self._write()
-            if self.path.exists():
-                with self.path.open("a") as file:
-                    os.fsync(file.fileno())
-        except OSError as error:
-            log.warning("%s could not be written (%s); training goes on, and its rows wait", self.path, error.strerror)
-
-
-def _drop_half_a_line(path: Path) -> None:
-    """Take off what a killed process has begun to write."""
-    text = path.read_bytes()
-    if not text.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(text.rfind(b"\n") + 1)
-
-
-def _columns(path: Path) -> list[str]:
-    with path.open(newline="") as file:
-        return next(csv.reader(file), [])
+_REACH_SECONDS = 5.0
+"""How long W&B's server is waited for before a run goes on without it."""
 
 
 class Tracked(WandbLogger):
@@ -143,6 +52,7 @@ class Tracked(WandbLogger):
 
     Args:
         start: Makes W&B's run, again if need be.
+        online: Whether the run is to be online, where the server can be reached.
         path: ``metrics.csv``.
         step: Number of optimizer steps done.
 
@@ -151,11 +61,17 @@ class Tracked(WandbLogger):
         run: W&B's run.
     """
 
-    def __init__(self, start: Callable[[], tuple["wandb.Run", int]], path: Path, step: Callable[[], int]) -> None:
-        self._start, self._path, self._step = start, path, step
+    def __init__(
+        self,
+        start: Callable[[], tuple["wandb.Run", int]],
+        online: bool,
+        path: Path,
+        step: Callable[[], int],
+    ) -> None:
+        self._start, self._online, self._path, self._step = start, online, path, step
         self.rows = 0
         self.run, self._has = start()
-        self._is_down = False
+        self._is_down = self._is_complete = False
         super().__init__(experiment=self.run)
         self._catch_up()
 
@@ -174,18 +90,32 @@ class Tracked(WandbLogger):
     def finalize(self, status: str) -> None:
         """Nothing: a run is more than a fit."""
 
-    def close(self, exit_code: int, preempted: bool = False) -> None:
-        """Send what is missing and finish the run."""
+    def close(self, exit_code: int, preempted: bool = False) -> bool:
+        """Send what is missing, finish the run, and say whether W&B has all of it.
+
+        Where the nodes are wanted back, a slow server is not waited for.
+        """
+        closing = threading.Thread(target=self._close, args=(exit_code, preempted), name="wandb", daemon=True)
+        closing.start()
+        closing.join(_LEAVE_SECONDS if preempted else None)
+        return self._is_complete
+
+    def _close(self, exit_code: int, preempted: bool) -> None:
         try:
-            if self._is_down:
+            is_back = self._online and self.run.offline and not preempted and is_reachable(self.run.settings.base_url)
+            if is_back and not self._is_down:
+                self.run.finish()
+            if is_back or self._is_down:
                 self.run, self._has = self._start()
                 self._is_down = False
                 self._catch_up()
             if preempted:
                 self.run.mark_preempting()
             self.run.finish(exit_code=exit_code)
+            self._is_complete = True
         except Exception as error:  # whatever a tracker may raise: the run is over, and its rows are in the file
-            log.warning("W&B could not be closed (%s); %s has all that was logged", _one_line(error), self._path)
+            command = f"python -m lockstep.sync {self._path.parent}"
+            log.warning("W&B has not got everything (%s); to give it the rest: %s", _one_line(error), command)
 
     def _catch_up(self) -> None:
         """Send the rows that are in the file and not with W&B."""
@@ -209,12 +139,6 @@ def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv``; a metric that a row does not have is an empty text."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def wandb_mode(options: WandbOptions, env: Mapping[str, str]) -> str:
     """``online``, ``offline`` or ``disabled``.
 
@@ -235,24 +159,43 @@ def start_tracking(
 
     W&B learns the complete config, the git commit, the world and what Slurm says of the job.
     """
-    if wandb_mode(options, os.environ) == "disabled" or not world.is_zero:
+    mode = wandb_mode(options, os.environ)
+    if mode == "disabled" or not world.is_zero:
         return None
-    return Tracked(lambda: _start_wandb(run, options, config, world), run.metrics, step)
-
-
-def _start_wandb(run: Run, options: WandbOptions, config: Mapping[str, Any], world: World) -> tuple["wandb.Run", int]:
-    """W&B's run, and how many rows of metrics it has."""
-    import wandb  # a second and a half that only rank zero pays
-
-    launch = yaml.safe_load(run.launch.read_text()) if run.launch.exists() else {}
     facts = {
-        "launch": launch,
+        "launch": yaml.safe_load(run.launch.read_text()) if run.launch.exists() else {},
         "world_size": world.size,
         "nodes": world.nodes,
         "launcher": world.launcher,
         "slurm": {name: os.environ[name] for name in _SLURM if name in os.environ},
         "versions": {name: version(name) for name in ("lockstep", "torch", "torchvision", "lightning")},
     }
+    return track(run, options, {**config, "lockstep": facts}, mode == "online", step)
+
+
+def track(run: Run, options: WandbOptions, config: Mapping[str, Any], online: bool, step: Callable[[], int]) -> Tracked:
+    """W&B's run, with all rows of metrics so far."""
+    return Tracked(lambda: _start_wandb(run, options, config, online), online, run.metrics, step)
+
+
+def is_reachable(address: str) -> bool:
+    """Whether W&B's server answers, whatever it says: to be asked before W&B, which tries for a minute and a half."""
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # W&B's client has its own certificates
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _start_wandb(run: Run, options: WandbOptions, config: Mapping[str, Any], online: bool) -> tuple["wandb.Run", int]:
+    """W&B's run, and how many rows of metrics it has."""
+    import wandb  # a second and a half that only rank zero pays
+
     arguments: dict[str, Any] = {
         "id": run.id,
         "resume": "allow",
@@ -263,35 +206,44 @@ def _start_wandb(run: Run, options: WandbOptions, config: Mapping[str, Any], wor
         "group": options.group,
         "tags": options.tags or None,
         "notes": options.notes,
-        "config": {**config, "lockstep": facts},
+        "config": dict(config),
         # Its greetings are silenced; what matters of them is logged here.
-        "settings": wandb.Settings(silent=True, finish_timeout=_FINISH_SECONDS),
+        "settings": wandb.Settings(silent=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True),
     }
-    mode: Literal["online", "offline"] = "offline" if wandb_mode(options, os.environ) == "offline" else "online"
     # A signal to the whole job must not take W&B's service down: it inherits this.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         try:
-            tracked = wandb.init(mode=mode, **arguments)
+            tracked = _init(online, arguments)
         except ConnectionError:  # the service of before is dead
             _let_go()
-            tracked = wandb.init(mode=mode, **arguments)
-    except wandb.Error as error:
-        # A training job does not die of its tracker.
-        log.warning("W&B cannot be reached, going on offline: %s", _one_line(error))
-        _let_go()
-        mode, tracked = "offline", wandb.init(mode="offline", **arguments)
+            tracked = _init(online, arguments)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    has = _rows_on_disk(run) if mode == "offline" else tracked.step - 1 if tracked.resumed else 0
+    has = _rows_on_disk(run) if tracked.offline else max(0, tracked.step - 1) if tracked.resumed else 0
     # As lightning's logger does for a run that it starts itself: optimizer steps are the x axis.
     tracked.define_metric("trainer/global_step")
     tracked.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    if mode == "offline":
+    if tracked.offline:
         log.info("W&B is offline; to upload the run: %s", sync_command(run))
     else:
         log.info("W&B: %s", tracked.url)
     return tracked, has
+
+
+def _init(online: bool, arguments: Mapping[str, Any]) -> "wandb.Run":
+    """W&B's run; offline too if its server cannot be reached: a training job does not die of its tracker."""
+    import wandb
+
+    if online and not is_reachable(wandb.setup().settings.base_url):
+        log.warning("W&B cannot be reached, going on offline; it is tried again at the end")
+        online = False
+    try:
+        return wandb.init(mode="online" if online else "offline", **arguments)
+    except wandb.Error as error:
+        log.warning("W&B does not take the run, going on offline: %s", _one_line(error))
+        _let_go()
+        return wandb.init(mode="offline", **arguments)
 
 
 def _let_go() -> None:
@@ -315,5 +267,6 @@ def _rows_on_disk(run: Run) -> int:
 
 
 def sync_command(run: Run) -> str:
-    """What uploads an offline run."""
-    return f"wandb sync {run.folder}/wandb/offline-run-*"
+    """What uploads an offline run; one that W&B has in part, without sending that again."""
+    in_part = any(run.folder.glob("wandb/run-*"))
+    return f"python -m lockstep.sync {run.folder}" if in_part else f"wandb sync {run.folder}/wandb/offline-run-*"

@@ -25,6 +25,7 @@ from lockstep.failure import first_failure
 from lockstep.keep import Keeper
 from lockstep.logs import start_logging
 from lockstep.loop import FitLoop, Resumed
+from lockstep.metrics import MetricsFile
 from lockstep.monitor import Rates
 from lockstep.nearest import did_you_mean
 from lockstep.options import COMMANDS
@@ -34,7 +35,7 @@ from lockstep.run import Run, update_status
 from lockstep.state import allow_numpy
 from lockstep.stop import Signals
 from lockstep.strategy import devices_of_node, from_rank_zero, join, leave, make_strategy, on_all_ranks
-from lockstep.tracking import MetricsFile, Tracked, start_tracking, sync_command
+from lockstep.tracking import Tracked, start_tracking, sync_command
 from lockstep.trainer import make_trainer, resolve_precision
 from lockstep.world import World
 

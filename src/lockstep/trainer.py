@@ -17,11 +17,12 @@ from lockstep.errors import UsageError
 from lockstep.hang import Hang
 from lockstep.keep import Keeper
 from lockstep.loop import replace_loops
+from lockstep.metrics import MetricsFile
 from lockstep.monitor import FiniteLoss, ProgressBar, Rates, Status, on_terminal
 from lockstep.run import Run
 from lockstep.stop import Signals
 from lockstep.strategy import DDP, SingleDevice
-from lockstep.tracking import MetricsFile, Tracked
+from lockstep.tracking import Tracked
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
