@@ -1,6 +1,5 @@
 """A run on a one-machine Slurm cluster that is disturbed, and what it leaves to be compared with the same run undisturbed."""
 
-import csv
 import json
 import os
 import shutil
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO / "slurm"), str(REPO / "tests")]
 
 from daemons import Cluster  # noqa: E402
+from wandb_server import WandbServer  # noqa: E402
 
 CONFIG = (
     *("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "6", "--trainer.log_every_n_steps", "5"),
     *("--model.network", "lockstep.networks.MLP", "--model.network.hidden", "[256,256]", "--checkpoint.every_n_steps", "10"),
     *("--trainer.callbacks+=trouble.Steps", "--trainer.callbacks.diary=diary", "--trainer.callbacks.seconds=0.1"),
-    *("--wandb.mode", "offline"),
 )
 """120 steps of a tenth of a second, saved every ten."""
 
@@ -29,12 +29,11 @@ CONFIG = (
 class Job:
     """A run that is disturbed."""
 
-    def __init__(self, bench: "Bench", arguments: tuple[str, ...], nodes: str) -> None:
-        self.bench = bench
-        self.project = Path(tempfile.mkdtemp(dir=bench.folder))
-        shutil.copy(REPO / "tests" / "trouble.py", self.project)
-        command = [sys.executable, str(REPO / "launch/slurm.py"), "--nodes", nodes, *CONFIG, *arguments]
-        done = subprocess.run(command, cwd=self.project, env=bench.env, capture_output=True, text=True)
+    def __init__(self, bench: "Bench", project: Path, arguments: Sequence[str], online: bool) -> None:
+        self.bench, self.project, self.online = bench, project, online
+        command = [sys.executable, str(REPO / "launch/slurm.py"), *arguments]
+        env = bench.env | (bench.server.env if online else {})
+        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
         self.id, self.folder = done.stdout.strip(), Path(done.stderr.strip().splitlines()[-1].removeprefix("run folder "))
@@ -55,16 +54,26 @@ class Job:
     def ranks(self) -> list[int]:
         """Pids of the ranks, by rank."""
         found: dict[int, int] = {}
+        for pid, line, env in self._all():
+            if "SLURM_PROCID" in env and "submitit" in line and "_submit" in line:
+                found.setdefault(int(env["SLURM_PROCID"]), pid)
+        return [found[rank] for rank in sorted(found)]
+
+    def processes(self) -> list[tuple[int, str]]:
+        """Pid and name of all processes of the job, but not the batch script, nor Slurm's own."""
+        names = {pid: line for pid, line, _ in self._all() if "slurm_script" not in line and "slurmstepd" not in line}
+        return [(pid, " ".join(line.split())[-70:]) for pid, line in names.items()]
+
+    def _all(self) -> Iterator[tuple[int, str, dict[str, str]]]:
         for pid in self.bench.cluster.job_processes():
             try:
                 words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-                line = Path(f"/proc/{pid}/cmdline").read_bytes()
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
             except OSError:
                 continue
             env = dict(word.partition("=")[::2] for word in words)
-            if env.get("SLURM_JOB_ID") == self.id and "SLURM_PROCID" in env and b"submitit" in line and b"_submit" in line:
-                found.setdefault(int(env["SLURM_PROCID"]), pid)
-        return [found[rank] for rank in sorted(found)]
+            if env.get("SLURM_JOB_ID") == self.id:
+                yield pid, line, env
 
     def kill(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to a rank."""
@@ -88,8 +97,8 @@ class Job:
 class Bench:
     """The cluster and the undisturbed run."""
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
+    def __init__(self, cluster: Cluster, server: WandbServer, folder: Path) -> None:
+        self.cluster, self.server, self.folder = cluster, server, folder
         self.mounts: list[Path] = []
         self.env = os.environ | cluster.env | {"XDG_STATE_HOME": str(folder / "state")}
         self.plain = self.submit()
@@ -97,23 +106,39 @@ class Bench:
         if told["state"] != "finished":
             raise SystemExit(f"the undisturbed run did not finish: {told}")
 
-    def submit(self, *arguments: str, nodes: str = "4") -> Job:
+    def submit(self, *arguments: str, nodes: str = "4", online: bool = False) -> Job:
         """A new run."""
-        return Job(self, arguments, nodes)
+        project = Path(tempfile.mkdtemp(dir=self.folder))
+        shutil.copy(REPO / "tests" / "trouble.py", project)
+        mode = "online" if online else "offline"
+        return Job(self, project, ["--nodes", nodes, *CONFIG, "--wandb.mode", mode, *arguments], online)
+
+    def again(self, job: Job) -> Job:
+        """Another job for the same run."""
+        return Job(self, job.project, ["--resume", str(job.folder), "--nodes", "4"], job.online)
+
+    def sync(self, job: Job) -> None:
+        """Give W&B what it has missed."""
+        command = [sys.executable, "-m", "lockstep.sync", str(job.folder)]
+        subprocess.run(command, env=self.env | self.server.env, check=True, capture_output=True)
 
 
-def metric_rows(folder: Path) -> list[dict[str, str]]:
-    """Rows of metrics without those that measure time."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if not name.startswith("rate/")} for row in csv.DictReader(file)]
+def history(job: Job) -> list[dict[str, float]]:
+    """The rows that W&B has of a run, in their order, without those of their values that measure time."""
+    if job.online:
+        found = job.bench.server.history(job.folder.name)
+    else:
+        found = [item for file in sorted(job.folder.glob("wandb/offline-run-*/*.wandb")) for item in _inspect(file)]
+    return [{n: v for n, v in row.items() if n == "_step" or not n.startswith(("rate/", "_"))} for row in found]
 
 
-def wandb_steps(folder: Path) -> list[int]:
-    """Numbers of the rows in W&B's files, in their order."""
-    found = []
-    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        for line in subprocess.run(reader, capture_output=True, text=True).stdout.splitlines():
-            if (record := json.loads(line)).get("type") == "history":
-                found.append(int(record["history"]["item"]["_step"]))
-    return found
+def losses(job: Job) -> list[float]:
+    """The loss of every logged step."""
+    return [row["train/loss"] for row in history(job) if "train/loss" in row]
+
+
+def _inspect(file: Path) -> Iterator[dict[str, float]]:
+    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    for line in subprocess.run(reader, capture_output=True, text=True).stdout.splitlines():
+        if (record := json.loads(line)).get("type") == "history":
+            yield record["history"]["item"]

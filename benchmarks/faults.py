@@ -4,26 +4,26 @@
     python benchmarks/faults.py [--rows 1,4,5]     some of them
 
 Each row is one run of four ranks on four nodes, disturbed, and compared with the same run undisturbed: attempts, steps done
-twice, seconds lost, whether the weights are equal bit for bit, and whether W&B's history has every row once.
+twice, seconds lost, whether the weights are equal bit for bit, and whether W&B's history has every row of the undisturbed run,
+once and with the same values.
 """
 
 import argparse
-import contextlib
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from disturbed import Bench, Cluster, Job, metric_rows, wandb_steps
+import strikes as do
+from disturbed import Bench, Cluster, Job, WandbServer, history, losses
 from rich.console import Console
 from rich.table import Table
+
+FOREGROUND = ("--checkpoint.background", "false")
 
 
 @dataclass(frozen=True)
@@ -34,230 +34,74 @@ class Row:
         number: Of the row in the issue.
         name: What happens.
         strike: Does it to a bench, and returns the job.
-        same_weights: Whether the weights can be those of the undisturbed run.
+        same_weights: Whether the weights can be those of the undisturbed run; else its losses are compared.
         ends: How the run is meant to end.
     """
 
     number: str
     name: str
-    strike: Callable[[Bench], Job]
+    strike: do.Strike
     same_weights: bool = True
     ends: str = "finished"
 
 
-def kill_rank(rank: int, *arguments: str) -> Callable[[Bench], Job]:
-    """SIGKILL in the middle of a step."""
-
-    def strike(bench: Bench) -> Job:
-        job = bench.submit(*arguments)
-        job.wait_for_step(57)
-        job.kill(rank)
-        return job
-
-    return strike
-
-
-def kill_in_write(bench: Bench) -> Job:
-    """SIGKILL of rank zero at ten moments of a write."""
-    job = bench.submit()
-    for number in range(10):
-        job.wait_for_step(min(110, 12 + 10 * number))
-        deadline = time.monotonic() + 60
-        while not (list(job.folder.glob("checkpoints/.step-*/*")) and job.ranks()):
-            if time.monotonic() > deadline:
-                break
-        time.sleep(0.0005 * number)
-        if ranks := job.ranks():
-            os.kill(ranks[0], signal.SIGKILL)
-        time.sleep(1)
-    return job
-
-
-def lose_node(bench: Bench) -> Job:
-    """A whole node gone, and back later."""
-    job = bench.submit()
-    job.wait_for_step(57)
-    bench.cluster.lose("n3")
-    time.sleep(20)
-    bench.cluster.restore("n3")
-    return job
-
-
-def preempt(partition: str) -> Callable[[Bench], Job]:
-    """A job of higher priority takes all nodes for some seconds."""
-
-    def strike(bench: Bench) -> Job:
-        job = bench.submit("--partition", partition)
-        job.wait_for_step(57)
-        bench.cluster.command(
-            "sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3"
-        )
-        return job
-
-    return strike
-
-
-def out_of_time(bench: Bench) -> Job:
-    """A run three times as long as its time limit: the allocation's end is taken as near."""
-    return bench.submit("--time", "1", "--trainer.callbacks.seconds=1.2")
-
-
-def terminate(ranks: tuple[int, ...], pause: float) -> Callable[[Bench], Job]:
-    """SIGTERM to some ranks, one after the other."""
-
-    def strike(bench: Bench) -> Job:
-        job = bench.submit()
-        job.wait_for_step(57)
-        pids = job.ranks()
-        for rank in ranks:
-            try:
-                os.kill(pids[rank], signal.SIGTERM)
-            except ProcessLookupError:  # it has left already
-                break
-            time.sleep(pause)
-        return job
-
-    return strike
-
-
-def requeue(bench: Bench) -> Job:
-    """scontrol requeue."""
-    job = bench.submit()
-    job.wait_for_step(57)
-    bench.cluster.command("scontrol", "requeue", job.id)
-    return job
-
-
-def trouble(
-    what: str, *arguments: str, once: bool = True, where: str = "on_train_batch_end", step: int = 57, rank: int = 1
-) -> Callable[[Bench], Job]:
-    """Something that a callback does."""
-    given = {"what": what, "once": "once" if once else "/proc/never", "where": where, "step": step, "rank": rank}
-    more = ["--trainer.callbacks+=trouble.Trouble", *(f"--trainer.callbacks.{name}={value}" for name, value in given.items())]
-    return lambda bench: bench.submit(*arguments, *more)
-
-
-def damage(how: str) -> Callable[[Bench], Job]:
-    """Kill a rank, and damage the newest checkpoint before the ranks are back."""
-
-    def strike(bench: Bench) -> Job:
-        job = bench.submit()
-        job.wait_for_step(57)
-        job.kill(1)
-        newest = max(job.folder.glob("checkpoints/step-*"))
-        file = newest / "model.ckpt"
-        content = bytearray(file.read_bytes())
-        if how == "missing":
-            (newest / "rank-2.pt").unlink()
-        elif how == "cut":
-            file.write_bytes(content[: len(content) // 2])
-        else:
-            content[len(content) // 2] ^= 1
-            file.write_bytes(content)
-        return job
-
-    return strike
-
-
-def stop_rank(bench: Bench) -> Job:
-    """SIGSTOP of a rank."""
-    job = bench.submit("--run.hang_seconds", "5")
-    job.wait_for_step(57)
-    job.kill(2, signal.SIGSTOP)
-    return job
-
-
-def kill_worker(bench: Bench) -> Job:
-    """SIGKILL of a DataLoader's worker."""
-    job = bench.submit("--data.num_workers", "1")
-    job.wait_for_step(57)
-    pid = job.ranks()[1]
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    return job
-
-
-def fill_disk(bench: Bench) -> Job:
-    """The run's disk is full for half of the run."""
-    disk = Path(tempfile.mkdtemp(dir=bench.folder))
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
-    bench.mounts.append(disk)
-    job = bench.submit("--run.root", str(disk))
-    job.wait_for_step(40)
-    with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
-        while True:
-            filler.write(bytes(4096))
-            filler.flush()
-    job.wait_for_step(90)
-    (disk / "filler").unlink()
-    return job
-
-
-def kill_wandb(bench: Bench) -> Job:
-    """SIGKILL of W&B's service."""
-    job = bench.submit()
-    job.wait_for_step(57)
-    subprocess.run(["pkill", "-KILL", "-P", str(job.ranks()[0]), "wandb-core"], check=False)
-    return job
-
-
-def no_controller(bench: Bench) -> Job:
-    """slurmctld down for 20 seconds."""
-    job = bench.submit()
-    job.wait_for_step(40)
-    bench.cluster.lose("slurmctld")
-    time.sleep(20)
-    bench.cluster.restore("slurmctld")
-    return job
-
-
-def random_kills(*arguments: str) -> Callable[[Bench], Job]:
-    """SIGKILL of a random process of the job every few seconds, 20 times."""
-
-    def strike(bench: Bench) -> Job:
-        chance = random.Random(1)
-        job = bench.submit(*arguments)
-        kills = 0
-        while kills < 20 and job.status()["exit_status"] == 3:
-            time.sleep(chance.uniform(6, 16))
-            if ranks := job.ranks():
-                try:
-                    os.kill(chance.choice(ranks), signal.SIGKILL)
-                    kills += 1
-                except ProcessLookupError:
-                    pass
-        return job
-
-    return strike
-
-
 ROWS = [
-    Row("1", "SIGKILL of a rank", kill_rank(2)),
-    Row("1", "… saving in the foreground", kill_rank(2, "--checkpoint.background", "false")),
-    Row("2", "SIGKILL of rank zero", kill_rank(0)),
-    Row("3", "SIGKILL in ten writes of checkpoints", kill_in_write),
-    Row("4", "a node gone", lose_node),
-    Row("5", "preempted, 5 s of grace", preempt("low")),
-    Row("5", "preempted without grace", preempt("lowest")),
-    Row("6", "three times its time limit", out_of_time),
-    Row("7", "SIGTERM to one rank", terminate((2,), 0)),
-    Row("7", "SIGTERM to all, a second apart", terminate((3, 1, 0, 2), 1)),
-    Row("8", "scontrol requeue", requeue),
-    Row("9", "an exception once", trouble("raise")),
-    Row("9", "the same exception each time", trouble("raise", once=False), same_weights=False, ends="failed"),
-    Row("10", "SIGSTOP of a rank", stop_rank),
-    Row("11", "disk full from step 40 to 90", fill_disk),
-    Row("12", "newest checkpoint cut short", damage("cut")),
-    Row("12", "one bit of it flipped", damage("bit")),
-    Row("12", "a file of it missing", damage("missing")),
-    Row("13", "W&B's service killed", kill_wandb),
-    Row("14", "SIGKILL of a DataLoader's worker", kill_worker),
-    Row("15", "slurmctld down for 20 s", no_controller),
-    Row("17", "SIGKILL in a validation", trouble("SIGKILL", where="on_validation_batch_start", step=60)),
-    Row("17", "SIGKILL before the first step", trouble("SIGKILL", where="on_train_start", step=0)),
-    Row("17", "SIGKILL in the final test", trouble("SIGKILL", where="on_test_batch_start", step=100)),
-    Row("18", "20 random SIGKILLs", random_kills()),
+    Row("1", "SIGKILL of a rank", do.kill_rank(2)),
+    Row("1", "… saving in the foreground", do.kill_rank(2, *FOREGROUND)),
+    Row("2", "SIGKILL of rank zero", do.kill_rank(0)),
+    Row("3", "SIGKILL in ten writes of checkpoints", do.kill_in_write),
+    Row("4", "a node gone", do.lose_node),
+    Row("5", "preempted, 5 s of grace", do.preempt("low")),
+    Row("5", "… saving in the foreground", do.preempt("low", *FOREGROUND)),
+    Row("5", "preempted without grace", do.preempt("lowest")),
+    Row("5", "… saving in the foreground", do.preempt("lowest", *FOREGROUND)),
+    Row("6", "three times its time limit", do.out_of_time()),
+    Row("6", "… saving in the foreground", do.out_of_time(*FOREGROUND)),
+    Row("7", "SIGTERM to one rank", do.terminate((2,), 0)),
+    Row("7", "SIGTERM to all, a second apart", do.terminate((3, 1, 0, 2), 1)),
+    Row("8", "scontrol requeue", do.requeue),
+    Row("9", "an exception once", do.trouble("raise")),
+    Row("9", "the same exception each time", do.trouble("raise", once=False), ends="failed"),
+    Row("10", "SIGSTOP of a rank", do.stop_rank),
+    Row("11", "disk full from step 40 to 90", do.fill_disk),
+    Row("12", "newest checkpoint cut short", do.damage("cut")),
+    Row("12", "one bit of it flipped", do.damage("bit")),
+    Row("12", "a file of it missing", do.damage("missing")),
+    Row("13", "W&B's service killed", do.kill_wandb),
+    Row("13", "W&B's server away at first", do.lose_server(begin=0, end=57)),
+    Row("13", "W&B's server away for a while", do.lose_server(begin=37, end=77)),
+    Row("13", "W&B's server away to the end, then lockstep.sync", do.lose_server(begin=57, end=None)),
+    Row("14", "SIGKILL of a DataLoader's worker", do.kill_worker),
+    Row("15", "slurmctld down for 20 s while submitting", do.no_controller_to_submit),
+    Row("15", "slurmctld down for 20 s while running", do.no_controller),
+    Row("15", "… and a rank killed meanwhile", do.kill_without_controller),
+    Row("16", "the same run submitted twice more", do.submit_twice),
+    Row("17", "SIGKILL twice in one epoch", do.kill_at(45, 55)),
+    Row("17", "SIGKILL in a validation", do.trouble("SIGKILL", where="on_validation_batch_start", step=60)),
+    Row("17", "SIGKILL in the last step of an epoch", do.trouble("SIGKILL", where="on_train_batch_end", step=60)),
+    Row("17", "SIGKILL before the first step", do.trouble("SIGKILL", where="on_train_start", step=0)),
+    Row("17", "SIGKILL in the final test", do.trouble("SIGKILL", where="on_test_batch_start", step=100)),
+    Row("18", "20 random SIGKILLs", do.random_kills()),
+    Row("18", "… saving in the foreground", do.random_kills(*FOREGROUND)),
+    Row("19", "from 4 nodes to 2 and back", do.change_nodes, same_weights=False),
 ]
+
+
+def judge(row: Row, job: Job, told: dict[str, Any], plain: Job) -> tuple[list[str], bool]:
+    """The cells of a row, and whether all is as promised."""
+    expected, result = (json.loads((of.folder / "result.json").read_text()) for of in (plain, job))
+    steps, lost = job.steps(), result.get("seconds", {}).get("lost", 0)
+    is_same = result.get("weights_sha256") == expected["weights_sha256"]
+    got, due = history(job), history(plain)
+    numbers = [row["_step"] for row in got]
+    is_complete = got == due if row.same_weights else numbers == [row["_step"] for row in due]
+    same = "yes" if is_same else "no"
+    if not row.same_weights:
+        apart = max(abs(a - b) for a, b in zip(losses(job), losses(plain), strict=True))
+        is_same, same = apart < 1e-4, f"losses within {apart:.0e}"
+    is_good = told["state"] == row.ends and (row.ends == "failed" or (is_same and is_complete))
+    cells = [str(told["attempt"]), str(len(steps) - len(set(steps))), f"{lost:.1f}", same, "yes" if is_complete else "no"]
+    return cells if row.ends == "finished" else [*cells[:3], "", ""], is_good
 
 
 def main() -> None:
@@ -272,34 +116,25 @@ def main() -> None:
         "high PriorityTier=10",
     ]
     options = ["PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE", "SlurmdTimeout=5", "MessageTimeout=2", "KillWait=2"]
-    table = Table("row", "fault", "attempts", "steps twice", "seconds lost", "weights equal", "W&B complete", "ended", box=None)
-    with tempfile.TemporaryDirectory(prefix="f-") as name:
+    columns = ("row", "fault", "attempts", "steps twice", "seconds lost", "weights equal", "W&B complete", "ended")
+    table, bad = Table(*columns, box=None), 0
+    with tempfile.TemporaryDirectory(prefix="f-") as name, WandbServer() as server:
         folder = Path(name)
         with Cluster.up(folder / "c", nodes=4, cpus=4, partitions=partitions, options=options) as cluster:
-            bench = Bench(cluster, folder)
-            expected = json.loads((bench.plain.folder / "result.json").read_text())
+            bench = Bench(cluster, server, folder)
             for row in rows:
+                began = time.monotonic()
                 job = row.strike(bench)
                 told = job.end()
-                result = json.loads((job.folder / "result.json").read_text())
-                steps = job.steps()
-                count = len(metric_rows(job.folder)) if (job.folder / "metrics.csv").exists() else 0
-                equal = result.get("weights_sha256") == expected["weights_sha256"]
-                complete = wandb_steps(job.folder) == list(range(1, count + 1))
-                table.add_row(
-                    row.number,
-                    row.name,
-                    str(told["attempt"]),
-                    str(len(steps) - len(set(steps))),
-                    f"{result.get('seconds', {}).get('lost', 0):.1f}",
-                    "yes" if equal else "no",
-                    "yes" if complete else "no",
-                    told["state"],
-                )
-                print(f"{row.name}: {told['state']}; {[a['reason'] for a in told['attempts']]}", file=sys.stderr)
+                cells, is_good = judge(row, job, told, bench.plain)
+                table.add_row(row.number, row.name, *cells, told["state"])
+                bad += not is_good
+                reasons = [attempt["reason"] for attempt in told["attempts"] if attempt["reason"]]
+                print(f"{time.monotonic() - began:.0f} s, {row.number}: {row.name}: {told['state']} {reasons}", file=sys.stderr)
             for disk in bench.mounts:
                 subprocess.run(["umount", "--lazy", str(disk)], check=True)
     Console(width=150).print(table)
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

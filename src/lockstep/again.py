@@ -86,6 +86,8 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int
             file.write(json.dumps(asdict(this), ensure_ascii=False) + "\n")
     except OSError as error:  # a full disk: the run goes on while it can
         print(f"lockstep: attempts.jsonl could not be written ({error.strerror}).", file=sys.stderr)
+    if status > 128:
+        _end_steps(job, env)
     if finished:
         return 0
     if failure is not None and failure.final:
@@ -119,6 +121,20 @@ def _hopeless(run: Run, ended: Sequence[Attempt], told: bool) -> str:
         many = f"{_FRUITLESS} starts in a row have come to no new checkpoint after that of step {last.saved}"
         return f"{many}; the last: {last.reason}"
     return ""
+
+
+def _end_steps(job: str, env: Mapping[str, str]) -> None:
+    """End ranks that live on because somebody has killed srun: they and those of the next attempt must not both train."""
+    command = ["squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i"]
+    own = f"{job}.{env.get('SLURM_STEP_ID', '')}"
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        listed = subprocess.run(command, env=asking(env), capture_output=True, text=True).stdout.split()
+        left = [step for step in listed if step.rpartition(".")[2].isdigit() and step != own]
+        if not left:
+            return
+        subprocess.run(["scancel", *left], env=dict(env), capture_output=True)
+        time.sleep(0.5)
 
 
 def _give_up(run: Run, status: int, why: str) -> int:

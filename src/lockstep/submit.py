@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ _INHERITED = re.compile(
     r"|CUDA_VISIBLE_DEVICES$|ROCR_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$)"
 )
 """Variables of the shell that belong to the job it runs in, not to the one that is submitted."""
+
+_PATIENCE_SECONDS = 60.0
+"""How long a Slurm that does not answer is asked again."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,17 @@ def would_run(request: Request, env: Mapping[str, str]) -> None:
         UsageError: It would not; Slurm's own words, and what they mean for these resources.
     """
     # --test-only looks at nodes that are up, a submission at all of them: during maintenance it would refuse what can wait.
-    answer = subprocess.run(
-        ["sbatch", "--test-only"],
-        input=batch_script(request),
-        env={**env, "SBATCH_JOB_NAME": request.name},
-        capture_output=True,
-        text=True,
-    )
+    patience = _Patience()
+    while True:
+        answer = subprocess.run(
+            ["sbatch", "--test-only"],
+            input=batch_script(request),
+            env={**env, "SBATCH_JOB_NAME": request.name},
+            capture_output=True,
+            text=True,
+        )
+        if not (answer.returncode and patience.lasts(answer.stderr)):
+            break
     if answer.returncode:
         partitions = _partitions(env)
         if not ("node configuration is not available" in answer.stderr and _could_if_all_were_up(request, partitions)):
@@ -126,16 +134,54 @@ def submit(request: Request, jobs: Sequence[TrainJob], env: MutableMapping[str, 
     (request.folder / "slurm").mkdir(mode=0o700, exist_ok=True)
     # Not in the script, where a line break in a name would begin a new line.
     env["SBATCH_JOB_NAME"] = request.name
+    patience = _Patience()
     try:
-        if len(jobs) == 1:
-            return str(executor.submit(jobs[0]).job_id)
-        with executor.batch():
-            queued = [executor.submit(job) for job in jobs]
-        return str(queued[0].job_id).partition("_")[0]
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise UsageError(_sentence(str(error), request, _partitions(env))) from None
+        while True:
+            try:
+                if len(jobs) == 1:
+                    return str(executor.submit(jobs[0]).job_id)
+                with executor.batch():
+                    queued = [executor.submit(job) for job in jobs]
+                return str(queued[0].job_id).partition("_")[0]
+            except (FailedJobError, FailedSubmissionError) as error:
+                if not patience.lasts(str(error)):
+                    raise UsageError(_sentence(str(error), request, _partitions(env))) from None
+                _take_back(request, env)
     finally:
         del env["SBATCH_JOB_NAME"]
+
+
+def _take_back(request: Request, env: Mapping[str, str]) -> None:
+    """Cancel a job that Slurm has taken without being able to say so, and remove what was made for it."""
+    slurm = request.folder / "slurm"
+    command = ["squeue", "--me", "--noheader", "--Format=ArrayJobID:|,Command:|"]
+    for line in subprocess.run(command, env=asking(env), capture_output=True, text=True).stdout.splitlines():
+        job, script, *_ = line.split("|")
+        if script.startswith(f"{slurm}/.submission_file"):
+            subprocess.run(["scancel", job.strip()], env=dict(env), capture_output=True)
+    for left in (*slurm.glob(".submission_file_*.sh"), *slurm.glob("*.pkl")):
+        if not left.name.endswith("_submitted.pkl"):
+            left.unlink()
+
+
+class _Patience:
+    """Slurm that does not answer is asked again, for a while: its controller may be restarted."""
+
+    _SILENT = re.compile(r"(?i)unable to contact|connect failure|connection refused|timed out|zero bytes")
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._told = False
+
+    def lasts(self, said: str) -> bool:
+        """Whether to ask again after Slurm's commands have ``said`` that; waits a moment."""
+        if not self._SILENT.search(said) or time.monotonic() > self._began + _PATIENCE_SECONDS:
+            return False
+        if not self._told:
+            print(f"Slurm does not answer; it is asked again for {_PATIENCE_SECONDS:.0f} s.", file=sys.stderr, flush=True)
+            self._told = True
+        time.sleep(1)
+        return True
 
 
 def _executor(request: Request) -> _Executor:

@@ -6,9 +6,11 @@ Cheapest first: what is refused before the queue, what is sent without being sta
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +167,36 @@ def test_a_silent_slurm_is_not_taken_for_the_end_of_a_job(shell: Shell, tmp_path
         other.command("scontrol", "shutdown")
         status = job.status()
     assert (status["state"], status["exit"]) == ("unknown", 3) and "Slurm does not answer" in status["sentence"]
+
+
+def test_slurm_that_is_away_for_seconds_is_asked_again(shell: Shell) -> None:
+    shell.cluster.lose("slurmctld")
+    restore = threading.Timer(5, shell.cluster.restore, ["slurmctld"])
+    restore.start()
+    done = shell("launch/slurm.py", *HELD)
+    restore.join()
+    assert (done.returncode, "Slurm does not answer; it is asked again" in done.stderr) == (0, True), done.stderr
+    shell.jobs.append(done.stdout.strip())
+    assert shell.jobs[-1] in shell.queue()
+
+
+def test_a_job_that_slurm_took_without_saying_so_is_not_queued_twice(shell: Shell, tmp_path: Path) -> None:
+    real, wrapper = shutil.which("sbatch", path=shell.env["PATH"]), tmp_path / "bin" / "sbatch"
+    wrapper.parent.mkdir()
+    lie = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
+    wrapper.write_text(
+        f'#!/bin/sh\ncase "$*" in *--test-only*) exec {real} "$@";; esac\n'
+        f'[ -e {tmp_path}/once ] && exec {real} "$@"\ntouch {tmp_path}/once\n{real} "$@" >/dev/null; {lie}\n'
+    )
+    wrapper.chmod(0o755)
+    before = set(shell.queue())
+    job = shell.submit(*HELD, PATH=f"{wrapper.parent}:{shell.env['PATH']}")
+    assert (tmp_path / "once").exists()
+    assert set(shell.queue()) - before == {job.id}
+    assert sorted(path.name for path in (job.folder / "slurm").glob("[!.]*")) == [
+        f"{job.id}_submission.sh",
+        f"{job.id}_submitted.pkl",
+    ]
 
 
 def test_pickles_are_not_loaded_from_a_folder_that_others_can_write(shell: Shell) -> None:
