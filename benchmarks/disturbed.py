@@ -21,6 +21,7 @@ from wandb_server import WandbServer  # noqa: E402
 CONFIG = (
     *("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "6", "--trainer.log_every_n_steps", "5"),
     *("--model.network", "lockstep.networks.MLP", "--model.network.hidden", "[256,256]", "--checkpoint.every_n_steps", "10"),
+    *("--data.batch_size", "60", "--trainer.limit_train_batches", "20"),  # goes into 2, 3 and 4 ranks
     *("--trainer.callbacks+=trouble.Steps", "--trainer.callbacks.diary=diary", "--trainer.callbacks.seconds=0.1"),
 )
 """120 steps of a tenth of a second, saved every ten."""
