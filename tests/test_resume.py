@@ -88,6 +88,26 @@ def test_in_the_middle_of_an_epoch(launch: Launch, tmp_path: Path, ranks: str, w
     assert resumed.result["attempts"] == 2 and resumed.result["seconds"]["lost"] > 0
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        ("--trainer.limit_train_batches", "15", "--data.num_workers", "1"),
+        ("--trainer.val_check_interval", "0.25", "--trainer.accumulate_grad_batches", "3"),
+        ("--trainer.max_epochs", "-1", "--trainer.max_steps", "33", "--trainer.val_check_interval", "6"),
+    ],
+)
+def test_whatever_an_epoch_is(launch: Launch, tmp_path: Path, told: tuple[str, ...]) -> None:
+    told = (*DIGITS, *told, "--checkpoint.every_n_steps", "4")
+    undisturbed = left_alone(launch, *told)
+    steps = undisturbed.result["global_step"]
+    where = ["on_validation_batch_start", "on_train_batch_end", "on_validation_batch_start"]
+    run = launch(*told, *trouble(tmp_path / "0", "SIGKILL", where=where[0], step=steps // 4))
+    for number in (1, 2):
+        more = trouble(tmp_path / str(number), "SIGKILL", where=where[number], step=(number + 1) * steps // 4)
+        assert go_on(launch, run, *more).status != 0
+    assert_same(go_on(launch, run), undisturbed)
+
+
 def test_twice_in_one_epoch_and_in_its_last_step(launch: Launch, tmp_path: Path) -> None:
     undisturbed = left_alone(launch, "--ranks", "2", *DIGITS)
     run = launch("--ranks", "2", *DIGITS, *trouble(tmp_path / "1", "SIGKILL", step=29))

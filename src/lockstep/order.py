@@ -156,7 +156,7 @@ class GlobalBatches(BatchSampler):
             )
         per_rank = -(-batch_size // world.size)
         self.batch_size = per_rank * world.size
-        self.start = 0  # batches to leave out of the next iteration, and of that one only
+        self.start = (0, 0)  # an epoch, and how many of its batches to leave out
         self._bounds = self._split(len(order), name)
 
     def _split(self, samples: int, name: str) -> list[tuple[int, int]]:
@@ -204,8 +204,7 @@ class GlobalBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
         epoch, indices = self.order.epoch, self.order.indices()
-        first, self.start = self.start, 0
-        for batch in range(first, len(self)):
+        for batch in range(self.start[1] if self.start[0] == epoch else 0, len(self)):
             start, end = self._mine(batch)
             yield [(epoch, index) for index in indices[start:end]]
 

@@ -152,7 +152,7 @@ class _Ordered(Strategy):
         # Now: lightning tells the epoch only after workers have begun to fetch.
         if position:
             ordered.batch_sampler.order.set_epoch(position.epoch)
-            ordered.batch_sampler.start = position.batch % len(ordered.batch_sampler)
+            ordered.batch_sampler.start = (position.epoch, position.batch)
         elif trainer is not None:
             ordered.batch_sampler.order.set_epoch(trainer.current_epoch)
         return ordered
