@@ -77,9 +77,19 @@ def test_one_rank_anywhere(launch: Launch, tmp_path: Path, what: str, where: str
     assert_same(go_on(launch, killed), undisturbed)
 
 
-@pytest.mark.parametrize(("ranks", "what"), [("1", "SIGTERM"), ("2", "SIGTERM"), ("2", "raise"), ("4", "SIGKILL")])
-def test_in_the_middle_of_an_epoch(launch: Launch, tmp_path: Path, ranks: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "what", "static"),
+    [
+        ("1", "SIGTERM", "false"),
+        ("2", "SIGTERM", "false"),
+        ("2", "raise", "true"),
+        ("4", "SIGKILL", "false"),
+        ("4", "SIGKILL", "true"),
+    ],
+)
+def test_in_the_middle_of_an_epoch(launch: Launch, tmp_path: Path, ranks: str, what: str, static: str) -> None:
     small_buckets = ("--ranks", ranks, *DIGITS, "--ddp.bucket_mb", "1", "--model.network.hidden", "[300,700,300]")
+    small_buckets = (*small_buckets, "--ddp.static_graph", static)
     undisturbed = left_alone(launch, *small_buckets)
     killed = launch(*small_buckets, *trouble(tmp_path / "once", what, step=27, rank=int(ranks) - 1))
     assert killed.status != 0

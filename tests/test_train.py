@@ -108,8 +108,9 @@ def test_precision_from_the_config(launch: Launch, precision: str) -> None:
     assert run.result["metrics"]["test/accuracy"] > 0.5
 
 
-def test_accumulation_and_clipping(launch: Launch) -> None:
-    more = ["--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.5"]
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_accumulation_and_clipping(launch: Launch, precision: str) -> None:
+    more = ["--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.5", "--trainer.precision", precision]
     run = launch("--ranks", "2", *SMALL, *more)
     assert (run.status, run.result["global_step"]) == (0, 20)
     assert len(run.series("rate/step_ms")) == 4

@@ -1,7 +1,9 @@
 """What to train: the keys of a config, and one clear sentence for each that is wrong."""
 
 import argparse
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,6 +86,25 @@ def completion(parser: ArgumentParser, shell: str) -> str:
         if action.option_strings and action.dest not in ("help", "==SUPPRESS=="):
             plain.add_argument(f"--{action.dest}", choices=action.choices)
     return shtab.complete(plain, shell)
+
+
+def as_text(parser: ArgumentParser, config: Namespace) -> str:
+    """The complete config as YAML; given back with ``--config`` it is the same.
+
+    Raises:
+        UsageError: It holds something that YAML cannot, such as the default of a class that it names.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is raised next
+            return str(parser.dump(config, skip_unset=False))
+    except ValueError as error:
+        found = re.search(r"importable object, given (\S+):", str(error))
+        what = f"{found[1]!r}, a default of a class that it names" if found else " ".join(str(error).split())
+        raise UsageError(
+            f"The config cannot be written down: it holds {what}; set that argument yourself, as text (such as "
+            "trainer.callbacks.device=cpu)."
+        ) from None
 
 
 def make_objects(parser: ArgumentParser, config: Namespace) -> Namespace:

@@ -214,8 +214,9 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and its schedule as a factor per optimizer step."""
         trainer = self.trainer
-        # A fused update unscales fp16 gradients inside itself: too late to clip them or to know their norm.
-        fused = trainer.precision != "16-mixed"
+        # A fused update unscales fp16 gradients inside itself: too late to clip them or to know their norm. lightning does not
+        # clip with bf16 either.
+        fused = trainer.precision != "16-mixed" and not (trainer.precision == "bf16-mixed" and trainer.gradient_clip_val)
         total = trainer.estimated_stepping_batches
         scale = getattr(getattr(trainer, "datamodule", None), "lr_scale", 1)
         warmup = self.warmup_steps

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _DDPSink
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -230,10 +232,14 @@ class DDP(_Ordered, DDPStrategy):
                 hook.append(parameter.register_post_accumulate_grad_hook(note(index, hook)))  # type: ignore[no-untyped-call]
             self.ready_order = ready
         elif sorted(self.ready_order) == list(range(len(parameters))):
-            model.reducer.prepare_for_forward()
-            model.reducer.prepare_for_backward([])
-            for index in self.ready_order:
-                (parameters[index].reshape(-1)[:1].sum() * 0).backward()  # type: ignore[no-untyped-call]
+            for _ in range(2 if model.static_graph else 1):  # a static graph is looked at once before
+                model.reducer.prepare_for_forward()
+                model.reducer.prepare_for_backward([])
+                nothing = torch.zeros((), device=self.root_device)
+                for index in reversed(self.ready_order):  # what was added last has its gradient first
+                    nothing = nothing + parameters[index].reshape(-1)[:1].sum() * 0
+                (nothing,) = _DDPSink.apply(weakref.ref(model), nothing)
+                nothing.backward()
             trainer.lightning_module.zero_grad(set_to_none=True)
 
     def _register_ddp_hooks(self) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lockstep.checkpoint import MANIFEST, MODEL, Checkpoint, newest, read
-from lockstep.config import make_objects, parse
+from lockstep.config import as_text, make_objects, parse
 from lockstep.disk import replace_text, write_whole
 from lockstep.errors import Interrupted, LockstepError, RunError, Stopped, UsageError
 from lockstep.failure import first_failure
@@ -69,7 +69,7 @@ def train(
         )
     start_logging(world, run.log(attempt, 0))
     if world.is_zero:
-        replace_text(run.config, parser.dump(config, skip_unset=False))
+        replace_text(run.config, as_text(parser, config))
 
     result: dict[str, Any] = {"status": "failed", "command": command, "world_size": world.size, "attempts": attempt}
     try:
@@ -128,7 +128,7 @@ def work(
     made = make_objects(parser, config)
     made.data.prepare_data_per_node = not config.shared_filesystem
     strategy = make_strategy(config.strategy, config.ddp, devices, Sharding(world, config.seed_everything))
-    content, signals = yaml.safe_load(parser.dump(config, skip_unset=False)), Signals()
+    content, signals = yaml.safe_load(as_text(parser, config)), Signals()
     tracked: Tracked | None = None
     preempted = False
 
