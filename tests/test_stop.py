@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lockstep.ranks import fork_ranks
 from lockstep.stop import Agreement, Signals
-from lockstep.strategy import join, leave
+from lockstep.strategy import join, leave, trace_collectives
 from lockstep.world import World
 
 
@@ -66,3 +67,10 @@ class Watch(Callback):
 
 def test_lightnings_own_signal_handling_and_its_broadcast_are_off(launch: Launch) -> None:
     assert launch("--ranks", "2", *SMALL, "--trainer.callbacks+=test_stop.Watch", "--run.test", "false").status == 0
+
+
+def test_nccl_is_told_to_leave_a_trace_and_a_user_may_say_otherwise(tmp_path: Path) -> None:
+    env = {"TORCH_FR_BUFFER_SIZE": "7"}
+    trace_collectives(tmp_path, env)
+    trace = f"{tmp_path}/nccl-trace-"
+    assert env == {"TORCH_FR_BUFFER_SIZE": "7", "TORCH_FR_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": trace}

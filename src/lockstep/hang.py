@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 _TIMES_LONGER = 10.0
 """What is so many times longer than the longest of late is too long."""
 
+_FIRST_SECONDS = 1800.0
+"""The least for the first step, for which workers are started and a model may be compiled."""
+
 _ANSWER_SECONDS = 5.0
 """How long the others may take to write down where they stand."""
 
@@ -48,26 +51,35 @@ class Hang(Callback):
         self._last = time.monotonic()
         self._gaps: deque[float] = deque(maxlen=200)
         self._over = threading.Event()
-        self._watching = False
+        self._is_first = True
 
     def sign(self, *_: Any, **__: Any) -> None:
         """Something was done."""
         now = time.monotonic()
-        if self._watching:
+        if not self._is_first:
             self._gaps.append(now - self._last)
         self._last = now
         self._signs += 1
 
-    on_train_batch_start = on_validation_batch_end = on_test_batch_end = sign
-    on_validation_start = on_validation_end = on_test_start = on_train_epoch_start = on_save_checkpoint = sign
+    on_train_batch_start = on_validation_batch_end = sign
+    on_validation_start = on_validation_end = on_train_epoch_start = on_save_checkpoint = sign
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin()
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         self.sign()
-        if not self._watching:  # not before the first step: who knows what compiling takes
-            self._watching = True
-            threading.Thread(target=self._watch, name="hang", daemon=True).start()
+        self._is_first = False
+
+    on_test_batch_end = on_train_batch_end
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stop()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -80,16 +92,24 @@ class Hang(Callback):
     @property
     def limit(self) -> float:
         """What is too long now, in seconds."""
-        return max(self.seconds, _TIMES_LONGER * max(self._gaps, default=0.0))
+        least = max(self.seconds, _FIRST_SECONDS) if self._is_first else self.seconds
+        return max(least, _TIMES_LONGER * max(self._gaps, default=0.0))
 
-    def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.seconds / 5)):
+    def _begin(self) -> None:
+        self._over, self._is_first, self._last = threading.Event(), True, time.monotonic()
+        threading.Thread(target=self._watch, args=(self._over,), name="hang", daemon=True).start()
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(min(1.0, self.seconds / 5)):
             silent = time.monotonic() - self._last
             if silent > self.limit:
-                self._end(silent)
+                try:
+                    self._tell(silent)
+                finally:  # whatever: a disk may be full
+                    os._exit(1)
 
-    def _end(self, silent: float) -> None:
-        """Write down what this rank was doing, and end it; the lowest of the stuck ranks says whose fault it is."""
+    def _tell(self, silent: float) -> None:
+        """Write down what this rank was doing; the lowest of the stuck ranks says whose fault it is."""
         print(
             f"lockstep: rank {self.world.rank} has made no progress for {silent:.0f} s; it was here:",
             file=sys.stderr,
@@ -104,7 +124,6 @@ class Hang(Callback):
             told[int(path.stem.removeprefix("stuck-"))] = json.loads(path.read_text())["signs"]
         if self.world.rank == min(told):
             record_failure(self.run, self.attempt, self._named(told, silent))
-        os._exit(1)
 
     def _named(self, told: dict[int, int], silent: float) -> Failure:
         mute = [rank for rank in range(self.world.size) if rank not in told]

@@ -3,8 +3,9 @@
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -122,6 +123,17 @@ def join(world: World, device: torch.device, timeout: timedelta) -> None:
         timeout=timeout,
         device_id=device if on_gpu else None,
     )
+
+
+def trace_collectives(folder: Path, env: MutableMapping[str, str]) -> None:
+    """Have NCCL remember its newest collectives, and write them into ``folder`` when one of them takes too long.
+
+    ``torchfrtrace`` reads the files (https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html). What a user
+    has set stays. To be called before the process group starts.
+    """
+    wanted = {"BUFFER_SIZE": "2000", "DUMP_ON_TIMEOUT": "1", "DUMP_TEMP_FILE": str(folder / "nccl-trace-")}
+    for name, value in wanted.items():
+        env.setdefault(f"TORCH_FR_{name}", value)
 
 
 def leave() -> None:

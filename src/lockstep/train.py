@@ -34,7 +34,7 @@ from lockstep.report import draw, five_lines, weights_sha256
 from lockstep.run import Run, update_status
 from lockstep.state import allow_numpy
 from lockstep.stop import Signals
-from lockstep.strategy import devices_of_node, from_rank_zero, join, leave, make_strategy, on_all_ranks
+from lockstep.strategy import devices_of_node, from_rank_zero, join, leave, make_strategy, on_all_ranks, trace_collectives
 from lockstep.tracking import Tracked, start_tracking, sync_command
 from lockstep.trainer import make_trainer, resolve_precision
 from lockstep.world import World
@@ -62,6 +62,8 @@ def train(
     """
     devices = devices_of_node(world, config.trainer.accelerator)
     config.trainer.precision = resolve_precision(config.trainer.precision, devices[world.local_rank])
+    if run is not None:
+        trace_collectives(run.log(attempt, 0).parent, environ)
     join(world, devices[world.local_rank], timedelta(minutes=config.ddp.timeout_minutes))
     if run is None:
         run, attempt = from_rank_zero(
