@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--ranks 2] [--steps 300] [--rounds 5]
 
-The same model, data, batch, optimizer and ranks; the three take turns, round by round, and the median round counts. The
+The same model, data, batch, optimizer and ranks; all take turns, round by round, and the median round counts. The
 hand-written loop computes nothing but the loss. The stock Trainer logs the loss at every step (``self.log``) to a CSV file;
 this trainer counts loss and accuracy at every step, logs them every 50 and checks for NaN. Ratios are to the hand-written loop.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lockstep import loop, order, stop, trainer
 from lockstep.config import parse
 from lockstep.data.synthetic import SyntheticImages
 from lockstep.networks import MLP, ConvNet
@@ -128,7 +130,7 @@ def stock(world: World, kind: str, steps: int) -> list[float]:
         strategy: Any = DDPStrategy(
             parallel_devices=devices, cluster_environment=WorldEnvironment(world), gradient_as_bucket_view=True
         )
-        trainer = Trainer(
+        stock_trainer = Trainer(
             strategy=strategy if world.size > 1 else "auto",
             max_epochs=1,
             callbacks=[Clock()],
@@ -138,7 +140,7 @@ def stock(world: World, kind: str, steps: int) -> list[float]:
             enable_checkpointing=False,
             use_distributed_sampler=False,
         )
-        trainer.fit(Stock(kind), loader(world, steps))
+        stock_trainer.fit(Stock(kind), loader(world, steps))
     leave()
     return Clock.marks
 
@@ -174,7 +176,36 @@ def lockstep(world: World, kind: str, steps: int) -> list[float]:
     return step.Clock.marks
 
 
-WAYS = {"hand-written DDP": by_hand, "stock lightning": stock, "lockstep": lockstep}
+def bare(world: World, kind: str, steps: int) -> list[float]:
+    """This trainer without what makes it stop together, watch itself and keep the order of the data.
+
+    Every way runs in processes of its own, so what is replaced here is replaced nowhere else.
+    """
+    stop.Agreement.ask = lambda self, *_, **__: stop.Agreed()
+    trainer.Hang = lambda *_: Callback()
+    order.Sharding.in_order = lambda self, loader, name="": plain_order(loader, world)
+    return lockstep(world, kind, steps)
+
+
+def broadcasting(world: World, kind: str, steps: int) -> list[float]:
+    """The same, with stock lightning's broadcast at each step."""
+    loop.EpochLoop._broadcast_sigterm_tensor = _TrainingEpochLoop._broadcast_sigterm_tensor
+    return bare(world, kind, steps)
+
+
+def plain_order(loader: DataLoader[Any], world: World) -> DataLoader[Any]:
+    """A rank's share of ``loader`` by torch's own sampler."""
+    sampler: Any = DistributedSampler(loader.dataset, world.size, world.rank)  # type: ignore[arg-type]
+    return DataLoader(loader.dataset, BATCH, sampler=sampler, collate_fn=loader.collate_fn)
+
+
+WAYS = {
+    "hand-written DDP": by_hand,
+    "stock lightning": stock,
+    "lockstep": lockstep,
+    "… without agreement, watch and order": bare,
+    "… and with lightning's broadcast": broadcasting,
+}
 
 
 def main() -> None:

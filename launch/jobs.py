@@ -125,6 +125,7 @@ def print_facts(view: View) -> None:
         "attempt": str(view.attempt or ""),
         **{f"attempt {a.attempt}": f"ended at step {a.step}: {a.reason}" for a in attempts(view.run)[-5:] if a.reason},
         "trouble": progress.get("trouble", "") if view.alive else "",
+        "lost": f"{lost:.0f} s" if (lost := view.result.get("seconds", {}).get("lost")) else "",
         "step": steps(view),
         "speed": f"{progress['samples_per_second']:g} samples/s" if progress.get("samples_per_second") else "",
         "time left": f"{left:.0f} s" if left and view.alive else "",

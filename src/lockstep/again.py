@@ -50,6 +50,7 @@ def begin(run: Run, slurm: Path, env: Mapping[str, str]) -> int:
     output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
     begun = {"job": env["LOCKSTEP_JOB"], "time": time.time(), "output": output.stat().st_size if output.exists() else 0}
     write_whole(run.folder / "logs" / str(number) / "begun.json", begun)
+    _note_the_silent(run, number)
     return number
 
 
@@ -75,17 +76,12 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int
     else:
         reason = str(result.get("reason") or f"it ended with exit status {status}")
     before = attempts(run)
-    saved = max((int(path.name[5:]) for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()), default=0)
     step = int(result.get("global_step") or read_whole(run.status).get("step") or 0)
-    begun = read_whole(run.folder / "logs" / str(number) / "begun.json")["time"]
+    crashed = not (finished or interrupted)
     this = Attempt(
-        number, job, "" if finished else reason, status, begun, time.time(), saved, step, not (finished or interrupted)
+        number, job, "" if finished else reason, status, _begun(run, number)["time"], time.time(), _saved(run), step, crashed
     )
-    try:
-        with (run.folder / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(this), ensure_ascii=False) + "\n")
-    except OSError as error:  # a full disk: the run goes on while it can
-        print(f"lockstep: attempts.jsonl could not be written ({error.strerror}).", file=sys.stderr)
+    _note(run, this)
     if status > 128:
         _end_steps(job, env)
     if finished:
@@ -98,6 +94,38 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int
         return QUEUE if "SIGUSR2" in reason or _is_preempted(job, env) else HERE
     is_told = bool(left) or said.startswith("Slurm says") or (failure is not None and not failure.echo)
     return _give_up(run, status, why) if (why := _hopeless(run, [*before, this], is_told)) else HERE
+
+
+def _begun(run: Run, attempt: int) -> dict[str, Any]:
+    """When and by which job an attempt was begun."""
+    return read_whole(run.folder / "logs" / str(attempt) / "begun.json")
+
+
+def _saved(run: Run) -> int:
+    """Step of the newest checkpoint; 0 before the first."""
+    return max((int(path.name[5:]) for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()), default=0)
+
+
+def _note(run: Run, attempt: Attempt) -> None:
+    try:
+        with (run.folder / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(attempt), ensure_ascii=False) + "\n")
+    except OSError as error:  # a full disk: the run goes on while it can
+        print(f"lockstep: attempts.jsonl could not be written ({error.strerror}).", file=sys.stderr)
+
+
+def _note_the_silent(run: Run, newest: int) -> None:
+    """Note attempts of which nobody was left to note the end: Slurm had taken the batch script too."""
+    noted = {attempt.attempt for attempt in attempts(run)}
+    result, status = read_whole(run.result), read_whole(run.status)
+    for number in range(1, newest):
+        begun = _begun(run, number)
+        if number in noted or not begun:
+            continue
+        told = str(result.get("reason", "")) if result.get("attempts") == number else ""
+        reason = told or "Slurm ended the job: preempted, requeued, or a node was lost."
+        ended = float(status.get("time", begun["time"])) if status.get("attempt") == number else begun["time"]
+        _note(run, Attempt(number, begun["job"], reason, 1, begun["time"], ended, _saved(run), status.get("step", 0), False))
 
 
 def _hopeless(run: Run, ended: Sequence[Attempt], told: bool) -> str:

@@ -21,7 +21,7 @@ from lockstep.checkpoint import MANIFEST, MODEL, Checkpoint, newest, read
 from lockstep.config import as_text, make_objects, parse
 from lockstep.disk import replace_text, write_whole
 from lockstep.errors import Interrupted, LockstepError, RunError, Stopped, UsageError
-from lockstep.failure import first_failure
+from lockstep.failure import attempts, first_failure
 from lockstep.keep import Keeper
 from lockstep.logs import start_logging
 from lockstep.loop import FitLoop, Resumed
@@ -74,6 +74,7 @@ def train(
         replace_text(run.config, as_text(parser, config))
 
     result: dict[str, Any] = {"status": "failed", "command": command, "world_size": world.size, "attempts": attempt}
+    result["reasons"] = [ended.reason for ended in attempts(run)]
     try:
         tracked = work(command, parser, config, world, devices, run, result)
     except Stopped as stopped:

@@ -45,6 +45,8 @@ def test_whatever_happens_to_a_job_it_ends_with_the_same_weights(shell: Shell) -
         assert job.result["weights_sha256"] == undisturbed.result["weights_sha256"]
         if job is not undisturbed:
             assert job.result["attempts"] > 1 and job.result["seconds"]["lost"] > 0
+        assert len(job.status()["attempts"]) == job.result["attempts"] == 1 + len(job.result["reasons"])
+        assert all(job.result["reasons"])
     (attempt, *_, last) = killed.status()["attempts"]
     assert "rank 1 on n3: Killed" in attempt["reason"] and (attempt["crashed"], last["reason"]) == (True, "")
     assert "rank 1 does not answer" in stopped.status()["attempts"][0]["reason"]
