@@ -48,8 +48,9 @@ lint: setup ## ruff and mypy
 	@echo "== lint: ruff, mypy"
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check . && $(VENV)/bin/mypy --no-error-summary
 
-bench: setup ## measure a step against stock lightning and a hand-written loop, and a submission against submitit and sbatch
+bench: setup ## measure a step, a save, and a submission against what they are compared with in the README
 	$(PYTHON) benchmarks/step.py
+	$(PYTHON) benchmarks/checkpoint.py
 	$(PYTHON) slurm/cluster.py run -- $(PYTHON) benchmarks/launch.py
 
 faults: setup slurm ## kill, stop and take away what a job on a one-machine Slurm cluster needs, and print what that cost
