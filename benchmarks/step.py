@@ -32,10 +32,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lockstep import loop, order, stop, trainer
 from lockstep.config import parse
 from lockstep.data.synthetic import SyntheticImages
+from lockstep.group import WorldEnvironment, devices_of_node, join, leave
 from lockstep.networks import MLP, ConvNet
 from lockstep.ranks import fork_ranks
 from lockstep.run import Run
-from lockstep.strategy import WorldEnvironment, devices_of_node, join, leave
 from lockstep.train import train
 from lockstep.world import World
 

@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, Launch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lockstep.errors import UsageError
+from lockstep.group import join, leave
 from lockstep.module import Classifier, Scores, torchvision_classifier
+from lockstep.options import DDPOptions
 from lockstep.order import Sharding
 from lockstep.ranks import fork_ranks
-from lockstep.strategy import DDPOptions, join, leave, make_strategy
+from lockstep.strategy import make_strategy
 from lockstep.world import World
 
 
@@ -109,7 +112,9 @@ class Uneven(LightningModule):
 def uneven_step(world: World) -> list[float]:
     """The weights after one step on a single batch of 7 samples."""
     join(world, torch.device("cpu"), timedelta(seconds=30))
-    strategy = make_strategy("ddp", DDPOptions(), [torch.device("cpu")] * world.local_size, Sharding(world, 1))
+    strategy = make_strategy(
+        Namespace(strategy="ddp", ddp=DDPOptions()), [torch.device("cpu")] * world.local_size, Sharding(world, 1)
+    )
     module = Uneven()
     trainer = Trainer(
         strategy=strategy,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lockstep.errors import RunError, UsageError
+from lockstep.group import from_rank_zero, join, leave, on_all_ranks
 from lockstep.ranks import RankFailed, fork_ranks
-from lockstep.strategy import from_rank_zero, join, leave, on_all_ranks
 from lockstep.world import World
 
 

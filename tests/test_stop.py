@@ -11,9 +11,9 @@ import torch
 from conftest import SMALL, Launch
 from lightning.pytorch import Callback, Trainer
 
+from lockstep.group import join, leave, trace_collectives
 from lockstep.ranks import fork_ranks
 from lockstep.stop import Agreement, Signals
-from lockstep.strategy import join, leave, trace_collectives
 from lockstep.world import World
 
 

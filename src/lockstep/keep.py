@@ -91,6 +91,8 @@ class Keeper(Callback):
         step = trainer.global_step
         whole = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         parts: dict[str, Any] = {f"rank-{trainer.global_rank}.pt": take_state(trainer)}
+        if (shards := strategy.shards()) is not None:
+            parts[f"shard-{trainer.global_rank}.pt"] = shards
         if trainer.is_global_zero:
             whole["hyper_parameters"] = plain(whole.get("hyper_parameters", {}))
             parts[MODEL] = whole

@@ -11,7 +11,7 @@ COMMANDS = ("fit", "validate", "test")
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"]
 
 OWNED = {
-    "strategy": "set strategy (ddp) and its options (ddp.*) at the top level",
+    "strategy": "set strategy (ddp or deepspeed) and its options (ddp.*, deepspeed.*) at the top level",
     "devices": "the launcher decides it (launch/local.py --ranks)",
     "num_nodes": "the launcher decides it (launch/local.py --nodes)",
     "use_distributed_sampler": "the order and sharding of the data are lockstep's",
@@ -59,6 +59,36 @@ class DDPOptions:
     bucket_view: bool = True
     gradient_compression: Literal["none", "bf16", "fp16"] = "none"
     timeout_minutes: int = 30
+
+
+@dataclass
+class DeepSpeedOptions:
+    """Options of ``strategy: deepspeed``, whose ZeRO shares out what DDP keeps on every rank.
+
+    Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020; the keys are those
+    of https://www.deepspeed.ai/docs/config-json.
+
+    Args:
+        stage: 1 shares out the optimizer's state, 2 the gradients too, 3 the parameters too.
+        offload_optimizer: Keep the optimizer's state, and compute its step, in the memory of the CPU or on a local disk.
+        offload_parameters: Keep the parameters there between their uses; stage 3 only.
+        nvme_path: Folder on a local disk, for what is offloaded to nvme.
+        bucket_size: Gradients are reduced in buckets of this many elements.
+        overlap_comm: Reduce gradients while backward goes on.
+        partition_activations: Share out what deepspeed.checkpointing.checkpoint keeps, for a model that calls it.
+        cpu_checkpointing: Keep that in the memory of the CPU.
+        config: File of DeepSpeed's own JSON, for all else; what the trainer knows may not stand in it.
+    """
+
+    stage: Literal[1, 2, 3] = 2
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: Path | None = None
+    bucket_size: int = 200_000_000
+    overlap_comm: bool = True
+    partition_activations: bool = False
+    cpu_checkpointing: bool = False
+    config: Path | None = None
 
 
 @dataclass
@@ -118,8 +148,9 @@ class Options:
 
     seed_everything: int = 1
     run: RunOptions = field(default_factory=RunOptions)
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Literal["ddp", "deepspeed"] = "ddp"
     ddp: DDPOptions = field(default_factory=DDPOptions)
+    deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     wandb: WandbOptions = field(default_factory=WandbOptions)
     shared_filesystem: bool = True

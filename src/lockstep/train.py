@@ -22,6 +22,7 @@ from lockstep.config import as_text, make_objects, parse
 from lockstep.disk import replace_text, write_whole
 from lockstep.errors import Interrupted, LockstepError, RunError, Stopped, UsageError
 from lockstep.failure import attempts, first_failure
+from lockstep.group import devices_of_node, from_rank_zero, join, leave, on_all_ranks, trace_collectives
 from lockstep.keep import Keeper
 from lockstep.logs import start_logging
 from lockstep.loop import FitLoop, Resumed
@@ -34,7 +35,7 @@ from lockstep.report import draw, five_lines, weights_sha256
 from lockstep.run import Run, update_status
 from lockstep.state import allow_numpy
 from lockstep.stop import Signals
-from lockstep.strategy import devices_of_node, from_rank_zero, join, leave, make_strategy, on_all_ranks, trace_collectives
+from lockstep.strategy import make_strategy
 from lockstep.tracking import Tracked, start_tracking, sync_command
 from lockstep.trainer import make_trainer, resolve_precision
 from lockstep.world import World
@@ -64,7 +65,7 @@ def train(
     config.trainer.precision = resolve_precision(config.trainer.precision, devices[world.local_rank])
     if run is not None:
         trace_collectives(run.log(attempt, 0).parent, environ)
-    join(world, devices[world.local_rank], timedelta(minutes=config.ddp.timeout_minutes))
+    join(world, devices[world.local_rank], timedelta(minutes=config.ddp.timeout_minutes), alone=config.strategy == "deepspeed")
     if run is None:
         run, attempt = from_rank_zero(
             lambda: Run.start(config.run.root, config.run.name, sys.argv, world.nodes, world.local_size), world
@@ -130,7 +131,7 @@ def work(
     seed_everything(config.seed_everything, verbose=False)
     made = make_objects(parser, config)
     made.data.prepare_data_per_node = not config.shared_filesystem
-    strategy = make_strategy(config.strategy, config.ddp, devices, Sharding(world, config.seed_everything))
+    strategy = make_strategy(config, devices, Sharding(world, config.seed_everything))
     content, signals = yaml.safe_load(as_text(parser, config)), Signals()
     tracked: Tracked | None = None
     preempted = False
@@ -153,7 +154,7 @@ def work(
             result["global_step"], result["epochs"] = trainer.global_step, trainer.current_epoch
             lost = sum(callback.lost for callback in callbacks_of(trainer) if isinstance(callback, Keeper))
             result["seconds"] = {"training": round(rates.train_seconds, 3), "total": round(total, 3), "lost": round(lost, 3)}
-        result["weights_sha256"] = weights_sha256(made.model.state_dict())
+        result["weights_sha256"] = weights_sha256(strategy.whole_weights())
         result["skipped_files"] = len(set().union(*on_all_ranks(getattr(made.data, "skipped", set()), world)))
         result["status"] = "finished"
     except Stopped:

@@ -21,7 +21,7 @@ from lockstep.metrics import MetricsFile
 from lockstep.monitor import FiniteLoss, ProgressBar, Rates, Status, on_terminal
 from lockstep.run import Run
 from lockstep.stop import Signals
-from lockstep.strategy import DDP, SingleDevice
+from lockstep.strategy import AnyStrategy
 from lockstep.tracking import Tracked
 
 
@@ -35,7 +35,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def make_trainer(
     config: Namespace,
     arguments: Namespace,
-    strategy: SingleDevice | DDP,
+    strategy: AnyStrategy,
     run: Run,
     attempt: int,
     signals: Signals,

@@ -1,0 +1,86 @@
+"""What every strategy does with data: its order, where a resumed run begins, and the weight of an uneven last batch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lockstep.order import GlobalBatches, Later, Position, Sharding, mix
+from lockstep.shards import Saved, State
+
+
+class Ordered(Strategy):
+    """What every lockstep strategy does with data: each loader goes in the run's order, and an uneven last batch counts
+    each of its samples alike."""
+
+    sharding: Sharding
+    position: Position | None = None
+    ready_order: list[int] | None = None
+    saved: Saved | None = None
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        # All ranks have drawn the same weights; from here on each draws its own dropout. Not earlier: setting up the process
+        # group, lightning seeds every rank alike.
+        torch.manual_seed(mix(self.sharding.seed, self.sharding.world.rank) >> 1)
+
+    def shards(self) -> State | None:
+        """What this rank has of weights and optimizer where they are shared out; None where rank zero has all."""
+        return None
+
+    def whole_weights(self) -> Mapping[str, Tensor]:
+        """The module's ``state_dict``; every rank must call."""
+        assert self.lightning_module is not None
+        weights: dict[str, Tensor] = self.lightning_module.state_dict()
+        return weights
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        self.saved = Saved.of(Path(checkpoint_path).parent)
+        if self.saved is not None:  # written by ZeRO
+            assert self.lightning_module is not None
+            parameters = self.lightning_module.named_parameters()
+            shapes = {name: p.shape for name, p in parameters if name not in checkpoint["state_dict"]}  # but for frozen ones
+            self.saved.refuse_other_model(shapes)
+            checkpoint["state_dict"] |= self.saved.weights(shapes)
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self.saved is not None:
+            assert self.lightning_module is not None
+            names = {id(p): name for name, p in self.lightning_module.named_parameters()}
+            checkpoint = {**checkpoint, "optimizer_states": [self.saved.optimizer_state(self.optimizers[0], names)]}
+        super().load_optimizer_state_dict(checkpoint)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        owner = type(getattr(trainer, "datamodule", None) or self.lightning_module).__name__
+        ordered = self.sharding.in_order(dataloader, owner)
+        position = self.position
+        if not (isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches)):
+            return Later(ordered, position.batch) if position else ordered
+        # Now: lightning tells the epoch only after workers have begun to fetch.
+        if position:
+            ordered.batch_sampler.order.set_epoch(position.epoch)
+            ordered.batch_sampler.start = (position.epoch, position.batch)
+        elif trainer is not None:
+            ordered.batch_sampler.order.set_epoch(trainer.current_epoch)
+        return ordered
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        weight = self._batch_weight()
+        return super().backward(closure_loss if weight == 1 else closure_loss * weight, optimizer, *args, **kwargs)
+
+    def _batch_weight(self) -> float:
+        module = self.lightning_module
+        if module is None or self.sharding.world.size == 1:
+            return 1.0
+        loader = module.trainer.train_dataloader
+        batches = getattr(loader, "batch_sampler", None)
+        return batches.weight(module.trainer.fit_loop.batch_idx) if isinstance(batches, GlobalBatches) else 1.0

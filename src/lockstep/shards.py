@@ -1,0 +1,252 @@
+"""What ZeRO has shared out, saved so that it knows no ranks: slices of each weight, and of what the optimizer keeps for it.
+
+A rank's ``shard-N.pt`` holds ``slices`` (by the parameter's name: ``start``, and one-dimensional float32 tensors: ``weight``,
+and what the optimizer keeps, such as ``exp_avg``), ``scalars`` (what the optimizer keeps once, such as ``step``), ``groups``
+(its options), the loss ``scaler`` and ``counters`` of the engine. Whoever reads takes what it needs from the files of all
+ranks: any number of ranks, any stage, and DDP.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lockstep.errors import UsageError
+
+WEIGHT = "weight"
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a parameter that is this rank's.
+
+    Attributes:
+        name: Of the parameter.
+        start, size: Of the part, in the flattened parameter.
+        read: Gives one of its tensors, by key.
+        write: Replaces one of its tensors.
+    """
+
+    name: str
+    start: int
+    size: int
+    read: Callable[[str], Tensor]
+    write: Callable[[str, Tensor], None]
+
+
+def take_shards(engine: Any, module: nn.Module) -> State:
+    """What this rank has of the weights and of the optimizer's state; tensors are the live ones."""
+    zero = engine.optimizer
+    inner = zero.optimizer
+    flats = _flats(zero)
+    kept = inner.state[flats[0]] if flats and flats[0] in inner.state else {}
+    keys = [WEIGHT, *(key for key, value in kept.items() if _is_shared(value, flats[0]))]
+    return {
+        "slices": {
+            part.name: {"start": part.start, **{key: part.read(key) for key in keys}} for part in _fragments(engine, module)
+        },
+        "scalars": {key: value for key, value in kept.items() if not _is_shared(value, flats[0])},
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups],
+        "scaler": {
+            key: value for key, value in vars(zero.loss_scaler).items() if isinstance(value, bool | int | float | str | None)
+        },
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+    }
+
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def put_shards(engine: Any, module: nn.Module, saved: "Saved") -> None:
+    """Make the weights and the optimizer's state of this rank what ``saved`` says."""
+    zero = engine.optimizer
+    inner = zero.optimizer
+    flats = _flats(zero)
+    for flat in flats:
+        inner.state[flat] = {
+            **{key: torch.zeros_like(flat) for key in saved.keys},
+            **{key: value.clone() if isinstance(value, Tensor) else value for key, value in saved.scalars.items()},
+        }
+    for part in _fragments(engine, module):
+        for key in (WEIGHT, *saved.keys):
+            part.write(key, saved.slice(part.name, key, part.start, part.size))
+    _spread(zero)
+    for group, options in zip(inner.param_groups, saved.groups, strict=bool(saved.groups)):
+        group.update(options)
+    vars(zero.loss_scaler).update(saved.scaler)
+    for name, value in saved.counters.items():
+        setattr(engine, name, value)
+
+
+def _flats(zero: Any) -> list[Tensor]:
+    """The tensors that the inner optimizer steps: this rank's part of all parameters of a group, one after the other."""
+    flats = getattr(zero, "single_partition_of_fp32_groups", None)
+    return list(zero.fp32_partitioned_groups_flat if flats is None else flats)
+
+
+def _is_shared(value: Any, flat: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == flat.shape
+
+
+def _fragments(engine: Any, module: nn.Module) -> Iterator[Fragment]:
+    for name, parameter in module.named_parameters():
+        p: Any = parameter
+        if hasattr(p, "ds_tensor"):
+            yield _of_stage_3(name, p, engine.global_rank)
+        elif getattr(p, "_hp_mapping", None) is not None:
+            yield _of_stage_1(name, p._hp_mapping, engine.optimizer)
+
+
+def _of_stage_1(name: str, mapping: Any, zero: Any) -> Fragment:
+    place, inside = mapping.lp_fragment_address, mapping.hp_fragment_address
+    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+
+    def tensor(key: str) -> Tensor:
+        # Not mapping.optim_fragment: of all groups but the first, DeepSpeed makes it before there is a state.
+        whole: Tensor = flat if key == WEIGHT else zero.optimizer.state[flat][key]
+        return whole.narrow(0, inside.start, inside.numel)
+
+    def write(key: str, value: Tensor) -> None:
+        tensor(key).data.copy_(value)
+
+    return Fragment(name, place.start, place.numel, tensor, write)
+
+
+def _of_stage_3(name: str, p: Any, rank: int) -> Fragment:
+    whole = p.ds_tensor.numel()  # with padding behind the last one
+    start = min(whole * rank, p.ds_numel)
+    size = min(whole, p.ds_numel - start)
+
+    def read(key: str) -> Tensor:
+        if not p.requires_grad:
+            return torch.as_tensor(p.ds_tensor[:size] if key == WEIGHT else p.ds_tensor[:0])
+        found: Tensor = p._z3_optimizer.get_local_fp32_param(p, None if key == WEIGHT else key)
+        return found[:size]
+
+    def write(key: str, value: Tensor) -> None:
+        if p.requires_grad:
+            padded = torch.nn.functional.pad(value, (0, whole - size))
+            p._z3_optimizer.set_local_hp_param(padded, p, None if key == WEIGHT else key)
+        if key == WEIGHT:
+            p.ds_tensor.data[:size].copy_(value)
+
+    return Fragment(name, start, size, read, write)
+
+
+def _spread(zero: Any) -> None:
+    """Make the weights that the model computes with follow from those that the optimizer steps."""
+    if hasattr(zero, "update_lp_params"):
+        zero.update_lp_params()
+
+
+class Saved:
+    """All weights and all state of the optimizer in a checkpoint, of which only what is asked for is read from disk.
+
+    Attributes:
+        shapes: Of the parameters, by name, where they are known.
+        keys: What the optimizer keeps of each element.
+        scalars, groups, scaler, counters: As in a shard.
+    """
+
+    def __init__(self, pieces: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str], **more: Any) -> None:
+        self._pieces = pieces
+        self.keys = tuple(keys)
+        self.scalars: State = more.get("scalars", {})
+        self.groups: list[State] = more.get("groups", [])
+        self.scaler: State = more.get("scaler", {})
+        self.counters: State = more.get("counters", {})
+
+    @classmethod
+    def of(cls, folder: Path) -> "Saved | None":
+        """What the shards in ``folder`` hold; None where there are none."""
+        files = sorted(folder.glob("shard-*.pt"), key=lambda path: int(path.stem.rpartition("-")[2]))
+        shards = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
+        if not shards:
+            return None
+        pieces: dict[str, list[State]] = {}
+        for shard in shards:
+            for name, piece in shard["slices"].items():
+                pieces.setdefault(name, []).append(piece)
+        keys = [key for key in next(iter(shards[0]["slices"].values())) if key not in ("start", WEIGHT)]
+        first = shards[0]
+        return cls(pieces, keys, **{name: first[name] for name in ("scalars", "groups", "scaler", "counters")})
+
+    @classmethod
+    def of_whole(cls, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None, names: Sequence[str]) -> "Saved":
+        """A checkpoint of DDP.
+
+        Args:
+            weights: Its ``state_dict``.
+            optimizer: The ``state_dict`` of its optimizer; None gives weights alone.
+            names: The parameters in the order of the optimizer.
+        """
+        pieces = {name: [{"start": 0, WEIGHT: value.reshape(-1)}] for name, value in weights.items()}
+        kept = optimizer["state"] if optimizer is not None else {}
+        first: State = next(iter(kept.values()), {})
+        keys = [key for key, value in first.items() if isinstance(value, Tensor) and value.dim() > 0]
+        for index, state in kept.items():
+            pieces[names[index]][0].update({key: state[key].reshape(-1) for key in keys})
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]] if optimizer else []
+        return cls(pieces, keys, scalars={k: v for k, v in first.items() if k not in keys}, groups=groups)
+
+    def slice(self, name: str, key: str, start: int, size: int) -> Tensor:
+        """Elements ``start`` to ``start + size`` of one tensor of a parameter.
+
+        Raises:
+            UsageError: They are not in the checkpoint.
+        """
+        found = torch.empty(size, dtype=torch.float32)
+        missing = size
+        for piece in self._pieces.get(name, ()):
+            first = max(start, piece["start"])
+            last = min(start + size, piece["start"] + piece[WEIGHT].numel())
+            if first < last:
+                found[first - start : last - start] = piece[key][first - piece["start"] : last - piece["start"]]
+                missing -= last - first
+        if missing:
+            raise UsageError(f"The checkpoint is of another model: it lacks {missing} of {size} elements of {name}.")
+        return found
+
+    def refuse_other_model(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raise UsageError, which names the first parameters that differ, if these are not those of ``shapes``."""
+        sizes = {name: sum(piece[WEIGHT].numel() for piece in pieces) for name, pieces in self._pieces.items()}
+        wrong = [
+            f"{name} has {shape.numel()} elements here, {sizes.get(name, 'none')} there"
+            for name, shape in shapes.items()
+            if sizes.get(name) != shape.numel()
+        ]
+        wrong += [f"{name} is there alone" for name in sizes if name not in shapes]
+        if wrong:
+            more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise UsageError(f"The checkpoint is of another model: {'; '.join(wrong[:3])}{more}.")
+
+    def weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """The whole weights, in float32."""
+        return {name: self.slice(name, WEIGHT, 0, shape.numel()).reshape(shape) for name, shape in shapes.items()}
+
+    def optimizer_state(self, optimizer: Optimizer, names: Mapping[int, str]) -> State:
+        """The ``state_dict`` of ``optimizer`` as DDP has it.
+
+        Args:
+            optimizer: One that has the parameters themselves.
+            names: Of the parameters, by ``id``.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {
+            index: {
+                **{key: v.clone() if isinstance(v, Tensor) else v for key, v in self.scalars.items()},
+                **{key: self.slice(names[id(p)], key, 0, p.numel()).reshape(p.shape) for key in self.keys},
+            }
+            for index, p in enumerate(parameters)
+        }
+        groups, at = [], 0
+        for group, options in zip(optimizer.param_groups, self.groups, strict=True):
+            groups.append({**options, "params": list(range(at, at + len(group["params"])))})
+            at += len(group["params"])
+        return {"state": state, "param_groups": groups}
