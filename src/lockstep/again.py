@@ -73,6 +73,8 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int
         reason, interrupted = failure.reason, False
     elif said and result.get("status") != "interrupted":
         reason, interrupted = said, False
+    elif failure is not None and result.get("status") != "interrupted":
+        reason = failure.reason  # a signal; what rank zero says is only that a peer was gone
     else:
         reason = str(result.get("reason") or f"it ended with exit status {status}")
     before = attempts(run)
