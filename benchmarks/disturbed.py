@@ -98,8 +98,8 @@ class Job:
 class Bench:
     """The cluster and the undisturbed run."""
 
-    def __init__(self, cluster: Cluster, server: WandbServer, folder: Path) -> None:
-        self.cluster, self.server, self.folder = cluster, server, folder
+    def __init__(self, cluster: Cluster, server: WandbServer, folder: Path, strategy: Sequence[str]) -> None:
+        self.cluster, self.server, self.folder, self.strategy = cluster, server, folder, strategy
         self.mounts: list[Path] = []
         self.env = os.environ | cluster.env | {"XDG_STATE_HOME": str(folder / "state")}
         self.plain = self.submit()
@@ -112,7 +112,7 @@ class Bench:
         project = Path(tempfile.mkdtemp(dir=self.folder))
         shutil.copy(REPO / "tests" / "trouble.py", project)
         mode = "online" if online else "offline"
-        return Job(self, project, ["--nodes", nodes, *CONFIG, "--wandb.mode", mode, *arguments], online)
+        return Job(self, project, ["--nodes", nodes, *CONFIG, *self.strategy, "--wandb.mode", mode, *arguments], online)
 
     def again(self, job: Job) -> Job:
         """Another job for the same run."""

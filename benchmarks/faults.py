@@ -2,6 +2,7 @@
 
     make faults                                    all rows
     python benchmarks/faults.py [--rows 1,4,5]     some of them
+    python benchmarks/faults.py --stage 3          with ZeRO
 
 Each row is one run of four ranks on four nodes, disturbed, and compared with the same run undisturbed: attempts, steps done
 twice, seconds lost, whether the weights are equal bit for bit, and whether W&B's history has every row of the undisturbed run,
@@ -107,7 +108,9 @@ def judge(row: Row, job: Job, told: dict[str, Any], plain: Job) -> tuple[list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help="numbers of rows, with commas (default: all)")
-    wanted = parser.parse_args().rows
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="DeepSpeed's ZeRO of this stage instead of DDP")
+    given = parser.parse_args()
+    wanted = given.rows
     rows = [row for row in ROWS if wanted is None or row.number in wanted.split(",")]
     partitions = [
         "debug Default=YES PriorityTier=5",
@@ -121,7 +124,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="f-") as name, WandbServer() as server:
         folder = Path(name)
         with Cluster.up(folder / "c", nodes=4, cpus=4, partitions=partitions, options=options) as cluster:
-            bench = Bench(cluster, server, folder)
+            strategy = [] if given.stage is None else ["--strategy", "deepspeed", "--deepspeed.stage", str(given.stage)]
+            bench = Bench(cluster, server, folder, strategy)
             for row in rows:
                 began = time.monotonic()
                 job = row.strike(bench)

@@ -1,10 +1,16 @@
 """ZeRO over gloo: the losses of DDP, the same weights after a kill, from any number of ranks and stage to any other."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPO, Launch
+from safetensors.torch import load_file
 from test_resume import assert_same, go_on, left_alone, trouble
+
+from lockstep.data.digits import Digits
+from lockstep.networks import MLP
 
 RUN = (
     *("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1"),
@@ -44,3 +50,90 @@ def test_from_any_strategy_and_number_of_ranks_to_any_other(launch: Launch, tmp_
         go_on(launch, run, *told, *trouble(tmp_path / str(number), "SIGTERM", step=10 + 10 * number))
     assert go_on(launch, run, *zero(1, 4)).status == 0
     assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
+
+
+def test_the_exported_file_is_as_good_as_the_run(launch: Launch, tmp_path: Path) -> None:
+    run = left_alone(launch, *RUN, *zero(3, 2))
+    out = tmp_path / "weights.safetensors"
+    command = [sys.executable, "-m", "lockstep.export", str(run.folder), "--part", "network", "--out", str(out)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith(f"{out}: ")
+    network = MLP(hidden=[64, 96])
+    network.load_state_dict(load_file(out))
+    data = Digits()
+    images, labels = data.on_after_batch_transfer(data.load("test").__getitems__(list(range(360))), 0)
+    right = int((network(images).argmax(1) == labels).sum())
+    assert right == run.result["metrics"]["test/correct"]
+
+
+@pytest.mark.parametrize("told", [["--strategy", "ddp"], zero(1, 2), zero(3, 2)])
+def test_a_run_of_zero_is_evaluated_by_any_strategy(launch: Launch, told: list[str]) -> None:
+    run = left_alone(launch, *RUN, *zero(3, 2))
+    tested = launch("test", *RUN, *told, "--ckpt_path", str(run.folder))
+    assert tested.status == 0
+    assert tested.result["metrics"]["test/correct"] == run.result["metrics"]["test/correct"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--deepspeed.stage", "4"], "deepspeed.stage: '4' is not valid: expected one of 1, 2, 3."),
+        (["--deepspeed.offload_parameters", "cpu"], "deepspeed.offload_parameters: 'cpu' needs deepspeed.stage 3; it is 2."),
+        (
+            ["--deepspeed.stage=3", "--deepspeed.offload_optimizer=nvme"],
+            "deepspeed.nvme_path: must be set for deepspeed.",
+        ),
+        (
+            ["--deepspeed.stage=3", "--deepspeed.offload_optimizer=nvme", "--deepspeed.nvme_path=/nowhere"],
+            "deepspeed.nvme_path: /nowhere is no folder on ",
+        ),
+        (["--deepspeed.config", "nowhere.json"], "deepspeed.config: nowhere.json cannot be read as JSON (No such file"),
+        (
+            ["--trainer.callbacks+=EMAWeightAveraging"],
+            "trainer.callbacks: EMAWeightAveraging copies the weights",
+        ),
+        (["--trainer.gradient_clip_val=1", "--trainer.gradient_clip_algorithm=value"], "DeepSpeed does not support clipping"),
+        (
+            ["--model", "trouble.TwoOptimizers", "--data", "trouble.Points"],
+            "DeepSpeed currently only supports single",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told(launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
+    assert launch("--strategy", "deepspeed", *arguments).status in (1, 2)
+    assert sentence in capfd.readouterr().err
+
+
+def test_what_the_trainer_knows_may_not_stand_in_a_json(
+    launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.json"
+    for text, ours in (
+        ('{"train_batch_size": 4}', "train_batch_size (4) in {} is decided by data.batch_size"),
+        ('{"zero_optimization": {"stage": 1}}', "zero_optimization.stage (1) in {} is decided by deepspeed.stage"),
+        ('{"bf16": {"enabled": true}}', "bf16.enabled (True) in {} is decided by trainer.precision"),
+    ):
+        own.write_text(text)
+        assert launch("--strategy", "deepspeed", "--deepspeed.config", str(own)).status == 2
+        assert ours.format(own) in capfd.readouterr().err
+    own.write_text('{"zero_optimization": {"round_robin_gradients": true}}')
+    assert launch(*RUN, *zero(1, 2), "--trainer.max_epochs", "1", "--deepspeed.config", str(own)).status == 0
+
+
+def test_a_checkpoint_of_another_model_names_what_differs(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    run = left_alone(launch, *RUN, *zero(1, 2))
+    for told in (["--strategy", "ddp"], zero(2, 2)):
+        other = launch(*RUN, *told, "--model.network.hidden", "[64,32]", "--ckpt_path", str(run.folder))
+        assert other.status == 2
+        assert "of another model: network.4.weight is [32, 64] here and [96, 64] there" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--deepspeed.offload_optimizer", "cpu", "--deepspeed.offload_parameters", "cpu"], ["--trainer.precision", "bf16-mixed"]],
+)
+def test_offload_and_half_precision_go_on_bit_for_bit(launch: Launch, tmp_path: Path, more: list[str]) -> None:
+    told = (*RUN, *zero(3, 2), *more, "--trainer.gradient_clip_val", "1", "--trainer.max_epochs", "2")
+    undisturbed = left_alone(launch, *told)
+    assert undisturbed.result["metrics"]["test/accuracy"] > 0.8
+    killed = launch(*told, *trouble(tmp_path / "once", "SIGKILL", step=17, rank=1))
+    assert_same(go_on(launch, killed), undisturbed)

@@ -66,6 +66,15 @@ class Own(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss"}}
 
 
+class TwoOptimizers(Own):
+    """One for each layer."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.layers[0], self.layers[3])]
+
+
 class Points(LightningDataModule):
     """Noisy points of a plane, with a worker."""
 

@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 import torch
 
 from lockstep.disk import flush, write_whole
+from lockstep.errors import UsageError
 from lockstep.state import on_cpu
 from lockstep.world import World
 
@@ -93,6 +94,24 @@ def read(folder: Path, complain: Callable[[str], None] = log.warning) -> Checkpo
 def newest(checkpoints: Path, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
     """The newest whole checkpoint of a run."""
     return next((found for folder in folders(checkpoints) if (found := read(folder, complain))), None)
+
+
+def find_checkpoint(command: str, path: str | None) -> Checkpoint | Path | None:
+    """The checkpoint at ``path``: a file of lightning's, one of a run's, or the newest whole one of a run folder.
+
+    Raises:
+        UsageError: There is none, or ``command`` is to evaluate and no path is given.
+    """
+    if path is None:
+        if command != "fit":
+            raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
+        return None
+    place = Path(path)
+    folder = place.parent if place.name == MODEL else place
+    found = read(folder) if (folder / MANIFEST).exists() else newest(place / "checkpoints")
+    if found is None and not place.is_file():
+        raise UsageError(f"ckpt_path: {path} is no whole checkpoint, nor a run folder with one below checkpoints/.")
+    return found or place
 
 
 class Writer:

@@ -18,7 +18,9 @@ def freeze(arguments: Sequence[str], code: Code, run: Path, secrets: tuple[str, 
     follows = ""
     for argument in arguments:
         name, equals, value = argument.partition("=") if argument.startswith("--") else (follows, "", argument)
-        may_be = name == "--config" or (name.startswith("--") and "." not in name and _FILE.search(value))
+        may_be = name in ("--config", "--deepspeed.config") or (
+            name.startswith("--") and "." not in name and _FILE.search(value)
+        )
         is_file = may_be and Path(value).is_file()
         copy = str(_copy(Path(value), code, run / "configs", secrets)) if is_file else value
         frozen.append(f"{name}={copy}" if equals else copy if not argument.startswith("--") else argument)

@@ -128,10 +128,14 @@ class Classifier(LightningModule):
             self.network.compile()  # in place: the names in a checkpoint stay as they are
         self.scores = nn.ModuleDict({f"{stage}_scores": Scores(num_classes) for stage in ("train", "val", "test")})
 
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        """That of the network's weights, which ZeRO may have made smaller than the module knows."""
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of ``images`` (B, C, H, W)."""
-        assert isinstance(self.dtype, torch.dtype)
-        logits: Tensor = self.network(images.to(dtype=self.dtype, memory_format=self.memory_format))
+        logits: Tensor = self.network(images.to(dtype=self._input_dtype, memory_format=self.memory_format))
         return logits
 
     def setup(self, stage: str) -> None:

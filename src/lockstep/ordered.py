@@ -48,7 +48,7 @@ class Ordered(Strategy):
             parameters = self.lightning_module.named_parameters()
             shapes = {name: p.shape for name, p in parameters if name not in checkpoint["state_dict"]}  # but for frozen ones
             self.saved.refuse_other_model(shapes)
-            checkpoint["state_dict"] |= self.saved.weights(shapes)
+            checkpoint["state_dict"] |= self.saved.weights()
         return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 from lockstep.errors import UsageError
 from lockstep.flags import Nodes
+from lockstep.options import DeepSpeedOptions
 from lockstep.profile import Profile
+from lockstep.zero_config import deepspeed_config
 
 
 def refuse_folders(root: Path, name: str, here: Path) -> None:
@@ -31,6 +33,13 @@ def refuse_missing_checkpoint(command: str, path: str | None, sweep: Mapping[str
             raise UsageError(f"ckpt_path: there is no {place}; give a checkpoint, or a run folder.")
     if command != "fit" and path is None and "ckpt_path" not in sweep:
         raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
+
+
+def refuse_contradictions(config: Mapping[str, Any]) -> None:
+    """Raise UsageError about options of DeepSpeed that contradict each other, or its own JSON."""
+    if config["strategy"] == "deepspeed":
+        files = {name: Path(value) for name, value in config["deepspeed"].items() if name in ("nvme_path", "config") and value}
+        deepspeed_config(DeepSpeedOptions(**{**config["deepspeed"], **files}))
 
 
 def refuse_misfits(config: Mapping[str, Any], profile: Profile, nodes: Nodes) -> None:

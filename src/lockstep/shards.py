@@ -28,12 +28,14 @@ class Fragment:
 
     Attributes:
         name: Of the parameter.
+        shape: Of the whole parameter.
         start, size: Of the part, in the flattened parameter.
         read: Gives one of its tensors, by key.
         write: Replaces one of its tensors.
     """
 
     name: str
+    shape: list[int]
     start: int
     size: int
     read: Callable[[str], Tensor]
@@ -49,7 +51,8 @@ def take_shards(engine: Any, module: nn.Module) -> State:
     keys = [WEIGHT, *(key for key, value in kept.items() if _is_shared(value, flats[0]))]
     return {
         "slices": {
-            part.name: {"start": part.start, **{key: part.read(key) for key in keys}} for part in _fragments(engine, module)
+            part.name: {"start": part.start, "shape": part.shape, **{key: part.read(key) for key in keys}}
+            for part in _fragments(engine, module)
         },
         "scalars": {key: value for key, value in kept.items() if not _is_shared(value, flats[0])},
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups],
@@ -100,10 +103,11 @@ def _fragments(engine: Any, module: nn.Module) -> Iterator[Fragment]:
         if hasattr(p, "ds_tensor"):
             yield _of_stage_3(name, p, engine.global_rank)
         elif getattr(p, "_hp_mapping", None) is not None:
-            yield _of_stage_1(name, p._hp_mapping, engine.optimizer)
+            yield _of_stage_1(name, p, engine.optimizer)
 
 
-def _of_stage_1(name: str, mapping: Any, zero: Any) -> Fragment:
+def _of_stage_1(name: str, p: Any, zero: Any) -> Fragment:
+    mapping = p._hp_mapping
     place, inside = mapping.lp_fragment_address, mapping.hp_fragment_address
     flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
 
@@ -115,7 +119,7 @@ def _of_stage_1(name: str, mapping: Any, zero: Any) -> Fragment:
     def write(key: str, value: Tensor) -> None:
         tensor(key).data.copy_(value)
 
-    return Fragment(name, place.start, place.numel, tensor, write)
+    return Fragment(name, list(p.shape), place.start, place.numel, tensor, write)
 
 
 def _of_stage_3(name: str, p: Any, rank: int) -> Fragment:
@@ -136,7 +140,7 @@ def _of_stage_3(name: str, p: Any, rank: int) -> Fragment:
         if key == WEIGHT:
             p.ds_tensor.data[:size].copy_(value)
 
-    return Fragment(name, start, size, read, write)
+    return Fragment(name, list(p.ds_shape), start, size, read, write)
 
 
 def _spread(zero: Any) -> None:
@@ -149,13 +153,14 @@ class Saved:
     """All weights and all state of the optimizer in a checkpoint, of which only what is asked for is read from disk.
 
     Attributes:
-        shapes: Of the parameters, by name, where they are known.
+        shapes: Of the parameters, by name.
         keys: What the optimizer keeps of each element.
         scalars, groups, scaler, counters: As in a shard.
     """
 
     def __init__(self, pieces: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str], **more: Any) -> None:
         self._pieces = pieces
+        self.shapes = {name: torch.Size(parts[0]["shape"]) for name, parts in pieces.items()}
         self.keys = tuple(keys)
         self.scalars: State = more.get("scalars", {})
         self.groups: list[State] = more.get("groups", [])
@@ -173,7 +178,7 @@ class Saved:
         for shard in shards:
             for name, piece in shard["slices"].items():
                 pieces.setdefault(name, []).append(piece)
-        keys = [key for key in next(iter(shards[0]["slices"].values())) if key not in ("start", WEIGHT)]
+        keys = [key for key in next(iter(shards[0]["slices"].values())) if key not in ("start", "shape", WEIGHT)]
         first = shards[0]
         return cls(pieces, keys, **{name: first[name] for name in ("scalars", "groups", "scaler", "counters")})
 
@@ -186,7 +191,7 @@ class Saved:
             optimizer: The ``state_dict`` of its optimizer; None gives weights alone.
             names: The parameters in the order of the optimizer.
         """
-        pieces = {name: [{"start": 0, WEIGHT: value.reshape(-1)}] for name, value in weights.items()}
+        pieces = {name: [{"start": 0, "shape": value.shape, WEIGHT: value.reshape(-1)}] for name, value in weights.items()}
         kept = optimizer["state"] if optimizer is not None else {}
         first: State = next(iter(kept.values()), {})
         keys = [key for key, value in first.items() if isinstance(value, Tensor) and value.dim() > 0]
@@ -215,20 +220,23 @@ class Saved:
 
     def refuse_other_model(self, shapes: Mapping[str, torch.Size]) -> None:
         """Raise UsageError, which names the first parameters that differ, if these are not those of ``shapes``."""
-        sizes = {name: sum(piece[WEIGHT].numel() for piece in pieces) for name, pieces in self._pieces.items()}
         wrong = [
-            f"{name} has {shape.numel()} elements here, {sizes.get(name, 'none')} there"
+            f"{name} is {list(shape)} here and {list(self.shapes[name]) if name in self.shapes else 'not'} there"
             for name, shape in shapes.items()
-            if sizes.get(name) != shape.numel()
+            if self.shapes.get(name) != shape
         ]
-        wrong += [f"{name} is there alone" for name in sizes if name not in shapes]
+        wrong += [f"{name} is {list(shape)} there and not here" for name, shape in self.shapes.items() if name not in shapes]
         if wrong:
             more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UsageError(f"The checkpoint is of another model: {'; '.join(wrong[:3])}{more}.")
 
-    def weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The whole weights, in float32."""
-        return {name: self.slice(name, WEIGHT, 0, shape.numel()).reshape(shape) for name, shape in shapes.items()}
+        return {name: self.whole(name) for name in self.shapes}
+
+    def whole(self, name: str) -> Tensor:
+        """One whole weight, in float32."""
+        return self.slice(name, WEIGHT, 0, self.shapes[name].numel()).reshape(self.shapes[name])
 
     def optimizer_state(self, optimizer: Optimizer, names: Mapping[int, str]) -> State:
         """The ``state_dict`` of ``optimizer`` as DDP has it.

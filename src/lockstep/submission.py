@@ -20,7 +20,7 @@ from lockstep.errors import UsageError
 from lockstep.flags import Nodes, python_path
 from lockstep.frozen import files_in, freeze, refuse_ignored
 from lockstep.job import TrainJob
-from lockstep.possible import refuse_folders, refuse_misfits, refuse_missing_checkpoint
+from lockstep.possible import refuse_contradictions, refuse_folders, refuse_misfits, refuse_missing_checkpoint
 from lockstep.profile import Profile
 from lockstep.queue import Queued, record
 from lockstep.run import Run, git_state, new_identity
@@ -118,6 +118,7 @@ class Submission:
         refuse_folders(root, name, here)
         has_command = bool(arguments) and not arguments[0].startswith("-")
         refuse_missing_checkpoint(arguments[0] if has_command else "fit", config["ckpt_path"], sweep or {})
+        refuse_contradictions(config)
         refuse_misfits(config, profile, nodes)
         return cls(
             command=arguments[0] if has_command else "fit",

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lockstep.checkpoint import MANIFEST, MODEL, Checkpoint, newest, read
+from lockstep.checkpoint import Checkpoint, find_checkpoint, newest
 from lockstep.config import as_text, make_objects, parse
 from lockstep.disk import replace_text, write_whole
 from lockstep.errors import Interrupted, LockstepError, RunError, Stopped, UsageError
@@ -216,24 +216,6 @@ def carry_out(
     except MisconfigurationException as error:
         raise RunError(" ".join(str(error).split())) from error
     return {name: float(value) for name, value in sorted(metrics.items())}
-
-
-def find_checkpoint(command: str, path: str | None) -> Checkpoint | Path | None:
-    """The checkpoint at ``path``: a file of lightning's, one of a run's, or the newest whole one of a run folder.
-
-    Raises:
-        UsageError: There is none, or ``command`` is to evaluate and no path is given.
-    """
-    if path is None:
-        if command != "fit":
-            raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
-        return None
-    place = Path(path)
-    folder = place.parent if place.name == MODEL else place
-    found = read(folder) if (folder / MANIFEST).exists() else newest(place / "checkpoints")
-    if found is None and not place.is_file():
-        raise UsageError(f"ckpt_path: {path} is no whole checkpoint, nor a run folder with one below checkpoints/.")
-    return found or place
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:

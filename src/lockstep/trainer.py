@@ -8,7 +8,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import Logger
 
@@ -23,6 +23,7 @@ from lockstep.run import Run
 from lockstep.stop import Signals
 from lockstep.strategy import AnyStrategy
 from lockstep.tracking import Tracked
+from lockstep.zero import DeepSpeed
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -54,6 +55,11 @@ def make_trainer(
     """
     given: dict[str, Any] = vars(arguments).copy()
     callbacks = _as_list(given.pop("callbacks"))
+    if isinstance(strategy, DeepSpeed):
+        for callback in callbacks:
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                name = type(callback).__name__
+                raise UsageError(f"trainer.callbacks: {name} copies the weights, which ZeRO shares out; use strategy ddp.")
     own_bar = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
     bar = given.pop("enable_progress_bar")
     bar = own_bar or on_terminal() if bar is None else bar

@@ -289,6 +289,15 @@ def test_slurm_and_local_give_the_same_weights(shell: Shell) -> None:
     assert json.loads((local / "result.json").read_text())["weights_sha256"] == job.result["weights_sha256"]
 
 
+def test_zero_3_trains_as_a_job_of_four_nodes(shell: Shell) -> None:
+    presets = ("--config", str(REPO / "configs/digits.yaml"), "--config", str(REPO / "configs/deepspeed_zero3.yaml"))
+    job = shell.submit("--nodes", "4", *presets, "--profile", "one-machine")
+    assert job.wait(seconds=120)["exit"] == 0, job.log()
+    assert job.result["metrics"]["test/accuracy"] >= 0.97 and job.result["world_size"] == 4
+    assert len(list(job.folder.glob("checkpoints/step-*/shard-*.pt"))) >= 4
+    assert len(list(job.folder.glob("wandb/*run-*"))) == 1
+
+
 def test_a_sweep_is_one_job_one_group_and_one_table(shell: Shell) -> None:
     sweep = ("--sweep", "model.seconds=0,0.001,0.002", "--sweep", "seed_everything=1,2")
     job = shell.submit("--config", "subject.yaml", *sweep, WANDB_MODE="offline")

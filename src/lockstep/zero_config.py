@@ -1,0 +1,91 @@
+"""DeepSpeed's own config, from the options of a run. No torch here: contradictions are told before anything is queued."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import UsageError
+from lockstep.options import DeepSpeedOptions
+
+_KNOWN = {
+    "train_batch_size": "data.batch_size",
+    "train_micro_batch_size_per_gpu": "data.batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "gradient_clipping": "trainer.gradient_clip_val",
+    "fp16.enabled": "trainer.precision",
+    "bf16.enabled": "trainer.precision",
+    "optimizer": "model.optimizer",
+    "scheduler": "model.schedule",
+    "zero_optimization.stage": "deepspeed.stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
+    "zero_optimization.overlap_comm": "deepspeed.overlap_comm",
+    "zero_optimization.reduce_bucket_size": "deepspeed.bucket_size",
+}
+"""Keys of DeepSpeed's JSON that say what a key of ours says."""
+
+
+def deepspeed_config(options: DeepSpeedOptions) -> dict[str, Any]:
+    """DeepSpeed's own config: what the options say, and a user's JSON with what they do not.
+
+    Raises:
+        UsageError: The options contradict each other, or the JSON says what another key says.
+    """
+    zero: dict[str, Any] = {
+        "stage": options.stage,
+        "overlap_comm": options.overlap_comm,
+        "reduce_bucket_size": options.bucket_size,
+        "allgather_bucket_size": options.bucket_size,
+        "contiguous_gradients": True,
+    }
+    for key, place, name in (
+        ("offload_optimizer", options.offload_optimizer, "offload_optimizer"),
+        ("offload_param", options.offload_parameters, "offload_parameters"),
+    ):
+        if place == "none":
+            continue
+        if name == "offload_parameters" and options.stage != 3:
+            raise UsageError(f"deepspeed.offload_parameters: {place!r} needs deepspeed.stage 3; it is {options.stage}.")
+        if place == "nvme" and options.stage != 3:
+            raise UsageError(f"deepspeed.{name}: 'nvme' needs deepspeed.stage 3; it is {options.stage}.")
+        zero[key] = {"device": place}
+        if place == "nvme":
+            if options.nvme_path is None:
+                raise UsageError(f"deepspeed.nvme_path: must be set for deepspeed.{name} {place!r}: a folder on a local disk.")
+            zero[key]["nvme_path"] = str(options.nvme_path)
+    own = {
+        "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own count of samples needs it
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "activation_checkpointing": {
+            "partition_activations": options.partition_activations,
+            "cpu_checkpointing": options.cpu_checkpointing,
+        },
+    }
+    return _merged(own, _read(options.config)) if options.config else own
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"deepspeed.config: {path} cannot be read as JSON ({reason}).") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"deepspeed.config: {path} must hold keys with values.")
+    for name, ours in _KNOWN.items():
+        value: Any = content
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            raise UsageError(f"deepspeed.config: {name} ({value!r}) in {path} is decided by {ours}; take it out of the file.")
+    return content
+
+
+def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in more.items():
+        merged[key] = _merged(merged[key], value) if isinstance(merged.get(key), dict) and isinstance(value, dict) else value
+    return merged
