@@ -128,13 +128,20 @@ def main() -> None:
             bench = Bench(cluster, server, folder, strategy)
             for row in rows:
                 began = time.monotonic()
-                job = row.strike(bench)
-                told = job.end()
-                cells, is_good = judge(row, job, told, bench.plain)
-                table.add_row(row.number, row.name, *cells, told["state"])
+                try:
+                    job = row.strike(bench)
+                    told = job.end()
+                    cells, is_good = judge(row, job, told, bench.plain)
+                except SystemExit as error:
+                    cells, is_good, told = [str(error)], False, {"state": "", "attempts": []}
+                cells = [*cells, *[""] * (5 - len(cells)), told["state"]]
+                table.add_row(row.number, row.name, *cells)
                 bad += not is_good
                 reasons = [attempt["reason"] for attempt in told["attempts"] if attempt["reason"]]
-                print(f"{time.monotonic() - began:.0f} s, {row.number}: {row.name}: {told['state']} {reasons}", file=sys.stderr)
+                print(
+                    f"{time.monotonic() - began:.0f} s | {row.number} | {row.name} | {' | '.join(cells)} | {reasons}",
+                    file=sys.stderr,
+                )
             for disk in bench.mounts:
                 subprocess.run(["umount", "--lazy", str(disk)], check=True)
     Console(width=150).print(table)

@@ -175,7 +175,9 @@ class _Patience:
 
     def lasts(self, said: str) -> bool:
         """Whether to ask again after Slurm's commands have ``said`` that; waits a moment."""
-        if not self._SILENT.search(said) or time.monotonic() > self._began + _PATIENCE_SECONDS:
+        # A controller that has just come back does not know its nodes yet.
+        is_new = self._told and "node configuration is not available" in said
+        if not (self._SILENT.search(said) or is_new) or time.monotonic() > self._began + _PATIENCE_SECONDS:
             return False
         if not self._told:
             print(f"Slurm does not answer; it is asked again for {_PATIENCE_SECONDS:.0f} s.", file=sys.stderr, flush=True)
