@@ -52,9 +52,9 @@ def folder_run(root: Path, *more: str) -> list[str]:
             ["--model.schedule", "cosin"],
             "model.schedule: 'cosin' is not valid: expected one of 'constant', 'cosine', 'step'; did",
         ),
-        (["--strategy", "dp"], "strategy: 'dp' is not valid: expected one of 'ddp'"),
+        (["--strategy", "dp"], "strategy: 'dp' is not valid: expected one of 'ddp', 'deepspeed'"),
         (["--trainer.devices", "2"], "trainer.devices (value 2): is not for a config; the launcher decides it"),
-        (["--trainer.strategy", "ddp"], "trainer.strategy (value ddp): is not for a config; set strategy (ddp)"),
+        (["--trainer.strategy", "ddp"], "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)"),
         (["--model", "nowhere.Model"], "model: nowhere.Model does not exist (No module named 'nowhere')"),
         (
             ["--model", "lockstep.module.Classifer"],
@@ -119,7 +119,7 @@ def test_error_in_a_config_file_names_the_key(launch: Launch, tmp_path: Path, ca
     assert "trainer.max_epoch (value 1): there is no such key; did you mean 'trainer.max_epochs'" in capfd.readouterr().err
     mine.write_text("trainer: {strategy: ddp}\n")
     assert launch("--config", str(mine)).status == USAGE
-    assert "trainer.strategy (value ddp): is not for a config; set strategy (ddp)" in capfd.readouterr().err
+    assert "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)" in capfd.readouterr().err
     mine.write_text("trainer: [\n")
     assert launch("--config", str(mine)).status == USAGE
     assert f"config: {mine} is no valid YAML" in capfd.readouterr().err

@@ -36,9 +36,11 @@ def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_passes(path: Path) -> None:
-    config = check(["--config", str(path)])
-    assert config["run"]["name"] == path.stem
+    is_addition = path.stem.startswith("deepspeed_")
+    config = check([*(DIGITS if is_addition else ()), "--config", str(path)])
+    assert config["run"]["name"] == ("digits" if is_addition else path.stem)
     assert config["model"]["class_path"] == "lockstep.module.Classifier"
+    assert config["strategy"] == ("deepspeed" if is_addition else "ddp")
 
 
 def readme_commands() -> list[str]:
@@ -124,7 +126,7 @@ NO_KEY = [  # (arguments after the default config, sentence); both the check and
     (["--run.name.x", "1"], "run.name"),
     (["--trainer.max_epochs+=1"], "trainer.max_epochs+"),
     (["--trainer.devices", "2"], "trainer.devices (value 2): is not for a config; the launcher decides it"),
-    (["--trainer.strategy=ddp"], "trainer.strategy (value ddp): is not for a config; set strategy (ddp)"),
+    (["--trainer.strategy=ddp"], "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)"),
     (["--config", "nowhere.yaml"], "config: there is no file nowhere.yaml"),
     (["--config", str(REPO / "configs")], "is a folder, not a file."),
 ]
@@ -137,7 +139,7 @@ WRONG_VALUE = [
     (["--trainer.deterministic=wran"], "trainer.deterministic: 'wran' is not valid: expected bool or one of 'warn' or null"),
     (["--wandb.mode", "onlin"], "wandb.mode: 'onlin' is not valid: expected one of 'auto', 'online'"),
     (["--wandb.tags", "a"], "wandb.tags: 'a' is not valid: expected list."),
-    (["--strategy", "dp"], "strategy: 'dp' is not valid: expected one of 'ddp'"),
+    (["--strategy", "dp"], "strategy: 'dp' is not valid: expected one of 'ddp', 'deepspeed'"),
     (["--run.test", "1"], "run.test: '1' is not valid: expected bool."),
     (["--run", "5"], "run"),
     (["--seed_everything", "x"], "seed_everything: 'x' is not valid: expected int."),
@@ -224,7 +226,7 @@ NO_KEY_IN_FILE = [
     ("trainr: {max_epochs: 1}", "trainr (value {'max_epochs': 1}): there is no such key; did you mean 'trainer"),
     ("trainer: {max_epoch: 1}", "trainer.max_epoch (value 1): there is no such key; did you mean 'trainer.max_epochs'"),
     ("trainer.max_epoch: 1", "trainer.max_epoch"),
-    ("trainer: {strategy: ddp}", "trainer.strategy (value ddp): is not for a config; set strategy (ddp)"),
+    ("trainer: {strategy: ddp}", "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)"),
     ("trainer:\nrun: {name: a}", "trainer: must hold keys with values; it holds nothing."),
     ("run: 5", "run: must hold keys with values; it holds 5."),
     ("run: {name: 5}", "run.name: '5' is not valid: expected str."),

@@ -10,7 +10,8 @@ from lockstep.config import completion, make_parser, parse
 from lockstep.data.base import ImageData
 from lockstep.errors import UsageError
 
-CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+CONFIGS = [*sorted((REPO / "configs").glob("[!d]*.yaml")), REPO / "configs/digits.yaml"]
+ADDITIONS = sorted((REPO / "configs").glob("deepspeed_*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -31,6 +32,15 @@ def test_every_config_trains_two_steps(path: Path, launch: Launch, tmp_path: Pat
     config["trainer"] |= {"max_steps": 2, "max_epochs": 1, "log_every_n_steps": 1}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     run = launch("--config", str(tmp_path / "small.yaml"))
+    assert (run.status, run.result["global_step"]) == (0, 2)
+
+
+@pytest.mark.parametrize("path", ADDITIONS, ids=lambda path: path.stem)
+def test_every_addition_goes_with_every_config(path: Path, launch: Launch) -> None:
+    for experiment in CONFIGS:
+        _, config = parse(["--config", str(experiment), "--config", str(path)])
+        assert (config.run.name, config.strategy) == (experiment.stem, "deepspeed")
+    run = launch("--config", str(CONFIGS[-1]), "--config", str(path), "--trainer.max_steps", "2", "--run.test", "false")
     assert (run.status, run.result["global_step"]) == (0, 2)
 
 
