@@ -5,6 +5,7 @@ import os
 # The ranks are forked from this process, and a thread pool does not survive a fork: torch must not make one.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on CPUs, whatever the machine has
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import csv
 import json

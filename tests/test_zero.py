@@ -1,5 +1,6 @@
 """ZeRO over gloo: the losses of DDP, the same weights after a kill, from any number of ranks and stage to any other."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,12 @@ RUN = (
     *("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1"),
     *("--model.network", "lockstep.networks.MLP", "--model.network.hidden", "[64,96]", "--checkpoint.every_n_steps", "7"),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """DeepSpeed once, and not once in each forked rank."""
+    importlib.import_module("deepspeed")
 
 
 def zero(stage: int, ranks: int) -> list[str]:
