@@ -38,6 +38,7 @@ def test_losses_are_those_of_ddp(launch: Launch, stage: int, ranks: int) -> None
     assert run.status == 0
     assert run.series("train/loss")[:50] == pytest.approx(ddp.series("train/loss")[:50], abs=1e-5)
     assert run.result["metrics"]["test/correct"] == ddp.result["metrics"]["test/correct"]
+    assert run.series("optim/grad_norm")[:50] == pytest.approx(ddp.series("optim/grad_norm")[:50], rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

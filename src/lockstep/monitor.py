@@ -109,8 +109,9 @@ class Rates(Callback):
         }
         if trainer.optimizers:
             values["optim/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if self._norm is not None:
-            values["optim/grad_norm"] = self._norm
+        strategy: Any = trainer.strategy
+        if (norm := strategy.global_norm() if self._norm is None else self._norm) is not None:
+            values["optim/grad_norm"] = norm
         pl_module.log_dict(values, batch_size=1)
         self._samples = self._steps = 0
         self._elapsed = 0.0

@@ -34,6 +34,10 @@ class Ordered(Strategy):
         """What this rank has of weights and optimizer where they are shared out; None where rank zero has all."""
         return None
 
+    def global_norm(self) -> Tensor | float | None:
+        """The gradient's 2-norm before clipping at the newest step, where the strategy alone knows it."""
+        return None
+
     def whole_weights(self) -> Mapping[str, Tensor]:
         """The module's ``state_dict``; every rank must call."""
         assert self.lightning_module is not None

@@ -74,6 +74,10 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         assert self.lightning_module is not None
         return take_shards(self.deepspeed_engine, self.lightning_module)
 
+    def global_norm(self) -> Tensor | float | None:
+        norm: Tensor | float | None = self.deepspeed_engine.get_global_grad_norm()
+        return norm
+
     def whole_weights(self) -> Mapping[str, Tensor]:
         import deepspeed
 
