@@ -50,6 +50,31 @@ def test_a_killed_run_ends_with_the_same_weights(launch: Launch, tmp_path: Path,
     assert_same(go_on(launch, killed), undisturbed)
 
 
+def test_accumulated_gradients_are_those_of_ddp(launch: Launch, tmp_path: Path) -> None:
+    accumulated = (*RUN, "--trainer.accumulate_grad_batches", "2")
+    ddp, undisturbed = launch(*accumulated), launch(*accumulated, *zero(1, 2))
+    assert undisturbed.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
+    killed = launch(*accumulated, *zero(1, 2), *trouble(tmp_path / "once", "SIGKILL", step=17, rank=1))
+    assert_same(go_on(launch, killed), undisturbed)
+
+
+def test_ones_own_module(launch: Launch, tmp_path: Path) -> None:
+    own = (
+        "--model",
+        "trouble.Own",
+        "--data",
+        "trouble.Points",
+        "--trainer.max_epochs",
+        "4",
+        "--trainer.log_every_n_steps",
+        "6",
+    )
+    own = (*own, "--checkpoint.every_n_steps", "6", *zero(3, 2))
+    undisturbed = launch(*own)
+    killed = launch(*own, *trouble(tmp_path / "once", "SIGKILL", step=33))
+    assert_same(go_on(launch, killed), undisturbed)
+
+
 def test_from_any_strategy_and_number_of_ranks_to_any_other(launch: Launch, tmp_path: Path) -> None:
     ddp = left_alone(launch, *RUN)
     run = launch(*RUN, *zero(3, 4), *trouble(tmp_path / "0", "SIGTERM", step=10))

@@ -74,6 +74,12 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         assert self.lightning_module is not None
         return take_shards(self.deepspeed_engine, self.lightning_module)
 
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # lightning divides the loss by the batches that are accumulated, and DeepSpeed does it once more.
+        assert self.lightning_module is not None
+        batches = self.lightning_module.trainer.accumulate_grad_batches
+        return super().backward(closure_loss if batches == 1 else closure_loss * batches, optimizer, *args, **kwargs)
+
     def global_norm(self) -> Tensor | float | None:
         norm: Tensor | float | None = self.deepspeed_engine.get_global_grad_norm()
         return norm
