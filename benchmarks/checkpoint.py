@@ -74,7 +74,7 @@ def measure(megabytes: int, rounds: int, root: Path) -> None:
 
         def save(keeper: keep.Keeper, trainer: Trainer, name: str = name) -> None:
             if keeper.writer is not None:
-                keeper.writer.wait()  # not a part of this save: the one before
+                keeper.writer.settle(lambda number: number)  # not a part of this save: the one before
             timed(name, lambda: own(keeper, trainer))
 
         keep.Keeper.save = save

@@ -104,7 +104,7 @@ def trouble(
     what: str, *arguments: str, once: bool = True, where: str = "on_train_batch_end", step: int = 57, rank: int = 1
 ) -> Strike:
     """Something that a callback does."""
-    given = {"what": what, "once": "once" if once else "/proc/never", "where": where, "step": step, "rank": rank}
+    given = {"what": what, "once": "once" if once else "null", "where": where, "step": step, "rank": rank}
     more = ["--trainer.callbacks+=trouble.Trouble", *(f"--trainer.callbacks.{name}={value}" for name, value in given.items())]
     return lambda bench: bench.submit(*arguments, *more)
 
@@ -169,7 +169,7 @@ def kill_wandb(bench: Bench) -> Job:
     """SIGKILL of W&B's service."""
     job = bench.submit()
     job.wait_for_step(57)
-    subprocess.run(["pkill", "-KILL", "-P", str(job.ranks()[0]), "wandb-core"], check=False)
+    subprocess.run(["pkill", "-KILL", "-P", str(job.ranks()[0]), "wandb-core"], check=True)
     return job
 
 
@@ -288,6 +288,8 @@ def random_kills(*arguments: str) -> Strike:
                     os.kill(pid, signal.SIGKILL)
                     kills += 1
                     print(f"  kill {kills}: {name}", file=sys.stderr)
+        if kills < 20:
+            raise SystemExit(f"only {kills} processes were killed before the run was over")
         return job
 
     return strike

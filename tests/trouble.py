@@ -15,22 +15,28 @@ from torchmetrics import MeanMetric
 
 
 class Trouble(Callback):
-    """Does ``what`` on a rank the first time that hook ``where`` is called from ``step`` on; the file ``once`` says it has."""
+    """Does ``what`` on a rank the first time that hook ``where`` is called from ``step`` on; the file ``once`` says it has.
 
-    def __init__(self, what: str, once: str, where: str = "on_train_batch_end", step: int = 0, rank: int = 0) -> None:
-        self.what, self.once, self.step, self.rank = what, Path(once), step, rank
+    Without ``once`` it does it each time.
+    """
+
+    def __init__(self, what: str, once: str | None, where: str = "on_train_batch_end", step: int = 0, rank: int = 0) -> None:
+        self.what, self.once, self.step, self.rank = what, Path(once) if once else None, step, rank
         setattr(self, where, self.strike)
 
     def strike(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        if trainer.global_rank != self.rank or trainer.global_step < self.step or trainer.sanity_checking or self.once.exists():
+        if trainer.global_rank != self.rank or trainer.global_step < self.step or trainer.sanity_checking:
             return
-        self.once.touch()
+        if self.once is not None:
+            if self.once.exists():
+                return
+            self.once.touch()
         if self.what == "raise":
             raise ValueError("told to")
         if self.what == "wandb":
             subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=True)
         elif self.what == "pause":  # until somebody says that it is over
-            while not self.once.with_suffix(".over").exists():
+            while self.once is not None and not self.once.with_suffix(".over").exists():
                 time.sleep(0.01)
         elif self.what == "vanish":
             folder = Path(str(trainer.default_root_dir)) / "checkpoints"
@@ -73,6 +79,23 @@ class TwoOptimizers(Own):
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.layers[0], self.layers[3])]
+
+
+class Odd(Own):
+    """A frozen layer, a tied one, no dropout, and a parameter that the optimizer has not been told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0].requires_grad_(False)
+        self.layers[2] = nn.Identity()
+        self.again = self.layers[3]
+        self.forgotten = nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0 * self.forgotten.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.layers[3].parameters(), lr=0.02, eps=1e-4)
 
 
 class Points(LightningDataModule):

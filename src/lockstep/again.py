@@ -5,14 +5,12 @@ ends. ``again end STATUS`` prints ``here`` (start again in this allocation), ``q
 status of the job. Every end is noted in ``attempts.jsonl``. No torch here.
 """
 
-import json
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from submitit.core.utils import DelayedSubmission
 
 from lockstep.disk import read_whole, write_whole
 from lockstep.errors import SIGNALLED, LockstepError
-from lockstep.failure import Attempt, attempts, first_failure
+from lockstep.failure import Attempt, attempts, first_failure, note
 from lockstep.flags import asking
 from lockstep.options import RunOptions
 from lockstep.run import Run, update_status
@@ -62,7 +60,7 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int
     """
     number, job = run.newest_attempt, env["SLURM_JOB_ID"]
     result, failure = read_whole(run.result), first_failure(run, number)
-    if result.get("attempts") != number:
+    if result.get("attempts") != number and result.get("status") != "finished":
         result = {}  # of the attempt before
     finished = result.get("status") == "finished"
     interrupted = result.get("status") == "interrupted" or (failure is not None and failure.interrupted) or status in SIGNALLED
@@ -83,7 +81,7 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int
     this = Attempt(
         number, job, "" if finished else reason, status, _begun(run, number)["time"], time.time(), _saved(run), step, crashed
     )
-    _note(run, this)
+    note(run, this)
     if status > 128:
         _end_steps(job, env)
     if finished:
@@ -108,14 +106,6 @@ def _saved(run: Run) -> int:
     return max((int(path.name[5:]) for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()), default=0)
 
 
-def _note(run: Run, attempt: Attempt) -> None:
-    try:
-        with (run.folder / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(attempt), ensure_ascii=False) + "\n")
-    except OSError as error:  # a full disk: the run goes on while it can
-        print(f"lockstep: attempts.jsonl could not be written ({error.strerror}).", file=sys.stderr)
-
-
 def _note_the_silent(run: Run, newest: int) -> None:
     """Note attempts of which nobody was left to note the end: Slurm had taken the batch script too."""
     noted = {attempt.attempt for attempt in attempts(run)}
@@ -127,7 +117,7 @@ def _note_the_silent(run: Run, newest: int) -> None:
         told = str(result.get("reason", "")) if result.get("attempts") == number else ""
         reason = told or "Slurm ended the job: preempted, requeued, or a node was lost."
         ended = float(status.get("time", begun["time"])) if status.get("attempt") == number else begun["time"]
-        _note(run, Attempt(number, begun["job"], reason, 1, begun["time"], ended, _saved(run), status.get("step", 0), False))
+        note(run, Attempt(number, begun["job"], reason, 1, begun["time"], ended, _saved(run), status.get("step", 0), False))
 
 
 def _hopeless(run: Run, ended: Sequence[Attempt], told: bool) -> str:
@@ -159,11 +149,12 @@ def _end_steps(job: str, env: Mapping[str, str]) -> None:
     own = f"{job}.{env.get('SLURM_STEP_ID', '')}"
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
-        listed = subprocess.run(command, env=asking(env), capture_output=True, text=True).stdout.split()
-        left = [step for step in listed if step.rpartition(".")[2].isdigit() and step != own]
-        if not left:
+        answer = subprocess.run(command, env=asking(env), capture_output=True, text=True)
+        left = [step for step in answer.stdout.split() if step.rpartition(".")[2].isdigit() and step != own]
+        if answer.returncode == 0 and not left:
             return
-        subprocess.run(["scancel", *left], env=dict(env), capture_output=True)
+        if left:
+            subprocess.run(["scancel", *left], env=dict(env), capture_output=True)
         time.sleep(0.5)
 
 

@@ -124,6 +124,7 @@ class Writer:
         background: Whether training goes on while the files are written.
         keep: How many of the newest stay.
         is_mine: Whether this attempt is still the one that may write.
+        meanwhile: Called about ten times a second while something is waited for.
 
     Attributes:
         seconds: Time that the last save took, from the first byte to its publication; 0 before the first.
@@ -132,10 +133,17 @@ class Writer:
     """
 
     def __init__(
-        self, checkpoints: Path, world: World, attempt: int, background: bool, keep: int, is_mine: Callable[[], bool]
+        self,
+        checkpoints: Path,
+        world: World,
+        attempt: int,
+        background: bool,
+        keep: int,
+        is_mine: Callable[[], bool],
+        meanwhile: Callable[[], None],
     ) -> None:
         self.checkpoints, self.world, self.attempt, self.background, self.keep = checkpoints, world, attempt, background, keep
-        self.is_mine = is_mine
+        self.is_mine, self.meanwhile = is_mine, meanwhile
         self.seconds, self.failure = 0.0, ""
         self.kept: set[int] = set()
         self._thread: threading.Thread | None = None
@@ -151,18 +159,27 @@ class Writer:
         """Where the checkpoint of a step will be."""
         return self.checkpoints / f"step-{step:08}"
 
-    def save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], most: Callable[[int], int]) -> None:
+    def save(
+        self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], most: Callable[[int], int], hindrance: str = ""
+    ) -> None:
         """Save ``parts``, by file name, as this rank's share of the checkpoint of ``step``; every rank must call.
 
         Returns when the parts have been copied, or without a background when they are published. Errors do not end the
-        run: they are in ``failure``, and the log. ``most`` as for ``settle``.
+        run: they are in ``failure``, and the log.
+
+        Args:
+            step: Optimizer steps done.
+            parts: What goes into files of their own.
+            facts: What goes into the manifest.
+            most: As for ``settle``.
+            hindrance: Why this rank knows already that it cannot save; empty if it may.
         """
         self.settle(most)
         if self.background:
             parts = on_cpu(dict(parts))
         self._written.clear()
         self._missing = None
-        self._thread = threading.Thread(target=self._save, args=(step, parts, facts), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._save, args=(step, parts, facts, hindrance), name="checkpoint", daemon=True)
         self._thread.start()
         if not self.background:
             self.settle(most)
@@ -176,22 +193,28 @@ class Writer:
         """
         if self._thread is None:
             return
-        self._written.wait()
+        while not self._written.wait(0.1):
+            self.meanwhile()
         if (rank := most(self.world.rank if self.failure else -1)) != -1:
             self._missing = rank
-        self.wait()
+        while self.busy:
+            self.wait(0.1)
+            self.meanwhile()
+        most(-1)  # the others wait for the publication here, where that is no hang
+        self._thread = None
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Wait until this rank saves nothing, or so long."""
+    def wait(self, seconds: float) -> None:
+        """Wait until this rank saves nothing, but no longer than that."""
         if self._thread is not None:
             self._thread.join(seconds)
-            self._thread = None
 
-    def _save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def _save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], hindrance: str) -> None:
         began = time.monotonic()
         final = self.path(step)
         beside = self.checkpoints / f".{final.name}.{self.attempt}"
         try:
+            if hindrance:
+                raise RuntimeError(hindrance)
             beside.mkdir(exist_ok=True)
             files = {name: _write(beside / name, part) for name, part in parts.items()}
             write_whole(beside / f"{self.world.rank}.json", files)

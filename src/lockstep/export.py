@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,9 +21,16 @@ from lockstep.shards import Saved
 
 
 def weights(checkpoint: Checkpoint | Path) -> dict[str, Tensor]:
-    """All weights and buffers in a checkpoint, by name, on the CPU; floating-point ones in float32."""
+    """All weights and buffers in a checkpoint, by name, on the CPU; floating-point ones in float32.
+
+    Raises:
+        UsageError: It is no checkpoint.
+    """
     model = checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint
-    whole: dict[str, Tensor] = torch.load(model, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    try:
+        whole: dict[str, Tensor] = torch.load(model, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except Exception as error:  # whatever file was named
+        raise UsageError(f"{model} is no checkpoint of lightning's ({type(error).__name__}).") from None
     if (saved := Saved.of(model.parent)) is not None:
         whole |= saved.weights()
     return {name: value.float() if value.is_floating_point() else value for name, value in whole.items()}
@@ -55,8 +63,9 @@ def export(place: str, out: Path, part: str | None = None) -> int:
     try:
         save_file(whole, beside)
         beside.replace(out)
-    except OSError as error:
-        raise UsageError(f"--out: {out} cannot be written ({error.strerror}).") from None
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise UsageError(f"--out: {out} cannot be written ({error}).") from None
     return sum(value.numel() for value in whole.values())
 
 

@@ -6,6 +6,7 @@ say that it was. No torch here: ``jobs`` reads it.
 
 import json
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,7 +88,26 @@ class Attempt:
 def attempts(run: Run) -> list[Attempt]:
     """All attempts that have ended, as far as somebody was left to note it."""
     path = run.folder / "attempts.jsonl"
-    return [Attempt(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(Attempt(**json.loads(line)))
+        except (ValueError, TypeError):  # half a line, which a full disk has left
+            continue
+    return found
+
+
+def note(run: Run, attempt: Attempt) -> None:
+    """Add an attempt that has ended to the others."""
+    path = run.folder / "attempts.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(asdict(attempt), ensure_ascii=False) + "\n")
+    except OSError as error:  # a full disk: the run goes on while it can
+        if path.exists():
+            os.truncate(path, size)
+        print(f"lockstep: {path} could not be written ({error.strerror}).", file=sys.stderr)
 
 
 def first_failure(run: Run, attempt: int) -> Failure | None:

@@ -61,11 +61,27 @@ class Hang(Callback):
         self._last = now
         self._signs += 1
 
+    def excuse(self) -> None:
+        """What is waited for now may take long: a save, which has a limit of its own."""
+        self._last = time.monotonic()
+
     on_train_batch_start = on_validation_batch_end = sign
-    on_validation_start = on_validation_end = on_train_epoch_start = on_save_checkpoint = sign
+    on_train_epoch_start = on_save_checkpoint = sign
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.sign()
+        else:
+            self._begin()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.sign()
+        else:
+            self.stop()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin()

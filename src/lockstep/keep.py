@@ -78,7 +78,7 @@ class Keeper(Callback):
             self.save(trainer)
         if agreed.stop:
             if self.writer is not None:
-                self.writer.settle(agreement.most)
+                self.writer.settle(self._most)
             trainer.strategy.barrier("stop")
             raise Stopped(agreed.stop, step, together=True)
 
@@ -86,7 +86,6 @@ class Keeper(Callback):
         """Save what is now; every rank must call."""
         if self.writer is None:
             return
-        assert self._agreement is not None
         strategy: Any = trainer.strategy
         step = trainer.global_step
         whole = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -106,15 +105,14 @@ class Keeper(Callback):
             "lost": self.lost,
             "left_at": time.time(),
         }
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile) and trainer.is_global_zero:
-                logger.save()
+        rows = [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)] if trainer.is_global_zero else []
+        hindrance = "" if all(logger.flush() for logger in rows) else f"{self.run.metrics.name} could not be written before"
         self.writer.kept = self._best()
         if not self._saved_any:
             for part in parts.values():
                 refuse_unloadable(part)
             self._saved_any = True
-        self.writer.save(step, parts, facts, self._agreement.most)
+        self.writer.save(step, parts, facts, self._most, hindrance)
         self._saved, self._saved_at = step, time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,7 +144,7 @@ class Keeper(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._agreement is not None:
             if self.writer is not None:
-                self.writer.settle(self._agreement.most)
+                self.writer.settle(self._most)
             self._agreement.close()
 
     def _leave_if_told(self, trainer: Trainer) -> None:
@@ -155,6 +153,11 @@ class Keeper(Callback):
             if self.writer is not None:
                 self.writer.wait(_SPARE_SECONDS)
             raise Stopped(self.signals.received, trainer.global_step, together=False)
+
+    def _most(self, number: int) -> int:
+        """What ``Writer.settle`` needs."""
+        assert self._agreement is not None and self.writer is not None
+        return self._agreement.most(number, self.writer.meanwhile)
 
     def _why_stop(self, trainer: Trainer) -> int:
         if self.signals.received is not None:
@@ -166,9 +169,9 @@ class Keeper(Callback):
         return 0
 
     def _wants_to_save(self, trainer: Trainer) -> bool:
-        minutes = self.options.every_minutes
-        if minutes is None or self.writer is None or not trainer.is_global_zero or self.writer.busy:
+        if self.writer is None or not trainer.is_global_zero or self.writer.busy:
             return False
+        minutes = math.inf if self.options.every_minutes is None else self.options.every_minutes
         return time.monotonic() - self._saved_at > 60 * (min(minutes, _AGAIN_MINUTES) if self.writer.failure else minutes)
 
     def _best(self) -> set[int]:

@@ -89,16 +89,18 @@ class MetricsFile(Logger):
             raise
         self._waiting.clear()
 
-    def save(self) -> None:
-        """Write what waits and flush the file to disk: a checkpoint counts on its rows."""
+    def flush(self) -> bool:
+        """Write what waits, flush the file to disk, and say whether that was possible: a checkpoint counts on its rows."""
         try:
             if self._waiting:
                 self._write()
             if self.path.exists():
                 with self.path.open("a") as file:
                     os.fsync(file.fileno())
+            return True
         except OSError as error:
             log.warning("%s could not be written (%s); training goes on, and its rows wait", self.path, error.strerror)
+            return False
 
 
 def _drop_half_a_line(path: Path) -> None:

@@ -70,9 +70,8 @@ class DeepSpeedOptions:
 
     Args:
         stage: 1 shares out the optimizer's state, 2 the gradients too, 3 the parameters too.
-        offload_optimizer: Keep the optimizer's state, and compute its step, in the memory of the CPU or on a local disk.
+        offload_optimizer: Keep the optimizer's state, and compute its step, in the memory of the CPU.
         offload_parameters: Keep the parameters there between their uses; stage 3 only.
-        nvme_path: Folder on a local disk, for what is offloaded to nvme.
         bucket_size: Gradients are reduced in buckets of this many elements.
         overlap_comm: Reduce gradients while backward goes on.
         partition_activations: Share out what deepspeed.checkpointing.checkpoint keeps, for a model that calls it.
@@ -81,9 +80,8 @@ class DeepSpeedOptions:
     """
 
     stage: Literal[1, 2, 3] = 2
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: Path | None = None
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
     bucket_size: int = 200_000_000
     overlap_comm: bool = True
     partition_activations: bool = False

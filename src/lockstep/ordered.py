@@ -1,6 +1,6 @@
 """What every strategy does with data: its order, where a resumed run begins, and the weight of an uneven last batch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,19 @@ class Ordered(Strategy):
         """The gradient's 2-norm before clipping at the newest step, where the strategy alone knows it."""
         return None
 
-    def whole_weights(self) -> Mapping[str, Tensor]:
-        """The module's ``state_dict``; every rank must call."""
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The module's ``state_dict``, one by one in the order of the names; every rank must go through all of it."""
         assert self.lightning_module is not None
-        weights: dict[str, Tensor] = self.lightning_module.state_dict()
-        return weights
+        yield from sorted(self.lightning_module.state_dict().items())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
         self.saved = Saved.of(Path(checkpoint_path).parent)
         if self.saved is not None:  # written by ZeRO
             assert self.lightning_module is not None
-            parameters = self.lightning_module.named_parameters()
-            shapes = {name: p.shape for name, p in parameters if name not in checkpoint["state_dict"]}  # but for frozen ones
-            self.saved.refuse_other_model(shapes)
+            parameters = dict(self.lightning_module.named_parameters())
+            self.saved.include({name: value for name, value in checkpoint["state_dict"].items() if name in parameters})
+            self.saved.refuse_other_model({name: p.shape for name, p in parameters.items()})
             checkpoint["state_dict"] |= self.saved.weights()
         return checkpoint
 

@@ -38,8 +38,8 @@ def refuse_missing_checkpoint(command: str, path: str | None, sweep: Mapping[str
 def refuse_contradictions(config: Mapping[str, Any]) -> None:
     """Raise UsageError about options of DeepSpeed that contradict each other, or its own JSON."""
     if config["strategy"] == "deepspeed":
-        files = {name: Path(value) for name, value in config["deepspeed"].items() if name in ("nvme_path", "config") and value}
-        deepspeed_config(DeepSpeedOptions(**{**config["deepspeed"], **files}))
+        given = config["deepspeed"]
+        deepspeed_config(DeepSpeedOptions(**{**given, "config": Path(given["config"]) if given["config"] else None}))
 
 
 def refuse_misfits(config: Mapping[str, Any], profile: Profile, nodes: Nodes) -> None:

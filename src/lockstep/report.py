@@ -1,7 +1,7 @@
 """The end of a run: ``result.json``, the picture of its curves, and the five lines that a person wants to read."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,16 +9,22 @@ from torch import Tensor
 
 from lockstep.metrics import read_metrics
 from lockstep.run import Run
+from lockstep.world import World
 
 
-def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a state dict: of each name, type, shape and bytes, in the order of the names."""
+def weights_sha256(weights: Iterable[tuple[str, Tensor]], world: World) -> str:
+    """SHA-256 of a state dict: of each name, type, shape and bytes, in the order of the names; empty where not on rank zero.
+
+    One tensor at a time: all of them together may not fit into the memory of a rank.
+    """
     digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+    for name, weight in weights:
+        if not world.is_zero:
+            continue
+        tensor = weight.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+    return digest.hexdigest() if world.is_zero else ""
 
 
 def curves(run: Run) -> Mapping[str, tuple[list[int], list[float]]]:

@@ -30,6 +30,7 @@ class Fragment:
         name: Of the parameter.
         shape: Of the whole parameter.
         start, size: Of the part, in the flattened parameter.
+        is_stepped: Whether the optimizer steps it.
         read: Gives one of its tensors, by key.
         write: Replaces one of its tensors.
     """
@@ -38,12 +39,14 @@ class Fragment:
     shape: list[int]
     start: int
     size: int
+    is_stepped: bool
     read: Callable[[str], Tensor]
     write: Callable[[str, Tensor], None]
 
 
 def take_shards(engine: Any, module: nn.Module) -> State:
     """What this rank has of the weights and of the optimizer's state; tensors are the live ones."""
+    names = {id(p): name for name, p in module.named_parameters()}
     zero = engine.optimizer
     inner = zero.optimizer
     flats = _flats(zero)
@@ -51,8 +54,15 @@ def take_shards(engine: Any, module: nn.Module) -> State:
     keys = [WEIGHT, *(key for key, value in kept.items() if _is_shared(value, flats[0]))]
     return {
         "slices": {
-            part.name: {"start": part.start, "shape": part.shape, **{key: part.read(key) for key in keys}}
+            part.name: {
+                "start": part.start,
+                "shape": part.shape,
+                **{key: part.read(key) for key in (keys if part.is_stepped else (WEIGHT,))},
+            }
             for part in _fragments(engine, module)
+        },
+        "aliases": {
+            alias: names[id(p)] for alias, p in module.named_parameters(remove_duplicate=False) if names[id(p)] != alias
         },
         "scalars": {key: value for key, value in kept.items() if not _is_shared(value, flats[0])},
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups],
@@ -74,10 +84,10 @@ def put_shards(engine: Any, module: nn.Module, saved: "Saved") -> None:
     for flat in flats:
         inner.state[flat] = {
             **{key: torch.zeros_like(flat) for key in saved.keys},
-            **{key: value.clone() if isinstance(value, Tensor) else value for key, value in saved.scalars.items()},
+            **{key: _for(inner, flat, value) for key, value in saved.scalars.items()},
         }
     for part in _fragments(engine, module):
-        for key in (WEIGHT, *saved.keys):
+        for key in (WEIGHT, *saved.keys) if part.is_stepped else (WEIGHT,):
             part.write(key, saved.slice(part.name, key, part.start, part.size))
     _spread(zero)
     for group, options in zip(inner.param_groups, saved.groups, strict=bool(saved.groups)):
@@ -85,6 +95,14 @@ def put_shards(engine: Any, module: nn.Module, saved: "Saved") -> None:
     vars(zero.loss_scaler).update(saved.scaler)
     for name, value in saved.counters.items():
         setattr(engine, name, value)
+
+
+def _for(optimizer: Optimizer, flat: Tensor, value: Any) -> Any:
+    """``value`` where ``optimizer`` wants it: the step of a fused one lives on the device."""
+    if not isinstance(value, Tensor):
+        return value
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return value.to(flat.device if on_device else value.device, copy=True)
 
 
 def _flats(zero: Any) -> list[Tensor]:
@@ -101,7 +119,7 @@ def _fragments(engine: Any, module: nn.Module) -> Iterator[Fragment]:
     for name, parameter in module.named_parameters():
         p: Any = parameter
         if hasattr(p, "ds_tensor"):
-            yield _of_stage_3(name, p, engine.global_rank)
+            yield _of_stage_3(name, p, engine)
         elif getattr(p, "_hp_mapping", None) is not None:
             yield _of_stage_1(name, p, engine.optimizer)
 
@@ -119,28 +137,30 @@ def _of_stage_1(name: str, p: Any, zero: Any) -> Fragment:
     def write(key: str, value: Tensor) -> None:
         tensor(key).data.copy_(value)
 
-    return Fragment(name, list(p.shape), place.start, place.numel, tensor, write)
+    return Fragment(name, list(p.shape), place.start, place.numel, True, tensor, write)
 
 
-def _of_stage_3(name: str, p: Any, rank: int) -> Fragment:
+def _of_stage_3(name: str, p: Any, engine: Any) -> Fragment:
+    zero = engine.optimizer
     whole = p.ds_tensor.numel()  # with padding behind the last one
-    start = min(whole * rank, p.ds_numel)
+    start = min(whole * engine.global_rank, p.ds_numel)
     size = min(whole, p.ds_numel - start)
+    is_stepped = p.requires_grad and zero.get_param_id(p) in zero.grad_position
 
     def read(key: str) -> Tensor:
-        if not p.requires_grad:
-            return torch.as_tensor(p.ds_tensor[:size] if key == WEIGHT else p.ds_tensor[:0])
-        found: Tensor = p._z3_optimizer.get_local_fp32_param(p, None if key == WEIGHT else key)
+        if not is_stepped:
+            return torch.as_tensor(p.ds_tensor[:size])
+        found: Tensor = zero.get_local_fp32_param(p, None if key == WEIGHT else key)
         return found[:size]
 
     def write(key: str, value: Tensor) -> None:
-        if p.requires_grad:
+        if is_stepped:
             padded = torch.nn.functional.pad(value, (0, whole - size))
-            p._z3_optimizer.set_local_hp_param(padded, p, None if key == WEIGHT else key)
+            zero.set_local_hp_param(padded, p, None if key == WEIGHT else key)
         if key == WEIGHT:
             p.ds_tensor.data[:size].copy_(value)
 
-    return Fragment(name, list(p.ds_shape), start, size, read, write)
+    return Fragment(name, list(p.ds_shape), start, size, is_stepped, read, write)
 
 
 def _spread(zero: Any) -> None:
@@ -154,14 +174,16 @@ class Saved:
 
     Attributes:
         shapes: Of the parameters, by name.
+        aliases: Other names of the same parameters, where some are tied.
         keys: What the optimizer keeps of each element.
         scalars, groups, scaler, counters: As in a shard.
     """
 
-    def __init__(self, pieces: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str], **more: Any) -> None:
+    def __init__(self, pieces: dict[str, list[State]], keys: Sequence[str], **more: Any) -> None:
         self._pieces = pieces
         self.shapes = {name: torch.Size(parts[0]["shape"]) for name, parts in pieces.items()}
         self.keys = tuple(keys)
+        self.aliases: dict[str, str] = more.get("aliases", {})
         self.scalars: State = more.get("scalars", {})
         self.groups: list[State] = more.get("groups", [])
         self.scaler: State = more.get("scaler", {})
@@ -178,9 +200,10 @@ class Saved:
         for shard in shards:
             for name, piece in shard["slices"].items():
                 pieces.setdefault(name, []).append(piece)
-        keys = [key for key in next(iter(shards[0]["slices"].values())) if key not in ("start", "shape", WEIGHT)]
+        kept = {key for parts in pieces.values() for piece in parts for key in piece}
         first = shards[0]
-        return cls(pieces, keys, **{name: first[name] for name in ("scalars", "groups", "scaler", "counters")})
+        more = {name: first[name] for name in ("aliases", "scalars", "groups", "scaler", "counters")}
+        return cls(pieces, sorted(kept - {"start", "shape", WEIGHT}), **more)
 
     @classmethod
     def of_whole(cls, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None, names: Sequence[str]) -> "Saved":
@@ -191,28 +214,31 @@ class Saved:
             optimizer: The ``state_dict`` of its optimizer; None gives weights alone.
             names: The parameters in the order of the optimizer.
         """
-        pieces = {name: [{"start": 0, "shape": value.shape, WEIGHT: value.reshape(-1)}] for name, value in weights.items()}
+        pieces: dict[str, list[State]] = {
+            name: [{"start": 0, "shape": value.shape, WEIGHT: value.reshape(-1)}] for name, value in weights.items()
+        }
         kept = optimizer["state"] if optimizer is not None else {}
         first: State = next(iter(kept.values()), {})
         keys = [key for key, value in first.items() if isinstance(value, Tensor) and value.dim() > 0]
         for index, state in kept.items():
-            pieces[names[index]][0].update({key: state[key].reshape(-1) for key in keys})
+            pieces[names[index]][0].update({key: state[key].reshape(-1) for key in keys if key in state})
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]] if optimizer else []
         return cls(pieces, keys, scalars={k: v for k, v in first.items() if k not in keys}, groups=groups)
 
     def slice(self, name: str, key: str, start: int, size: int) -> Tensor:
-        """Elements ``start`` to ``start + size`` of one tensor of a parameter.
+        """Elements ``start`` to ``start + size`` of one tensor of a parameter; zeros of what the optimizer has not kept yet.
 
         Raises:
-            UsageError: They are not in the checkpoint.
+            UsageError: The parameter is not in the checkpoint.
         """
-        found = torch.empty(size, dtype=torch.float32)
+        found = torch.zeros(size, dtype=torch.float32)
         missing = size
         for piece in self._pieces.get(name, ()):
             first = max(start, piece["start"])
             last = min(start + size, piece["start"] + piece[WEIGHT].numel())
             if first < last:
-                found[first - start : last - start] = piece[key][first - piece["start"] : last - piece["start"]]
+                if key in piece:
+                    found[first - start : last - start] = piece[key][first - piece["start"] : last - piece["start"]]
                 missing -= last - first
         if missing:
             raise UsageError(f"The checkpoint is of another model: it lacks {missing} of {size} elements of {name}.")
@@ -230,9 +256,17 @@ class Saved:
             more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UsageError(f"The checkpoint is of another model: {'; '.join(wrong[:3])}{more}.")
 
+    def include(self, weights: Mapping[str, Tensor]) -> None:
+        """Add whole weights that are not shared out, such as frozen ones."""
+        for name, value in weights.items():
+            if name not in self.shapes:
+                self._pieces[name] = [{"start": 0, "shape": value.shape, WEIGHT: value.reshape(-1)}]
+                self.shapes[name] = value.shape
+
     def weights(self) -> dict[str, Tensor]:
-        """The whole weights, in float32."""
-        return {name: self.whole(name) for name in self.shapes}
+        """The whole weights, in float32; tied ones under each of their names."""
+        whole = {name: self.whole(name) for name in self.shapes}
+        return whole | {alias: whole[name] for alias, name in self.aliases.items()}
 
     def whole(self, name: str) -> Tensor:
         """One whole weight, in float32."""

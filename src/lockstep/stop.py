@@ -8,7 +8,7 @@ whatever the result says, they do it together.
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -117,12 +117,18 @@ class Agreement:
         self._next = self._asked + interval
         return agreed
 
-    def most(self, number: int) -> int:
-        """The largest number that a rank has given, on all of them; waits for all."""
+    def most(self, number: int, meanwhile: Callable[[], None] = lambda: None) -> int:
+        """The largest number that a rank has given, on all of them; waits for all, and calls ``meanwhile`` then."""
         if self._group is None:
             return number
         shared = torch.tensor(number)
-        torch.distributed.all_reduce(shared, ReduceOp.MAX, group=self._group)
+        work = torch.distributed.all_reduce(shared, ReduceOp.MAX, group=self._group, async_op=True)
+        pause = 0.0005
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(0.1, 2 * pause)
+            meanwhile()
+        work.wait()
         return int(shared)
 
     def close(self) -> None:

@@ -179,6 +179,8 @@ class Submission:
             if self.snapshot:
                 refuse_ignored(self.config, code, self.here, env)
             arguments = freeze(self.arguments, code, self.folder, self.secrets)
+            if (own := self.config["deepspeed"]["config"]) is not None:  # wherever that stands
+                arguments = (*arguments, *freeze([f"--deepspeed.config={own}"], code, self.folder, self.secrets))
             git = git_state(self.here)
             swept = {text for point in self.points for text in files_in(point)}
             files = {text: freeze([text], code, self.folder, self.secrets)[0] for text in swept}

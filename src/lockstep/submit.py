@@ -155,7 +155,11 @@ def _take_back(request: Request, env: Mapping[str, str]) -> None:
     """Cancel a job that Slurm has taken without being able to say so, and remove what was made for it."""
     slurm = request.folder / "slurm"
     command = ["squeue", "--me", "--noheader", "--Format=ArrayJobID:|,Command:|"]
-    for line in subprocess.run(command, env=asking(env), capture_output=True, text=True).stdout.splitlines():
+    patience = _Patience()
+    while (answer := subprocess.run(command, env=asking(env), capture_output=True, text=True)).returncode:
+        if not patience.lasts(answer.stderr):
+            break
+    for line in answer.stdout.splitlines():
         job, script, *_ = line.split("|")
         if script.startswith(f"{slurm}/.submission_file"):
             subprocess.run(["scancel", job.strip()], env=dict(env), capture_output=True)
@@ -306,7 +310,7 @@ def _setup(request: Request) -> list[str]:
         "another_try() { [ $((tries += 1)) -le 60 ] && sleep 10; }  # a full disk, no slurmctld, a kill: for ten minutes",
         "srun() {",
         "  while :; do",
-        "    begun=$(again begin) || { [ $? -ne 2 ] && another_try && continue; return 2; }",
+        "    begun=$(again begin) || { [ $? -eq 2 ] && return 2; another_try || return 1; continue; }",
         "    LOCKSTEP_ATTEMPT=${begun% *} LOCKSTEP_ENDS=${begun#* }",
         "    # Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.",
         "    MASTER_PORT=$((15000 + (SLURM_JOB_ID + 37 * LOCKSTEP_ATTEMPT) % 10000))",
@@ -317,7 +321,7 @@ def _setup(request: Request) -> list[str]:
         f'    command srun {_tasks(request)}"$@"',
         "    next=$(again end $?)",
         "    case $next in",
-        f"      {HERE}) ;;",
+        f"      {HERE}) tries=0 ;;",
         "      '') another_try || return 1 ;;  # it was killed itself",
         f'      {QUEUE}) until scontrol requeue "$SLURM_JOB_ID"; do another_try || return 1; done; sleep 600; return 1 ;;',
         "      *) return $next ;;",

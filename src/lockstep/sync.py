@@ -18,6 +18,7 @@ from lockstep.options import WandbOptions
 from lockstep.run import Run
 from lockstep.squeue import holds
 from lockstep.tracking import track
+from lockstep.wandb_key import wandb_key
 from lockstep.world import World
 
 
@@ -30,6 +31,8 @@ def sync(run: Run) -> str:
     """
     if (owner := read_whole(run.folder / "owner.json")) and holds(owner, environ):
         raise UsageError(f"The run {run.folder} is being trained, and sends what it has missed by itself.")
+    if wandb_key(environ) is None:
+        raise UsageError("W&B has no key here; set WANDB_API_KEY, or use wandb login.")
     config = yaml.safe_load(run.config.read_text())
     tracked = track(run, WandbOptions(**config["wandb"]), config, True, lambda: 0)
     is_finished = read_whole(run.result).get("status") == "finished"

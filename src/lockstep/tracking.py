@@ -1,6 +1,7 @@
 """W&B, on rank zero alone: one run however often it restarts, each row once, and nothing that it does ends or slows a run."""
 
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -180,14 +181,14 @@ def track(run: Run, options: WandbOptions, config: Mapping[str, Any], online: bo
 
 def is_reachable(address: str) -> bool:
     """Whether W&B's server answers, whatever it says: to be asked before W&B, which tries for a minute and a half."""
-    request = urllib.request.Request(address, method="HEAD")
     try:
+        request = urllib.request.Request(address, method="HEAD")
         urllib.request.urlopen(request, timeout=_REACH_SECONDS).close()
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
         return isinstance(error.reason, ssl.SSLError)  # W&B's client has its own certificates
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
 

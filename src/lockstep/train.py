@@ -101,8 +101,11 @@ def train(
             if result["status"] != "finished" and first and not first.interrupted:
                 # What rank zero saw is only that a peer was gone, or the signal that ends the job because of it.
                 result |= {"status": "failed", "reason": first.reason}
-            write_whole(run.result, result)
-            update_status(run, result["status"])
+            try:
+                write_whole(run.result, result)
+                update_status(run, result["status"])
+            except OSError as error:  # a full disk must not make a crash of a stop
+                log.warning("%s could not be written (%s)", run.result, error.strerror)
     if world.is_zero:
         draw(run)
         for line in five_lines(run, result, tracked):
@@ -154,7 +157,7 @@ def work(
             result["global_step"], result["epochs"] = trainer.global_step, trainer.current_epoch
             lost = sum(callback.lost for callback in callbacks_of(trainer) if isinstance(callback, Keeper))
             result["seconds"] = {"training": round(rates.train_seconds, 3), "total": round(total, 3), "lost": round(lost, 3)}
-        result["weights_sha256"] = weights_sha256(strategy.whole_weights())
+        result["weights_sha256"] = weights_sha256(strategy.whole_weights(), world)
         result["skipped_files"] = len(set().union(*on_all_ranks(getattr(made.data, "skipped", set()), world)))
         result["status"] = "finished"
     except Stopped:

@@ -68,11 +68,20 @@ def make_trainer(
     saves = given["enable_checkpointing"] is not False
     options = config.checkpoint
     # Only who is newest writes: an older attempt may live on, on a node that Slurm has given up.
-    writer = Writer(run.checkpoints, world, attempt, options.background, options.keep, lambda: run.newest_attempt == attempt)
+    hang = Hang(run, world, attempt, config.run.hang_seconds)
+    writer = Writer(
+        run.checkpoints,
+        world,
+        attempt,
+        options.background,
+        options.keep,
+        is_mine=lambda: run.newest_attempt == attempt,
+        meanwhile=hang.excuse,
+    )
     keeper = Keeper(run, options, rates, signals, writer if saves else None)
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # lightning's, of one's own
     callbacks += [FiniteLoss(), rates, Status(run, rates, attempt, not bar, lambda: writer.failure), keeper]
-    callbacks.append(Hang(run, world, attempt, config.run.hang_seconds))
+    callbacks.append(hang)
     if bar and not own_bar:
         callbacks.append(ProgressBar())
     if given["enable_model_summary"] is None:

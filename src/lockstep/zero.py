@@ -1,8 +1,7 @@
 """``strategy: deepspeed``: ZeRO, through lightning's strategy on GPUs, and on CPUs over gloo to test and debug."""
 
 import os
-import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lockstep.errors import UsageError
 from lockstep.group import WorldEnvironment
 from lockstep.options import DeepSpeedOptions
 from lockstep.order import Sharding
@@ -35,12 +33,6 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
 
     def __init__(self, devices: list[torch.device], sharding: Sharding, options: DeepSpeedOptions, timeout: timedelta) -> None:
         self.on_gpu = devices[0].type == "cuda"
-        if (
-            "nvme" in (options.offload_optimizer, options.offload_parameters)
-            and options.nvme_path is not None
-            and not options.nvme_path.is_dir()
-        ):
-            raise UsageError(f"deepspeed.nvme_path: {options.nvme_path} is no folder on {platform.node()}.")
         if not self.on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
         super().__init__(
@@ -51,6 +43,7 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
             timeout=timeout,
         )
         self.sharding = sharding
+        self._names: list[str] = []
 
     def setup_environment(self) -> None:
         # lightning's own refuses the CPU; everything else of it works there.
@@ -74,29 +67,42 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         assert self.lightning_module is not None
         return take_shards(self.deepspeed_engine, self.lightning_module)
 
+    def _format_config(self) -> None:
+        super()._format_config()
+        assert isinstance(self.config, dict)
+        # lightning leaves a section of a user's own as it is, and so off.
+        for section, precisions in (("fp16", ("16-mixed", "16-true")), ("bf16", ("bf16-mixed", "bf16-true"))):
+            if section in self.config:
+                self.config[section]["enabled"] = self.precision_plugin.precision in precisions
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """No: DeepSpeed counts batches over the whole run, lightning in each epoch, and takes a step with what is left over."""
+        return False
+
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        # lightning divides the loss by the batches that are accumulated, and DeepSpeed does it once more.
         assert self.lightning_module is not None
-        batches = self.lightning_module.trainer.accumulate_grad_batches
+        trainer = self.lightning_module.trainer
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not trainer.fit_loop._should_accumulate())
+        # lightning divides the loss by the batches that are accumulated, and DeepSpeed does it once more.
+        batches = trainer.accumulate_grad_batches
         return super().backward(closure_loss if batches == 1 else closure_loss * batches, optimizer, *args, **kwargs)
 
     def global_norm(self) -> Tensor | float | None:
         norm: Tensor | float | None = self.deepspeed_engine.get_global_grad_norm()
         return norm
 
-    def whole_weights(self) -> Mapping[str, Tensor]:
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed
 
         assert self.lightning_module is not None
-        parameters = dict(self.lightning_module.named_parameters())
-        weights: dict[str, Tensor] = {}
-        for name, value in self.lightning_module.state_dict().items():
+        parameters = dict(self.lightning_module.named_parameters(remove_duplicate=False))
+        for name, value in sorted(self.lightning_module.state_dict().items()):
             if hasattr(parameters.get(name), "ds_tensor"):
                 with deepspeed.zero.GatheredParameters([parameters[name]]):
-                    weights[name] = parameters[name].detach().to("cpu", copy=True)
+                    yield name, parameters[name].detach()
             else:
-                weights[name] = value
-        return weights
+                yield name, value
 
     def _init_optimizers(self) -> Any:
         optimizer, schedule = super()._init_optimizers()
@@ -110,40 +116,46 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         return {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is not in the shards: buffers, and frozen parameters that are not shared out."""
+        """What is not in the shards: buffers, and parameters that are neither shared out nor stepped."""
         assert self.lightning_module is not None
-        in_shards = {name for name, p in self.lightning_module.named_parameters() if p.requires_grad or hasattr(p, "ds_tensor")}
+        stepped = set(self._names)
+        parameters = self.lightning_module.named_parameters(remove_duplicate=False)
+        first = {id(p): name for name, p in self.lightning_module.named_parameters()}
+        in_shards = {name for name, p in parameters if first[id(p)] in stepped or hasattr(p, "ds_tensor")}
         return {name: value for name, value in self.lightning_module.state_dict().items() if name not in in_shards}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
         module = self.lightning_module
         checkpoint: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
-        shapes = {
-            name: getattr(p, "ds_shape", p.shape)
-            for name, p in module.named_parameters()
-            if p.requires_grad or hasattr(p, "ds_tensor")
-        }
+        parameters: dict[str, Any] = dict(module.named_parameters())
+        names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        whole = {name: value for name, value in checkpoint["state_dict"].items() if name in parameters}
+        is_fitting = module.trainer.state.fn == TrainerFn.FITTING
         saved = Saved.of(Path(checkpoint_path).parent)
         if saved is None:
-            weights = {name: value for name, value in checkpoint["state_dict"].items() if name in shapes}
-            states = checkpoint.get("optimizer_states") or [None]
-            saved = Saved.of_whole(weights, states[0], getattr(self, "_names", []))
-        saved.refuse_other_model(shapes)
-        if module.trainer.state.fn == TrainerFn.FITTING:
+            states = (checkpoint.get("optimizer_states") or [None]) if is_fitting else [None]
+            saved = Saved.of_whole(whole, states[0], self._names)
+        saved.include(whole)
+        saved.refuse_other_model({name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()})
+        if is_fitting:
             put_shards(self.deepspeed_engine, module, saved)
+            self._put_weights(saved, [name for name, p in parameters.items() if not self._is_shared(name, p)])
         else:
-            self._put_weights(saved)
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in shapes}
+            self._put_weights(saved, list(parameters))
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in names}
         return checkpoint
 
-    def _put_weights(self, saved: Saved) -> None:
+    def _is_shared(self, name: str, parameter: Any) -> bool:
+        return name in self._names or hasattr(parameter, "ds_tensor")
+
+    def _put_weights(self, saved: Saved, names: Sequence[str]) -> None:
         import deepspeed
 
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
         with torch.no_grad():
-            for name in saved.shapes:
+            for name in names:
                 gathered = [parameters[name]] if hasattr(parameters[name], "ds_tensor") else []
                 with deepspeed.zero.GatheredParameters(gathered, modifier_rank=0):
                     parameters[name].copy_(saved.whole(name))

@@ -22,6 +22,9 @@ _KNOWN = {
     "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
     "zero_optimization.overlap_comm": "deepspeed.overlap_comm",
     "zero_optimization.reduce_bucket_size": "deepspeed.bucket_size",
+    "zero_optimization.allgather_bucket_size": "deepspeed.bucket_size",
+    "activation_checkpointing.partition_activations": "deepspeed.partition_activations",
+    "activation_checkpointing.cpu_checkpointing": "deepspeed.cpu_checkpointing",
 }
 """Keys of DeepSpeed's JSON that say what a key of ours says."""
 
@@ -47,13 +50,7 @@ def deepspeed_config(options: DeepSpeedOptions) -> dict[str, Any]:
             continue
         if name == "offload_parameters" and options.stage != 3:
             raise UsageError(f"deepspeed.offload_parameters: {place!r} needs deepspeed.stage 3; it is {options.stage}.")
-        if place == "nvme" and options.stage != 3:
-            raise UsageError(f"deepspeed.{name}: 'nvme' needs deepspeed.stage 3; it is {options.stage}.")
         zero[key] = {"device": place}
-        if place == "nvme":
-            if options.nvme_path is None:
-                raise UsageError(f"deepspeed.nvme_path: must be set for deepspeed.{name} {place!r}: a folder on a local disk.")
-            zero[key]["nvme_path"] = str(options.nvme_path)
     own = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own count of samples needs it
         "zero_allow_untested_optimizer": True,

@@ -40,7 +40,7 @@ again() { /home/user/.venv/bin/python -m lockstep.again /home/user/project/runs/
 another_try() { [ $((tries += 1)) -le 60 ] && sleep 10; }  # a full disk, no slurmctld, a kill: for ten minutes
 srun() {
   while :; do
-    begun=$(again begin) || { [ $? -ne 2 ] && another_try && continue; return 2; }
+    begun=$(again begin) || { [ $? -eq 2 ] && return 2; another_try || return 1; continue; }
     LOCKSTEP_ATTEMPT=${begun% *} LOCKSTEP_ENDS=${begun#* }
     # Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.
     MASTER_PORT=$((15000 + (SLURM_JOB_ID + 37 * LOCKSTEP_ATTEMPT) % 10000))
@@ -51,7 +51,7 @@ srun() {
     command srun "$@"
     next=$(again end $?)
     case $next in
-      here) ;;
+      here) tries=0 ;;
       '') another_try || return 1 ;;  # it was killed itself
       queue) until scontrol requeue "$SLURM_JOB_ID"; do another_try || return 1; done; sleep 600; return 1 ;;
       *) return $next ;;
