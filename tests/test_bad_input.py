@@ -73,10 +73,6 @@ def folder_run(root: Path, *more: str) -> list[str]:
             "trainer.callbacks.decay: 'much' is not valid: expected float.",
         ),
         (["--trainer.profiler", "simpel"], "trainer: "),
-        (
-            ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"],
-            "The config cannot be written down: it holds 'cpu', a default of a class that it names; set that argument yourself",
-        ),
         (["--trainer.accelerator", "gpuu"], "trainer.accelerator: 'gpuu'"),
         (["tset"], "'tset' is no command; did you mean 'test'"),
         (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),

@@ -77,6 +77,7 @@ def test_ones_own_module(launch: Launch, tmp_path: Path) -> None:
     assert_same(go_on(launch, killed), undisturbed)
 
 
+@pytest.mark.timeout(150)  # seven runs
 def test_frozen_tied_and_forgotten_parameters(launch: Launch, tmp_path: Path) -> None:
     odd = ("--model", "trouble.Odd", "--data", "trouble.Points", "--trainer.max_epochs", "3", "--checkpoint.every_n_steps", "6")
     ddp = launch(*odd, "--ranks", "2")
