@@ -278,7 +278,8 @@ def random_kills(*arguments: str) -> Strike:
 
     def strike(bench: Bench) -> Job:
         chance = random.Random(1)
-        job = bench.submit("--data.num_workers", "1", *arguments)
+        slower = ("--trainer.callbacks.seconds=0.3", "--checkpoint.every_n_steps", "5", "--data.num_workers", "1")
+        job = bench.submit(*slower, *arguments)
         kills = 0
         while kills < 20 and job.status()["exit_status"] == 3:
             time.sleep(chance.uniform(6, 16))

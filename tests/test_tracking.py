@@ -2,6 +2,7 @@
 real online runs, with a server that comes and goes."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from conftest import SMALL, Launch, Outcome
 from wandb_server import WandbServer
@@ -200,3 +202,37 @@ def test_what_a_server_has_missed_is_given_to_it_later(
     server.go()
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, "try again later" in done.stderr) == (1, True)
+
+
+def test_wandb_that_dies_while_it_starts_ends_no_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = wandb.init, []
+
+    def dying(**arguments: Any) -> Any:
+        run = real(**arguments)
+        calls.append(run)
+        subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=len(calls) == 1)
+        return run
+
+    monkeypatch.setattr(wandb, "init", dying)
+    run = launch(*SMALL, "--wandb.mode", "offline")
+    assert (run.status, run.result["status"]) == (0, "finished")
+
+
+def test_wandb_that_dies_while_it_starts_gets_everything_later(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = wandb.init, []
+
+    def dying_once(**arguments: Any) -> Any:
+        run = real(**arguments)
+        calls.append(run)
+        if len(calls) == 1:
+            subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=True)
+        return run
+
+    monkeypatch.setattr(wandb, "init", dying_once)
+    run = launch(*SMALL, "--wandb.mode", "offline")
+    found = []
+    for file in sorted(run.folder.glob("wandb/offline-run-*/*.wandb")):
+        reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        lines = subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines()
+        found += [r["history"]["item"]["_step"] for r in map(json.loads, lines) if r["type"] == "history"]
+    assert found == list(range(1, 1 + len(read_metrics(run.folder / "metrics.csv"))))

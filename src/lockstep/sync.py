@@ -36,9 +36,10 @@ def sync(run: Run) -> str:
     config = yaml.safe_load(run.config.read_text())
     tracked = track(run, WandbOptions(**config["wandb"]), config, True, lambda: 0)
     is_finished = read_whole(run.result).get("status") == "finished"
-    if tracked.run.offline or not tracked.close(0 if is_finished else 1):
-        raise RunError(f"W&B cannot be reached at {tracked.run.settings.base_url}; try again later.")
-    return str(tracked.run.url)
+    place = tracked.place
+    if not tracked.close(0 if is_finished else 1) or not place:
+        raise RunError("W&B cannot be reached; what it has missed stays here: try again later.")
+    return place
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -42,6 +42,9 @@ _FINISH_SECONDS = 60.0
 _LEAVE_SECONDS = 5.0
 """The same where the nodes are wanted back: the next attempt sends the rest."""
 
+_TRIES = 3
+"""How often the end of a run tries to close W&B, whose service may be killed meanwhile."""
+
 _REACH_SECONDS = 5.0
 """How long W&B's server is waited for before a run goes on without it."""
 
@@ -59,8 +62,10 @@ class Tracked(WandbLogger):
 
     Attributes:
         rows: How many rows were logged, up to here in the run.
-        run: W&B's run.
+        run: W&B's run; None where W&B could not be started.
     """
+
+    run: "wandb.Run | None" = None
 
     def __init__(
         self,
@@ -70,11 +75,26 @@ class Tracked(WandbLogger):
         step: Callable[[], int],
     ) -> None:
         self._start, self._online, self._path, self._step = start, online, path, step
-        self.rows = 0
-        self.run, self._has = start()
+        self.rows = self._has = 0
         self._is_down = self._is_complete = False
+        try:
+            self._begin()
+        except Exception as error:  # nothing that a tracker does ends a run
+            self._is_down = True
+            log.warning("W&B cannot be started (%s); training goes on, and W&B gets all at the end", _one_line(error))
         super().__init__(experiment=self.run)
-        self._catch_up()
+
+    @property
+    def experiment(self) -> "wandb.Run":
+        """W&B's run, for a callback of one's own that knows W&B."""
+        if self.run is None:  # lightning asks whether there is one
+            raise AttributeError("W&B could not be started")
+        return self.run
+
+    @property
+    def place(self) -> str:
+        """Where W&B has the run; empty where it has nothing, or not online."""
+        return "" if self.run is None or self.run.offline else str(self.run.url)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -102,21 +122,36 @@ class Tracked(WandbLogger):
         return self._is_complete
 
     def _close(self, exit_code: int, preempted: bool) -> None:
-        try:
-            is_back = self._online and self.run.offline and not preempted and is_reachable(self.run.settings.base_url)
-            if is_back and not self._is_down:
-                self.run.finish()
-            if is_back or self._is_down:
-                self.run, self._has = self._start()
-                self._is_down = False
-                self._catch_up()
-            if preempted:
-                self.run.mark_preempting()
-            self.run.finish(exit_code=exit_code)
-            self._is_complete = True
-        except Exception as error:  # whatever a tracker may raise: the run is over, and its rows are in the file
-            command = f"python -m lockstep.sync {self._path.parent}"
-            log.warning("W&B has not got everything (%s); to give it the rest: %s", _one_line(error), command)
+        for left in range(_TRIES, 0, -1):
+            try:
+                self._finish(exit_code, preempted)
+                self._is_complete = True
+                return
+            except Exception as error:  # whatever a tracker may raise: the run is over, and its rows are in the file
+                self._is_down = True
+                if left == 1 or not isinstance(error, ConnectionError):  # else its service has died, and may start again
+                    command = f"python -m lockstep.sync {self._path.parent}"
+                    log.warning("W&B has not got everything (%s); to give it the rest: %s", _one_line(error), command)
+                    return
+
+    def _finish(self, exit_code: int, preempted: bool) -> None:
+        run = self.run
+        is_back = run is not None and run.offline and self._online and not preempted and is_reachable(run.settings.base_url)
+        if run is not None and is_back and not self._is_down:
+            run.finish()
+        if is_back or self._is_down:
+            run = self._begin()
+        assert run is not None
+        if preempted:
+            run.mark_preempting()
+        run.finish(exit_code=exit_code)
+
+    def _begin(self) -> "wandb.Run":
+        """Start W&B's run, and send it what it has not got."""
+        self.run, self._has = self._start()
+        self._is_down = False
+        self._catch_up()
+        return self.run
 
     def _catch_up(self) -> None:
         """Send the rows that are in the file and not with W&B."""
@@ -128,6 +163,7 @@ class Tracked(WandbLogger):
                 break
 
     def _send(self, number: int, step: int, values: Mapping[str, float]) -> None:
+        assert self.run is not None
         try:
             self.run.log({**values, "trainer/global_step": step}, step=number)
             self._has = number

@@ -168,7 +168,7 @@ def work(
             tracked.close(0 if result["status"] == "finished" else 1, preempted)
     if tracked is None:
         return "off"
-    return sync_command(run) if tracked.run.offline else str(tracked.run.url)
+    return tracked.place or sync_command(run)
 
 
 def go_on(trainer: Trainer, rates: Rates, checkpoint: Checkpoint, same_run: bool) -> None:
