@@ -176,13 +176,23 @@ def lockstep(world: World, kind: str, steps: int) -> list[float]:
     return step.Clock.marks
 
 
+class NoHang(Callback):
+    """Watches over nobody."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def excuse(self) -> None:
+        """Nothing."""
+
+
 def bare(world: World, kind: str, steps: int) -> list[float]:
     """This trainer without what makes it stop together, watch itself and keep the order of the data.
 
     Every way runs in processes of its own, so what is replaced here is replaced nowhere else.
     """
     stop.Agreement.ask = lambda self, *_, **__: stop.Agreed()
-    trainer.Hang = lambda *_: Callback()
+    trainer.Hang = NoHang
     order.Sharding.in_order = lambda self, loader, name="": plain_order(loader, world)
     return lockstep(world, kind, steps)
 
