@@ -100,7 +100,7 @@ def main() -> None:
         for name, values in seconds.items():
             median = statistics.median(values)
             table.add_row(f"{megabytes} MB", name, f"{1000 * median:.0f} ms", f"{median / plain:.2f}")
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":
