@@ -278,7 +278,7 @@ def random_kills(*arguments: str) -> Strike:
 
     def strike(bench: Bench) -> Job:
         chance = random.Random(1)
-        slower = ("--trainer.callbacks.seconds=0.3", "--checkpoint.every_n_steps", "5", "--data.num_workers", "1")
+        slower = ("--trainer.callbacks.seconds=0.5", "--checkpoint.every_n_steps", "5", "--data.num_workers", "1")
         job = bench.submit(*slower, *arguments)
         kills = 0
         while kills < 20 and job.status()["exit_status"] == 3:
