@@ -16,7 +16,7 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -60,7 +60,7 @@ def mark(marks: list[float], step: int, steps: int) -> None:
 class Clock(Callback):
     """Notes the time at the end of the warm-up and of the last step."""
 
-    marks: list[float] = []  # noqa: RUF012 - the callback is made by the config; the caller reads the class
+    marks: ClassVar[list[float]] = []  # of the class: the config makes the callback, and the caller reads them
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         mark(Clock.marks, trainer.global_step, int(trainer.num_training_batches))
@@ -205,7 +205,7 @@ def broadcasting(world: World, kind: str, steps: int) -> list[float]:
 
 def plain_order(loader: DataLoader[Any], world: World) -> DataLoader[Any]:
     """A rank's share of ``loader`` by torch's own sampler."""
-    sampler: Any = DistributedSampler(loader.dataset, world.size, world.rank)  # type: ignore[arg-type]
+    sampler: Any = DistributedSampler(loader.dataset, world.size, world.rank)
     return DataLoader(loader.dataset, BATCH, sampler=sampler, collate_fn=loader.collate_fn)
 
 

@@ -45,14 +45,18 @@ def kill_in_write(bench: Bench) -> Job:
     return job
 
 
-def lose_node(bench: Bench) -> Job:
-    """A whole node gone, and back later."""
-    job = bench.submit()
-    job.wait_for_step(57)
-    bench.cluster.lose("n3")
-    time.sleep(20)
-    bench.cluster.restore("n3")
-    return job
+def lose(part: str, step: int) -> Strike:
+    """A node with all that runs there, or slurmctld, gone for 20 seconds."""
+
+    def strike(bench: Bench) -> Job:
+        job = bench.submit()
+        job.wait_for_step(step)
+        bench.cluster.lose(part)
+        time.sleep(20)
+        bench.cluster.restore(part)
+        return job
+
+    return strike
 
 
 def preempt(partition: str, *arguments: str) -> Strike:
@@ -170,16 +174,6 @@ def kill_wandb(bench: Bench) -> Job:
     job = bench.submit()
     job.wait_for_step(57)
     subprocess.run(["pkill", "-KILL", "-P", str(job.ranks()[0]), "wandb-core"], check=True)
-    return job
-
-
-def no_controller(bench: Bench) -> Job:
-    """slurmctld down for 20 seconds, while the run trains."""
-    job = bench.submit()
-    job.wait_for_step(40)
-    bench.cluster.lose("slurmctld")
-    time.sleep(20)
-    bench.cluster.restore("slurmctld")
     return job
 
 

@@ -45,9 +45,9 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
-def flush(folder: Path) -> None:
-    """Flush a folder's entries to disk, as a file's own flush does not."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -1,7 +1,6 @@
 """Make a folder of data appear whole or not at all, however many jobs try at once and whatever is killed."""
 
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lockstep.disk import flush
 from lockstep.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -58,17 +58,9 @@ def _make(target: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(partial)
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            flush(path)
         partial.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     log.info("prepared %s", target)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
