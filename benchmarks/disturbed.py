@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO / "slurm"), str(REPO / "tests")]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "slurm"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from daemons import Cluster  # noqa: E402
-from wandb_server import WandbServer  # noqa: E402
+from daemons import Cluster
+from wandb_server import WandbServer
+
+REPO = Path(__file__).resolve().parents[1]
 
 CONFIG = (
     *("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "6", "--trainer.log_every_n_steps", "5"),
