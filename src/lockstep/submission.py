@@ -24,8 +24,9 @@ from lockstep.possible import refuse_contradictions, refuse_folders, refuse_misf
 from lockstep.profile import Profile
 from lockstep.queue import Queued, record
 from lockstep.run import Run, git_state, new_identity
+from lockstep.script import Request, batch_script
 from lockstep.snapshot import Code, live_code, take_snapshot
-from lockstep.submit import Request, batch_script, refuse_dead_dependency, submit, would_run
+from lockstep.submit import refuse_dead_dependency, submit, would_run
 from lockstep.sweep import Point, points_of, refuse_keys
 from lockstep.wandb_key import wandb_key
 

@@ -13,8 +13,9 @@ from conftest import REPO
 from lockstep.errors import UsageError
 from lockstep.flags import Nodes
 from lockstep.profile import Profile, load_profile, minutes, with_flags
+from lockstep.script import Request, batch_script
 from lockstep.snapshot import Code
-from lockstep.submit import Request, batch_script, scrub
+from lockstep.submit import scrub
 from lockstep.sweep import read_sweep
 
 GOLDEN = Path(__file__).parent / "golden"
