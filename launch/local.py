@@ -16,9 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.check import check
+from lockstep.check import check, shows_only
 from lockstep.errors import LockstepError
 from lockstep.flags import Parser, at_least, python_path
+from lockstep.possible import refuse_contradictions, refuse_missing_checkpoint
 from lockstep.run import Run
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
@@ -40,11 +41,11 @@ def main(arguments: Sequence[str]) -> int:
             rest[at:at] = ["--config", str(resume.config)]
         elif not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
             rest[at:at] = ["--config", str(DEFAULT_CONFIG)]
-        check(
-            rest,
-            [name[2:] for action in parser._actions for name in action.option_strings],
-            [Path.cwd(), *python_path(os.environ)],
-        )
+        flags = [name[2:] for action in parser._actions for name in action.option_strings]
+        config = check(rest, flags, [Path.cwd(), *python_path(os.environ)])
+        if not any(map(shows_only, rest)):
+            refuse_missing_checkpoint(rest[0] if at else "fit", config["ckpt_path"], {})
+            refuse_contradictions(config)
         # A shell inside a Slurm allocation must not make this run look like one of its tasks.
         for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del os.environ[name]

@@ -78,7 +78,7 @@ def folder_run(root: Path, *more: str) -> list[str]:
         (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
         (["--seed_everything", "4294967296"], "seed_everything: 4294967296 must be 0 or more, and less than 2**32"),
         (["test"], "ckpt_path: must be set to test"),
-        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: nowhere.ckpt is no whole checkpoint"),
+        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: there is no nowhere.ckpt; give a checkpoint, or a run folder."),
         (
             ["--model.network", "resnet19"],
             "model.network: torchvision has no classification model 'resnet19'; did you mean 'resnet1",

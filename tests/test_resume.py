@@ -194,6 +194,7 @@ def test_checkpoints_that_cannot_be_written_do_not_end_the_run(
     assert run.status == 0
     said = capfd.readouterr().err
     assert "the checkpoint of step 35 could not be written (No such file or directory); training goes on" in said
+    assert "could not be written" in json.loads((run.folder / "status.json").read_text())["trouble"]
 
 
 def history(run: Outcome) -> list[dict[str, Any]]:

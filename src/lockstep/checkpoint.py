@@ -96,21 +96,16 @@ def newest(checkpoints: Path, complain: Callable[[str], None] = log.warning) -> 
     return next((found for folder in folders(checkpoints) if (found := read(folder, complain))), None)
 
 
-def find_checkpoint(command: str, path: str | None) -> Checkpoint | Path | None:
-    """The checkpoint at ``path``: a file of lightning's, one of a run's, or the newest whole one of a run folder.
+def find_checkpoint(place: Path, key: str) -> Checkpoint | Path:
+    """The checkpoint at ``place``: a file of lightning's, one of a run's, or the newest whole one of a run folder.
 
     Raises:
-        UsageError: There is none, or ``command`` is to evaluate and no path is given.
+        UsageError: There is none; it names ``key``, which gave the place.
     """
-    if path is None:
-        if command != "fit":
-            raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
-        return None
-    place = Path(path)
     folder = place.parent if place.name == MODEL else place
     found = read(folder) if (folder / MANIFEST).exists() else newest(place / "checkpoints")
     if found is None and not place.is_file():
-        raise UsageError(f"ckpt_path: {path} is no whole checkpoint, nor a run folder with one below checkpoints/.")
+        raise UsageError(f"{key}: {place} is no whole checkpoint, nor a run folder with one below checkpoints/.")
     return found or place
 
 

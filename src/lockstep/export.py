@@ -36,7 +36,7 @@ def weights(checkpoint: Checkpoint | Path) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in whole.items()}
 
 
-def export(place: str, out: Path, part: str | None = None) -> int:
+def export(place: Path, out: Path, part: str | None = None) -> int:
     """Write the weights of a run, or of a checkpoint, to ``out``, and return their number.
 
     Args:
@@ -47,9 +47,7 @@ def export(place: str, out: Path, part: str | None = None) -> int:
     Raises:
         UsageError: There is no such checkpoint or part, or ``out`` cannot be written.
     """
-    found = find_checkpoint("fit", place)
-    assert found is not None
-    whole = weights(found)
+    whole = weights(find_checkpoint(place, "RUN"))
     if part is not None:
         names = sorted({name.partition(".")[0] for name in whole})
         whole = {name.removeprefix(f"{part}."): value for name, value in whole.items() if name.startswith(f"{part}.")}
@@ -72,7 +70,7 @@ def export(place: str, out: Path, part: str | None = None) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Export as ``arguments`` say, and return the exit status."""
     parser = Parser(prog="python -m lockstep.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="run folder (its newest checkpoint), or a checkpoint")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder (its newest checkpoint), or a checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, such as weights.safetensors")
     parser.add_argument("--part", metavar="NAME", help="only this part of the module, such as network")
     try:

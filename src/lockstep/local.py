@@ -73,10 +73,11 @@ def train_locally(
         else:
             place = f"rank {failure.world.rank} of {failure.world.size} (node {failure.world.node_rank})"
             log.error(
-                "%s failed first; the others were ended.\n%s\nlogs: %s",
+                "%s failed first; the others were ended.\n%s\nlogs: %s\nto go on: launch/local.py --resume %s",
                 place,
                 failure.report.rstrip(),
                 run.log(attempt, 0).parent,
+                run.folder,
             )
         return failure.exit_status
     except (KeyboardInterrupt, Interrupted) as interrupted:

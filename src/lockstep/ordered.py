@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lockstep.order import GlobalBatches, Later, Position, Sharding, mix
-from lockstep.shards import Saved, State
+from lockstep.shards import Saved, names_of
+from lockstep.state import State
 
 
 class Ordered(Strategy):
@@ -57,8 +58,8 @@ class Ordered(Strategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self.saved is not None:
             assert self.lightning_module is not None
-            names = {id(p): name for name, p in self.lightning_module.named_parameters()}
-            checkpoint = {**checkpoint, "optimizer_states": [self.saved.optimizer_state(self.optimizers[0], names)]}
+            state = self.saved.optimizer_state(self.optimizers[0], names_of(self.lightning_module))
+            checkpoint = {**checkpoint, "optimizer_states": [state]}
         super().load_optimizer_state_dict(checkpoint)
 
     def process_dataloader(self, dataloader: object) -> object:

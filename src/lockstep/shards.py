@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lockstep.errors import UsageError
+from lockstep.state import State
 
 WEIGHT = "weight"
-
-State = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,14 @@ class Fragment:
     write: Callable[[str, Tensor], None]
 
 
+def names_of(module: nn.Module) -> dict[int, str]:
+    """The names of parameters by their ``id``; the first one of those that are tied."""
+    return {id(p): name for name, p in module.named_parameters()}
+
+
 def take_shards(engine: Any, module: nn.Module) -> State:
     """What this rank has of the weights and of the optimizer's state; tensors are the live ones."""
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = names_of(module)
     zero = engine.optimizer
     inner = zero.optimizer
     flats = _flats(zero)

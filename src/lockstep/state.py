@@ -193,7 +193,7 @@ def refuse_unloadable(state: Mapping[str, Any]) -> None:
         named = re.search(r"GLOBAL (\S+)", reason)
         what = named[1] if named else " ".join(reason.split())
         raise RunError(
-            f"A checkpoint cannot hold {place}: it has a {what}, which torch.load(weights_only=True) would refuse; "
+            f"A checkpoint cannot hold {place} ({what}): torch.load(weights_only=True) would refuse it; "
             "give tensors, numbers, texts, lists and dicts there (in state_dict or on_save_checkpoint)."
         )
 

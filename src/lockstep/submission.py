@@ -180,7 +180,8 @@ class Submission:
             if self.snapshot:
                 refuse_ignored(self.config, code, self.here, env)
             arguments = freeze(self.arguments, code, self.folder, self.secrets)
-            if (own := self.config["deepspeed"]["config"]) is not None:  # wherever that stands
+            own = self.config["deepspeed"]["config"]
+            if own is not None and not any(argument.startswith("--deepspeed.config") for argument in arguments):
                 arguments = (*arguments, *freeze([f"--deepspeed.config={own}"], code, self.folder, self.secrets))
             git = git_state(self.here)
             swept = {text for point in self.points for text in files_in(point)}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from os import environ
 from pathlib import Path
 
+import wandb
 import yaml
 
 from lockstep.disk import read_whole
@@ -17,7 +18,7 @@ from lockstep.logs import start_logging
 from lockstep.options import WandbOptions
 from lockstep.run import Run
 from lockstep.squeue import holds
-from lockstep.tracking import track
+from lockstep.tracking import is_reachable, track
 from lockstep.wandb_key import wandb_key
 from lockstep.world import World
 
@@ -27,18 +28,20 @@ def sync(run: Run) -> str:
 
     Raises:
         UsageError: The run is being trained.
-        RunError: W&B cannot be reached.
+        RunError: W&B cannot be reached, or does not take it.
     """
     if (owner := read_whole(run.folder / "owner.json")) and holds(owner, environ):
         raise UsageError(f"The run {run.folder} is being trained, and sends what it has missed by itself.")
     if wandb_key(environ) is None:
         raise UsageError("W&B has no key here; set WANDB_API_KEY, or use wandb login.")
+    if not is_reachable(address := wandb.setup().settings.base_url):
+        raise RunError(f"W&B cannot be reached at {address}; try again later.")
     config = yaml.safe_load(run.config.read_text())
     tracked = track(run, WandbOptions(**config["wandb"]), config, True, lambda: 0)
     is_finished = read_whole(run.result).get("status") == "finished"
     place = tracked.place
     if not tracked.close(0 if is_finished else 1) or not place:
-        raise RunError("W&B cannot be reached; what it has missed stays here: try again later.")
+        raise RunError("W&B has not taken all of it; try again later.")
     return place
 
 

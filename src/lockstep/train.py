@@ -129,7 +129,9 @@ def work(
         Where W&B has the run: its address, what uploads it, or that W&B is off.
     """
     allow_numpy()
-    given = find_checkpoint(command, config.ckpt_path)
+    if config.ckpt_path is None and command != "fit":
+        raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
+    given = None if config.ckpt_path is None else find_checkpoint(Path(config.ckpt_path), "ckpt_path")
     own = from_rank_zero(lambda: newest(run.checkpoints), world) if command == "fit" else None
     seed_everything(config.seed_everything, verbose=False)
     made = make_objects(parser, config)

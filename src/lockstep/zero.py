@@ -17,7 +17,8 @@ from lockstep.group import WorldEnvironment
 from lockstep.options import DeepSpeedOptions
 from lockstep.order import Sharding
 from lockstep.ordered import Ordered
-from lockstep.shards import Saved, State, put_shards, take_shards
+from lockstep.shards import Saved, names_of, put_shards, take_shards
+from lockstep.state import State
 from lockstep.zero_config import deepspeed_config
 
 
@@ -107,7 +108,7 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
     def _init_optimizers(self) -> Any:
         optimizer, schedule = super()._init_optimizers()
         assert self.lightning_module is not None
-        names = {id(p): name for name, p in self.lightning_module.named_parameters()}
+        names = names_of(self.lightning_module)
         self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         return optimizer, schedule
 
@@ -120,7 +121,7 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         assert self.lightning_module is not None
         stepped = set(self._names)
         parameters = self.lightning_module.named_parameters(remove_duplicate=False)
-        first = {id(p): name for name, p in self.lightning_module.named_parameters()}
+        first = names_of(self.lightning_module)
         in_shards = {name for name, p in parameters if first[id(p)] in stepped or hasattr(p, "ds_tensor")}
         return {name: value for name, value in self.lightning_module.state_dict().items() if name not in in_shards}
 
