@@ -4,11 +4,14 @@ import csv
 import logging
 import os
 from collections.abc import Callable, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from lockstep.disk import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +76,11 @@ class MetricsFile(Logger):
         names = dict.fromkeys(name for row in self._waiting for name in row)
         if added := [name for name in names if name not in self._columns]:
             rows = read_metrics(self.path) if self.path.exists() else []
-            beside = self.path.with_name(f".{self.path.name}")
-            with beside.open("w", newline="") as file:
-                writer = csv.DictWriter(file, [*self._columns, *added])
-                writer.writeheader()
-                writer.writerows(rows)
-            beside.replace(self.path)
+            text = StringIO(newline="")
+            writer = csv.DictWriter(text, [*self._columns, *added])
+            writer.writeheader()
+            writer.writerows(rows)
+            replace_text(self.path, text.getvalue())
             self._columns += added
         size = self.path.stat().st_size
         try:

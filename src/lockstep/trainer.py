@@ -67,7 +67,6 @@ def make_trainer(
     world = strategy.sharding.world
     saves = given["enable_checkpointing"] is not False
     options = config.checkpoint
-    # Only who is newest writes: an older attempt may live on, on a node that Slurm has given up.
     hang = Hang(run, world, attempt, config.run.hang_seconds)
     writer = Writer(
         run.checkpoints,
@@ -75,6 +74,7 @@ def make_trainer(
         attempt,
         options.background,
         options.keep,
+        # Only who is newest writes: an older attempt may live on, on a node that Slurm has given up.
         is_mine=lambda: run.newest_attempt == attempt,
         meanwhile=hang.excuse,
     )
