@@ -4,6 +4,7 @@
     python launch/slurm.py --nodes 4                                          # configs/digits.yaml on four nodes
     python launch/slurm.py --nodes 4 --profile a100 --time 24:00:00 --config configs/imagenet.yaml
     python launch/slurm.py --nodes 4 --dry-run                                # everything but sbatch
+    python launch/slurm.py --nodes 4 --profile a100 --plan                    # which strategy fits the GPUs' memory
     python launch/slurm.py --sweep model.lr=0.1,0.03 --sweep seed_everything=1,2      # four runs, one job array
 
 Whatever is not listed below goes to the trainer untouched: an optional command (fit, validate, test), then keys of the
@@ -20,13 +21,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from lockstep.ahead import complete_config, plan
 from lockstep.check import shows_only
 from lockstep.errors import LockstepError, UsageError
 from lockstep.flags import Nodes, Parser, refuse_dead_conf
 from lockstep.follow import follow
 from lockstep.profile import FLAGS, Profile, load_profile, profile_folders, with_flags
 from lockstep.run import Run
-from lockstep.submission import Submission, build_config
+from lockstep.submission import Submission
 from lockstep.submit import scrub
 from lockstep.sweep import read_sweep
 
@@ -60,6 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-snapshot", action="store_true", help="run the code as it will be when the job starts")
     parser.add_argument("--check", action="store_true", help="check everything, also with torch; queue nothing")
     parser.add_argument("--dry-run", action="store_true", help="as --check, and print the script and the complete config")
+    parser.add_argument(
+        "--plan", action="store_true", help="show what the model needs on each rank, and what fits; queue nothing"
+    )
     parser.add_argument("--follow", action="store_true", help="show rank zero's log until the end; exit with the run's status")
     return parser
 
@@ -102,11 +107,16 @@ def main(arguments: Sequence[str]) -> int:
             flags=[name[2:] for action in parser._actions for name in action.option_strings],
             env=os.environ,
         )
+        if own.plan:
+            table, unknown = plan(submission, os.environ)
+            print(unknown, file=sys.stderr, end="")
+            print(table, end="")
+            return 0
         has_slurm = shutil.which("sbatch") is not None
         if has_slurm or not own.dry_run:
             submission.ask_slurm(os.environ)
         if own.dry_run or own.check:
-            config = build_config(submission, os.environ)
+            config = complete_config(submission, os.environ)
             if own.dry_run:
                 print(submission.preview(os.environ), config, sep="\n", end="")
             if not has_slurm:

@@ -64,6 +64,7 @@ class Profile:
     exclude: str | None = option("nodes to leave out")
     time: str | None = option("time limit: minutes, HH:MM:SS or D-HH:MM:SS")
     gpus_per_node: int = option("GPUs of each node", 0)
+    gpu_memory: str | None = option("memory of each GPU, such as 80G; --plan says what fits there")
     ranks_per_node: int | None = option("ranks on each node (default: one per GPU, else 1)")
     cpus_per_gpu: int | None = option("CPUs for each GPU, shared out to the ranks")
     cpus_per_rank: int | None = option("CPUs for each rank; wins over cpus_per_gpu")
@@ -101,6 +102,8 @@ class Profile:
         return None if self.time is None else minutes(self.time)
 
 
+_UNITS = "KMGT"
+
 FLAGS = tuple(f.name for f in fields(Profile) if f.type in (int, int | None, str | None))
 """Fields that are flags of the launcher too: all that are one text or number."""
 
@@ -123,6 +126,18 @@ def minutes(time: str) -> int:
     else:  # MM or MM:SS
         hours, mins, seconds = 0, *[*given, 0][:2]
     return int(days or 0) * 1440 + hours * 60 + mins + (1 if seconds else 0)
+
+
+def size_in_bytes(size: str) -> int:
+    """Bytes in a size as Slurm writes it: a number, in MiB or with K, M, G or T behind it.
+
+    Raises:
+        UsageError: It is no such size.
+    """
+    match = re.fullmatch(rf"(\d+)([{_UNITS}]?)B?", size.upper())
+    if not match:
+        raise UsageError(f"{size!r} is no size; write a number with K, M, G or T behind it, such as 80G.")
+    return int(match[1]) << 10 * (1 + _UNITS.index(match[2] or "M"))
 
 
 def load_profile(name: str | None, env: Mapping[str, str], folders: Iterable[Path]) -> Profile:
@@ -236,6 +251,12 @@ def _check_sense(profile: Profile, place: str) -> None:
             raise UsageError(f"{place}{error.sentence}") from None
         if not 0 < asked < _FOR_EVER:
             raise UsageError(f"{place}time: {profile.time!r} must be more than 0, and less than ten years.")
+    for name in ("gpu_memory", "mem"):
+        if (size := getattr(profile, name)) is not None:
+            try:
+                size_in_bytes(size)
+            except UsageError as error:
+                raise UsageError(f"{place}{name}: {error.sentence}") from None
     for mount in profile.container.mounts if profile.container else ():
         if ":" not in mount:
             raise UsageError(f"{place}container.mounts: {mount!r} must be of the form from:to.")

@@ -1,12 +1,10 @@
 """One call of the launcher: checked, shown, or sent. No torch here."""
 
 import logging
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -151,11 +149,19 @@ class Submission:
             )
         if self.after is not None:
             refuse_dead_dependency(self.after, env)
-        would_run(self._request(live_code(self.here, _PACKAGE, env.get("PYTHONPATH", ""))), env)
+        would_run(self._request(self.live_code(env)), env)
+
+    def live_code(self, env: Mapping[str, str]) -> Code:
+        """The code as it is now."""
+        return live_code(self.here, _PACKAGE, env.get("PYTHONPATH", ""))
+
+    def told_first(self) -> list[str]:
+        """All arguments of the first run."""
+        return self._told(self.arguments, self.points[0], {})
 
     def preview(self, env: Mapping[str, str]) -> str:
         """The batch script, and what each run is told, as ``submit`` would send them."""
-        script = batch_script(self._request(live_code(self.here, _PACKAGE, env.get("PYTHONPATH", ""))))
+        script = batch_script(self._request(self.live_code(env)))
         shown = [
             f"# {run.folder}: {shlex.join([self.command, *self._told(self.arguments, point, {})])}".replace("\n", "\n# ")
             for run, point in self._runs()
@@ -234,10 +240,9 @@ class Submission:
         return len(self.points) > 1
 
     def _code(self, env: Mapping[str, str]) -> Code:
-        python_path = env.get("PYTHONPATH", "")
         if not self.snapshot:
-            return live_code(self.here, _PACKAGE, python_path)
-        return take_snapshot(self.here, _PACKAGE, self.folder, python_path, self.secrets)
+            return self.live_code(env)
+        return take_snapshot(self.here, _PACKAGE, self.folder, env.get("PYTHONPATH", ""), self.secrets)
 
     def _told(self, arguments: Sequence[str], point: Point, files: Mapping[str, str]) -> list[str]:
         """All arguments of one run; ``files`` are what stands for those that name a file."""
@@ -286,26 +291,3 @@ class Submission:
             len(self.points),
             self.at_once,
         )
-
-
-def build_config(submission: Submission, env: Mapping[str, str]) -> str:
-    """The complete config, built as the ranks will build it, with torch and the classes that it names.
-
-    With the Python of the ranks; where that is in an image, with the one here.
-
-    Raises:
-        UsageError: What the job would have said.
-    """
-    profile, point = submission.profile, submission.points[0]
-    python = sys.executable if profile.container or not profile.python else profile.python
-    code = live_code(submission.here, _PACKAGE, env.get("PYTHONPATH", ""))
-    env = {**env, "PYTHONPATH": os.pathsep.join(map(str, code.paths)), "PYTHONSAFEPATH": "1"}
-    command = [python, "-m", "lockstep.train", submission.command, *submission._told(submission.arguments, point, {})]
-    try:
-        built = subprocess.run([*command, "--print_config"], env=env, capture_output=True, text=True)
-    except OSError as error:
-        raise UsageError(f"python: {python} cannot be run here ({error.strerror}); give the path of an interpreter.") from None
-    if built.returncode:
-        said = built.stderr.strip().splitlines()[-1].removeprefix("lockstep: ")
-        raise UsageError(said + (" (Said by the Python here; that of the image was not asked.)" if profile.container else ""))
-    return built.stdout

@@ -109,7 +109,12 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         optimizer, schedule = super()._init_optimizers()
         assert self.lightning_module is not None
         names = names_of(self.lightning_module)
-        self._names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        self._names = [names[id(p)] for p in stepped]
+        assert isinstance(self.config, dict)
+        zero = self.config["zero_optimization"]
+        # DeepSpeed takes a whole bucket of memory, or two, however small the model is.
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], sum(getattr(p, "ds_numel", p.numel()) for p in stepped))
         return optimizer, schedule
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -27,7 +27,8 @@ _PARTS: dict[str, tuple[Part, ...]] = {
 
 
 class ImageData(LightningDataModule):
-    """Images and labels for the shared classifier. A subclass gives ``num_classes``, ``mean``, ``std`` and ``load``.
+    """Images and labels for the shared classifier. A subclass gives ``num_classes``, ``image_shape`` (C, H, W), ``mean``,
+    ``std`` and ``load``.
 
     Loaders give uint8 images (B, C, H, W), a quarter of the bytes of float32; they become normalized floats on the device.
 
@@ -47,6 +48,7 @@ class ImageData(LightningDataModule):
     """
 
     num_classes: int
+    image_shape: tuple[int, int, int]
     mean: Sequence[float]
     std: Sequence[float]
     in_memory = True

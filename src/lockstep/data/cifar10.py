@@ -18,6 +18,7 @@ class CIFAR10(DownloadedData):
     """
 
     num_classes = 10
+    image_shape = (3, 32, 32)
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
     source = torchvision.datasets.CIFAR10

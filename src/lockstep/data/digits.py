@@ -32,6 +32,7 @@ class Digits(ImageData):
     """
 
     num_classes = 10
+    image_shape = (1, 8, 8)
     mean = (0.287,)
     std = (0.354,)
 

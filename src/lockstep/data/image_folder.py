@@ -76,7 +76,7 @@ class ImageFolder(ImageData):
         self.folders: dict[Part, Path] = {"train": self.root / train, "val": self.root / val, "test": self.root / test}
         self.size, self.augment, self.on_corrupt = size, augment, on_corrupt
         self.archive, self.archive_md5 = archive, archive_md5
-        self.mean, self.std = mean, std
+        self.image_shape, self.mean, self.std = (3, size, size), mean, std
         self.skipped: set[str] = set()
 
     def prepare_data(self) -> None:

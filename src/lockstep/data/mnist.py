@@ -16,6 +16,7 @@ class MNIST(DownloadedData):
     """
 
     num_classes = 10
+    image_shape = (1, 28, 28)
     mean = (0.1307,)
     std = (0.3081,)
     source = torchvision.datasets.MNIST

@@ -84,10 +84,10 @@ class Synthetic(ImageData):
         for key, value in [*samples.items(), ("classes", classes), *((f"shape[{i}]", n) for i, n in enumerate(shape))]:
             if value < 1:
                 raise UsageError(f"data.{key + '_samples' if key in samples else key}: {value} must be 1 or more.")
-        self.shape, self.num_classes, self.samples = shape, classes, samples
+        self.image_shape, self.num_classes, self.samples = shape, classes, samples
         self.mean, self.std = (0.5,) * shape[0], (0.29,) * shape[0]
 
     def load(self, part: Part) -> SyntheticImages:
         """One part, drawn from the seed."""
         number = ("train", "val", "test").index(part)
-        return SyntheticImages(self.samples[part], self.shape, self.num_classes, mix(self.seed, number) >> 1)
+        return SyntheticImages(self.samples[part], self.image_shape, self.num_classes, mix(self.seed, number) >> 1)

@@ -1,0 +1,147 @@
+"""Which ways to train fit into the memory of a rank: a table, and one sentence about which to take. No torch here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from lockstep.memory import ROOM, WAYS, Footprint, Need, needs
+from lockstep.options import DDPOptions, DeepSpeedOptions
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What of a submission decides what fits.
+
+    Attributes:
+        nodes: Most that were asked for.
+        ranks: On each node.
+        on_gpu: Whether each rank has a GPU.
+        memory: Bytes that each rank has, on its GPU or, without one, of its node; None if nobody said.
+        host: Bytes of a node's own memory; None if nobody said.
+    """
+
+    nodes: int
+    ranks: int
+    on_gpu: bool
+    memory: int | None = None
+    host: int | None = None
+
+    def numbers_of_nodes(self) -> list[int]:
+        """1, 2, 4 … up to the nodes that were asked for, and at least to 8."""
+        powers = [1 << power for power in range(max(8, self.nodes).bit_length())]
+        return sorted({*powers, self.nodes})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train on one number of nodes.
+
+    Attributes:
+        nodes: Nodes.
+        ranks: On all of them.
+        batch: Samples of a rank in a step; None where they do not divide, or are not known.
+        way: One of ``WAYS``.
+        need: Bytes of a rank.
+        trouble: Why it cannot be, in a few words; empty if it can, None if nobody knows.
+    """
+
+    nodes: int
+    ranks: int
+    batch: int | None
+    way: str
+    need: Need
+    trouble: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All ways to train one model.
+
+    Attributes:
+        model: What it is.
+        resources: What there is.
+        precision: As in lightning's Trainer, ``auto`` resolved.
+        ddp, zero: Options of the strategies.
+        accumulate: Batches of a step.
+    """
+
+    model: Footprint
+    resources: Resources
+    precision: str
+    ddp: DDPOptions
+    zero: DeepSpeedOptions
+    accumulate: int = 1
+
+    def rows(self) -> Iterator[Row]:
+        """All of them, on few nodes first."""
+        for nodes in self.resources.numbers_of_nodes():
+            ranks = nodes * self.resources.ranks
+            whole, batch = self.model.batch, self.model.batch_per_rank
+            if whole is not None:
+                batch = whole // ranks if whole % ranks == 0 else None
+            for way in WAYS:
+                need = needs(way, self.model, ranks, batch or 0, self.precision, self.ddp, self.zero, self.accumulate)
+                trouble = self._trouble(need)
+                if whole is not None and batch is None:
+                    trouble = f"no: {whole} samples, {ranks} ranks"
+                yield Row(nodes, ranks, batch, way, need, trouble)
+
+    def _trouble(self, need: Need) -> str | None:
+        """Why one rank's ``need`` cannot be; empty if it can, None if nobody knows."""
+        memory, host = self.resources.memory, self.resources.host
+        if memory is not None and need.total + (0 if self.resources.on_gpu else need.host) > ROOM * memory:
+            return "no"
+        if self.resources.on_gpu and host and self.resources.ranks * need.host > ROOM * host:
+            return "no: memory of the node"
+        return None if memory is None else ""
+
+    def table(self) -> Table:
+        """Bytes per rank, a line for each way and number of nodes."""
+        table = Table(box=None, pad_edge=False)
+        table.add_column("nodes × ranks", no_wrap=True)
+        table.add_column("batch", justify="right")
+        table.add_column("strategy", no_wrap=True)
+        for name in ("weights", "gradients", "optimizer", "buffers", "activations", "peak", "in CPU memory"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("fits", no_wrap=True)
+        nodes = 0
+        for row in self.rows():
+            need = row.need
+            sizes = (need.weights, need.gradients, need.optimizer, need.buffers, need.activations, need.total, need.host)
+            first = (f"{row.nodes} × {self.resources.ranks}", "?" if row.batch is None else str(row.batch))
+            fits = {None: "?", "": "yes"}.get(row.trouble, row.trouble)
+            table.add_row(*(first if row.nodes != nodes else ("", "")), row.way, *map(text, sizes), fits)
+            nodes = row.nodes
+        return table
+
+    def advice(self) -> str:
+        """Which way to take, in one sentence."""
+        if self.resources.memory is None:
+            key = "gpu_memory (--gpu-memory 80G)" if self.resources.on_gpu else "mem (--mem 64G)"
+            return f"To be told what fits, set {key} in the profile."
+        fitting = [row for row in self.rows() if row.trouble == ""]
+        here = [row for row in fitting if row.nodes == self.resources.nodes]
+        if here:
+            return f"Take {how(here[0].way)}: {text(here[0].need.total)} of {text(self.resources.memory)} on each rank."
+        more = [row for row in fitting if row.nodes > self.resources.nodes]
+        if more:
+            return f"Nothing fits on {self.resources.nodes} nodes; take --nodes {more[0].nodes} with {how(more[0].way)}."
+        return "Nothing fits; take a smaller batch, more accumulation, or activation_checkpointing."
+
+
+def how(way: str) -> str:
+    """What one types to train that way."""
+    return "--strategy ddp" if way == "ddp" else f"--config configs/deepspeed_{way}.yaml"
+
+
+def text(size: int | None) -> str:
+    """A number of bytes, to be read."""
+    if size is None:
+        return "?"
+    for unit, name in ((_GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.{0 if size >= 100 * unit else 1}f} {name}"
+    return "0" if size == 0 else f"{size} B"

@@ -1,0 +1,57 @@
+"""What fits? ``launch/slurm.py --plan`` calls ``python -m lockstep.plan RESOURCES [fit] --config FILE …``."""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from lockstep.config import parse
+from lockstep.errors import LockstepError
+from lockstep.fits import Plan, Resources, text
+from lockstep.options import DDPOptions, DeepSpeedOptions
+from lockstep.rehearse import footprint
+from lockstep.train import split_command
+
+_WIDTH = 150
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what fits of the run that ``arguments`` describe, after the resources, and return the exit status."""
+    logging.basicConfig(format="lockstep: %(message)s")
+    for name in ("lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        resources = Resources(**json.loads(arguments[0]))
+        _, keys = split_command(arguments[1:])
+        _, config = parse(keys)
+        precision = config.trainer.precision
+        if precision == "auto":
+            precision = "bf16-mixed" if resources.on_gpu else "32-true"
+        model = footprint(config, precision)
+        plan = Plan(
+            model,
+            resources,
+            precision,
+            DDPOptions(**vars(config.ddp)),
+            DeepSpeedOptions(**vars(config.deepspeed)),
+            config.trainer.accumulate_grad_batches,
+        )
+        console = Console(width=_WIDTH, highlight=False)
+        console.print(
+            f"{model.parameters:,} parameters, {model.trainable:,} of them trained, in {precision}; bytes of each rank:\n"
+        )
+        console.print(plan.table())
+        console.print()
+        console.print(plan.advice())
+        start = 4 * model.parameters * resources.ranks
+        console.print(f"Each rank makes the model in the memory of its node first: {text(start)} on a node.")
+        return 0
+    except LockstepError as error:
+        print(f"lockstep: {error.sentence}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
