@@ -89,7 +89,7 @@ class Job:
         told: dict[str, Any] = json.loads(done.stdout)
         return told
 
-    def end(self, seconds: float = 240) -> dict[str, Any]:
+    def end(self, seconds: float = 400) -> dict[str, Any]:
         """Wait until the job is over."""
         deadline = time.monotonic() + seconds
         while (told := self.status())["exit_status"] == 3 and time.monotonic() < deadline:

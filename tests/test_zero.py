@@ -51,12 +51,13 @@ def test_a_killed_run_ends_with_the_same_weights(launch: Launch, tmp_path: Path,
     assert_same(go_on(launch, killed), undisturbed)
 
 
-def test_accumulated_gradients_are_those_of_ddp_also_at_the_end_of_an_epoch(launch: Launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_accumulated_gradients_are_those_of_ddp_also_at_the_end_of_an_epoch(launch: Launch, tmp_path: Path, stage: int) -> None:
     accumulated = (*RUN, "--trainer.accumulate_grad_batches", "3")
-    ddp, undisturbed = launch(*accumulated), launch(*accumulated, *zero(1, 2))
+    ddp, undisturbed = left_alone(launch, *accumulated), launch(*accumulated, *zero(stage, 2))
     assert undisturbed.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
     assert undisturbed.result["global_step"] == ddp.result["global_step"] == 21
-    killed = launch(*accumulated, *zero(1, 2), *trouble(tmp_path / "once", "SIGKILL", step=12, rank=1))
+    killed = launch(*accumulated, *zero(stage, 2), *trouble(tmp_path / "once", "SIGKILL", step=12, rank=1))
     assert_same(go_on(launch, killed), undisturbed)
 
 

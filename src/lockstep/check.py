@@ -187,4 +187,6 @@ class Config:
             if name in self.content["trainer"]:
                 kind = expected(self._sources, argument)
                 self._values.refuse_incomplete(self.content["trainer"][name], kind, f"trainer.{name}")
+        for path in self.content["activation_checkpointing"]:
+            self._values.refuse_missing(path, "activation_checkpointing")
         refuse_out_of_range(self.content["seed_everything"], self.content["checkpoint"]["best"])

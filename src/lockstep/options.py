@@ -140,6 +140,8 @@ class Options:
     Args:
         seed_everything: Decides weights, order, augmentation and dropout.
         strategy: How several ranks train together.
+        activation_checkpointing: Import paths of classes, such as torchvision.models.vision_transformer.EncoderBlock: the parts
+            of the module that are of them keep no activations, and are computed again in backward.
         shared_filesystem: Nodes share their files: prepare_data runs once per job, else per node.
         ckpt_path: Checkpoint, or run folder, to start from or to evaluate.
     """
@@ -151,6 +153,7 @@ class Options:
     deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     wandb: WandbOptions = field(default_factory=WandbOptions)
+    activation_checkpointing: list[str] = field(default_factory=list)
     shared_filesystem: bool = True
     ckpt_path: str | None = None
 

@@ -27,6 +27,7 @@ from lockstep.config import make_objects
 from lockstep.data.base import ImageData
 from lockstep.errors import LockstepError, UsageError
 from lockstep.memory import Activations, Footprint
+from lockstep.recompute import Recompute
 
 log = logging.getLogger(__name__)
 
@@ -210,14 +211,14 @@ def rehearse(
     look.is_blind = batch is None
     loader = Endless(tree_map_only(Tensor, torch.empty_like, batch))
     vars(data).update(train_dataloader=lambda: loader)
-    given = {name: config.trainer[name] for name in ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")}
+    given = {name: config.trainer[name] for name in ("max_epochs", "max_steps", "gradient_clip_val")}
     is_narrow = precision.endswith("-true") and precision != "32-true"
     trainer = Trainer(
         **given,
         strategy=still,
         precision=None if is_narrow else precision,
         plugins=[Narrow(precision)] if is_narrow else None,
-        callbacks=[look],
+        callbacks=[Recompute(config.activation_checkpointing), look],
         limit_val_batches=0,
         num_sanity_val_steps=0,
         logger=False,

@@ -19,6 +19,7 @@ from lockstep.keep import Keeper
 from lockstep.loop import replace_loops
 from lockstep.metrics import MetricsFile
 from lockstep.monitor import FiniteLoss, ProgressBar, Rates, Status, on_terminal
+from lockstep.recompute import Recompute
 from lockstep.run import Run
 from lockstep.stop import Signals
 from lockstep.strategy import AnyStrategy
@@ -81,7 +82,7 @@ def make_trainer(
     keeper = Keeper(run, options, rates, signals, writer if saves else None)
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # lightning's, of one's own
     callbacks += [FiniteLoss(), rates, Status(run, rates, attempt, not bar, lambda: writer.failure), keeper]
-    callbacks.append(hang)
+    callbacks += [Recompute(config.activation_checkpointing), hang]
     if bar and not own_bar:
         callbacks.append(ProgressBar())
     if given["enable_model_summary"] is None:

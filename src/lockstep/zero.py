@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
     def handles_gradient_accumulation(self) -> bool:
         """No: DeepSpeed counts batches over the whole run, lightning in each epoch, and takes a step with what is left over."""
         return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Nothing: what DeepSpeed does with the gradients of a batch, ``backward`` tells it; stages 2 and 3 take no other way."""
+        yield
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None

@@ -249,6 +249,10 @@ class Values:
         except CannotTell:
             pass
 
+    def refuse_missing(self, path: str, key: str) -> None:
+        """Raise about the import path of a class that certainly is not there."""
+        self._signature(path, key)
+
     def refuse_doubtful(self) -> None:
         """Raise about the first class named by its last part that certainly no module of this run defines."""
         named = [path for path in self._signatures if "." in path]
