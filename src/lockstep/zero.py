@@ -84,7 +84,7 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Nothing: what DeepSpeed does with the gradients of a batch, ``backward`` tells it; stages 2 and 3 take no other way."""
+        """Nothing: ``backward`` tells DeepSpeed what to do with the gradients of a batch; stages 2 and 3 take no other way."""
         yield
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
