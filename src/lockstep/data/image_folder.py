@@ -132,6 +132,8 @@ class ImageFolder(ImageData):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take out, name and count the files that could not be decoded."""
         images, labels, broken = batch
+        if broken and self.trainer is not None and self.trainer.predicting:
+            raise RunError(f"{broken[0]} cannot be decoded, and predict leaves no sample out; replace it, or take it away.")
         for path in broken:
             if path not in self.skipped:
                 log.warning("skipped %s: it cannot be decoded", path)
