@@ -7,7 +7,6 @@ CPU and leaves them in the run folder; rank zero puts all of them together.
 
 import shutil
 from collections.abc import Iterator, Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,31 +48,33 @@ def predict(
     if not is_overridden("predict_step", module) and not is_overridden("forward", module):
         raise UsageError(f"model: {type(module).__name__} has neither predict_step nor forward; define one of them.")
     strategy: Any = trainer.strategy
-    rows = Rows(strategy.sharding.world)
-    callbacks: Any = trainer
-    callbacks.callbacks.append(rows)
-    trainer.predict(module, datamodule=data, return_predictions=False, ckpt_path=checkpoint, weights_only=True)
     # An older attempt may live on, on a node that Slurm has given up: it does not write into this one's folder.
-    parts = run.folder / f".predictions-{attempt}"
-    rows.save(parts)
-    trainer.strategy.barrier("predictions")
-    samples = from_rank_zero(lambda: _put_together(parts, rows.world.size, run.predictions), rows.world)
+    rows = Rows(run.folder / f".predictions-{attempt}", strategy.sharding.world)
+    owner: Any = trainer
+    owner.callbacks.append(rows)
+    trainer.predict(module, datamodule=data, return_predictions=False, ckpt_path=checkpoint, weights_only=True)
+    if not rows.batches:
+        raise RunError("Nothing was predicted: predict_dataloader gave no batch, or trainer.limit_predict_batches allows none.")
+    samples = from_rank_zero(lambda: _put_together(rows.folder, rows.world.size, run.predictions), rows.world)
     return {"samples": samples, "predictions": str(run.predictions)}
 
 
 class Rows(Callback):
-    """Keeps what ``predict_step`` returns on this rank, and of which samples, in the memory of the CPU.
+    """Keeps what ``predict_step`` returns on this rank, and of which samples, and leaves it in a folder at the end.
 
     Args:
+        folder: Where the rows of all ranks go.
         world: Who shares the samples.
+
+    Attributes:
+        batches: What was predicted, in the memory of the CPU.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        self.batches: list[dict[str, Tensor]] = []
         self._draws: Iterator[list[int]] | None = None
-        self._counter = count()
         self._indices: list[int] = []
-        self._batches: list[dict[str, Tensor]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loaders = CombinedLoader(trainer.predict_dataloaders, "sequential").flattened
@@ -95,34 +96,34 @@ class Rows(Callback):
     ) -> None:
         tensors = _by_name(outputs)
         rows = {len(tensor) if tensor.ndim else 0 for tensor in tensors.values()}
-        indices = next(self._draws) if self._draws else [next(self._counter) for _ in range(max(rows))]
+        known = len(self._indices)
+        indices = next(self._draws) if self._draws else range(known, known + max(rows))
         if rows != {len(indices)}:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
             raise RunError(f"predict_step returns {shapes} for {len(indices)} samples; the first dimension must be theirs.")
         self._indices += indices
-        self._batches.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
-        _refuse_others(_kinds(self._batches[-1]), _kinds(self._batches[0]))
+        self.batches.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
+        _refuse_others(_kinds(self.batches[-1]), _kinds(self.batches[0]))
 
-    def save(self, folder: Path) -> None:
-        """Leave this rank's rows in ``folder``."""
-        if not self._batches:
-            raise RunError(
-                "Nothing was predicted: predict_dataloader gave no batch, or trainer.limit_predict_batches allows none."
-            )
-        joined = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
-        try:
-            folder.mkdir(exist_ok=True)
-            torch.save({"indices": torch.tensor(self._indices), "tensors": joined}, folder / f"{self.world.rank}.pt")
-        except (OSError, RuntimeError) as error:  # torch tells a full disk in its own way
-            raise RunError(f"The predictions of rank {self.world.rank} cannot be written to {folder} ({error}).") from error
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.batches:
+            joined = {name: torch.cat([batch[name] for batch in self.batches]) for name in self.batches[0]}
+            try:
+                self.folder.mkdir(exist_ok=True)
+                torch.save({"indices": torch.tensor(self._indices), "tensors": joined}, self.folder / f"{self.world.rank}.pt")
+            except (OSError, RuntimeError) as error:  # torch tells a full disk in its own way
+                raise RunError(f"The predictions of rank {self.world.rank} cannot be written ({error}).") from error
+        trainer.strategy.barrier("predictions")  # here, where a rank that never comes is noticed
 
 
 def _by_name(outputs: Any) -> dict[str, Tensor]:
     """What ``predict_step`` returned, as named tensors."""
-    named = {"predictions": outputs} if isinstance(outputs, Tensor) else outputs
-    if isinstance(outputs, list | tuple):
-        named = {str(number): value for number, value in enumerate(outputs)}
-    elif not isinstance(named, Mapping):
+    named = outputs
+    if isinstance(outputs, Tensor):
+        named = {"predictions": outputs}
+    elif isinstance(outputs, list | tuple):
+        named = dict(enumerate(outputs))
+    elif not isinstance(outputs, Mapping):
         named = {"": outputs}
     odd = [f"{name} {type(value).__name__}".strip() for name, value in named.items() if not isinstance(value, Tensor)]
     if odd or not named:
@@ -148,7 +149,7 @@ def _refuse_others(kinds: Kinds, first: Kinds) -> None:
 
 
 def _text(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
-    return "nothing" if kind is None else f"{kind[0]} (batch, {', '.join(map(str, kind[1]))})"
+    return "nothing" if kind is None else f"{kind[0]} ({', '.join(['batch', *map(str, kind[1])])})"
 
 
 def _put_together(folder: Path, ranks: int, path: Path) -> int:
