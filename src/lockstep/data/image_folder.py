@@ -36,7 +36,7 @@ class ImageFolder(ImageData):
         size: Height and width of an image in a batch, in pixels.
         augment: Crop and mirror training images at random; else they are treated as in evaluation.
         on_corrupt: What a file that cannot be decoded does: ``raise`` ends the run with its name; ``skip`` leaves it out of
-            its batch, names it in the log and counts it in ``result.json``.
+            its batch, names it in the log and counts it in ``result.json``; not in ``predict``, which leaves none out.
         archive: A tar or zip file, or its address, that is unpacked into ``root`` where ``root`` does not exist. To copy
             data to a disk of each node, set ``root`` there and ``shared_filesystem: false``.
         archive_md5: Checksum of ``archive``, verified before it is unpacked.
