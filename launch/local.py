@@ -6,8 +6,8 @@
     python launch/local.py --nodes 2 --ranks 2    # two pretend nodes of two ranks each
     python launch/local.py --config mine.yaml --trainer.max_epochs 3 --model.lr 0.01
 
-Whatever is not listed below goes to the trainer untouched: an optional command (fit, validate, test), then keys of the
-config; see them all with --print_config.
+Whatever is not listed below goes to the trainer untouched: an optional command (fit, validate, test, predict), then keys of
+the config; see them all with --print_config.
 """
 
 import argparse

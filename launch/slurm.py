@@ -7,8 +7,8 @@
     python launch/slurm.py --nodes 4 --profile a100 --plan                    # which strategy fits the GPUs' memory
     python launch/slurm.py --sweep model.lr=0.1,0.03 --sweep seed_everything=1,2      # four runs, one job array
 
-Whatever is not listed below goes to the trainer untouched: an optional command (fit, validate, test), then keys of the
-config. What a profile says of the cluster (--profile, or LOCKSTEP_PROFILE) can be said with a flag too, and the flag wins.
+Whatever is not listed below goes to the trainer untouched: an optional command (fit, validate, test, predict), then keys of
+the config. What a profile says of the cluster (--profile, or LOCKSTEP_PROFILE) can be said with a flag too, and the flag wins.
 """
 
 import argparse

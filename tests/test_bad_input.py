@@ -186,10 +186,13 @@ def test_skipped_jpeg_is_counted(launch: Launch, tmp_path: Path, capfd: pytest.C
     for part in ("train", "test"):
         broken = tmp_path / "data" / part / "dog" / "2.jpg"
         broken.write_bytes(broken.read_bytes()[:200])
-    run = launch("--ranks", "2", *folder_run(tmp_path / "data", "--data.on_corrupt", "skip"))
+    skipping = folder_run(tmp_path / "data", "--data.on_corrupt", "skip")
+    run = launch("--ranks", "2", *skipping)
     assert run.status == 0
     assert run.result["skipped_files"] == 2
     assert run.result["metrics"]["test/samples"] == 7
+    assert launch("predict", *skipping, "--ckpt_path", str(run.folder)).status == RUNNING
+    assert f"{broken} cannot be decoded, and predict leaves no sample out; replace it" in capfd.readouterr().err
 
 
 class NanOnOneRank(Classifier):

@@ -116,7 +116,7 @@ def test_a_new_class_keeps_the_arguments_that_it_takes() -> None:
 
 
 NO_KEY = [  # (arguments after the default config, sentence); both the check and the parser refuse them
-    (["foo"], "'foo' is no key: keys begin with --, a command (fit, validate, test) stands before them."),
+    (["foo"], "'foo' is no key: keys begin with --, a command (fit, validate, test, predict) stands before them."),
     (["--trainer.max_epochs"], "trainer.max_epochs: needs a value: --trainer.max_epochs VALUE."),
     (["--run.name", "--run.test", "true"], "run.name: needs a value"),
     (["--trainer.max_epoch", "3"], "trainer.max_epoch (value 3): there is no such key; did you mean 'trainer.max_epochs'"),

@@ -22,7 +22,7 @@ def make_parser() -> ArgumentParser:
     """All keys of a config, as YAML files (``--config``, several are merged in their order) and dotted flags."""
     parser = ArgumentParser(
         prog="lockstep",
-        description="Train, validate or test one LightningModule. Every key is a flag and a key of a --config file.",
+        description="Train, evaluate or predict with one LightningModule. Every key is a flag and a key of a --config file.",
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,21 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: It cannot be written; what was there before still is.
     """
+    replace_by(path, lambda beside: beside.write_text(text))
+
+
+def replace_by(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace ``path`` by what ``write`` puts into the file that it is given.
+
+    Raises:
+        Exception: What ``write`` raises, or an OSError; what was there before still is.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write(beside)
+        flush(beside)
         beside.replace(path)
-    except OSError:
+    except Exception:
         beside.unlink(missing_ok=True)
         raise
 

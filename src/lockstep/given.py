@@ -9,7 +9,7 @@ import yaml
 
 from lockstep.errors import UsageError
 from lockstep.nearest import did_you_mean
-from lockstep.options import OWNED
+from lockstep.options import COMMANDS, OWNED
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -127,7 +127,7 @@ def _is_flag(argument: str) -> bool:
 
 def not_a_key(argument: str) -> str:
     """About an argument that is neither a key nor the value of one."""
-    return f"{argument!r} is no key: keys begin with --, a command (fit, validate, test) stands before them."
+    return f"{argument!r} is no key: keys begin with --, a command ({', '.join(COMMANDS)}) stands before them."
 
 
 def needs_a_value(key: str) -> str:

@@ -86,17 +86,21 @@ class Hang(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin()
 
+    on_predict_start = on_test_start
+
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         self.sign()
         self._is_first = False
 
-    on_test_batch_end = on_train_batch_end
+    on_test_batch_end = on_predict_batch_end = on_train_batch_end
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop()
+
+    on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.stop()

@@ -26,7 +26,7 @@ class TrainJob:
 
     Attributes:
         folder: The run folder.
-        command: fit, validate or test.
+        command: fit, validate, test or predict.
         arguments: Keys of the config; files in them are copies in the run folder.
         digest: Of the snapshot of the code; empty without one.
         cpus: CPUs that each rank was promised; None where nobody said.

@@ -141,6 +141,8 @@ class Keeper(Callback):
     def on_test_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self._leave_if_told(trainer)
 
+    on_predict_batch_start = on_test_batch_start
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._agreement is not None:
             if self.writer is not None:

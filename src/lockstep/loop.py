@@ -128,9 +128,14 @@ class FitLoop(_FitLoop):
 
 
 def replace_loops(trainer: Trainer) -> None:
-    """Give ``trainer`` the loops of this module, with the limits that it has, and no signal handlers."""
+    """Give ``trainer`` the loops of this module, with the limits that it has, and no signal handlers.
+
+    Nor does it touch a loader before the strategy puts that in order: for predict, lightning would make it anew, with a batch
+    sampler that notes what it draws.
+    """
     old = trainer.fit_loop
     new = FitLoop(trainer, old.min_epochs, old.max_epochs)
     new.epoch_loop = EpochLoop(trainer, old.epoch_loop.min_steps, old.epoch_loop.max_steps)
     trainer.fit_loop = new
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer._data_connector._prepare_dataloader = lambda dataloader, shuffle, mode: dataloader  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """The shared LightningModule: an image classifier around any network."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -149,15 +150,19 @@ class Classifier(LightningModule):
 
     def _score(self, batch: Batch, stage: str) -> Tensor:
         images, labels = batch
-        logits = self(images)
+        logits = self._logits(images)
+        loss: Tensor = self.criterion(logits, labels)
+        self._scores(stage).update(loss, logits, labels)
+        return loss
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self(images)
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise UsageError(
                 f"model.network: {type(self.network).__name__} returns {tuple(logits.shape)} for {len(images)} images; "
                 f"model.num_classes: {self.num_classes} needs ({len(images)}, {self.num_classes})."
             )
-        loss: Tensor = self.criterion(logits, labels)
-        self._scores(stage).update(loss, logits, labels)
-        return loss
+        return logits
 
     def on_train_start(self) -> None:
         """Keep sums exact where the weights are bfloat16 or float16."""
@@ -202,6 +207,11 @@ class Classifier(LightningModule):
         """Log loss, accuracy and the counts of the test set."""
         self._log_on_all_ranks("test", self._scores("test").counts())
         self._log_scores("test")
+
+    def predict_step(self, batch: Tensor | Sequence[Any], batch_idx: int) -> Tensor:
+        """Probability of each class, float32 (B, num_classes), of images alone or with anything behind them."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self._logits(images).float().softmax(1)
 
     def _log_scores(self, stage: str) -> None:
         self._log_on_all_ranks(stage, self._scores(stage).take())

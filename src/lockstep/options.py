@@ -6,7 +6,7 @@ from typing import Literal
 
 from lockstep.errors import UsageError
 
-COMMANDS = ("fit", "validate", "test")
+COMMANDS = ("fit", "validate", "test", "predict")
 
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"]
 
@@ -143,7 +143,7 @@ class Options:
         activation_checkpointing: Import paths of classes, such as torchvision.models.vision_transformer.EncoderBlock: the parts
             of the module that are of them keep no activations, and are computed again in backward.
         shared_filesystem: Nodes share their files: prepare_data runs once per job, else per node.
-        ckpt_path: Checkpoint, or run folder, to start from or to evaluate.
+        ckpt_path: Checkpoint, or run folder, to start from, to evaluate or to predict with.
     """
 
     seed_everything: int = 1

@@ -299,7 +299,7 @@ class Sharding:
     seed: int
     _warned: set[str] = field(default_factory=set, compare=False)
 
-    def in_order(self, loader: Any, name: str = "DataLoader") -> Any:
+    def in_order(self, loader: Any, name: str = "DataLoader", whole: bool = False) -> Any:
         """``loader`` in the run's order, giving only this rank's samples.
 
         Left alone: what is no DataLoader, an IterableDataset, a loader with a batch sampler or a DistributedSampler of
@@ -308,6 +308,7 @@ class Sharding:
         Args:
             loader: What a ``*_dataloader`` hook returned.
             name: How messages call it.
+            whole: Keep the last, smaller batch, whatever ``drop_last`` says.
         """
         if not isinstance(loader, DataLoader) or isinstance(loader.batch_sampler, GlobalBatches):
             return loader
@@ -323,7 +324,7 @@ class Sharding:
             return loader
         order = Order(loader.sampler, self.seed)  # type: ignore[arg-type]
         assert loader.batch_size is not None
-        batches = GlobalBatches(order, loader.batch_size, loader.drop_last, self.world, name)
+        batches = GlobalBatches(order, loader.batch_size, loader.drop_last and not whole, self.world, name)
         # A copy keeps the loader's class and everything else that was set on it; __init__ could not be called again for
         # a subclass, and __setattr__ refuses these names.
         ordered = copy.copy(loader)

@@ -65,7 +65,7 @@ class Ordered(Strategy):
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         owner = type(getattr(trainer, "datamodule", None) or self.lightning_module).__name__
-        ordered = self.sharding.in_order(dataloader, owner)
+        ordered = self.sharding.in_order(dataloader, owner, whole=trainer is not None and trainer.predicting)
         position = self.position
         if not (isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatches)):
             return Later(ordered, position.batch) if position else ordered

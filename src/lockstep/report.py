@@ -71,16 +71,18 @@ def five_lines(run: Run, result: Mapping[str, Any], tracked: str) -> list[str]:
     """What happened, how well, how fast, which weights, and where everything is."""
     metrics: Mapping[str, float] = result["metrics"]
     stage = "test" if any(name.startswith("test/") for name in metrics) else "val"
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(f"{stage}/"))
+    predicted = f"{result['samples']} samples predicted: {result['predictions']}" if "predictions" in result else ""
+    scores = predicted or ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(f"{stage}/"))
     speed = metrics.get("rate/samples_per_second")
     waiting = metrics.get("rate/data_wait")
+    unmeasured = "fewer steps than trainer.log_every_n_steps" if result["command"] == "fit" else "nothing was trained"
     return [
         f"{run.name} {run.id} {result['status']}: {result['global_step']} steps, {result['epochs']} epochs, "
         f"{result['world_size']} ranks, {result['seconds']['training']:.1f} s",
         scores or "nothing was evaluated",
         f"{speed:.0f} samples/s, {waiting:.0%} of the time waiting for data"
         if speed is not None and waiting is not None
-        else "speed was not measured: fewer steps than trainer.log_every_n_steps",
+        else f"speed was not measured: {unmeasured}",
         f"weights sha256 {result['weights_sha256'][:16]}…  W&B: {tracked}",
         f"run folder {run.folder}",
     ]

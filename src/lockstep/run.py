@@ -125,6 +125,11 @@ class Run:
         return self.folder / "result.json"
 
     @property
+    def predictions(self) -> Path:
+        """What ``predict`` writes: a row for each sample."""
+        return self.folder / "predictions.safetensors"
+
+    @property
     def status(self) -> Path:
         """Where the run is now; replaced every few seconds."""
         return self.folder / "status.json"

@@ -41,7 +41,7 @@ class Submission:
     """What is to be sent, and everything that was found out about it without torch.
 
     Attributes:
-        command: fit, validate or test.
+        command: fit, validate, test or predict.
         arguments: Keys of the config, as they were typed.
         config: What they say, as ``check`` gave it.
         profile: Resources, flags included.

@@ -1,4 +1,4 @@
-"""One training, from a config to its result: ``python -m lockstep.train [fit|validate|test] --config FILE …``."""
+"""One training, from a config to its result: ``python -m lockstep.train [fit|validate|test|predict] --config FILE …``."""
 
 import logging
 import signal
@@ -31,6 +31,7 @@ from lockstep.monitor import Rates
 from lockstep.nearest import did_you_mean
 from lockstep.options import COMMANDS
 from lockstep.order import Position, Sharding, mix
+from lockstep.predict import predict
 from lockstep.report import draw, five_lines, weights_sha256
 from lockstep.run import Run, update_status
 from lockstep.state import allow_numpy
@@ -54,7 +55,7 @@ def train(
     """Carry out ``command`` on this rank, together with all others, and return what ``result.json`` says.
 
     Args:
-        command: fit, validate or test.
+        command: fit, validate, test or predict.
         parser: Makes the classes that ``config`` names.
         config: As ``parse`` gave it.
         world: This rank's place.
@@ -153,7 +154,13 @@ def work(
         began = time.monotonic()
         try:
             with signals.heard():
-                result["metrics"] = carry_out(command, trainer, made.model, made.data, path_of(own or given), config.run.test)
+                checkpoint = path_of(own or given)
+                if command == "predict":
+                    result |= {"metrics": {}, **predict(trainer, made.model, made.data, checkpoint, run, result["attempts"])}
+                else:
+                    result["metrics"] = carry_out(command, trainer, made.model, made.data, checkpoint, config.run.test)
+        except MisconfigurationException as error:
+            raise RunError(" ".join(str(error).split())) from error
         finally:
             total = time.monotonic() - began
             result["global_step"], result["epochs"] = trainer.global_step, trainer.current_epoch
@@ -207,19 +214,16 @@ def carry_out(
     command: str, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None, test: bool
 ) -> dict[str, float]:
     """Fit and test, or only evaluate; return the newest value of every metric."""
-    try:
-        if command == "fit":
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            metrics = dict(trainer.logged_metrics)
-            if test and is_overridden("test_step", module) and is_overridden("test_dataloader", data):
-                trainer.test(module, datamodule=data, verbose=False)
-                metrics |= trainer.logged_metrics
-        else:
-            evaluate = trainer.validate if command == "validate" else trainer.test
-            evaluate(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-            metrics = dict(trainer.logged_metrics)
-    except MisconfigurationException as error:
-        raise RunError(" ".join(str(error).split())) from error
+    if command == "fit":
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        metrics = dict(trainer.logged_metrics)
+        if test and is_overridden("test_step", module) and is_overridden("test_dataloader", data):
+            trainer.test(module, datamodule=data, verbose=False)
+            metrics |= trainer.logged_metrics
+    else:
+        evaluate = trainer.validate if command == "validate" else trainer.test
+        evaluate(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        metrics = dict(trainer.logged_metrics)
     return {name: float(value) for name, value in sorted(metrics.items())}
 
 

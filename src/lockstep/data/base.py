@@ -151,6 +151,10 @@ class ImageData(LightningDataModule):
         """In order; each sample once."""
         return self._loader("test")
 
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test set, in order; each sample once."""
+        return self._loader("test")
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """uint8 images become float32, less ``mean`` and divided by ``std`` (both per channel, of a range of 0 to 1)."""
         images, labels = batch

@@ -36,7 +36,7 @@ class ImageFolder(ImageData):
         size: Height and width of an image in a batch, in pixels.
         augment: Crop and mirror training images at random; else they are treated as in evaluation.
         on_corrupt: What a file that cannot be decoded does: ``raise`` ends the run with its name; ``skip`` leaves it out of
-            its batch, names it in the log and counts it in ``result.json``.
+            its batch, names it in the log and counts it in ``result.json``; not in ``predict``, which leaves none out.
         archive: A tar or zip file, or its address, that is unpacked into ``root`` where ``root`` does not exist. To copy
             data to a disk of each node, set ``root`` there and ``shared_filesystem: false``.
         archive_md5: Checksum of ``archive``, verified before it is unpacked.
@@ -132,6 +132,8 @@ class ImageFolder(ImageData):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take out, name and count the files that could not be decoded."""
         images, labels, broken = batch
+        if broken and self.trainer is not None and self.trainer.predicting:
+            raise RunError(f"{broken[0]} cannot be decoded, and predict leaves no sample out; replace it, or take it away.")
         for path in broken:
             if path not in self.skipped:
                 log.warning("skipped %s: it cannot be decoded", path)
