@@ -15,7 +15,7 @@ from lockstep.errors import UsageError
 from lockstep.explain import arguments_of, explain
 from lockstep.given import no_mapping
 from lockstep.nearest import did_you_mean
-from lockstep.options import GROUPS, OWNED, Options, Precision, refuse_out_of_range
+from lockstep.options import COMMANDS, GROUPS, OWNED, Options, Precision, refuse_out_of_range
 
 
 def make_parser() -> ArgumentParser:
@@ -39,6 +39,15 @@ def make_parser() -> ArgumentParser:
     parser.add_subclass_arguments(LightningDataModule, "data", required=True, fail_untyped=False)
     parser.link_arguments("seed_everything", "data.init_args.seed")
     return parser
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that ``arguments`` begin with, fit by default, and the rest."""
+    if not arguments or arguments[0].startswith("-"):
+        return "fit", list(arguments)
+    if arguments[0] not in COMMANDS:
+        raise UsageError(f"{arguments[0]!r} is no command{did_you_mean(arguments[0], COMMANDS)}")
+    return arguments[0], list(arguments[1:])
 
 
 def parse(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:

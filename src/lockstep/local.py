@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lockstep.config import parse
+from lockstep.config import parse, split_command
 from lockstep.disk import write_whole
 from lockstep.errors import Interrupted
 from lockstep.failure import first_failure
@@ -16,7 +16,7 @@ from lockstep.logs import start_logging
 from lockstep.ranks import RankFailed, fork_ranks
 from lockstep.run import Run, update_status
 from lockstep.squeue import holds
-from lockstep.train import split_command, train
+from lockstep.train import train
 from lockstep.world import World
 
 log = logging.getLogger(__name__)

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lockstep.config import parse
+from lockstep.config import parse, split_command
 from lockstep.errors import LockstepError
 from lockstep.fits import Plan, Resources, text
 from lockstep.options import DDPOptions, DeepSpeedOptions
 from lockstep.rehearse import footprint
-from lockstep.train import split_command
 
 _WIDTH = 150
 

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lockstep.checkpoint import Checkpoint, find_checkpoint, newest
-from lockstep.config import as_text, make_objects, parse
+from lockstep.config import as_text, make_objects, parse, split_command
 from lockstep.disk import replace_text, write_whole
 from lockstep.errors import Interrupted, LockstepError, RunError, Stopped, UsageError
 from lockstep.failure import attempts, first_failure
@@ -28,8 +28,6 @@ from lockstep.logs import start_logging
 from lockstep.loop import FitLoop, Resumed
 from lockstep.metrics import MetricsFile
 from lockstep.monitor import Rates
-from lockstep.nearest import did_you_mean
-from lockstep.options import COMMANDS
 from lockstep.order import Position, Sharding, mix
 from lockstep.predict import predict
 from lockstep.report import draw, five_lines, weights_sha256
@@ -242,15 +240,6 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         if world.local_rank == 0 or error.exit_status == RunError.exit_status:
             print(f"lockstep: {error.sentence}", file=sys.stderr)
         return error.exit_status
-
-
-def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that ``arguments`` begin with, fit by default, and the rest."""
-    if not arguments or arguments[0].startswith("-"):
-        return "fit", list(arguments)
-    if arguments[0] not in COMMANDS:
-        raise UsageError(f"{arguments[0]!r} is no command{did_you_mean(arguments[0], COMMANDS)}")
-    return arguments[0], list(arguments[1:])
 
 
 if __name__ == "__main__":
