@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lockstep.config import parse
-from lockstep.memory import Need, needs
+from lockstep.memory import Footprint, Need, needs
 from lockstep.options import DDPOptions, DeepSpeedOptions
 from lockstep.rehearse import footprint
 
@@ -111,11 +111,9 @@ def measured(ways: list[str], ranks: int, precision: str) -> list[dict[str, int]
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def planner(precision: str) -> Callable[[str, int], Need]:
+def planner(model: Footprint, precision: str) -> Callable[[str, int], Need]:
     """Knows what --plan says that a rank of the same run holds, for each way and number of ranks."""
-    _, config = parse([*RUN, precision])
-    ddp, zero = DDPOptions(**vars(config.ddp)), DeepSpeedOptions(**vars(config.deepspeed))
-    model = footprint(config, precision)
+    ddp, zero = DDPOptions(), DeepSpeedOptions()
     return lambda way, ranks: needs(way, model, ranks, 64 // ranks, precision, ddp, zero, accumulate=2)
 
 
@@ -123,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", default="32-true", help="as in lightning's Trainer")
     precision = parser.parse_args().precision
-    planned = planner(precision)
+    planned = planner(footprint(parse([*RUN, precision])[1], precision), precision)
     table = Table("strategy", "ranks", *(f"{name}, MB (of plan)" for name in ("weights", "gradients", "optimizer")), box=None)
     for way, arguments in WAYS.items():
         for ranks in (1, 2, 4):

@@ -128,7 +128,8 @@ class Plan:
             return f"Take {how(here[0].way)}: {text(here[0].need.total)} of {text(self.resources.memory)} on each rank."
         more = [row for row in fitting if row.nodes > self.resources.nodes]
         if more:
-            return f"Nothing fits on {self.resources.nodes} nodes; take --nodes {more[0].nodes} with {how(more[0].way)}."
+            here_is = f"{self.resources.nodes} node{'s' if self.resources.nodes > 1 else ''}"
+            return f"Nothing fits on {here_is}; take --nodes {more[0].nodes} with {how(more[0].way)}."
         return "Nothing fits; take a smaller batch, more accumulation, or activation_checkpointing."
 
 

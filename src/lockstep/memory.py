@@ -167,7 +167,7 @@ def _of_zero(model: Footprint, ranks: int, batch: float, element: int, options: 
     bucket = copies * element * min(int(json["reduce_bucket_size"]), model.trainable)
     gradients = element * (own if stage == 3 else model.touched(ranks))  # of whole parameters, with stages 1 and 2 [D]
     if stage == 1 and (accumulate > 1 or not options.overlap_comm):
-        gradients += element * model.trainable  # until the last batch of a step, each rank has all of them
+        gradients = element * model.trainable  # until the last batch of a step, each rank has all of them
     weights, live, start = element * model.parameters, 0, 0
     if stage == 3:
         threshold = int(json.get("stage3_param_persistence_threshold", 100_000))

@@ -73,9 +73,17 @@ class Look(Callback):
         self.numels = [p.numel() for p in pl_module.parameters()]
         if self.is_blind:
             raise Enough
+        # Or the peak of a small batch would be at the end of backward, where gradients are all there and activations are gone.
+        for parameter in pl_module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_forget)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         trainer.should_stop = True
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 class Still(SingleDeviceStrategy):

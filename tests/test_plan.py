@@ -1,0 +1,140 @@
+"""What --plan says is what ranks hold: sizes as text, plans of the launcher, and the memory of real gloo ranks."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import memory
+import pytest
+import torch
+from conftest import REPO, Launch
+
+from lockstep.config import parse
+from lockstep.errors import UsageError
+from lockstep.fits import text
+from lockstep.memory import Footprint
+from lockstep.networks import MLP
+from lockstep.profile import size_in_bytes
+from lockstep.rehearse import footprint
+
+
+def plan(*arguments: str, cwd: Path = REPO) -> "subprocess.CompletedProcess[str]":
+    """``launch/slurm.py --plan`` of one node of two GPUs."""
+    command = [sys.executable, str(REPO / "launch/slurm.py"), "--plan", "--gpus-per-node", "2", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_sizes() -> None:
+    assert [size_in_bytes(size) for size in ("80G", "512", "1T", "64gb")] == [80 << 30, 512 << 20, 1 << 40, 64 << 30]
+    assert [text(size) for size in (80 << 30, 1536 << 20, 100 << 10, 12, 0, None)] == [
+        *("80.0 GiB", "1.5 GiB", "100 KiB", "12 B", "0", "?"),
+    ]
+    with pytest.raises(UsageError, match="'much' is no size"):
+        size_in_bytes("much")
+
+
+LARGE = ("--model.network", "lockstep.networks.MLP", "--model.network.hidden", "[4096,4096,4096]")
+"""34 million parameters: DDP needs 512 MiB and more."""
+
+
+@pytest.mark.parametrize(
+    ("memory", "advice"),
+    [
+        ("80G", "Take --strategy ddp: 646 MiB of 80.0 GiB on each rank."),
+        ("600M", "Take --config configs/deepspeed_zero1.yaml: "),
+        ("450M", "Nothing fits on 1 node; take --nodes 2 with --config configs/deepspeed_zero1.yaml."),
+        ("10M", "Nothing fits; take a smaller batch, more accumulation, or activation_checkpointing."),
+    ],
+)
+def test_which_to_take(memory: str, advice: str) -> None:
+    planned = plan("--gpu-memory", memory, "--mem", "500M", *LARGE)
+    assert planned.returncode == 0 and planned.stderr == ""
+    assert planned.stdout.startswith("33,869,834 parameters, 33,869,834 of them trained, in bf16-mixed")
+    assert advice in planned.stdout
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text((REPO / "tests/trouble.py").read_text() + _LATER)
+    own = ("--model", "mine.Own", "--data", "mine.Later", "--config", str(REPO / "configs/deepspeed_zero2.yaml"))
+    planned = plan(*own, cwd=tmp_path)
+    assert planned.returncode == 0
+    assert planned.stderr.endswith(
+        "activations are not known: no sample of the data could be read (FileNotFoundError: not there yet)\n"
+    )
+    assert "To be told what fits, set gpu_memory (--gpu-memory 80G) in the profile." in planned.stdout
+    assert not list(tmp_path.glob("runs"))
+
+
+_LATER = """
+class Later(Points):
+    def setup(self, stage):
+        raise FileNotFoundError("not there yet")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpu-memory", "much"], "gpu_memory: 'much' is no size; write a number with K, M, G or T behind it, such as 80G."),
+        (
+            ["--activation_checkpointing", "[torch.nn.Linea]"],
+            "activation_checkpointing: torch.nn.Linea does not exist; did you mean 'torch.nn.Linear'",
+        ),
+        (
+            ["--model", "trouble.TwoOptimizers", "--data", "trouble.Points"],
+            "--plan is for a module with one optimizer; this one has 2.",
+        ),
+        (["--data.batch_size", "63"], "data.batch_size: 63 is the global batch and does not divide by 2 ranks."),
+    ],
+)
+def test_what_cannot_be_planned(arguments: list[str], sentence: str) -> None:
+    planned = plan(*arguments, cwd=REPO / "tests")
+    assert planned.returncode == 2 and planned.stdout == ""
+    assert planned.stderr.startswith(f"lockstep: {sentence}") and planned.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def model() -> Footprint:
+    """That of the runs below; found in a fork, since whoever has run backward cannot fork ranks."""
+    pool = multiprocessing.get_context("fork").Pool(1)
+    with pool:
+        found: Footprint = pool.apply(of_the_benchmark)
+    pool.join()
+    return found
+
+
+def of_the_benchmark() -> Footprint:
+    """What benchmarks/memory.py measures."""
+    return footprint(parse([*memory.RUN, "32-true"])[1], "32-true")
+
+
+@pytest.mark.parametrize(
+    ("way", "ranks"), [("ddp", 2), ("zero1", 2), ("zero1", 4), ("zero2", 4), ("zero3", 1), ("zero3", 2), ("zero3", 4)]
+)
+def test_each_rank_holds_what_was_planned(launch: Launch, model: Footprint, tmp_path: Path, way: str, ranks: int) -> None:
+    watch = ("--trainer.callbacks+=memory.Held", f"--trainer.callbacks.folder={tmp_path}")
+    assert launch("--ranks", str(ranks), *memory.RUN, "32-true", *memory.WAYS[way], *watch).status == 0
+    planned = memory.planner(model, "32-true")(way, ranks)
+    for rank in range(ranks):
+        held = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert held["weights"] == pytest.approx(planned.weights, rel=0.1)
+        assert held["optimizer"] == pytest.approx(planned.optimizer, rel=0.1)
+        assert held["gradients"] <= 1.1 * planned.gradients
+
+
+def test_activations_are_those_of_a_real_step(model: Footprint) -> None:
+    network, batch = MLP(hidden=[512] * 10), 4096
+    own, saved = {p.untyped_storage().data_ptr() for p in network.parameters()}, dict[int, torch.UntypedStorage]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage()
+        saved[memory.data_ptr()] = memory
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.zeros(batch, 1, 8, 8))
+    kept = sum(memory.nbytes() for address, memory in saved.items() if address not in own)
+    # In backward there are the gradients of a layer's input and output beside it.
+    assert kept <= model.activations["ddp"].of(batch) <= kept + 2.5 * 4 * 512 * batch
