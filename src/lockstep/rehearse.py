@@ -76,7 +76,7 @@ class Look(Callback):
         # Or the peak of a small batch would be at the end of backward, where gradients are all there and activations are gone.
         for parameter in pl_module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_forget)
+                parameter.register_post_accumulate_grad_hook(_forget)  # type: ignore[no-untyped-call]
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         trainer.should_stop = True
