@@ -54,6 +54,12 @@ class Job:
                 raise SystemExit(f"job {self.id} does not come to step {step}: {self.status()}")
             time.sleep(0.02)
 
+    def wait_for_work(self, seconds: float = 60) -> None:
+        """Wait until it does a step, or is over."""
+        done, deadline = len(self.steps()), time.monotonic() + seconds
+        while len(self.steps()) == done and time.monotonic() < deadline and self.status()["exit_status"] == 3:
+            time.sleep(0.2)
+
     def ranks(self) -> list[int]:
         """Pids of the ranks, by rank."""
         found: dict[int, int] = {}

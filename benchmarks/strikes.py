@@ -264,7 +264,7 @@ def lose_server(*, begin: int, end: int | None) -> Strike:
 
 
 def random_kills(*arguments: str) -> Strike:
-    """SIGKILL of a random process of the job every few seconds, 20 times.
+    """SIGKILL of a random process of the job, 20 times: every other time while it trains, else also while it starts.
 
     Ranks, workers of DataLoaders, W&B's service, srun, and what the batch script asks between attempts; not the batch script
     itself, with which Slurm ends the job.
@@ -276,7 +276,9 @@ def random_kills(*arguments: str) -> Strike:
         job = bench.submit(*slower, *arguments)
         kills = 0
         while kills < 20 and job.status()["exit_status"] == 3:
-            time.sleep(chance.uniform(6, 16))
+            if kills % 2:
+                job.wait_for_work()
+            time.sleep(chance.uniform(0, 8))
             if processes := job.processes():
                 pid, name = chance.choice(processes)
                 with contextlib.suppress(ProcessLookupError):
