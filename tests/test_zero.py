@@ -63,16 +63,19 @@ def test_accumulated_gradients_are_those_of_ddp_also_at_the_end_of_an_epoch(laun
 
 def test_ones_own_module(launch: Launch, tmp_path: Path) -> None:
     own = (
-        "--model",
-        "trouble.Own",
-        "--data",
-        "trouble.Points",
-        "--trainer.max_epochs",
-        "4",
-        "--trainer.log_every_n_steps",
-        "6",
+        *(
+            "--model",
+            "trouble.Own",
+            "--data",
+            "trouble.Points",
+            "--trainer.max_epochs",
+            "4",
+            "--trainer.log_every_n_steps",
+            "6",
+        ),
+        *("--checkpoint.every_n_steps", "6", "--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min", *zero(3, 2)),
+        *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.patience=9"),
     )
-    own = (*own, "--checkpoint.every_n_steps", "6", *zero(3, 2))
     undisturbed = launch(*own)
     killed = launch(*own, *trouble(tmp_path / "once", "SIGKILL", step=33))
     assert_same(go_on(launch, killed), undisturbed)
@@ -185,9 +188,18 @@ def test_a_checkpoint_of_another_model_names_what_differs(launch: Launch, capfd:
 
 @pytest.mark.parametrize(
     "more",
-    [["--deepspeed.offload_optimizer", "cpu", "--deepspeed.offload_parameters", "cpu"], ["--trainer.precision", "bf16-mixed"]],
+    [
+        ["--deepspeed.offload_optimizer", "cpu", "--deepspeed.offload_parameters", "cpu"],
+        ["--trainer.precision", "bf16-mixed"],
+        ["--trainer.precision", "16-mixed", "--deepspeed.config", "scale.json"],
+    ],
 )
-def test_offload_and_half_precision_go_on_bit_for_bit(launch: Launch, tmp_path: Path, more: list[str]) -> None:
+def test_offload_and_half_precision_go_on_bit_for_bit(
+    launch: Launch, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # A scale that grows until gradients overflow, again and again.
+    Path("scale.json").write_text('{"fp16": {"initial_scale_power": 16, "loss_scale_window": 2, "hysteresis": 1}}')
     told = (*RUN, *zero(3, 2), *more, "--trainer.gradient_clip_val", "1", "--trainer.max_epochs", "2")
     undisturbed = left_alone(launch, *told)
     assert undisturbed.result["metrics"]["test/accuracy"] > 0.8

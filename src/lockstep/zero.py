@@ -57,6 +57,8 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         if not self.on_gpu:
             # Which ops could be built: none is needed, and one for inference would take a compiler and half a minute.
             vars(deepspeed.ops)["__compatible_ops__"] = {}
+            # DeepSpeed asks whether the CPU has instructions for float16; torch computes with it without them, slowly.
+            vars(deepspeed.get_accelerator())["is_fp16_supported"] = lambda: True
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
