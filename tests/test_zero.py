@@ -199,7 +199,7 @@ def test_offload_and_half_precision_go_on_bit_for_bit(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # A scale that grows until gradients overflow, again and again.
-    Path("scale.json").write_text('{"fp16": {"initial_scale_power": 16, "loss_scale_window": 2, "hysteresis": 1}}')
+    Path("scale.json").write_text('{"fp16": {"initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}}')
     told = (*RUN, *zero(3, 2), *more, "--trainer.gradient_clip_val", "1", "--trainer.max_epochs", "2")
     undisturbed = left_alone(launch, *told)
     assert undisturbed.result["metrics"]["test/accuracy"] > 0.8
