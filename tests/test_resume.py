@@ -208,6 +208,20 @@ def history(run: Outcome) -> list[dict[str, Any]]:
     return found
 
 
+def test_wandb_gets_the_rows_that_a_full_disk_has_eaten(launch: Launch, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(root)], capture_output=True).returncode:
+        pytest.skip("only root may mount a disk that is soon full")
+    try:
+        full, empty = trouble(tmp_path / "1", "fill", step=13), trouble(tmp_path / "2", "empty", step=48)
+        run = launch(*DIGITS, "--wandb.mode", "offline", "--trainer.log_every_n_steps", "1", *full, *empty)
+        assert run.status == 0
+        assert [row["_step"] for row in history(run)] == list(range(1, len(rows(run)) + 1))
+    finally:
+        subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
 @pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM"])
 def test_wandb_gets_every_row_once(launch: Launch, tmp_path: Path, what: str) -> None:
     offline = (*DIGITS, "--ranks", "2", "--wandb.mode", "offline")

@@ -1,5 +1,6 @@
 """What goes wrong in the tests of resuming: once, at a given moment of a given rank."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -38,6 +39,12 @@ class Trouble(Callback):
         elif self.what == "pause":  # until somebody says that it is over
             while self.once is not None and not self.once.with_suffix(".over").exists():
                 time.sleep(0.01)
+        elif self.what == "fill":
+            with contextlib.suppress(OSError), (Path(str(trainer.default_root_dir)) / "filler").open("wb") as filler:
+                while filler.write(bytes(4096)):
+                    filler.flush()
+        elif self.what == "empty":
+            (Path(str(trainer.default_root_dir)) / "filler").unlink()
         elif self.what == "vanish":
             folder = Path(str(trainer.default_root_dir)) / "checkpoints"
             folder.rename(folder.with_name("gone"))
