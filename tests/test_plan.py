@@ -43,8 +43,8 @@ LARGE = ("--model.network", "lockstep.networks.MLP", "--model.network.hidden", "
     ("memory", "advice"),
     [
         ("80G", "Take --strategy ddp: 646 MiB of 80.0 GiB on each rank."),
-        ("600M", "Take --config configs/deepspeed_zero1.yaml: "),
-        ("450M", "Nothing fits on 1 node; take --nodes 2 with --config configs/deepspeed_zero1.yaml."),
+        ("600M", "Take --strategy deepspeed --deepspeed.stage 1: 485 MiB of 600 MiB on each rank."),
+        ("450M", "Nothing fits on 1 node; take --nodes 2 with --strategy deepspeed --deepspeed.stage 1."),
         ("10M", "Nothing fits; take a smaller batch, more accumulation, or activation_checkpointing."),
     ],
 )

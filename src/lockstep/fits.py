@@ -135,7 +135,10 @@ class Plan:
 
 def how(way: str) -> str:
     """What one types to train that way."""
-    return "--strategy ddp" if way == "ddp" else f"--config configs/deepspeed_{way}.yaml"
+    if way == "ddp":
+        return "--strategy ddp"
+    offload = " --deepspeed.offload_optimizer cpu --deepspeed.offload_parameters cpu" if way.endswith("offload") else ""
+    return f"--strategy deepspeed --deepspeed.stage {way[4]}{offload}"
 
 
 def text(size: int | None) -> str:
