@@ -98,6 +98,18 @@ class Odd(Own):
         return torch.optim.AdamW(self.layers[3].parameters(), lr=0.02, eps=1e-4)
 
 
+class Wide(Own):
+    """A large layer, and a large frozen one that the optimizer is given as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 700), nn.Linear(700, 800), nn.Linear(800, 1))
+        self.layers[2].requires_grad_(False)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4, eps=1e-4)
+
+
 class Points(LightningDataModule):
     """Noisy points of a plane, with a worker."""
 

@@ -1,6 +1,8 @@
 """A rank's own folder on NVMe, for what DeepSpeed offloads: gone with the rank, or found and removed by the next one."""
 
+import errno
 import fcntl
+import mmap
 import os
 import platform
 import shutil
@@ -36,7 +38,7 @@ def own_folder(place: Path | None, world: World) -> Iterator[Path | None]:
             raise UsageError(no_disk(place, f" on {platform.node()}"))
         _remove_abandoned(place)
         folder = Path(mkdtemp(prefix=f".{_NAME}", dir=place))
-        _refuse_buffered(folder)
+        _refuse_other_disk(folder)
     except UsageError as error:
         reason = error.sentence
     except OSError as error:
@@ -68,12 +70,18 @@ def _remove_abandoned(place: Path) -> None:
             continue
 
 
-def _refuse_buffered(folder: Path) -> None:
-    """Raise UsageError where files cannot be opened as DeepSpeed opens them, without the kernel's cache."""
+def _refuse_other_disk(folder: Path) -> None:
+    """Raise UsageError where files cannot be written as DeepSpeed writes them: past the cache, in steps of 1024 bytes."""
     try:
-        os.close(os.open(folder / "direct", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
-    except OSError:
+        file = os.open(folder / "direct", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        try:
+            os.write(file, memoryview(mmap.mmap(-1, 4096))[:1024])
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
         raise UsageError(
-            f"deepspeed.nvme_path: {folder.parent} on {platform.node()} takes no direct I/O, as a disk in memory does not; "
-            "choose a folder on a local disk."
+            f"deepspeed.nvme_path: {folder.parent} on {platform.node()} takes no direct I/O in blocks of 1024 bytes, as a disk "
+            "in memory does not; choose a folder on another disk."
         ) from None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lockstep.group import WorldEnvironment
+from lockstep.mend import mend_nvme
 from lockstep.ops import use_accelerator
 from lockstep.options import DeepSpeedOptions
 from lockstep.order import Sharding
@@ -51,6 +52,7 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
             timeout=timeout,
         )
         self.sharding = sharding
+        self.folder = folder
         self._names: list[str] = []
 
     def setup_environment(self) -> None:
@@ -63,6 +65,8 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         if not self.on_gpu:
             # Which ops could be built: none is needed, and one for inference would take a compiler and half a minute.
             vars(deepspeed.ops)["__compatible_ops__"] = {}
+        if self.folder is not None:
+            mend_nvme()
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
