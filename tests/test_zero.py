@@ -137,8 +137,8 @@ def test_a_run_is_evaluated_by_any_strategy(launch: Launch, trained: list[str], 
         (["--deepspeed.stage", "4"], "deepspeed.stage: '4' is not valid: expected one of 1, 2, 3."),
         (["--deepspeed.offload_parameters", "cpu"], "deepspeed.offload_parameters: 'cpu' needs deepspeed.stage 3; it is 2."),
         (
-            ["--deepspeed.offload_optimizer", "nvme"],
-            "deepspeed.offload_optimizer: 'nvme' is not valid: expected one of 'none',",
+            ["--deepspeed.offload_optimizer", "disk"],
+            "deepspeed.offload_optimizer: 'disk' is not valid: expected one of 'none',",
         ),
         (["--deepspeed.config", "nowhere.json"], "deepspeed.config: nowhere.json cannot be read as JSON (No such file"),
         (
