@@ -82,7 +82,7 @@ class TwoOptimizers(Own):
 
 
 class Odd(Own):
-    """A frozen layer, a tied one, no dropout, and a parameter that the optimizer has not been told of."""
+    """A frozen layer, which the optimizer is given too, a tied one, no dropout, and a parameter that it is not given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Odd(Own):
         return super().training_step(batch, batch_idx) + 0 * self.forgotten.sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.layers[3].parameters(), lr=0.02, eps=1e-4)
+        return torch.optim.AdamW([*self.layers[0].parameters(), *self.layers[3].parameters()], lr=0.02, eps=1e-4)
 
 
 class Wide(Own):

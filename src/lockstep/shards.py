@@ -329,6 +329,7 @@ class Saved:
                 **{key: self.slice(names[id(p)], key, 0, p.numel()).reshape(p.shape) for key in self.keys},
             }
             for index, p in enumerate(parameters)
+            if p.requires_grad  # a frozen one's step would stay behind, and stand for all when ZeRO takes over again
         }
         groups, at = [], 0
         for group, options in zip(optimizer.param_groups, self.groups, strict=True):
