@@ -1,10 +1,11 @@
 # Everything here is safe to run twice, and the second time is fast.
 .DEFAULT_GOAL := help
-.PHONY: help setup slurm demo test lint bench faults lock clean
+.PHONY: help setup slurm ops demo test lint bench faults lock clean
 SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SLURM := slurmctld slurmd slurm-client munge
+OPS := g++ libaio-dev
 STAMP := $(VENV)/.made
 
 help: ## show this list
@@ -21,15 +22,24 @@ $(STAMP): requirements.lock pyproject.toml
 	  uv pip install --quiet --python $(VENV) --no-deps --editable .
 	@touch $@
 
+# Debian's packages $(1), for target $@, unless $$missing is empty.
+define install
+[ -z "$$missing" ] || { \
+  echo "== $@: installing $(1)"; \
+  sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+  export DEBIAN_FRONTEND=noninteractive; \
+  { $$sudo apt-get install -y -qq --no-install-recommends $(1) || { \
+    $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends $(1); }; } >/dev/null; }
+endef
+
 slurm: ## install Slurm, for the one-machine cluster, if it is missing (Debian, Ubuntu; as root or with sudo)
 	@export PATH="$$PATH:/usr/local/sbin:/usr/sbin"; \
 	for program in slurmctld slurmd sbatch munged; do command -v $$program >/dev/null || missing=1; done; \
-	[ -z "$$missing" ] || { \
-	  echo "== slurm: installing $(SLURM)"; \
-	  sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
-	  export DEBIAN_FRONTEND=noninteractive; \
-	  { $$sudo apt-get install -y -qq --no-install-recommends $(SLURM) || { \
-	    $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends $(SLURM); }; } >/dev/null; }
+	$(call install,$(SLURM))
+
+ops: ## install what DeepSpeed's ops for NVMe and CPUs are compiled with, if it is missing (the same)
+	@command -v c++ >/dev/null && [ -e /usr/include/libaio.h ] || missing=1; \
+	$(call install,$(OPS))
 
 demo: setup ## train the digits as a job of four nodes on a Slurm cluster that it brings up on this machine
 	@if $(MAKE) --no-print-directory slurm; then \

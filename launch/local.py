@@ -19,7 +19,7 @@ from pathlib import Path
 from lockstep.check import check, shows_only
 from lockstep.errors import LockstepError
 from lockstep.flags import Parser, at_least, python_path
-from lockstep.possible import refuse_contradictions, refuse_missing_checkpoint
+from lockstep.possible import refuse_contradictions, refuse_missing_checkpoint, refuse_missing_disk
 from lockstep.run import Run
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         if not any(map(shows_only, rest)):
             refuse_missing_checkpoint(rest[0] if at else "fit", config["ckpt_path"], {})
             refuse_contradictions(config)
+            refuse_missing_disk(config)
         # A shell inside a Slurm allocation must not make this run look like one of its tasks.
         for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del os.environ[name]

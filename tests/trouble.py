@@ -89,7 +89,7 @@ class TwoOptimizers(Own):
 
 
 class Odd(Own):
-    """A frozen layer, a tied one, no dropout, and a parameter that the optimizer has not been told of."""
+    """A frozen layer, which the optimizer is given too, a tied one, no dropout, and a parameter that it is not given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,19 @@ class Odd(Own):
         return super().training_step(batch, batch_idx) + 0 * self.forgotten.sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.layers[3].parameters(), lr=0.02, eps=1e-4)
+        return torch.optim.AdamW([*self.layers[0].parameters(), *self.layers[3].parameters()], lr=0.02, eps=1e-4)
+
+
+class Wide(Own):
+    """A large layer, and a large frozen one that the optimizer is given as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 700), nn.Linear(700, 800), nn.Linear(800, 1))
+        self.layers[2].requires_grad_(False)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4, eps=1e-4)
 
 
 class Points(LightningDataModule):

@@ -143,7 +143,12 @@ def needs(
     if way == "ddp":
         return _of_ddp(model, ranks, batch, _FLOAT if kind == "mixed" else _BYTES[bits], ddp)
     place = "cpu" if way == "zero3_offload" else "none"
-    this_way: dict[str, Any] = {"stage": int(way[4]), "offload_optimizer": place, "offload_parameters": place}
+    this_way: dict[str, Any] = {
+        "stage": int(way[4]),
+        "offload_optimizer": place,
+        "offload_parameters": place,
+        "nvme_path": None,
+    }
     return _of_zero(model, ranks, batch, min(_FLOAT, _BYTES[bits]), replace(zero, **this_way), accumulate)
 
 

@@ -70,22 +70,20 @@ class DeepSpeedOptions:
 
     Args:
         stage: 1 shares out the optimizer's state, 2 the gradients too, 3 the parameters too.
-        offload_optimizer: Keep the optimizer's state, and compute its step, in the memory of the CPU.
+        offload_optimizer: Compute the optimizer's step on the CPU, and keep its state in the memory there; nvme: stage 3 only.
         offload_parameters: Keep the parameters there between their uses; stage 3 only.
+        nvme_path: Folder that nvme means, on a local disk of each node; several runs may have the same one.
         bucket_size: Gradients are reduced in buckets of this many elements.
         overlap_comm: Reduce gradients while backward goes on.
-        partition_activations: Share out what deepspeed.checkpointing.checkpoint keeps, for a model that calls it.
-        cpu_checkpointing: Keep that in the memory of the CPU.
         config: File of DeepSpeed's own JSON, for all else; what the trainer knows may not stand in it.
     """
 
     stage: Literal[1, 2, 3] = 2
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    offload_parameters: Literal["none", "cpu"] = "none"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: Path | None = None
     bucket_size: int = 200_000_000
     overlap_comm: bool = True
-    partition_activations: bool = False
-    cpu_checkpointing: bool = False
     config: Path | None = None
 
 

@@ -13,7 +13,7 @@ from lockstep.errors import UsageError
 from lockstep.flags import Nodes
 from lockstep.options import DeepSpeedOptions
 from lockstep.profile import Profile
-from lockstep.zero_config import deepspeed_config
+from lockstep.zero_config import deepspeed_config, no_disk
 
 
 def refuse_folders(root: Path, name: str, here: Path) -> None:
@@ -39,7 +39,15 @@ def refuse_contradictions(config: Mapping[str, Any]) -> None:
     """Raise UsageError about options of DeepSpeed that contradict each other, or its own JSON."""
     if config["strategy"] == "deepspeed":
         given = config["deepspeed"]
-        deepspeed_config(DeepSpeedOptions(**{**given, "config": Path(given["config"]) if given["config"] else None}))
+        paths = {name: Path(given[name]) for name in ("config", "nvme_path") if given[name]}
+        deepspeed_config(DeepSpeedOptions(**{**given, **paths}))
+
+
+def refuse_missing_disk(config: Mapping[str, Any]) -> None:
+    """Raise UsageError about a folder for offloading that is not on this machine, where the ranks will be."""
+    path = config["deepspeed"]["nvme_path"] if config["strategy"] == "deepspeed" else None
+    if path and not Path(path).is_dir():
+        raise UsageError(no_disk(Path(path)))
 
 
 def refuse_misfits(config: Mapping[str, Any], profile: Profile, nodes: Nodes) -> None:

@@ -7,6 +7,7 @@ ranks: any number of ranks, any stage, and DDP.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,16 @@ class Fragment:
         name: Of the parameter.
         shape: Of the whole parameter.
         start, size: Of the part, in the flattened parameter.
-        is_stepped: Whether the optimizer steps it.
+        flat: Number of the flat tensor that the optimizer steps and that it is in; None where nothing steps it.
         read: Gives one of its tensors, by key.
-        write: Replaces one of its tensors.
+        write: Replaces one of its tensors, while the flat one is in memory.
     """
 
     name: str
     shape: list[int]
     start: int
     size: int
-    is_stepped: bool
+    flat: int | None
     read: Callable[[str], Tensor]
     write: Callable[[str, Tensor], None]
 
@@ -49,7 +50,7 @@ def names_of(module: nn.Module) -> dict[int, str]:
 
 
 def take_shards(engine: Any, module: nn.Module) -> State:
-    """What this rank has of the weights and of the optimizer's state; tensors are the live ones."""
+    """What this rank has of the weights and of the optimizer's state; tensors are the live ones, in memory or on NVMe."""
     names = names_of(module)
     zero = engine.optimizer
     inner = zero.optimizer
@@ -61,7 +62,7 @@ def take_shards(engine: Any, module: nn.Module) -> State:
             part.name: {
                 "start": part.start,
                 "shape": part.shape,
-                **{key: part.read(key) for key in (keys if part.is_stepped else (WEIGHT,))},
+                **{key: part.read(key) for key in ((WEIGHT,) if part.flat is None else keys)},
             }
             for part in _fragments(engine, module)
         },
@@ -81,19 +82,21 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 def put_shards(engine: Any, module: nn.Module, saved: "Saved") -> None:
-    """Make the weights and the optimizer's state of this rank what ``saved`` says."""
+    """Make the weights that the optimizer steps, and its state, on this rank what ``saved`` says."""
     zero = engine.optimizer
     inner = zero.optimizer
-    flats = _flats(zero)
-    for flat in flats:
-        inner.state[flat] = {
-            **{key: torch.zeros_like(flat) for key in saved.keys},
-            **{key: _for(inner, flat, value) for key, value in saved.scalars.items()},
-        }
-    for part in _fragments(engine, module):
-        for key in (WEIGHT, *saved.keys) if part.is_stepped else (WEIGHT,):
-            part.write(key, saved.slice(part.name, key, part.start, part.size))
-    _spread(zero)
+    parts = [part for part in _fragments(engine, module) if part.flat is not None]
+    for number, flat in enumerate(_flats(zero)):
+        with torch.no_grad(), _in_memory(zero, number):
+            inner.state[flat] = {
+                **{key: torch.zeros_like(flat) for key in saved.keys},
+                **{key: _for(inner, flat, value) for key, value in saved.scalars.items()},
+            }
+            for part in parts:
+                for key in (WEIGHT, *saved.keys) if part.flat == number else ():
+                    part.write(key, saved.slice(part.name, key, part.start, part.size))
+    if hasattr(zero, "update_lp_params"):  # stages 1 and 2: the weights that the model computes with
+        zero.update_lp_params()
     for group, options in zip(inner.param_groups, saved.groups, strict=bool(saved.groups)):
         group.update(options)
     vars(zero.loss_scaler).update(saved.scaler)
@@ -131,46 +134,82 @@ def _fragments(engine: Any, module: nn.Module) -> Iterator[Fragment]:
 def _of_stage_1(name: str, p: Any, zero: Any) -> Fragment:
     mapping = p._hp_mapping
     place, inside = mapping.lp_fragment_address, mapping.hp_fragment_address
-    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    number = mapping.param_group_index
 
     def tensor(key: str) -> Tensor:
         # Not mapping.optim_fragment: of all groups but the first, DeepSpeed makes it before there is a state.
-        whole: Tensor = flat if key == WEIGHT else zero.optimizer.state[flat][key]
-        return whole.narrow(0, inside.start, inside.numel)
+        return _flat(zero, number, key).narrow(0, inside.start, inside.numel)
 
     def write(key: str, value: Tensor) -> None:
-        tensor(key).data.copy_(value)
+        tensor(key).copy_(value)
 
-    return Fragment(name, list(p.shape), place.start, place.numel, True, tensor, write)
+    return Fragment(name, list(p.shape), place.start, place.numel, number, tensor, write)
 
 
 def _of_stage_3(name: str, p: Any, engine: Any) -> Fragment:
     zero = engine.optimizer
-    whole = p.ds_tensor.numel()  # with padding behind the last one
+    whole = p.ds_tensor.ds_numel  # with padding behind the last one
     start = min(whole * engine.global_rank, p.ds_numel)
     size = min(whole, p.ds_numel - start)
-    is_stepped = p.requires_grad and zero.get_param_id(p) in zero.grad_position
+    identity = zero.get_param_id(p)
+    is_stepped = p.requires_grad and identity in zero.grad_position
+    number, offset, _ = zero.grad_position[identity] if is_stepped else (None, 0, 0)
 
     def read(key: str) -> Tensor:
-        if not is_stepped:
-            return torch.as_tensor(p.ds_tensor[:size])
-        found: Tensor = zero.get_local_fp32_param(p, None if key == WEIGHT else key)
-        return found[:size]
+        if number is None:
+            return _partition(p).narrow(0, 0, size)
+        return _on_nvme(zero, number, _flat(zero, number, key)).narrow(0, offset, size)
 
     def write(key: str, value: Tensor) -> None:
-        if is_stepped:
-            padded = torch.nn.functional.pad(value, (0, whole - size))
-            zero.set_local_hp_param(padded, p, None if key == WEIGHT else key)
-        if key == WEIGHT:
-            p.ds_tensor.data[:size].copy_(value)
+        assert number is not None
+        _flat(zero, number, key).narrow(0, offset, whole).copy_(torch.nn.functional.pad(value, (0, whole - size)))
 
-    return Fragment(name, list(p.ds_shape), start, size, is_stepped, read, write)
+    return Fragment(name, list(p.ds_shape), start, size, number, read, write)
 
 
-def _spread(zero: Any) -> None:
-    """Make the weights that the model computes with follow from those that the optimizer steps."""
-    if hasattr(zero, "update_lp_params"):
-        zero.update_lp_params()
+def _flat(zero: Any, number: int, key: str) -> Tensor:
+    """What the optimizer steps, or keeps under ``key``, as the flat tensor of that number."""
+    flat = _flats(zero)[number]
+    found: Tensor = flat if key == WEIGHT else zero.optimizer.state[flat][key]
+    return found
+
+
+def _on_nvme(zero: Any, number: int, tensor: Tensor) -> Tensor:
+    """What ``tensor``, a flat one of that number, stands for: while DeepSpeed has it on NVMe, it is empty.
+
+    Mapped, not read: a state that is offloaded does not fit into memory. Between two steps nothing writes to the file.
+    """
+    swapper = zero.optimizer_swapper
+    swapped = swapper and swapper.swap_params_info.get(swapper.parameter_id(_flats(zero)[number]))
+    for one in swapped.tensors if swapped else ():
+        if one.compute_tensor is tensor:
+            return torch.from_file(one.swap_path, size=swapped.numel(), dtype=swapped.dtype())
+    return tensor
+
+
+def _partition(p: Any) -> Tensor:
+    """This rank's part of a parameter, with padding; mapped while DeepSpeed has it on NVMe."""
+    if p.ds_tensor.status.name == "AVAILABLE":
+        return torch.as_tensor(p.ds_tensor)
+    swapper = p.nvme_swapper
+    return torch.from_file(swapper.get_path(p, must_exist=True), size=p.ds_tensor.ds_numel, dtype=swapper.dtype)
+
+
+@contextmanager
+def _in_memory(zero: Any, number: int) -> Iterator[None]:
+    """While it lasts, a flat tensor and what the optimizer keeps for it are in memory; then where they belong.
+
+    In stage 3 the weights that the model computes with follow.
+    """
+    is_stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    is_swapped = is_stage_3 and zero._swappable_optimizer_subgroup(number)
+    if is_swapped:
+        zero._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if is_stage_3:
+        zero._reassign_or_swap_out_partitioned_parameters(number)
+    if is_swapped:
+        zero._optimizer_states_and_gradient_swap_out(number)
 
 
 class Saved:
@@ -290,6 +329,7 @@ class Saved:
                 **{key: self.slice(names[id(p)], key, 0, p.numel()).reshape(p.shape) for key in self.keys},
             }
             for index, p in enumerate(parameters)
+            if p.requires_grad  # a frozen one's step would stay behind, and stand for all when ZeRO takes over again
         }
         groups, at = [], 0
         for group, options in zip(optimizer.param_groups, self.groups, strict=True):

@@ -28,6 +28,8 @@ from lockstep.logs import start_logging
 from lockstep.loop import FitLoop, Resumed
 from lockstep.metrics import MetricsFile
 from lockstep.monitor import Rates
+from lockstep.nvme import own_folder
+from lockstep.ops import load_ops, ops_of
 from lockstep.order import Position, Sharding, mix
 from lockstep.predict import predict
 from lockstep.report import draw, five_lines, weights_sha256
@@ -76,7 +78,9 @@ def train(
     result: dict[str, Any] = {"status": "failed", "command": command, "world_size": world.size, "attempts": attempt}
     result["reasons"] = [ended.reason for ended in attempts(run)]
     try:
-        tracked = work(command, parser, config, world, devices, run, result)
+        load_ops(ops_of(config), world, devices[world.local_rank])
+        with own_folder(config.deepspeed.nvme_path if config.strategy == "deepspeed" else None, world) as folder:
+            tracked = work(command, parser, config, world, devices, run, result, folder)
     except Stopped as stopped:
         name = "Ctrl-C" if stopped.signal == signal.SIGINT else signal.Signals(stopped.signal).name
         result |= {"status": "interrupted", "reason": name, "global_step": stopped.step}
@@ -121,8 +125,9 @@ def work(
     devices: list[torch.device],
     run: Run,
     result: dict[str, Any],
+    folder: Path | None,
 ) -> str:
-    """Make everything, carry out ``command``, and fill in ``result`` also where that fails.
+    """Make everything, carry out ``command``, and fill in ``result`` also where that fails; offload into ``folder``.
 
     Returns:
         Where W&B has the run: its address, what uploads it, or that W&B is off.
@@ -135,7 +140,7 @@ def work(
     seed_everything(config.seed_everything, verbose=False)
     made = make_objects(parser, config)
     made.data.prepare_data_per_node = not config.shared_filesystem
-    strategy = make_strategy(config, devices, Sharding(world, config.seed_everything))
+    strategy = make_strategy(config, devices, Sharding(world, config.seed_everything), folder)
     content, signals = yaml.safe_load(as_text(parser, config)), Signals()
     tracked: Tracked | None = None
     preempted = False

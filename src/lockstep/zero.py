@@ -1,6 +1,5 @@
 """``strategy: deepspeed``: ZeRO, through lightning's strategy on GPUs, and on CPUs over gloo to test and debug."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lockstep.group import WorldEnvironment
+from lockstep.mend import mend_nvme
+from lockstep.ops import use_accelerator
 from lockstep.options import DeepSpeedOptions
 from lockstep.order import Sharding
 from lockstep.ordered import Ordered
@@ -31,20 +32,28 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         sharding: The world, and the order of its data.
         options: What is shared out, and where it is kept.
         timeout: How long a collective waits.
+        folder: Of this rank's own, below ``options.nvme_path``; None where nothing is offloaded to NVMe.
     """
 
-    def __init__(self, devices: list[torch.device], sharding: Sharding, options: DeepSpeedOptions, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        devices: list[torch.device],
+        sharding: Sharding,
+        options: DeepSpeedOptions,
+        timeout: timedelta,
+        folder: Path | None,
+    ) -> None:
         self.on_gpu = devices[0].type == "cuda"
-        if not self.on_gpu:
-            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+        use_accelerator(devices[0])
         super().__init__(
-            config=deepspeed_config(options),
+            config=deepspeed_config(options, folder),
             parallel_devices=devices,
             cluster_environment=WorldEnvironment(sharding.world),
             process_group_backend="nccl" if self.on_gpu else "gloo",
             timeout=timeout,
         )
         self.sharding = sharding
+        self.folder = folder
         self._names: list[str] = []
 
     def setup_environment(self) -> None:
@@ -59,6 +68,8 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
             vars(deepspeed.ops)["__compatible_ops__"] = {}
             # DeepSpeed asks whether the CPU has instructions for float16; torch computes with it without them, slowly.
             vars(deepspeed.get_accelerator())["is_fp16_supported"] = lambda: True
+        if self.folder is not None:
+            mend_nvme()
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -132,7 +143,7 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What is not in the shards: buffers, and parameters that are neither shared out nor stepped."""
         assert self.lightning_module is not None
-        stepped = set(self._names)
+        stepped = self._stepped()
         parameters = self.lightning_module.named_parameters(remove_duplicate=False)
         first = names_of(self.lightning_module)
         in_shards = {name for name, p in parameters if first[id(p)] in stepped or hasattr(p, "ds_tensor")}
@@ -154,14 +165,16 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         saved.refuse_other_model({name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()})
         if is_fitting:
             put_shards(self.deepspeed_engine, module, saved)
-            self._put_weights(saved, [name for name, p in parameters.items() if not self._is_shared(name, p)])
+            self._put_weights(saved, [name for name in parameters if name not in self._stepped()])
         else:
             self._put_weights(saved, list(parameters))
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in names}
         return checkpoint
 
-    def _is_shared(self, name: str, parameter: Any) -> bool:
-        return name in self._names or hasattr(parameter, "ds_tensor")
+    def _stepped(self) -> set[str]:
+        """Names of the parameters that the optimizer steps; it may have been given frozen ones too."""
+        assert self.lightning_module is not None
+        return {name for name, p in self.lightning_module.named_parameters() if p.requires_grad} & set(self._names)
 
     def _put_weights(self, saved: Saved, names: Sequence[str]) -> None:
         import deepspeed

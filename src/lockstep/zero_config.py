@@ -20,17 +20,21 @@ _KNOWN = {
     "zero_optimization.stage": "deepspeed.stage",
     "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
     "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
+    "zero_optimization.offload_optimizer.nvme_path": "deepspeed.nvme_path",
+    "zero_optimization.offload_param.nvme_path": "deepspeed.nvme_path",
     "zero_optimization.overlap_comm": "deepspeed.overlap_comm",
     "zero_optimization.reduce_bucket_size": "deepspeed.bucket_size",
     "zero_optimization.allgather_bucket_size": "deepspeed.bucket_size",
-    "activation_checkpointing.partition_activations": "deepspeed.partition_activations",
-    "activation_checkpointing.cpu_checkpointing": "deepspeed.cpu_checkpointing",
 }
 """Keys of DeepSpeed's JSON that say what a key of ours says."""
 
 
-def deepspeed_config(options: DeepSpeedOptions) -> dict[str, Any]:
+def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> dict[str, Any]:
     """DeepSpeed's own config: what the options say, and a user's JSON with what they do not.
+
+    Args:
+        options: Of the run.
+        folder: What this rank offloads to NVMe goes there, not into ``options.nvme_path`` itself.
 
     Raises:
         UsageError: The options contradict each other, or the JSON says what another key says.
@@ -42,26 +46,44 @@ def deepspeed_config(options: DeepSpeedOptions) -> dict[str, Any]:
         "allgather_bucket_size": options.bucket_size,
         "contiguous_gradients": True,
     }
-    for key, place, name in (
-        ("offload_optimizer", options.offload_optimizer, "offload_optimizer"),
-        ("offload_param", options.offload_parameters, "offload_parameters"),
-    ):
-        if place == "none":
-            continue
-        if name == "offload_parameters" and options.stage != 3:
-            raise UsageError(f"deepspeed.offload_parameters: {place!r} needs deepspeed.stage 3; it is {options.stage}.")
-        zero[key] = {"device": place}
+    refuse_misplaced_offload(options)
+    for key, place in (("offload_optimizer", options.offload_optimizer), ("offload_param", options.offload_parameters)):
+        if place != "none":
+            zero[key] = {"device": place}
+        if place == "nvme":
+            zero[key]["nvme_path"] = str(folder or options.nvme_path)
+            # DeepSpeed has buffers in memory for four of these, of 4 bytes each: with its own 1e9, for most models entirely.
+            zero["sub_group_size"] = 100_000_000
     own = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own count of samples needs it
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
-        "activation_checkpointing": {
-            "partition_activations": options.partition_activations,
-            "cpu_checkpointing": options.cpu_checkpointing,
-        },
     }
     return _merged(own, _read(options.config)) if options.config else own
+
+
+def refuse_misplaced_offload(options: DeepSpeedOptions) -> None:
+    """Raise UsageError about an offload that the stage does not allow, or that has no place to go to."""
+    nvme = [name for name in ("offload_optimizer", "offload_parameters") if getattr(options, name) == "nvme"]
+    for name in nvme:
+        if options.nvme_path is None:
+            raise UsageError(
+                f"deepspeed.nvme_path: must be set for deepspeed.{name}: nvme; give a folder on a disk of each node."
+            )
+    for name in [*nvme, *(["offload_parameters"] if options.offload_parameters != "none" else [])]:
+        if options.stage != 3:
+            raise UsageError(f"deepspeed.{name}: {getattr(options, name)!r} needs deepspeed.stage 3; it is {options.stage}.")
+    if options.nvme_path is not None and not nvme:
+        raise UsageError(
+            f"deepspeed.nvme_path: {options.nvme_path} is of no use: neither deepspeed.offload_optimizer nor "
+            "deepspeed.offload_parameters is nvme; set one, or leave it out."
+        )
+
+
+def no_disk(path: Path, where: str = "") -> str:
+    """About a folder for offloading that does not exist; ``where`` may name the node."""
+    return f"deepspeed.nvme_path: there is no folder {path}{where}; give one on a disk of each node, which must exist."
 
 
 def _read(path: Path) -> dict[str, Any]:

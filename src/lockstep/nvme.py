@@ -1,0 +1,87 @@
+"""A rank's own folder on NVMe, for what DeepSpeed offloads: gone with the rank, or found and removed by the next one."""
+
+import errno
+import fcntl
+import mmap
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+from lockstep.errors import UsageError
+from lockstep.group import on_all_ranks
+from lockstep.world import World
+from lockstep.zero_config import no_disk
+
+_NAME, _LOCK = "lockstep-", "lock"
+
+
+@contextmanager
+def own_folder(place: Path | None, world: World) -> Iterator[Path | None]:
+    """A folder in ``place`` that no other rank, run or attempt has, removed at the end; every rank must call.
+
+    DeepSpeed numbers its files by rank alone, so two runs in one place would overwrite each other's. What killed ranks have
+    left there is removed first: a rank holds a lock in its folder as long as it lives.
+
+    Raises:
+        UsageError: On all ranks, if ``place`` will not do on one of them.
+    """
+    if place is None:
+        yield None
+        return
+    folder, reason = None, ""
+    try:
+        if not place.is_dir():
+            raise UsageError(no_disk(place, f" on {platform.node()}"))
+        _remove_abandoned(place)
+        folder = Path(mkdtemp(prefix=f".{_NAME}", dir=place))
+        _refuse_other_disk(folder)
+    except UsageError as error:
+        reason = error.sentence
+    except OSError as error:
+        reason = (
+            f"deepspeed.nvme_path: {place} cannot be written on {platform.node()} ({error.strerror}); choose another folder."
+        )
+    try:
+        for told in filter(None, on_all_ranks(reason, world)):
+            raise UsageError(told)
+        assert folder is not None
+        with (folder / _LOCK).open("w") as lock:
+            # Not flock: a DataLoader's worker would inherit it, and may outlive its rank for a while.
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            # Only now has it the name that others look for.
+            folder = folder.rename(folder.with_name(folder.name.removeprefix(".")))
+            yield folder
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(place: Path) -> None:
+    for folder in place.glob(f"{_NAME}*"):
+        try:
+            with (folder / _LOCK).open("a") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+        except OSError:  # its rank lives, it is somebody else's, or another rank was faster
+            continue
+
+
+def _refuse_other_disk(folder: Path) -> None:
+    """Raise UsageError where files cannot be written as DeepSpeed writes them: past the cache, in steps of 1024 bytes."""
+    try:
+        file = os.open(folder / "direct", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        try:
+            os.write(file, memoryview(mmap.mmap(-1, 4096))[:1024])
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise UsageError(
+            f"deepspeed.nvme_path: {folder.parent} on {platform.node()} takes no direct I/O in blocks of 1024 bytes, as a disk "
+            "in memory does not; choose a folder on another disk."
+        ) from None
