@@ -142,14 +142,10 @@ def needs(
     bits, _, kind = precision.partition("-")
     if way == "ddp":
         return _of_ddp(model, ranks, batch, _FLOAT if kind == "mixed" else _BYTES[bits], ddp)
-    place = "cpu" if way == "zero3_offload" else "none"
-    this_way: dict[str, Any] = {
-        "stage": int(way[4]),
-        "offload_optimizer": place,
-        "offload_parameters": place,
-        "nvme_path": None,
-    }
-    return _of_zero(model, ranks, batch, min(_FLOAT, _BYTES[bits]), replace(zero, **this_way), accumulate)
+    place: Any = "cpu" if way == "zero3_offload" else "none"
+    stage: Any = int(way[4])
+    options = replace(zero, stage=stage, offload_optimizer=place, offload_parameters=place, nvme_path=None)
+    return _of_zero(model, ranks, batch, min(_FLOAT, _BYTES[bits]), options, accumulate)
 
 
 def _of_ddp(model: Footprint, ranks: int, batch: float, element: int, options: DDPOptions) -> Need:
