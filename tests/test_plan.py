@@ -13,9 +13,10 @@ from conftest import REPO, Launch
 
 from lockstep.config import parse
 from lockstep.errors import UsageError
-from lockstep.fits import text
+from lockstep.fits import Plan, Resources, text
 from lockstep.memory import Footprint
 from lockstep.networks import MLP
+from lockstep.options import DDPOptions, DeepSpeedOptions
 from lockstep.profile import size_in_bytes
 from lockstep.rehearse import footprint
 
@@ -72,6 +73,16 @@ class Later(Points):
     def setup(self, stage):
         raise FileNotFoundError("not there yet")
 """
+
+
+def test_nothing_is_said_to_fit_without_its_activations() -> None:
+    model = Footprint([1 << 28], [[1 << 28]], 0, {2: 4.0, 4: 8.0, 8: 16.0}, {}, batch=32)
+    plan = Plan(model, Resources(1, 2, True, 3 << 30), "32-true", DDPOptions(), DeepSpeedOptions())
+    assert {row.way: row.trouble for row in plan.rows() if row.nodes == 1} == {
+        **{"ddp": "no", "zero1": "no", "zero2": "no"},
+        **{"zero3": "no", "zero3_offload": None},
+    }
+    assert plan.advice() == "Take the first that leaves room for the activations, which are not known."
 
 
 @pytest.mark.parametrize(

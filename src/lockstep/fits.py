@@ -84,7 +84,7 @@ class Plan:
                 batch = whole // ranks if whole % ranks == 0 else None
             for way in WAYS:
                 need = needs(way, self.model, ranks, batch or 0, self.precision, self.ddp, self.zero, self.accumulate)
-                trouble = self._trouble(need)
+                trouble = "no: 64 bits" if way != "ddp" and self.precision == "64-true" else self._trouble(need)
                 if whole is not None and batch is None:
                     trouble = f"no: {whole} samples, {ranks} ranks"
                 yield Row(nodes, ranks, batch, way, need, trouble)
@@ -96,7 +96,7 @@ class Plan:
             return "no"
         if self.resources.on_gpu and host and self.resources.ranks * need.host > ROOM * host:
             return "no: memory of the node"
-        return None if memory is None else ""
+        return None if memory is None or need.activations is None else ""
 
     def table(self) -> Table:
         """Bytes per rank, a line for each way and number of nodes."""
@@ -130,6 +130,8 @@ class Plan:
         if more:
             here_is = f"{self.resources.nodes} node{'s' if self.resources.nodes > 1 else ''}"
             return f"Nothing fits on {here_is}; take --nodes {more[0].nodes} with {how(more[0].way)}."
+        if not fitting and any(row.trouble is None for row in self.rows()):
+            return "Take the first that leaves room for the activations, which are not known."
         return "Nothing fits; take a smaller batch, more accumulation, or activation_checkpointing."
 
 
