@@ -65,8 +65,10 @@ class Job:
         found: dict[int, int] = {}
         for pid, line, env in self._all():
             if "SLURM_PROCID" in env and "submitit" in line and "_submit" in line:
-                found.setdefault(int(env["SLURM_PROCID"]), pid)
-        return [found[rank] for rank in sorted(found)]
+                found[pid] = int(env["SLURM_PROCID"])
+        # A rank's forked children look like it, and have smaller numbers where those have begun again from the start.
+        ranks = {rank: pid for pid, rank in found.items() if _parent(pid) not in found}
+        return [ranks[rank] for rank in sorted(ranks)]
 
     def processes(self) -> list[tuple[int, str]]:
         """Pid and name of all processes of the job, but not the batch script, nor Slurm's own."""
@@ -101,6 +103,14 @@ class Job:
         while (told := self.status())["exit_status"] == 3 and time.monotonic() < deadline:
             time.sleep(1)
         return told
+
+
+def _parent(pid: int) -> int:
+    """The parent of a process; 0 where it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 class Bench:
