@@ -24,7 +24,7 @@ from lockstep.flags import asking
 from lockstep.options import RunOptions
 from lockstep.run import Run, update_status
 from lockstep.squeue import holds
-from lockstep.verdict import exit_words, last_words, output_of
+from lockstep.verdict import exit_words, is_told, last_words, output_of
 
 HERE, QUEUE = "here", "queue"
 
@@ -65,8 +65,7 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int
     finished = result.get("status") == "finished"
     interrupted = result.get("status") == "interrupted" or (failure is not None and failure.interrupted) or status in SIGNALLED
     output = output_of(run, slurm, env["LOCKSTEP_JOB"])
-    left = exit_words(output, failure)
-    said = last_words(output) or left
+    said = last_words(output) or exit_words(output, failure)
     if failure is not None and not failure.echo and not failure.interrupted:
         reason, interrupted = failure.reason, False
     elif said and result.get("status") != "interrupted":
@@ -92,8 +91,7 @@ def end(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int
         return status or 1  # cancelled, or Slurm queues it again by itself
     if interrupted:  # by Slurm, which wants the nodes back or whose time is up, or by somebody else
         return QUEUE if "SIGUSR2" in reason or _is_preempted(job, env) else HERE
-    is_told = bool(left) or said.startswith("Slurm says") or (failure is not None and not failure.echo)
-    return _give_up(run, status, why) if (why := _hopeless(run, [*before, this], is_told)) else HERE
+    return _give_up(run, status, why) if (why := _hopeless(run, [*before, this], is_told(output, failure))) else HERE
 
 
 def _begun(run: Run, attempt: int) -> dict[str, Any]:

@@ -133,6 +133,19 @@ def exit_words(text: str, failure: Failure | None) -> str:
     return f"rank {first[2]} on {first[1]} ended with exit status {first[3]} and without a word."
 
 
+def is_told(text: str, failure: Failure | None) -> bool:
+    """Whether an attempt has told why it ended. A kill from outside tells nothing: it may come twice, and is no bug.
+
+    Args:
+        text: Its output, with srun's words.
+        failure: What its ranks have left.
+    """
+    if failure is not None and not failure.echo:
+        return True
+    killed = last_words(text)
+    return ": Killed (" not in killed if killed else bool(exit_words(text, failure))
+
+
 def _exit_file(path: Path) -> int | None:
     try:
         return int(path.read_text())
