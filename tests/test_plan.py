@@ -46,7 +46,7 @@ LARGE = ("--model.network", "lockstep.networks.MLP", "--model.network.hidden", "
         ("80G", "Take --strategy ddp: 646 MiB of 80.0 GiB on each rank."),
         ("600M", "Take --strategy deepspeed --deepspeed.stage 1: 485 MiB of 600 MiB on each rank."),
         ("450M", "Nothing fits on 1 node; take --nodes 2 with --strategy deepspeed --deepspeed.stage 1."),
-        ("10M", "Nothing fits; take a smaller batch, more accumulation, or activation_checkpointing."),
+        ("10M", "Nothing fits; take a smaller batch (and accumulate gradients), or activation_checkpointing."),
     ],
 )
 def test_which_to_take(memory: str, advice: str) -> None:
@@ -76,7 +76,7 @@ class Later(Points):
 
 
 def test_nothing_is_said_to_fit_without_its_activations() -> None:
-    model = Footprint([1 << 28], [[1 << 28]], 0, {2: 4.0, 4: 8.0, 8: 16.0}, {}, batch=32)
+    model = Footprint([1 << 28], [[1 << 28]], 0, {2: 4.0, 4: 8.0, 8: 16.0}, True, {}, batch=32)
     plan = Plan(model, Resources(1, 2, True, 3 << 30), "32-true", DDPOptions(), DeepSpeedOptions())
     assert {row.way: row.trouble for row in plan.rows() if row.nodes == 1} == {
         **{"ddp": "no", "zero1": "no", "zero2": "no"},

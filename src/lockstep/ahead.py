@@ -59,6 +59,9 @@ def _ask(
     except OSError as error:
         raise UsageError(f"python: {python} cannot be run here ({error.strerror}); give the path of an interpreter.") from None
     if asked.returncode:
-        said = asked.stderr.strip().splitlines()[-1].removeprefix("lockstep: ")
+        lines = asked.stderr.strip().splitlines() or [
+            f"{python} ended with status {asked.returncode} and without a word; was there too little memory?"
+        ]
+        said = lines[-1].removeprefix("lockstep: ")
         raise UsageError(said + (" (Said by the Python here; that of the image was not asked.)" if profile.container else ""))
     return asked

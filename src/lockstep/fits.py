@@ -42,7 +42,7 @@ class Row:
     Attributes:
         nodes: Nodes.
         ranks: On all of them.
-        batch: Samples of a rank in a step; None where they do not divide, or are not known.
+        batch: Samples of a rank in a backward pass; None where they do not divide, or are not known.
         way: One of ``WAYS``.
         need: Bytes of a rank.
         trouble: Why it cannot be, in a few words; empty if it can, None if nobody knows.
@@ -66,6 +66,7 @@ class Plan:
         precision: As in lightning's Trainer, ``auto`` resolved.
         ddp, zero: Options of the strategies.
         accumulate: Batches of a step.
+        only_ddp: Why ZeRO cannot be, in a word or two; empty if it can.
     """
 
     model: Footprint
@@ -74,6 +75,12 @@ class Plan:
     ddp: DDPOptions
     zero: DeepSpeedOptions
     accumulate: int = 1
+    only_ddp: str = ""
+
+    @property
+    def start(self) -> int:
+        """Bytes of a node's own memory that its ranks need at first: each makes the whole model there, in float32."""
+        return 4 * self.model.parameters * self.resources.ranks
 
     def rows(self) -> Iterator[Row]:
         """All of them, on few nodes first."""
@@ -84,7 +91,7 @@ class Plan:
                 batch = whole // ranks if whole % ranks == 0 else None
             for way in WAYS:
                 need = needs(way, self.model, ranks, batch or 0, self.precision, self.ddp, self.zero, self.accumulate)
-                trouble = "no: 64 bits" if way != "ddp" and self.precision == "64-true" else self._trouble(need)
+                trouble = f"no: {self.only_ddp}" if way != "ddp" and self.only_ddp else self._trouble(need)
                 if whole is not None and batch is None:
                     trouble = f"no: {whole} samples, {ranks} ranks"
                 yield Row(nodes, ranks, batch, way, need, trouble)
@@ -94,7 +101,7 @@ class Plan:
         memory, host = self.resources.memory, self.resources.host
         if memory is not None and need.total + (0 if self.resources.on_gpu else need.host) > ROOM * memory:
             return "no"
-        if self.resources.on_gpu and host and self.resources.ranks * need.host > ROOM * host:
+        if host and max(self.start, self.resources.ranks * need.host) > ROOM * host:
             return "no: memory of the node"
         return None if memory is None or need.activations is None else ""
 
@@ -132,7 +139,7 @@ class Plan:
             return f"Nothing fits on {here_is}; take --nodes {more[0].nodes} with {how(more[0].way)}."
         if not fitting and any(row.trouble is None for row in self.rows()):
             return "Take the first that leaves room for the activations, which are not known."
-        return "Nothing fits; take a smaller batch, more accumulation, or activation_checkpointing."
+        return "Nothing fits; take a smaller batch (and accumulate gradients), or activation_checkpointing."
 
 
 def how(way: str) -> str:

@@ -2,7 +2,7 @@
 
 Sources. [R] Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020, section 3 and
 figure 1: what is kept, and what each stage shares out. [D] DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py:
-float32 master weights, the buckets of ``setup_buckets``, what a step needs, and the defaults of zero/config.py for what stage 3
+float32 master weights, the buckets of ``setup_buckets``, and the defaults of zero/config.py for what stage 3
 keeps whole. [T] torch.nn.parallel.DistributedDataParallel: gradients are views into its buckets, or copied there.
 ``benchmarks/memory.py`` compares them with what ranks really hold.
 """
@@ -50,15 +50,18 @@ class Footprint:
         groups: Elements of each one that the optimizer steps, by its groups.
         buffers: Bytes of buffers.
         state: Bytes that the optimizer keeps for an element of a parameter, by the bytes of such an element.
+        is_fused: Whether the optimizer's step needs no memory; else it is taken to copy once all that it steps, as torch's
+            foreach implementations do with a root or with weight decay.
         activations: By what computes, ``ddp`` or ``zero``; empty where they could not be measured.
-        batch: Samples of a step over all ranks; None if each rank has its own number, ``batch_per_rank``.
-        batch_per_rank: Samples of a step on each rank, where they do not depend on the ranks.
+        batch: Samples of a backward pass over all ranks; None if each rank has its own number, ``batch_per_rank``.
+        batch_per_rank: Samples of a backward pass on each rank, where they do not depend on the ranks.
     """
 
     numels: Sequence[int]
     groups: Sequence[Sequence[int]]
     buffers: int
     state: Mapping[int, float]
+    is_fused: bool
     activations: Mapping[str, Activations]
     batch: int | None = None
     batch_per_rank: int | None = None
@@ -133,7 +136,7 @@ def needs(
         way: One of ``WAYS``.
         model: The model and its optimizer.
         ranks: In the whole world.
-        batch: Samples of a step on this rank.
+        batch: Samples of a backward pass on this rank.
         precision: As in lightning's Trainer, ``auto`` resolved.
         ddp: Options of DDP.
         zero: Options of DeepSpeed; the stage and the places of ``way`` stand in for its own.
@@ -156,6 +159,7 @@ def _of_ddp(model: Footprint, ranks: int, batch: float, element: int, options: D
         optimizer=round(model.state[element] * model.trainable),
         buffers=(copies - 1) * element * model.trainable,
         activations=model.activations["ddp"].of(batch) if model.activations else None,
+        step=0 if model.is_fused else element * model.trainable,
     )
 
 
@@ -190,7 +194,7 @@ def _of_zero(model: Footprint, ranks: int, batch: float, element: int, options: 
         optimizer=optimizer,
         buffers=bucket + live,
         activations=model.activations["zero"].of(batch) if model.activations else None,
-        step=0 if offload else _FLOAT * own,
+        step=0 if offload else _FLOAT * own * (1 if model.is_fused else 2),  # gradients in float32 [D]
         start=start,
         host=host,
     )

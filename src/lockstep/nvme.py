@@ -6,8 +6,9 @@ import mmap
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -17,6 +18,9 @@ from lockstep.world import World
 from lockstep.zero_config import no_disk
 
 _NAME, _LOCK = "lockstep-", "lock"
+
+_NEW_SECONDS = 5.0
+"""A folder that is as new as this may not have been locked yet."""
 
 
 @contextmanager
@@ -32,37 +36,34 @@ def own_folder(place: Path | None, world: World) -> Iterator[Path | None]:
     if place is None:
         yield None
         return
-    folder, reason = None, ""
-    try:
-        if not place.is_dir():
-            raise UsageError(no_disk(place, f" on {platform.node()}"))
-        _remove_abandoned(place)
-        folder = Path(mkdtemp(prefix=f".{_NAME}", dir=place))
-        _refuse_other_disk(folder)
-    except UsageError as error:
-        reason = error.sentence
-    except OSError as error:
-        reason = (
-            f"deepspeed.nvme_path: {place} cannot be written on {platform.node()} ({error.strerror}); choose another folder."
-        )
-    try:
-        for told in filter(None, on_all_ranks(reason, world)):
-            raise UsageError(told)
-        assert folder is not None
-        with (folder / _LOCK).open("w") as lock:
+    with ExitStack() as held:
+        folder, reason = None, ""
+        try:
+            if not place.is_dir():
+                raise UsageError(no_disk(place, f" on {platform.node()}"))
+            _remove_abandoned(place)
+            folder = Path(mkdtemp(prefix=_NAME, dir=place))
+            held.callback(shutil.rmtree, folder, ignore_errors=True)
+            lock = held.enter_context((folder / _LOCK).open("w"))
             # Not flock: a DataLoader's worker would inherit it, and may outlive its rank for a while.
             fcntl.lockf(lock, fcntl.LOCK_EX)
-            # Only now has it the name that others look for.
-            folder = folder.rename(folder.with_name(folder.name.removeprefix(".")))
-            yield folder
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            _refuse_other_disk(folder)
+        except UsageError as error:
+            reason = error.sentence
+        except OSError as error:
+            reason = (
+                f"deepspeed.nvme_path: {place} cannot be used on {platform.node()} ({error.strerror}); choose another folder."
+            )
+        for told in filter(None, on_all_ranks(reason, world)):
+            raise UsageError(told)
+        yield folder
 
 
 def _remove_abandoned(place: Path) -> None:
     for folder in place.glob(f"{_NAME}*"):
         try:
+            if time.time() - folder.stat().st_mtime < _NEW_SECONDS:
+                continue
             with (folder / _LOCK).open("a") as lock:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)

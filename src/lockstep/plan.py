@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from jsonargparse import Namespace
 from rich.console import Console
 
 from lockstep.config import parse, split_command
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
             DDPOptions(**vars(config.ddp)),
             DeepSpeedOptions(**vars(config.deepspeed)),
             config.trainer.accumulate_grad_batches,
+            only_ddp(config, precision),
         )
         console = Console(width=_WIDTH, highlight=False)
         console.print(
@@ -44,12 +46,22 @@ def main(arguments: Sequence[str]) -> int:
         console.print(plan.table())
         console.print()
         console.print(plan.advice())
-        start = 4 * model.parameters * resources.ranks
-        console.print(f"Each rank makes the model in the memory of its node first: {text(start)} on a node.")
+        console.print(f"Each rank makes the model in the memory of its node first: {text(plan.start)} on a node.")
         return 0
     except LockstepError as error:
         print(f"lockstep: {error.sentence}", file=sys.stderr)
         return error.exit_status
+
+
+def only_ddp(config: Namespace, precision: str) -> str:
+    """Why the run of ``config`` cannot be with ZeRO, in a word or two; empty if it can."""
+    if precision == "64-true":
+        return "64 bits"
+    if config.trainer.gradient_clip_algorithm == "value":
+        return "clips by value"
+    callbacks = config.trainer.callbacks or []
+    names = [str(c.class_path) for c in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    return "averages weights" if any(name.endswith("WeightAveraging") for name in names) else ""
 
 
 if __name__ == "__main__":

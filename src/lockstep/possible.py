@@ -36,8 +36,10 @@ def refuse_missing_checkpoint(command: str, path: str | None, sweep: Mapping[str
 
 
 def refuse_contradictions(config: Mapping[str, Any]) -> None:
-    """Raise UsageError about options of DeepSpeed that contradict each other, or its own JSON."""
+    """Raise UsageError about options of DeepSpeed that contradict each other, its own JSON, or what it does not do."""
     if config["strategy"] == "deepspeed":
+        if config["trainer"].get("gradient_clip_algorithm") == "value":
+            raise UsageError("trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.")
         given = config["deepspeed"]
         paths = {name: Path(given[name]) for name in ("config", "nvme_path") if given[name]}
         deepspeed_config(DeepSpeedOptions(**{**given, **paths}))

@@ -154,14 +154,14 @@ def _text(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
 
 def _put_together(folder: Path, ranks: int, path: Path) -> int:
     """Write ``path`` from the rows of all ranks, remove those, and return the number of samples."""
-    parts = [torch.load(folder / f"{rank}.pt", weights_only=True, mmap=True) for rank in range(ranks)]
-    for part in parts:
-        _refuse_others(_kinds(part["tensors"]), _kinds(parts[0]["tensors"]))
-    order = torch.cat([part["indices"] for part in parts]).argsort(stable=True)
-    whole = {name: torch.cat([part["tensors"][name] for part in parts])[order] for name in parts[0]["tensors"]}
     try:
+        parts = [torch.load(folder / f"{rank}.pt", weights_only=True, mmap=True) for rank in range(ranks)]
+        for part in parts:
+            _refuse_others(_kinds(part["tensors"]), _kinds(parts[0]["tensors"]))
+        order = torch.cat([part["indices"] for part in parts]).argsort(stable=True)
+        whole = {name: torch.cat([part["tensors"][name] for part in parts])[order] for name in parts[0]["tensors"]}
         replace_by(path, lambda beside: save_file(whole, beside))
-    except (OSError, KeyError, SafetensorError) as error:  # KeyError: a type that the format does not have
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:  # KeyError: a type that the format does not have
         raise RunError(f"{path} cannot be written ({error}).") from error
     for left in path.parent.glob(".predictions-*"):
         shutil.rmtree(left, ignore_errors=True)

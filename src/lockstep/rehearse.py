@@ -27,6 +27,7 @@ from lockstep.config import make_objects
 from lockstep.data.base import ImageData
 from lockstep.errors import LockstepError, UsageError
 from lockstep.memory import Activations, Footprint
+from lockstep.ops import ops_of
 from lockstep.recompute import Recompute
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Look(Callback):
         optimizer = trainer.optimizers[0]
         self.state = {dtype.itemsize: state_of(optimizer, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
         self.groups = [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
+        self.is_fused = all(group.get("fused") for group in optimizer.param_groups)
         self.buffers = sum(b.nbytes for b in pl_module.buffers())
         self.numels = [p.numel() for p in pl_module.parameters()]
         if self.is_blind:
@@ -158,6 +160,11 @@ def footprint(config: Namespace, precision: str) -> Footprint:
     if precision == "16-mixed":
         precision = "bf16-mixed"  # as large, and without a scaler that reads values
     ways = {"ddp": precision, "zero": precision.replace("-mixed", "-true")}
+    for op in ops_of(config):
+        if op.reason.startswith("model.optimizer"):
+            raise UsageError(
+                f"{op.reason} is compiled at first use, which --plan does not do; plan with adamw, which keeps as much."
+            )
     data = make("data", LightningDataModule, config)
     batches = batches_of(data)
     vars(data).update(prepare_data=lambda: None, setup=lambda stage: None)
@@ -173,6 +180,7 @@ def footprint(config: Namespace, precision: str) -> Footprint:
         groups=look.groups,
         buffers=look.buffers,
         state=look.state,
+        is_fused=look.is_fused,
         activations={way: found for way, name in ways.items() if (found := seen[name][1]) is not None},
         batch=batches.whole if batches else None,
         batch_per_rank=batches.each_rank if batches else None,
@@ -224,6 +232,8 @@ def rehearse(
     trainer = Trainer(
         **given,
         strategy=still,
+        accelerator="cpu",  # also where there are GPUs
+        devices=1,
         precision=None if is_narrow else precision,
         plugins=[Narrow(precision)] if is_narrow else None,
         callbacks=[Recompute(config.activation_checkpointing), look],

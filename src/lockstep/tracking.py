@@ -303,7 +303,7 @@ def _rows_on_disk(run: Run) -> int:
     for file in run.folder.glob("wandb/*run-*/run-*.wandb"):
         # `wandb leet inspect`, but for a second and a half to start Python.
         command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
-        said = subprocess.run(command, capture_output=True, text=True).stdout
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_FINISH_SECONDS).stdout
         for line in said.splitlines():
             if '"history"' in line and (record := json.loads(line)).get("type") == "history":
                 rows = max(rows, int(record["history"]["item"]["_step"]))

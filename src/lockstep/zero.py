@@ -1,5 +1,6 @@
 """``strategy: deepspeed``: ZeRO, through lightning's strategy on GPUs, and on CPUs over gloo to test and debug."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -7,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lockstep.errors import UsageError
 from lockstep.group import WorldEnvironment
 from lockstep.mend import mend_nvme
 from lockstep.ops import use_accelerator
@@ -73,6 +76,9 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+        if self.on_gpu:
+            # DeepSpeed takes the GPU of that number; where Slurm shows each rank its own alone, that is 0.
+            os.environ["LOCAL_RANK"] = str(self.root_device.index)
 
     @property
     def root_device(self) -> torch.device:
@@ -125,8 +131,14 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
                 yield name, value
 
     def _init_optimizers(self) -> Any:
-        optimizer, schedule = super()._init_optimizers()
         assert self.lightning_module is not None
+        try:
+            optimizer, schedule = super()._init_optimizers()
+        except MisconfigurationException:
+            name = type(self.lightning_module).__name__
+            raise UsageError(
+                f"model: {name} has several optimizers or schedules, and ZeRO takes one; use strategy ddp."
+            ) from None
         names = names_of(self.lightning_module)
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         self._names = [names[id(p)] for p in stepped]

@@ -1,7 +1,7 @@
 """DeepSpeed's own config, from the options of a run. No torch here: contradictions are told before anything is queued."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,20 @@ _KNOWN = {
     "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
     "zero_optimization.offload_optimizer.nvme_path": "deepspeed.nvme_path",
     "zero_optimization.offload_param.nvme_path": "deepspeed.nvme_path",
+    "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "deepspeed.offload_parameters",
     "zero_optimization.overlap_comm": "deepspeed.overlap_comm",
     "zero_optimization.reduce_bucket_size": "deepspeed.bucket_size",
     "zero_optimization.allgather_bucket_size": "deepspeed.bucket_size",
 }
 """Keys of DeepSpeed's JSON that say what a key of ours says."""
+
+_UNSAFE = {
+    "zero_optimization.offload_optimizer.pipeline_read": "reads gradients that are not there yet",
+    "zero_optimization.offload_optimizer.pipeline_write": "leaves a write open while a checkpoint is taken",
+    "data_types.grad_accum_dtype": "has DeepSpeed, with stage 1, take another optimizer, whose state no checkpoint would have",
+}
+"""Keys of DeepSpeed's JSON that would go wrong here, and why."""
 
 
 def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> dict[str, Any]:
@@ -60,7 +69,7 @@ def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> d
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-    return _merged(own, _read(options.config)) if options.config else own
+    return _merged(own, _read(options.config, options.stage)) if options.config else own
 
 
 def refuse_misplaced_offload(options: DeepSpeedOptions) -> None:
@@ -86,7 +95,7 @@ def no_disk(path: Path, where: str = "") -> str:
     return f"deepspeed.nvme_path: there is no folder {path}{where}; give one on a disk of each node, which must exist."
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, stage: int) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -94,6 +103,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"deepspeed.config: {path} cannot be read as JSON ({reason}).") from None
     if not isinstance(content, dict):
         raise UsageError(f"deepspeed.config: {path} must hold keys with values.")
+    for name in ("fp16", "bf16", "zero_optimization"):
+        if not isinstance(content.get(name, {}), dict):
+            raise UsageError(f"deepspeed.config: {name} ({content[name]!r}) in {path} must hold keys with values.")
+    for name, given in _leaves(content):
+        if given == "auto":
+            raise UsageError(
+                f"deepspeed.config: {name} ('auto') in {path} is for another trainer; give a value, or take it out."
+            )
+        if name in _UNSAFE and given and (stage == 1 or name != "data_types.grad_accum_dtype"):
+            raise UsageError(f"deepspeed.config: {name} ({given!r}) in {path} {_UNSAFE[name]}; take it out of the file.")
     for name, ours in _KNOWN.items():
         value: Any = content
         for part in name.split("."):
@@ -101,6 +120,15 @@ def _read(path: Path) -> dict[str, Any]:
         if value is not None:
             raise UsageError(f"deepspeed.config: {name} ({value!r}) in {path} is decided by {ours}; take it out of the file.")
     return content
+
+
+def _leaves(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """All values that are no mappings, with their keys."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
