@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import torch.utils.cpp_extension
+import torch
 from jsonargparse import Namespace
 
 from lockstep.errors import UsageError
@@ -113,7 +113,8 @@ def _load(op: Op) -> str:
                     f"{op.reason} needs DeepSpeed's op {name}, which is compiled at first use, and {missing} is missing on "
                     f"{platform.node()}; install it (apt-get install {op.packages}), or {op.instead}."
                 )
-            folder = Path(torch.utils.cpp_extension._get_build_directory(name, False))
+            extensions: Any = import_module("torch.utils.cpp_extension")  # not before: it warns where there is no CUDA
+            folder = Path(extensions._get_build_directory(name, False))
             if not (folder / f"{name}.so").exists():
                 log.info("building %s, once for this node, which takes minutes: %s needs it", name, op.reason)
         builder.load(verbose=False)
