@@ -109,6 +109,8 @@ def main(arguments: Sequence[str]) -> int:
         )
         if own.plan:
             table, unknown = plan(submission, os.environ)
+            if own.sweep:
+                print("This is the first run of the sweep.")
             print(unknown, file=sys.stderr, end="")
             print(table, end="")
             return 0

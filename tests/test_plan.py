@@ -88,6 +88,11 @@ def test_nothing_is_said_to_fit_without_its_activations() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--gpu-memory", "0G"], "gpu_memory: '0G' must be more than 0."),
+        (
+            ["--model.optimizer", "deepspeed.ops.adam.FusedAdam"],
+            "model.optimizer: 'deepspeed.ops.adam.FusedAdam' is compiled at",
+        ),
         (["--gpu-memory", "much"], "gpu_memory: 'much' is no size; write a number with K, M, G or T behind it, such as 80G."),
         (
             ["--activation_checkpointing", "[torch.nn.Linea]"],

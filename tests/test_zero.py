@@ -153,6 +153,8 @@ def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.
             ["--deepspeed.offload_optimizer", "disk"],
             "deepspeed.offload_optimizer: 'disk' is not valid: expected one of 'none',",
         ),
+        (["--deepspeed.bucket_size", "0"], "deepspeed.bucket_size: 0 must be 1 or more."),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: 0 must be 1 or more."),
         (["--deepspeed.config", "nowhere.json"], "deepspeed.config: nowhere.json cannot be read as JSON (No such file"),
         (
             ["--trainer.callbacks+=EMAWeightAveraging"],
@@ -181,6 +183,8 @@ def test_what_the_trainer_knows_may_not_stand_in_a_json(
     for text, ours in (
         ('{"train_batch_size": 4}', "train_batch_size (4) in {} is decided by data.batch_size"),
         ('{"zero_optimization": {"stage": 1}}', "zero_optimization.stage (1) in {} is decided by deepspeed.stage"),
+        ('{"zero_optimisation": {}}', "zero_optimisation in {} is no key of DeepSpeed's; did you mean 'zero_optimization'"),
+        ('{"zero_optimization": {"stag": 2}}', "DeepSpeed does not take stag (2) in DeepSpeedZeroConfig: "),
         ('{"bf16": true}', "bf16 (True) in {} must hold keys with values."),
         (
             '{"zero_optimization": {"cpu_offload": true}}',

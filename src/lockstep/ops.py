@@ -1,8 +1,10 @@
 """DeepSpeed's ops, which are compiled at first use: by one rank of each node, and only then loaded by all.
 
-torch keeps them below TORCH_EXTENSIONS_DIR, or in ~/.cache/torch_extensions.
+torch keeps them below TORCH_EXTENSIONS_DIR; where that is not set, each environment has a folder of its own in
+~/.cache/torch_extensions, or the ops of one would be compiled anew for the other, and back again.
 """
 
+import hashlib
 import logging
 import os
 import platform
@@ -83,6 +85,7 @@ def load_ops(ops: Sequence[Op], world: World, device: torch.device) -> None:
     if not ops:
         return
     use_accelerator(device)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions" / _environment()))
     for is_first in (True, False):
         found: list[str] = []
         loading = Thread(target=lambda found=found: found.append(_load_all(ops)), daemon=True)
@@ -95,6 +98,12 @@ def load_ops(ops: Sequence[Op], world: World, device: torch.device) -> None:
             time.sleep(0.2)
         for problem in filter(None, told):
             raise UsageError(problem)
+
+
+def _environment() -> str:
+    """A name for the torch and the DeepSpeed that are used here: what an op is compiled against."""
+    facts = (torch.__version__, torch.__file__, str(import_module("deepspeed").__file__), platform.machine())
+    return f"lockstep-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
 def _load_all(ops: Sequence[Op]) -> str:
@@ -113,9 +122,7 @@ def _load(op: Op) -> str:
                     f"{op.reason} needs DeepSpeed's op {name}, which is compiled at first use, and {missing} is missing on "
                     f"{platform.node()}; install it (apt-get install {op.packages}), or {op.instead}."
                 )
-            extensions: Any = import_module("torch.utils.cpp_extension")  # not before: it warns where there is no CUDA
-            folder = Path(extensions._get_build_directory(name, False))
-            if not (folder / f"{name}.so").exists():
+            if not (Path(os.environ["TORCH_EXTENSIONS_DIR"]) / name / f"{name}.so").exists():
                 log.info("building %s, once for this node, which takes minutes: %s needs it", name, op.reason)
         builder.load(verbose=False)
         return ""

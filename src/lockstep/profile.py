@@ -254,7 +254,8 @@ def _check_sense(profile: Profile, place: str) -> None:
     for name in ("gpu_memory", "mem"):
         if (size := getattr(profile, name)) is not None:
             try:
-                size_in_bytes(size)
+                if not size_in_bytes(size) and name == "gpu_memory":
+                    raise UsageError(f"{size!r} must be more than 0.")
             except UsageError as error:
                 raise UsageError(f"{place}{name}: {error.sentence}") from None
     for mount in profile.container.mounts if profile.container else ():

@@ -300,7 +300,7 @@ def take_content(module: nn.Module) -> None:
 def state_of(optimizer: Optimizer, dtype: torch.dtype) -> float:
     """Bytes that ``optimizer`` keeps for an element of ``dtype``, seen in a step on a small flat tensor."""
     numel = 1 << 14
-    with unset_fake_temporarily():
+    with unset_fake_temporarily(), torch._C.DisableTorchFunction():  # or copies of it would have no content either
         flat = nn.Parameter(torch.ones(numel, dtype=dtype))
         flat.grad = torch.ones_like(flat)
         others = optimizer.param_groups[:]

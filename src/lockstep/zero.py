@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from pydantic import ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -130,11 +131,23 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
             else:
                 yield name, value
 
+    def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._setup_model_and_optimizer(*args, **kwargs)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise UsageError(
+                f"deepspeed.config: DeepSpeed does not take {name} ({first['input']!r}) in {error.title}: {first['msg']}."
+            ) from None
+
     def _init_optimizers(self) -> Any:
         assert self.lightning_module is not None
         try:
             optimizer, schedule = super()._init_optimizers()
-        except MisconfigurationException:
+        except (MisconfigurationException, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "multiple optimizers" not in str(error):
+                raise
             name = type(self.lightning_module).__name__
             raise UsageError(
                 f"model: {name} has several optimizers or schedules, and ZeRO takes one; use strategy ddp."

@@ -1,11 +1,14 @@
 """DeepSpeed's own config, from the options of a run. No torch here: contradictions are told before anything is queued."""
 
+import importlib.util
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import UsageError
+from lockstep.nearest import did_you_mean
 from lockstep.options import DeepSpeedOptions
 
 _KNOWN = {
@@ -55,6 +58,8 @@ def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> d
         "allgather_bucket_size": options.bucket_size,
         "contiguous_gradients": True,
     }
+    if options.bucket_size < 1:
+        raise UsageError(f"deepspeed.bucket_size: {options.bucket_size} must be 1 or more.")
     refuse_misplaced_offload(options)
     for key, place in (("offload_optimizer", options.offload_optimizer), ("offload_param", options.offload_parameters)):
         if place != "none":
@@ -103,6 +108,10 @@ def _read(path: Path, stage: int) -> dict[str, Any]:
         raise UsageError(f"deepspeed.config: {path} cannot be read as JSON ({reason}).") from None
     if not isinstance(content, dict):
         raise UsageError(f"deepspeed.config: {path} must hold keys with values.")
+    known = _top_level()
+    for name in content:
+        if known and name not in known:
+            raise UsageError(f"deepspeed.config: {name} in {path} is no key of DeepSpeed's{did_you_mean(name, known)}")
     for name in ("fp16", "bf16", "zero_optimization"):
         if not isinstance(content.get(name, {}), dict):
             raise UsageError(f"deepspeed.config: {name} ({content[name]!r}) in {path} must hold keys with values.")
@@ -120,6 +129,14 @@ def _read(path: Path, stage: int) -> dict[str, Any]:
         if value is not None:
             raise UsageError(f"deepspeed.config: {name} ({value!r}) in {path} is decided by {ours}; take it out of the file.")
     return content
+
+
+def _top_level() -> set[str]:
+    """The first keys that DeepSpeed may know: all texts in its sources that could be one. Empty where it is not installed."""
+    found = importlib.util.find_spec("deepspeed")
+    folders = found.submodule_search_locations or [] if found else []
+    files = [file for folder in folders for part in ("constants", "config") for file in Path(folder).glob(f"**/{part}.py")]
+    return {name for file in files for name in re.findall(r"""["']([a-z][a-z0-9_]+)["']""", file.read_text(errors="replace"))}
 
 
 def _leaves(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
