@@ -52,7 +52,7 @@ class Footprint:
         state: Bytes that the optimizer keeps for an element of a parameter, by the bytes of such an element.
         is_fused: Whether the optimizer's step needs no memory; else it is taken to copy once all that it steps, as torch's
             foreach implementations do with a root or with weight decay.
-        activations: By what computes, ``ddp`` or ``zero``; empty where they could not be measured.
+        activations: By what computes, ``ddp`` or ``zero``, where they could be measured.
         batch: Samples of a backward pass over all ranks; None if each rank has its own number, ``batch_per_rank``.
         batch_per_rank: Samples of a backward pass on each rank, where they do not depend on the ranks.
     """
@@ -151,6 +151,11 @@ def needs(
     return _of_zero(model, ranks, batch, min(_FLOAT, _BYTES[bits]), options, accumulate)
 
 
+def _activations(model: Footprint, way: str, batch: float) -> int | None:
+    measured = model.activations.get(way)
+    return None if measured is None else measured.of(batch)
+
+
 def _of_ddp(model: Footprint, ranks: int, batch: float, element: int, options: DDPOptions) -> Need:
     copies = 1 if options.bucket_view or ranks == 1 else 2  # [T]
     return Need(
@@ -158,7 +163,7 @@ def _of_ddp(model: Footprint, ranks: int, batch: float, element: int, options: D
         gradients=element * model.trainable,
         optimizer=round(model.state[element] * model.trainable),
         buffers=(copies - 1) * element * model.trainable,
-        activations=model.activations["ddp"].of(batch) if model.activations else None,
+        activations=_activations(model, "ddp", batch),
         step=0 if model.is_fused else element * model.trainable,
     )
 
@@ -193,7 +198,7 @@ def _of_zero(model: Footprint, ranks: int, batch: float, element: int, options: 
         gradients=gradients,
         optimizer=optimizer,
         buffers=bucket + live,
-        activations=model.activations["zero"].of(batch) if model.activations else None,
+        activations=_activations(model, "zero", batch),
         step=0 if offload else _FLOAT * own * (1 if model.is_fused else 2),  # gradients in float32 [D]
         start=start,
         host=host,
