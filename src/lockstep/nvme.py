@@ -52,7 +52,7 @@ def own_folder(place: Path | None, world: World) -> Iterator[Path | None]:
             reason = error.sentence
         except OSError as error:
             reason = (
-                f"deepspeed.nvme_path: {place} cannot be used on {platform.node()} ({error.strerror}); choose another folder."
+                f"deepspeed.nvme_path: {place} cannot be written on {platform.node()} ({error.strerror}); choose another folder."
             )
         for told in filter(None, on_all_ranks(reason, world)):
             raise UsageError(told)
