@@ -42,6 +42,12 @@ def imported() -> None:
     importlib.import_module("deepspeed")
 
 
+@pytest.fixture(autouse=True)
+def one_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a time: the other tests, with their limits, go on beside it."""
+    monkeypatch.setenv("MAX_JOBS", "1")
+
+
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to offload into; with a JSON that makes even small parameters go there."""

@@ -51,9 +51,8 @@ def own_folder(place: Path | None, world: World) -> Iterator[Path | None]:
         except UsageError as error:
             reason = error.sentence
         except OSError as error:
-            reason = (
-                f"deepspeed.nvme_path: {place} cannot be written on {platform.node()} ({error.strerror}); choose another folder."
-            )
+            there = f"{place} cannot be written on {platform.node()} ({error.strerror})"
+            reason = f"deepspeed.nvme_path: {there}; choose another folder."
         for told in filter(None, on_all_ranks(reason, world)):
             raise UsageError(told)
         yield folder
