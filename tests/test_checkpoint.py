@@ -57,6 +57,7 @@ def save_three(world: World, folder: Path) -> tuple[list[str], list[str]]:
         writer.settle(agreement.most)
         said.append(writer.failure)
         there.append(" ".join(sorted(path.name for path in folder.iterdir())))
+        agreement.most(0)  # nobody begins to save again before all have looked
     leave()
     return said, there
 
