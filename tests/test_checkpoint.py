@@ -72,7 +72,16 @@ def test_nobody_waits_for_a_rank_that_cannot_write_its_part(tmp_path: Path) -> N
 
 
 def test_saved_every_so_many_minutes(launch: Launch) -> None:
-    often = ("--checkpoint.every_minutes", "0.001", "--checkpoint.keep", "99", "--trainer.limit_val_batches", "0")
+    often = (
+        "--checkpoint.every_minutes",
+        "0.001",
+        "--checkpoint.keep",
+        "99",
+        "--trainer.limit_val_batches",
+        "0",
+        "--trainer.max_epochs",
+        "10",
+    )
     run = launch("--ranks", "2", *SMALL, *often)
     assert run.status == 0
     assert len(folders(run.folder / "checkpoints")) > 2
