@@ -267,7 +267,7 @@ def on_meta(config: Namespace, precision: str) -> LightningModule:
     try:
         with torch.device("meta"):
             module = make("model", LightningModule, config)
-    except (RuntimeError, NotImplementedError):  # it looks at values while it is made
+    except RuntimeError:  # it looks at values while it is made
         with unset_fake_temporarily():
             module = make("model", LightningModule, config)
     bits, _, kind = precision.partition("-")
