@@ -78,7 +78,7 @@ class Later(Points):
 def test_nothing_is_said_to_fit_without_its_activations() -> None:
     model = Footprint([1 << 28], [[1 << 28]], 0, {2: 4.0, 4: 8.0, 8: 16.0}, True, {}, batch=32)
     plan = Plan(model, Resources(1, 2, True, 3 << 30), "32-true", DDPOptions(), DeepSpeedOptions())
-    assert {row.way: row.trouble for row in plan.rows() if row.nodes == 1} == {
+    assert {row.way: row.trouble for row in plan.rows if row.nodes == 1} == {
         **{"ddp": "no", "zero1": "no", "zero2": "no"},
         **{"zero3": "no", "zero3_offload": None},
     }

@@ -189,4 +189,4 @@ class Config:
                 self._values.refuse_incomplete(self.content["trainer"][name], kind, f"trainer.{name}")
         for path in self.content["activation_checkpointing"]:
             self._values.refuse_missing(path, "activation_checkpointing")
-        refuse_out_of_range(self.content["seed_everything"], self.content["checkpoint"]["best"])
+        refuse_out_of_range(self.content["seed_everything"], self.content["checkpoint"]["best"], self.content["trainer"])

@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     for group in (*GROUPS, "trainer"):
         if not isinstance(config[group], Namespace):
             raise UsageError(no_mapping(group, config[group]))
-    refuse_out_of_range(config.seed_everything, config.checkpoint.best)
+    refuse_out_of_range(config.seed_everything, config.checkpoint.best, vars(config.trainer))
     return parser, config
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from rich.table import Table
 
@@ -82,8 +83,12 @@ class Plan:
         """Bytes of a node's own memory that its ranks need at first: each makes the whole model there, in float32."""
         return 4 * self.model.parameters * self.resources.ranks
 
-    def rows(self) -> Iterator[Row]:
+    @cached_property
+    def rows(self) -> list[Row]:
         """All of them, on few nodes first."""
+        return list(self._rows())
+
+    def _rows(self) -> Iterator[Row]:
         for nodes in self.resources.numbers_of_nodes():
             ranks = nodes * self.resources.ranks
             whole, batch = self.model.batch, self.model.batch_per_rank
@@ -115,7 +120,7 @@ class Plan:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("fits", no_wrap=True)
         nodes = 0
-        for row in self.rows():
+        for row in self.rows:
             need = row.need
             sizes = (need.weights, need.gradients, need.optimizer, need.buffers, need.activations, need.total, need.host)
             first = (f"{row.nodes} × {self.resources.ranks}", "?" if row.batch is None else str(row.batch))
@@ -129,7 +134,7 @@ class Plan:
         if self.resources.memory is None:
             key = "gpu_memory (--gpu-memory 80G)" if self.resources.on_gpu else "mem (--mem 64G)"
             return f"To be told what fits, set {key} in the profile."
-        fitting = [row for row in self.rows() if row.trouble == ""]
+        fitting = [row for row in self.rows if row.trouble == ""]
         here = [row for row in fitting if row.nodes == self.resources.nodes]
         if here:
             return f"Take {how(here[0].way)}: {text(here[0].need.total)} of {text(self.resources.memory)} on each rank."
@@ -137,7 +142,7 @@ class Plan:
         if more:
             here_is = f"{self.resources.nodes} node{'s' if self.resources.nodes > 1 else ''}"
             return f"Nothing fits on {here_is}; take --nodes {more[0].nodes} with {how(more[0].way)}."
-        if not fitting and any(row.trouble is None for row in self.rows()):
+        if not fitting and any(row.trouble is None for row in self.rows):
             return "Take the first that leaves room for the activations, which are not known."
         return "Nothing fits; take a smaller batch (and accumulate gradients), or activation_checkpointing."
 

@@ -1,8 +1,9 @@
 """The keys of a config that are lockstep's own, with their types, defaults and help texts. No torch is imported here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lockstep.errors import UsageError
 
@@ -160,9 +161,13 @@ GROUPS = tuple(field.name for field in fields(Options) if is_dataclass(field.typ
 """The keys of lockstep's own that hold keys themselves."""
 
 
-def refuse_out_of_range(seed_everything: int | None, best: int | None) -> None:
-    """Raise the UsageError about a number that is missing or out of range."""
+def refuse_out_of_range(seed_everything: int | None, best: int | None, trainer: Mapping[str, Any]) -> None:
+    """Raise the UsageError about a number that is missing or out of range; ``trainer`` has those of lightning, if given."""
     if seed_everything is None or not 0 <= seed_everything < 2**32:
         raise UsageError(f"seed_everything: {seed_everything} must be 0 or more, and less than 2**32.")
     if best is None or best < 1:
         raise UsageError(f"checkpoint.best: {best} must be 1 or more.")
+    for key, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+        value = trainer.get(key)
+        if isinstance(value, int | float) and value < least:
+            raise UsageError(f"trainer.{key}: {value} must be {least} or more.")

@@ -36,11 +36,7 @@ def refuse_missing_checkpoint(command: str, path: str | None, sweep: Mapping[str
 
 
 def refuse_contradictions(config: Mapping[str, Any]) -> None:
-    """Raise UsageError about numbers out of range, options of DeepSpeed that contradict each other, or what it does not do."""
-    for key, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
-        value = config["trainer"].get(key)
-        if isinstance(value, int | float) and value < least:
-            raise UsageError(f"trainer.{key}: {value} must be {least} or more.")
+    """Raise UsageError about options of DeepSpeed that contradict each other, its own JSON, or what it does not do."""
     if config["strategy"] == "deepspeed":
         if config["trainer"].get("gradient_clip_algorithm") == "value":
             raise UsageError("trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.")
