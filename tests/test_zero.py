@@ -31,6 +31,9 @@ def zero(stage: int, ranks: int) -> list[str]:
     return ["--strategy", "deepspeed", "--deepspeed.stage", str(stage), "--ranks", str(ranks)]
 
 
+DDP = ["--strategy", "ddp", "--ranks", "2"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_losses_are_those_of_ddp(launch: Launch, stage: int, ranks: int) -> None:
@@ -109,6 +112,21 @@ def test_from_any_strategy_and_number_of_ranks_to_any_other(launch: Launch, tmp_
     assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
 
 
+def test_channels_last_weights(launch: Launch, tmp_path: Path) -> None:
+    told = ("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1")
+    told = (*told, "--model.network.widths", "[8,16]", "--model.channels_last", "true")
+    ddp = launch(*told, "--ranks", "2")
+    run = launch(*told, *zero(3, 2), *trouble(tmp_path / "0", "SIGTERM", step=10))
+    for number, last in ((1, "true"), (2, "false")):
+        go_on(
+            launch, run, *DDP, "--model.channels_last", last, *trouble(tmp_path / str(number), "SIGTERM", step=12 + 8 * number)
+        )
+    assert go_on(launch, run, *zero(1, 2), "--model.channels_last", "true").status == 0
+    assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
+    tested = launch("test", *told, *zero(3, 2), "--ckpt_path", str(run.folder))
+    assert tested.result["metrics"]["test/correct"] == run.result["metrics"]["test/correct"]
+
+
 def test_the_exported_file_is_as_good_as_the_run(launch: Launch, tmp_path: Path) -> None:
     run = left_alone(launch, *RUN, *zero(3, 2))
     out = tmp_path / "weights.safetensors"
@@ -120,9 +138,6 @@ def test_the_exported_file_is_as_good_as_the_run(launch: Launch, tmp_path: Path)
     images, labels = data.on_after_batch_transfer(data.load("test").__getitems__(list(range(360))), 0)
     right = int((network(images).argmax(1) == labels).sum())
     assert right == run.result["metrics"]["test/correct"]
-
-
-DDP = ["--strategy", "ddp", "--ranks", "2"]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,12 @@ class Ordered(Strategy):
             state = self.saved.optimizer_state(self.optimizers[0], names_of(self.lightning_module))
             checkpoint = {**checkpoint, "optimizer_states": [state]}
         super().load_optimizer_state_dict(checkpoint)
+        for optimizer in self.optimizers:
+            for parameter, kept in optimizer.state.items():
+                for key, value in kept.items():
+                    # A fused step goes through memory as it lies: what is kept must lie as its parameter does.
+                    if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                        kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None

@@ -131,6 +131,13 @@ class DeepSpeed(Ordered, DeepSpeedStrategy):
             else:
                 yield name, value
 
+    def init_deepspeed(self) -> None:
+        assert self.lightning_module is not None
+        for parameter in self.lightning_module.parameters():
+            # DeepSpeed takes no other order in memory, such as channels-last; images and activations keep theirs.
+            parameter.data = parameter.data.contiguous()
+        super().init_deepspeed()
+
     def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super()._setup_model_and_optimizer(*args, **kwargs)
