@@ -21,8 +21,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lockstep import config, keep, train
-from lockstep.world import World
+from lockstep.checkpoint.callback import CheckpointCallback
+from lockstep.core.world import World
+from lockstep.trainer.config_parser import parse_config
+from lockstep.trainer.session import train
 
 seconds: dict[str, list[float]] = {}
 
@@ -65,25 +67,25 @@ def timed(name: str, what: Any) -> None:
 
 def measure(megabytes: int, rounds: int, root: Path) -> None:
     """All ways for one size."""
-    own = keep.Keeper.save
+    own = CheckpointCallback.save
     for name, extra in (
         ("trainer.save_checkpoint", ["--trainer.enable_checkpointing", "false", "--trainer.callbacks+=__main__.Plain"]),
         ("lockstep, background", ["--checkpoint.every_n_steps", "1"]),
-        ("lockstep, foreground", ["--checkpoint.every_n_steps", "1", "--checkpoint.background", "false"]),
+        ("lockstep, foreground", ["--checkpoint.every_n_steps", "1", "--checkpoint.async_save", "false"]),
     ):
 
-        def save(keeper: keep.Keeper, trainer: Trainer, name: str = name) -> None:
+        def save(keeper: CheckpointCallback, trainer: Trainer, name: str = name) -> None:
             if keeper.writer is not None:
-                keeper.writer.settle(lambda number: number)  # not a part of this save: the one before
+                keeper.writer.wait_until_finished(lambda number: number)  # not a part of this save: the one before
             timed(name, lambda: own(keeper, trainer))
 
-        keep.Keeper.save = save
+        CheckpointCallback.save = save
         arguments = [
             *("--model", "__main__.Heavy", f"--model.megabytes={megabytes}", "--data", "__main__.Few"),
             *("--trainer.max_steps", str(rounds), "--wandb.mode", "disabled", "--run.root", str(root), *extra),
         ]
-        train.train("fit", *config.parse(arguments), World())
-    keep.Keeper.save = own
+        train("fit", *parse_config(arguments), World())
+    CheckpointCallback.save = own
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import strikes as do
-from disturbed import Bench, Cluster, Job, WandbServer, history, losses
+import fault_injectors as inject
+from fault_bench import Bench, Cluster, Job, WandbServer, history, losses
 from rich.console import Console
 from rich.table import Table
 
-FOREGROUND = ("--checkpoint.background", "false")
+FOREGROUND = ("--checkpoint.async_save", "false")
 
 
 @dataclass(frozen=True)
@@ -42,51 +42,53 @@ class Row:
 
     number: str
     name: str
-    strike: do.Strike
+    strike: inject.Strike
     same_weights: bool = True
     ends: str = "finished"
     attempts: int = 1
 
 
 ROWS = [
-    Row("1", "SIGKILL of a rank", do.kill_rank(2), attempts=2),
-    Row("1", "… saving in the foreground", do.kill_rank(2, *FOREGROUND), attempts=2),
-    Row("2", "SIGKILL of rank zero", do.kill_rank(0), attempts=2),
-    Row("3", "SIGKILL in ten writes of checkpoints", do.kill_in_write, attempts=11),
-    Row("4", "a node gone", do.lose("n3", 57), attempts=2),
-    Row("5", "preempted, 5 s of grace", do.preempt("low"), attempts=2),
-    Row("5", "… saving in the foreground", do.preempt("low", *FOREGROUND), attempts=2),
-    Row("5", "preempted without grace", do.preempt("lowest"), attempts=2),
-    Row("5", "… saving in the foreground", do.preempt("lowest", *FOREGROUND), attempts=2),
-    Row("6", "three times its time limit", do.out_of_time(), attempts=4),
-    Row("6", "… saving in the foreground", do.out_of_time(*FOREGROUND), attempts=4),
-    Row("7", "SIGTERM to one rank", do.terminate((2,), 0), attempts=2),
-    Row("7", "SIGTERM to all, a second apart", do.terminate((3, 1, 0, 2), 1), attempts=2),
-    Row("8", "scontrol requeue", do.requeue, attempts=2),
-    Row("9", "an exception once", do.trouble("raise"), attempts=2),
-    Row("9", "the same exception each time", do.trouble("raise", once=False), ends="failed", attempts=2),
-    Row("10", "SIGSTOP of a rank", do.stop_rank, attempts=2),
-    Row("11", "disk full from step 40 to 90", do.fill_disk),
-    Row("12", "newest checkpoint cut short", do.damage("cut"), attempts=2),
-    Row("12", "one bit of it flipped", do.damage("bit"), attempts=2),
-    Row("12", "a file of it missing", do.damage("missing"), attempts=2),
-    Row("13", "W&B's service killed", do.kill_wandb),
-    Row("13", "W&B's server away at first", do.lose_server(begin=0, end=57)),
-    Row("13", "W&B's server away for a while", do.lose_server(begin=37, end=77)),
-    Row("13", "W&B's server away to the end, then lockstep.sync", do.lose_server(begin=57, end=None)),
-    Row("14", "SIGKILL of a DataLoader's worker", do.kill_worker, attempts=2),
-    Row("15", "slurmctld down for 20 s while submitting", do.no_controller_to_submit),
-    Row("15", "slurmctld down for 20 s while running", do.lose("slurmctld", 40)),
-    Row("15", "… and a rank killed meanwhile", do.kill_without_controller, attempts=2),
-    Row("16", "the same run submitted twice more", do.submit_twice),
-    Row("17", "SIGKILL twice in one epoch", do.kill_at(45, 55), attempts=3),
-    Row("17", "SIGKILL in a validation", do.trouble("SIGKILL", where="on_validation_batch_start", step=60), attempts=2),
-    Row("17", "SIGKILL in the last step of an epoch", do.trouble("SIGKILL", where="on_train_batch_end", step=60), attempts=2),
-    Row("17", "SIGKILL before the first step", do.trouble("SIGKILL", where="on_train_start", step=0), attempts=2),
-    Row("17", "SIGKILL in the final test", do.trouble("SIGKILL", where="on_test_batch_start", step=100), attempts=2),
-    Row("18", "20 random SIGKILLs", do.random_kills(), attempts=15),
-    Row("18", "… saving in the foreground", do.random_kills(*FOREGROUND), attempts=15),
-    Row("19", "from 4 nodes to 2 and back", do.change_nodes, same_weights=False, attempts=3),
+    Row("1", "SIGKILL of a rank", inject.kill_rank(2), attempts=2),
+    Row("1", "… saving in the foreground", inject.kill_rank(2, *FOREGROUND), attempts=2),
+    Row("2", "SIGKILL of rank zero", inject.kill_rank(0), attempts=2),
+    Row("3", "SIGKILL in ten writes of checkpoints", inject.kill_in_write, attempts=11),
+    Row("4", "a node gone", inject.lose("n3", 57), attempts=2),
+    Row("5", "preempted, 5 s of grace", inject.preempt("low"), attempts=2),
+    Row("5", "… saving in the foreground", inject.preempt("low", *FOREGROUND), attempts=2),
+    Row("5", "preempted without grace", inject.preempt("lowest"), attempts=2),
+    Row("5", "… saving in the foreground", inject.preempt("lowest", *FOREGROUND), attempts=2),
+    Row("6", "three times its time limit", inject.out_of_time(), attempts=4),
+    Row("6", "… saving in the foreground", inject.out_of_time(*FOREGROUND), attempts=4),
+    Row("7", "SIGTERM to one rank", inject.terminate((2,), 0), attempts=2),
+    Row("7", "SIGTERM to all, a second apart", inject.terminate((3, 1, 0, 2), 1), attempts=2),
+    Row("8", "scontrol requeue", inject.requeue, attempts=2),
+    Row("9", "an exception once", inject.trouble("raise"), attempts=2),
+    Row("9", "the same exception each time", inject.trouble("raise", once=False), ends="failed", attempts=2),
+    Row("10", "SIGSTOP of a rank", inject.stop_rank, attempts=2),
+    Row("11", "disk full from step 40 to 90", inject.fill_disk),
+    Row("12", "newest checkpoint cut short", inject.damage("cut"), attempts=2),
+    Row("12", "one bit of it flipped", inject.damage("bit"), attempts=2),
+    Row("12", "a file of it missing", inject.damage("missing"), attempts=2),
+    Row("13", "W&B's service killed", inject.kill_wandb),
+    Row("13", "W&B's server away at first", inject.lose_server(begin=0, end=57)),
+    Row("13", "W&B's server away for a while", inject.lose_server(begin=37, end=77)),
+    Row("13", "W&B's server away to the end, then lockstep.sync", inject.lose_server(begin=57, end=None)),
+    Row("14", "SIGKILL of a DataLoader's worker", inject.kill_worker, attempts=2),
+    Row("15", "slurmctld down for 20 s while submitting", inject.no_controller_to_submit),
+    Row("15", "slurmctld down for 20 s while running", inject.lose("slurmctld", 40)),
+    Row("15", "… and a rank killed meanwhile", inject.kill_without_controller, attempts=2),
+    Row("16", "the same run submitted twice more", inject.submit_twice),
+    Row("17", "SIGKILL twice in one epoch", inject.kill_at(45, 55), attempts=3),
+    Row("17", "SIGKILL in a validation", inject.trouble("SIGKILL", where="on_validation_batch_start", step=60), attempts=2),
+    Row(
+        "17", "SIGKILL in the last step of an epoch", inject.trouble("SIGKILL", where="on_train_batch_end", step=60), attempts=2
+    ),
+    Row("17", "SIGKILL before the first step", inject.trouble("SIGKILL", where="on_train_start", step=0), attempts=2),
+    Row("17", "SIGKILL in the final test", inject.trouble("SIGKILL", where="on_test_batch_start", step=100), attempts=2),
+    Row("18", "20 random SIGKILLs", inject.random_kills(), attempts=15),
+    Row("18", "… saving in the foreground", inject.random_kills(*FOREGROUND), attempts=15),
+    Row("19", "from 4 nodes to 2 and back", inject.change_nodes, same_weights=False, attempts=3),
 ]
 
 
@@ -106,7 +108,7 @@ def judge(row: Row, job: Job, told: dict[str, Any], plain: Job) -> tuple[list[st
         told["state"] == row.ends and told["attempt"] >= row.attempts and (row.ends == "failed" or (is_same and is_complete))
     )
     if row.ends == "failed":
-        is_good &= told["attempt"] == row.attempts and "It has ended 2 times in a row" in told["sentence"]
+        is_good &= told["attempt"] == row.attempts and "It has ended 2 times in a row" in told["message"]
     cells = [str(told["attempt"]), str(len(steps) - len(set(steps))), f"{lost:.1f}", same, "yes" if is_complete else "no"]
     return cells if row.ends == "finished" else [*cells[:3], "", ""], is_good
 

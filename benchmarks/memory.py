@@ -22,16 +22,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lockstep.config import parse
-from lockstep.memory import Footprint, Need, needs
-from lockstep.options import DDPOptions, DeepSpeedOptions
-from lockstep.rehearse import footprint
+from lockstep.config.schema import DDPOptions, DeepSpeedOptions
+from lockstep.planning.fake_step import profile_model
+from lockstep.planning.memory import MemoryEstimate, ModelProfile, estimate_memory
+from lockstep.trainer.config_parser import parse_config
 
 REPO = Path(__file__).resolve().parents[1]
 RUN = (
-    *("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs=-1", "--trainer.max_steps=4", "--run.test=false"),
     *(
-        "--model.network=lockstep.networks.MLP",
+        "--config",
+        str(REPO / "configs/digits.yaml"),
+        "--trainer.max_epochs=-1",
+        "--trainer.max_steps=4",
+        "--run.test_after_fit=false",
+    ),
+    *(
+        "--model.network=lockstep.models.MLP",
         "--model.network.hidden=[512,512,512,512,512,512,512,512,512,512]",
         "--model.schedule=constant",
     ),
@@ -111,17 +117,17 @@ def measured(ways: list[str], ranks: int, precision: str) -> list[dict[str, int]
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def planner(model: Footprint, precision: str) -> Callable[[str, int], Need]:
+def planner(model: ModelProfile, precision: str) -> Callable[[str, int], MemoryEstimate]:
     """Knows what --plan says that a rank of the same run holds, for each way and number of ranks."""
     ddp, zero = DDPOptions(), DeepSpeedOptions()
-    return lambda way, ranks: needs(way, model, ranks, 64 // ranks, precision, ddp, zero, accumulate=2)
+    return lambda way, ranks: estimate_memory(way, model, ranks, 64 // ranks, precision, ddp, zero, accumulate=2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", default="32-true", help="as in lightning's Trainer")
     precision = parser.parse_args().precision
-    planned = planner(footprint(parse([*RUN, precision])[1], precision), precision)
+    planned = planner(profile_model(parse_config([*RUN, precision])[1], precision), precision)
     table = Table("strategy", "ranks", *(f"{name}, MB (of plan)" for name in ("weights", "gradients", "optimizer")), box=None)
     for way, arguments in WAYS.items():
         for ranks in (1, 2, 4):

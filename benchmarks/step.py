@@ -29,23 +29,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lockstep import loop, order, stop, trainer
-from lockstep.config import parse
+from lockstep.core.world import World
+from lockstep.data.sharding import DataSharding
 from lockstep.data.synthetic import SyntheticImages
-from lockstep.group import WorldEnvironment, devices_of_node, join, leave
-from lockstep.networks import MLP, ConvNet
-from lockstep.ranks import fork_ranks
-from lockstep.run import Run
-from lockstep.train import train
-from lockstep.world import World
+from lockstep.distributed.consensus import Decision, StopConsensus
+from lockstep.distributed.process_group import WorldEnvironment, destroy_process_group, init_process_group, local_devices
+from lockstep.distributed.ranks import fork_ranks
+from lockstep.models.networks import MLP, ConvNet
+from lockstep.runs.run import Run
+from lockstep.trainer import build
+from lockstep.trainer.config_parser import parse_config
+from lockstep.trainer.loops import EpochLoop
+from lockstep.trainer.session import train
 
 WARM_UP = 30
 BATCH = 64
 """Samples of a step on each rank."""
 SHAPE = (1, 28, 28)
 NETWORKS: dict[str, Any] = {
-    "tiny MLP": ("lockstep.networks.MLP", {"shape": list(SHAPE), "hidden": [64], "num_classes": 10}),
-    "small conv net": ("lockstep.networks.ConvNet", {"in_channels": 1, "num_classes": 10, "widths": [16, 32]}),
+    "tiny MLP": ("lockstep.models.MLP", {"shape": list(SHAPE), "hidden": [64], "num_classes": 10}),
+    "small conv net": ("lockstep.models.ConvNet", {"in_channels": 1, "num_classes": 10, "widths": [16, 32]}),
 }
 
 
@@ -85,8 +88,8 @@ def loader(world: World, steps: int) -> DataLoader[Any]:
 
 def by_hand(world: World, kind: str, steps: int) -> list[float]:
     """A training loop as one writes it without a library."""
-    device = devices_of_node(world, "auto")[world.local_rank]
-    join(world, device, timedelta(minutes=5))
+    device = local_devices(world, "auto")[world.local_rank]
+    init_process_group(world, device, timedelta(minutes=5))
     model = make_network(kind).to(device)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -100,7 +103,7 @@ def by_hand(world: World, kind: str, steps: int) -> list[float]:
         optimizer.step()
         schedule.step()
         mark(marks, step, steps)
-    leave()
+    destroy_process_group()
     return marks
 
 
@@ -124,8 +127,8 @@ class Stock(LightningModule):
 
 def stock(world: World, kind: str, steps: int) -> list[float]:
     """lightning's Trainer with its own strategy, sampler and logger."""
-    devices = devices_of_node(world, "auto")
-    join(world, devices[world.local_rank], timedelta(minutes=5))
+    devices = local_devices(world, "auto")
+    init_process_group(world, devices[world.local_rank], timedelta(minutes=5))
     with tempfile.TemporaryDirectory() as folder:
         strategy: Any = DDPStrategy(
             parallel_devices=devices, cluster_environment=WorldEnvironment(world), gradient_as_bucket_view=True
@@ -141,7 +144,7 @@ def stock(world: World, kind: str, steps: int) -> list[float]:
             use_distributed_sampler=False,
         )
         stock_trainer.fit(Stock(kind), loader(world, steps))
-    leave()
+    destroy_process_group()
     return Clock.marks
 
 
@@ -157,22 +160,22 @@ def lockstep(world: World, kind: str, steps: int) -> list[float]:
     keys = [
         *(
             "--model",
-            "lockstep.module.Classifier",
+            "lockstep.models.Classifier",
             "--model.schedule",
             "constant",
             "--data",
-            "lockstep.data.synthetic.Synthetic",
+            "lockstep.data.Synthetic",
         ),
         *("--model.network", json.dumps({"class_path": path, "init_args": arguments})),
         *(part for key, value in data.items() for part in (f"--data.{key}", json.dumps(value))),
         *("--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"),
-        *("--trainer.callbacks+=step.Clock", "--run.test", "false", "--wandb.mode", "disabled"),
+        *("--trainer.callbacks+=step.Clock", "--run.test_after_fit", "false", "--wandb.mode", "disabled"),
         *("--trainer.precision", "32-true"),
     ]
     with tempfile.TemporaryDirectory() as folder:
         import step  # the module that the config names; this file, run as a script, is another one
 
-        train("fit", *parse(keys), world, Run.create(Path(folder), f"bench-{world.rank}"))
+        train("fit", *parse_config(keys), world, Run.create(Path(folder), f"bench-{world.rank}"))
     return step.Clock.marks
 
 
@@ -182,7 +185,7 @@ class NoHang(Callback):
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
-    def excuse(self) -> None:
+    def reset(self) -> None:
         """Nothing."""
 
 
@@ -191,15 +194,15 @@ def bare(world: World, kind: str, steps: int) -> list[float]:
 
     Every way runs in processes of its own, so what is replaced here is replaced nowhere else.
     """
-    stop.Agreement.ask = lambda self, *_, **__: stop.Agreed()
-    trainer.Hang = NoHang
-    order.Sharding.in_order = lambda self, loader, name="": plain_order(loader, world)
+    StopConsensus.poll = lambda self, *_, **__: Decision()
+    build.Watchdog = NoHang
+    DataSharding.shard = lambda self, loader, name="": plain_order(loader, world)
     return lockstep(world, kind, steps)
 
 
 def broadcasting(world: World, kind: str, steps: int) -> list[float]:
     """The same, with stock lightning's broadcast at each step."""
-    loop.EpochLoop._broadcast_sigterm_tensor = _TrainingEpochLoop._broadcast_sigterm_tensor
+    EpochLoop._broadcast_sigterm_tensor = _TrainingEpochLoop._broadcast_sigterm_tensor
     return bare(world, kind, steps)
 
 

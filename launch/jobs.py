@@ -23,26 +23,33 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from lockstep.errors import LockstepError, UsageError
-from lockstep.failure import attempts
-from lockstep.flags import Parser, at_least, refuse_dead_conf
-from lockstep.follow import follow
-from lockstep.queue import Queued, View, find, look, mark_cancelled, recorded
+from lockstep.core import CommandLineParser, LockstepError, UsageError, int_at_least
+from lockstep.runs import read_attempts
+from lockstep.slurm import (
+    RunStatus,
+    SubmittedJob,
+    check_slurm_conf,
+    find_job,
+    follow,
+    mark_cancelled,
+    query_status,
+    registered_jobs,
+)
 
 Row = dict[str, str]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Do what ``arguments`` say and return the exit status."""
-    parser = Parser(prog="launch/jobs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLineParser(prog="launch/jobs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="all jobs")
     status = commands.add_parser("status", help="what became of a job")
     for command in (listing, status):
         command.add_argument("--json", action="store_true", help="for scripts")
     logs = commands.add_parser("logs", help="what a rank has printed")
-    logs.add_argument("--rank", type=at_least(0), default=0, help="which rank (default 0)")
-    logs.add_argument("--tail", type=at_least(0), metavar="N", help="only the last N lines")
+    logs.add_argument("--rank", type=int_at_least(0), default=0, help="which rank (default 0)")
+    logs.add_argument("--tail", type=int_at_least(0), metavar="N", help="only the last N lines")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends; Ctrl-C stops the following alone")
     cancel = commands.add_parser("cancel", help="end a job")
     for command in (status, logs):
@@ -50,26 +57,26 @@ def main(arguments: Sequence[str]) -> int:
     cancel.add_argument("job", metavar="JOB")
     try:
         own = parser.parse_args(arguments)
-        refuse_dead_conf(os.environ)
+        check_slurm_conf(os.environ)
         if own.command == "list":
-            return show_all(recorded(os.environ), own.json)
-        queued = find(own.job, os.environ)
+            return show_all(registered_jobs(os.environ), own.json)
+        queued = find_job(own.job, os.environ)
         if own.command == "status":
             return show(queued, own.json)
         if own.command == "logs":
             return show_log(queued, own.rank, own.tail, own.follow)
         return end(queued)
     except LockstepError as error:
-        print(f"lockstep: {error.sentence}", file=sys.stderr)
+        print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:  # … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
 
 
-def show_all(jobs: Sequence[Queued], as_json: bool) -> int:
+def show_all(jobs: Sequence[SubmittedJob], as_json: bool) -> int:
     """One line for each job; a sweep is one job."""
-    views = look(jobs, os.environ)
+    views = query_status(jobs, os.environ)
     if as_json:
         print(json.dumps([view.as_dict() for view in views], indent=2, ensure_ascii=False))
         return 0
@@ -84,9 +91,9 @@ def show_all(jobs: Sequence[Queued], as_json: bool) -> int:
     return 0
 
 
-def show(queued: Queued, as_json: bool) -> int:
+def show(queued: SubmittedJob, as_json: bool) -> int:
     """Everything about one job."""
-    views = look([queued], os.environ)
+    views = query_status([queued], os.environ)
     if as_json:
         told = [view.as_dict() for view in views]
         print(json.dumps(told if queued.runs > 1 else told[0], indent=2, ensure_ascii=False))
@@ -98,33 +105,33 @@ def show(queued: Queued, as_json: bool) -> int:
     return next((view.exit_status for view in views if view.exit_status), 0)
 
 
-def sweep_row(view: View) -> Row:
+def sweep_row(view: RunStatus) -> Row:
     """One run of a sweep: its values, where it is, its results."""
     values = (view.as_dict()["sweep"] or {}).get("values", {})
     scores = {name: f"{value:.4g}" for name, value in view.metrics.items() if name.endswith(("loss", "accuracy"))}
     return {"job": view.job, **values, "state": view.state, "step": steps(view), **scores}
 
 
-def steps(view: View) -> str:
+def steps(view: RunStatus) -> str:
     """Step of steps."""
     step = view.result.get("global_step", view.progress.get("step"))
     total = view.progress.get("steps")
     return "" if step is None else f"{step}/{total}" if total else str(step)
 
 
-def print_facts(view: View) -> None:
+def print_facts(view: RunStatus) -> None:
     """One fact a line."""
     progress, slot = view.progress, view.slot
     left = progress.get("seconds_left")
     facts = {
         "job": view.job,
         "state": view.state,
-        "why": view.sentence,
+        "why": view.message,
         "nodes": slot.nodes if slot else "",
         "time": f"{slot.elapsed} of {slot.limit}" if slot else "",
         "attempt": str(view.attempt or ""),
-        **{f"attempt {a.attempt}": f"ended at step {a.step}: {a.reason}" for a in attempts(view.run)[-5:] if a.reason},
-        "trouble": progress.get("trouble", "") if view.alive else "",
+        **{f"attempt {a.attempt}": f"ended at step {a.step}: {a.reason}" for a in read_attempts(view.run)[-5:] if a.reason},
+        "warning": progress.get("warning", "") if view.alive else "",
         "lost": f"{lost:.0f} s" if (lost := view.result.get("seconds", {}).get("lost")) else "",
         "step": steps(view),
         "speed": f"{progress['samples_per_second']:g} samples/s" if progress.get("samples_per_second") else "",
@@ -155,7 +162,7 @@ def print_table(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
-def show_log(queued: Queued, rank: int, tail: int | None, following: bool) -> int:
+def show_log(queued: SubmittedJob, rank: int, tail: int | None, following: bool) -> int:
     """Print the log of a rank in the newest attempt; what came before its first line, where it has none.
 
     Raises:
@@ -165,12 +172,12 @@ def show_log(queued: Queued, rank: int, tail: int | None, following: bool) -> in
         raise UsageError(f"{queued.job} is a sweep of {queued.runs} runs; name one, such as {queued.job}_0.")
     if following and tail is None:
         return follow(queued, os.environ, rank)
-    view = look([queued], os.environ)[0]
+    view = query_status([queued], os.environ)[0]
     path = view.run.folder / "logs" / str(view.attempt) / f"{rank}.log"
     if not path.exists():
         early = queued.folder / "slurm" / f"{view.job}_{rank}_log.out"
         if not early.exists():
-            raise UsageError(f"job {view.job} ({view.state}) has no log of rank {rank} yet. {view.sentence}".rstrip())
+            raise UsageError(f"job {view.job} ({view.state}) has no log of rank {rank} yet. {view.message}".rstrip())
         path = early
     with path.open(errors="replace") as file:
         sys.stdout.writelines(file if tail is None else deque(file, tail))
@@ -178,13 +185,13 @@ def show_log(queued: Queued, rank: int, tail: int | None, following: bool) -> in
     return follow(queued, os.environ, rank, view) if following else 0
 
 
-def end(queued: Queued) -> int:
+def end(queued: SubmittedJob) -> int:
     """Have Slurm cancel a job.
 
     Raises:
         UsageError: Slurm would not.
     """
-    views = look([queued], os.environ)
+    views = query_status([queued], os.environ)
     if not any(view.alive for view in views):
         raise UsageError(f"job {queued.job} is over already: {views[0].state}.")
     done = subprocess.run(["scancel", queued.job], capture_output=True, text=True)

@@ -16,46 +16,45 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.check import check, shows_only
-from lockstep.errors import LockstepError
-from lockstep.flags import Parser, at_least, python_path
-from lockstep.possible import refuse_contradictions, refuse_missing_checkpoint, refuse_missing_disk
-from lockstep.run import Run
+from lockstep.config import check_checkpoint_path, check_deepspeed, check_nvme_path
+from lockstep.config.validation import shows_only, validate_arguments
+from lockstep.core import CommandLineParser, LockstepError, int_at_least, python_path
+from lockstep.runs import Run
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.yaml"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train as ``arguments`` say and return the exit status: 0, 1 (failed while running), 2 (usage), 130 (Ctrl-C)."""
-    parser = Parser(
+    parser = CommandLineParser(
         prog="launch/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--nodes", type=at_least(1), help="pretend nodes (default 1, or as before)")
-    parser.add_argument("--ranks", type=at_least(1), help="ranks on each node (default 1, or as before)")
+    parser.add_argument("--nodes", type=int_at_least(1), help="pretend nodes (default 1, or as before)")
+    parser.add_argument("--ranks", type=int_at_least(1), help="ranks on each node (default 1, or as before)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder, with its own config")
     try:
         own, rest = parser.parse_known_args(arguments)
         at = 1 if rest and not rest[0].startswith("-") else 0
-        resume = Run.existing(own.resume) if own.resume else None
+        resume = Run.open(own.resume) if own.resume else None
         if resume is not None:
             rest[at:at] = ["--config", str(resume.config)]
         elif not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
             rest[at:at] = ["--config", str(DEFAULT_CONFIG)]
         flags = [name[2:] for action in parser._actions for name in action.option_strings]
-        config = check(rest, flags, [Path.cwd(), *python_path(os.environ)])
+        config = validate_arguments(rest, flags, [Path.cwd(), *python_path(os.environ)])
         if not any(map(shows_only, rest)):
-            refuse_missing_checkpoint(rest[0] if at else "fit", config["ckpt_path"], {})
-            refuse_contradictions(config)
-            refuse_missing_disk(config)
+            check_checkpoint_path(rest[0] if at else "fit", config["ckpt_path"], {})
+            check_deepspeed(config)
+            check_nvme_path(config)
         # A shell inside a Slurm allocation must not make this run look like one of its tasks.
         for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del os.environ[name]
         # Only now: torch and lightning take seconds to import, and nobody should wait for a usage error.
-        from lockstep.local import train_locally
+        from lockstep.trainer.local import run_locally
 
-        return train_locally(rest, own.nodes, own.ranks, ["python", "launch/local.py", *arguments], resume)
+        return run_locally(rest, own.nodes, own.ranks, ["python", "launch/local.py", *arguments], resume)
     except LockstepError as error:
-        print(f"lockstep: {error.sentence}", file=sys.stderr)
+        print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         return 130

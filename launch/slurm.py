@@ -21,30 +21,39 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from lockstep.ahead import complete_config, plan
-from lockstep.check import shows_only
-from lockstep.errors import LockstepError, UsageError
-from lockstep.flags import Nodes, Parser, refuse_dead_conf
-from lockstep.follow import follow
-from lockstep.profile import FLAGS, Profile, load_profile, profile_folders, with_flags
-from lockstep.run import Run
-from lockstep.submission import Submission
-from lockstep.submit import scrub
-from lockstep.sweep import read_sweep
+from lockstep.config import parse_sweep
+from lockstep.config.validation import shows_only
+from lockstep.core import CommandLineParser, LockstepError, UsageError
+from lockstep.runs import Run
+from lockstep.slurm import check_slurm_conf, follow
+from lockstep.slurm.submission import (
+    PROFILE_FLAGS,
+    NodeRange,
+    Profile,
+    Submission,
+    apply_flags,
+    load_profile,
+    plan_memory,
+    profile_folders,
+    resolve_config,
+    scrub_environment,
+)
 
 TOOLKIT = Path(__file__).resolve().parent.parent
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The launcher's own flags: resources, and what to do with the job."""
-    parser = Parser(
+    parser = CommandLineParser(
         prog="launch/slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--nodes", type=Nodes.parse, default=Nodes(1, 1), metavar="N[-M]", help="nodes, or a range (default 1)")
+    parser.add_argument(
+        "--nodes", type=NodeRange.parse, default=NodeRange(1, 1), metavar="N[-M]", help="nodes, or a range (default 1)"
+    )
     parser.add_argument("--profile", metavar="NAME", help="configs/cluster/NAME.yaml, one of your own, or a file")
     helps = {f.name: f.metadata["help"] for f in fields(Profile)}
     numbers = {f.name for f in fields(Profile) if f.type in (int, int | None)}
-    for name in FLAGS:
+    for name in PROFILE_FLAGS:
         kind = int if name in numbers else str
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=helps[name])
     parser.add_argument("--exclusive", action="store_true", default=None, help=helps["exclusive"])
@@ -58,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", type=Path, metavar="RUN", help="go on with the run in this folder, on its own code and config"
     )
-    parser.add_argument("--at-once", type=int, default=256, help="runs of a sweep at the same time (default 256)")
+    parser.add_argument("--array-parallelism", type=int, default=256, help="runs of a sweep at the same time (default 256)")
     parser.add_argument("--no-snapshot", action="store_true", help="run the code as it will be when the job starts")
     parser.add_argument("--check", action="store_true", help="check everything, also with torch; queue nothing")
     parser.add_argument("--dry-run", action="store_true", help="as --check, and print the script and the complete config")
@@ -74,10 +83,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = make_parser()
     try:
         own, rest = parser.parse_known_args(arguments)
-        refuse_dead_conf(os.environ)
-        resume = Run.existing(own.resume) if own.resume else None
+        check_slurm_conf(os.environ)
+        resume = Run.open(own.resume) if own.resume else None
     except UsageError as error:
-        print(f"lockstep: {error.sentence}", file=sys.stderr)
+        print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
     if resume is not None:
         rest[:0] = ["--config", str(resume.config)]
@@ -86,21 +95,21 @@ def main(arguments: Sequence[str]) -> int:
         rest[at:at] = ["--config", str(TOOLKIT / "configs" / "digits.yaml")]
     here = Path.cwd()
     if any(shows_only(argument) for argument in rest):
-        return subprocess.run([sys.executable, "-m", "lockstep.train", *rest]).returncode
+        return subprocess.run([sys.executable, "-m", "lockstep.cli", "train", *rest]).returncode
     try:
-        if ignored := [name for name in scrub(os.environ) if name.startswith("SBATCH_")]:
+        if ignored := [name for name in scrub_environment(os.environ) if name.startswith("SBATCH_")]:
             print(f"ignored: {', '.join(ignored)}; put them into a profile.", file=sys.stderr)
         profile = load_profile(own.profile, os.environ, profile_folders(os.environ, here, TOOLKIT))
-        flags = {name: getattr(own, name) for name in (*FLAGS, "exclusive", "sbatch", "srun")}
-        submission = Submission.checked(
+        flags = {name: getattr(own, name) for name in (*PROFILE_FLAGS, "exclusive", "sbatch", "srun")}
+        submission = Submission.create(
             rest,
-            with_flags(profile, flags),
+            apply_flags(profile, flags),
             own.nodes,
             here,
             job_name=own.job_name,
             after=own.after,
-            sweep=read_sweep(own.sweep),
-            at_once=own.at_once,
+            sweep=parse_sweep(own.sweep),
+            array_parallelism=own.array_parallelism,
             snapshot=not own.no_snapshot,
             resume=resume,
             typed=["python", "launch/slurm.py", *arguments],
@@ -108,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
             env=os.environ,
         )
         if own.plan:
-            table, unknown = plan(submission, os.environ)
+            table, unknown = plan_memory(submission, os.environ)
             if own.sweep:
                 print("This is the first run of the sweep.")
             print(unknown, file=sys.stderr, end="")
@@ -116,9 +125,9 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         has_slurm = shutil.which("sbatch") is not None
         if has_slurm or not own.dry_run:
-            submission.ask_slurm(os.environ)
+            submission.check_with_slurm(os.environ)
         if own.dry_run or own.check:
-            config = complete_config(submission, os.environ)
+            config = resolve_config(submission, os.environ)
             if own.dry_run:
                 print(submission.preview(os.environ), config, sep="\n", end="")
             if not has_slurm:
@@ -129,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"run folder {queued.folder}", file=sys.stderr)
         return follow(queued, os.environ) if own.follow else 0
     except LockstepError as error:
-        print(f"lockstep: {error.sentence}", file=sys.stderr)
+        print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
 
 

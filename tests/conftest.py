@@ -7,25 +7,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on CPUs, whatever the machine has
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import csv
-import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import local
 import pytest
-import torch
+from support.runs import Launch, Outcome
 
-from lockstep.checkpoint import Checkpoint, newest
-from lockstep.logs import stop_logging
+from lockstep.core.logging import reset_logging
 
-pytest_plugins = ["shell"]  # the fixtures of tests/slurm
-
-REPO = Path(__file__).parents[1]
+pytest_plugins = ["support.slurm_cluster"]  # the fixtures of tests/slurm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,39 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "slurm" in item.path.parts:
             item.add_marker(pytest.mark.xdist_group("slurm"))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run left behind."""
-
-    status: int
-    folder: Path
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """``result.json``."""
-        return json.loads((self.folder / "result.json").read_text())
-
-    @property
-    def newest(self) -> Checkpoint:
-        """The newest whole checkpoint."""
-        found = newest(self.folder / "checkpoints")
-        assert found is not None
-        return found
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Those of the newest checkpoint."""
-        return torch.load(self.newest.model, weights_only=True)["state_dict"]
-
-    def series(self, metric: str) -> list[float]:
-        """All values of a metric in ``metrics.csv``."""
-        with (self.folder / "metrics.csv").open(newline="") as file:
-            return [float(row[metric]) for row in csv.DictReader(file) if row[metric]]
-
-
-Launch = Callable[..., Outcome]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +36,7 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     yield
-    stop_logging()
+    reset_logging()
 
 
 @pytest.fixture
@@ -98,7 +58,3 @@ def launch(tmp_path: Path) -> Launch:
         return Outcome(process.exitcode, made[0] if made else root)
 
     return start
-
-
-SMALL = ("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "5")
-"""A short run of the default config."""

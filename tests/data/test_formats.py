@@ -19,13 +19,13 @@ import torch
 import torchvision
 from PIL import Image
 
-from lockstep.data.base import split
+from lockstep.core.errors import UsageError
+from lockstep.data.base import split_indices
 from lockstep.data.cifar10 import CIFAR10
 from lockstep.data.digits import Digits
 from lockstep.data.image_folder import ImageFolder
 from lockstep.data.mnist import MNIST
 from lockstep.data.synthetic import Synthetic
-from lockstep.errors import UsageError
 
 
 def md5(path: Path) -> str:
@@ -220,9 +220,9 @@ def test_synthetic_has_any_shape_and_number_of_classes() -> None:
 
 
 def test_split_is_drawn_from_the_seed_and_leaves_no_sample_out() -> None:
-    train, val = split(60_000, 5_000, 3, "train"), split(60_000, 5_000, 3, "val")
+    train, val = split_indices(60_000, 5_000, 3, "train"), split_indices(60_000, 5_000, 3, "val")
     assert (len(train), len(val)) == (55_000, 5_000)
     assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(60_000))
-    assert not torch.equal(val, split(60_000, 5_000, 4, "val"))
+    assert not torch.equal(val, split_indices(60_000, 5_000, 4, "val"))
     with pytest.raises(UsageError, match=r"data.val_samples: 60 must be between 1 and 59"):
-        split(60, 60, 0, "val")
+        split_indices(60, 60, 0, "val")

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, Launch
+from support.runs import SMALL, Launch
 
+from lockstep.core.errors import UsageError
 from lockstep.data.digits import Digits
-from lockstep.data.prepare import publish
-from lockstep.errors import UsageError
+from lockstep.data.prepare import prepare_folder
 
 
 def test_publish_makes_the_folder_once(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_publish_makes_the_folder_once(tmp_path: Path) -> None:
         (folder / "deep" / "file").write_text("data")
 
     for _ in range(2):
-        publish(tmp_path / "new" / "data", fill)
+        prepare_folder(tmp_path / "new" / "data", fill)
     assert len(calls) == 1
     assert (tmp_path / "new" / "data" / "deep" / "file").read_text() == "data"
     assert [path.name for path in (tmp_path / "new").iterdir() if not path.name.endswith(".lock")] == ["data"]
@@ -35,14 +35,14 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
         raise RuntimeError("the checksum is wrong")
 
     with pytest.raises(UsageError, match=r"is missing and could not be prepared .the checksum is wrong."):
-        publish(tmp_path / "data", fill)
+        prepare_folder(tmp_path / "data", fill)
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
 def test_a_folder_that_cannot_be_written_raises_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"data.root: .*/file/data is missing and could not be prepared"):
-        publish(tmp_path / "file" / "data", lambda folder: None)
+        prepare_folder(tmp_path / "file" / "data", lambda folder: None)
 
 
 def test_a_second_job_waits_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
@@ -52,11 +52,13 @@ def test_a_second_job_waits_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> N
         (folder / "half").write_text("half")
         time.sleep(60)
 
-    first = context.Process(target=publish, args=(tmp_path / "data", slow))
+    first = context.Process(target=prepare_folder, args=(tmp_path / "data", slow))
     first.start()
     while not list(tmp_path.glob(".data.*.partial/half")):
         time.sleep(0.01)
-    second = context.Process(target=publish, args=(tmp_path / "data", lambda folder: (folder / "whole").write_text("whole")))
+    second = context.Process(
+        target=prepare_folder, args=(tmp_path / "data", lambda folder: (folder / "whole").write_text("whole"))
+    )
     second.start()
     time.sleep(0.3)
     assert second.is_alive()
@@ -95,7 +97,7 @@ def test_prepare_data_runs_once_per_job_or_node_and_setup_on_every_rank(
     calls.mkdir()
     monkeypatch.setenv("COUNTED", str(calls))
     layout = ["--nodes", "2", "--ranks", "2", "--shared_filesystem", shared]
-    run = launch(*layout, *SMALL, "--data", "data.test_prepare.Counted", "--run.test", "false")
+    run = launch(*layout, *SMALL, "--data", f"{__name__}.Counted", "--run.test_after_fit", "false")
     assert run.status == 0
     noted = [path.name.split("-") for path in calls.iterdir()]
     assert sorted(rank for call, rank, _ in noted if call == "prepare") == prepared_by

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import local
 import pytest
-from conftest import REPO
+from support.runs import REPO
 
-from lockstep import train
+from lockstep.trainer import session
 
 SCRIPT = str(REPO / "launch" / "local.py")
 QUICK = ("--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "5")
@@ -45,7 +45,7 @@ def test_help_needs_no_torch() -> None:
 def test_one_rank_is_this_very_process_so_that_a_debugger_works(tmp_path: Path) -> None:
     """pdb reads its commands from the terminal of the run itself, in the middle of a training step."""
     (tmp_path / "stop_here.py").write_text(
-        "from lockstep.module import Classifier\n"
+        "from lockstep.models import Classifier\n"
         "class Stop(Classifier):\n"
         "    def training_step(self, batch, batch_idx):\n"
         "        breakpoint()\n"
@@ -99,7 +99,9 @@ def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
     config = ["--config", str(REPO / "configs" / "digits.yaml"), "--run.root", str(tmp_path), *QUICK]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     shown = ["--trainer.profiler", "simple", "--trainer.enable_model_summary", "true"]
-    done = subprocess.run([*launcher, "-m", "lockstep.train", *config, *shown], capture_output=True, text=True, timeout=55)
+    done = subprocess.run(
+        [*launcher, "-m", "lockstep.cli", "train", *config, *shown], capture_output=True, text=True, timeout=55
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("FIT Profiler Report") == 1
     assert (done.stdout + done.stderr).count("Trainable params") == 1
@@ -108,11 +110,11 @@ def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
 
 
 def test_python_m_lockstep_train_says_what_is_wrong_and_exits_with_2(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "lockstep.train", "tset"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-m", "lockstep.cli", "train", "tset"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "lockstep: 'tset' is no command; did you mean 'test'?\n")
 
 
 def test_a_contradiction_in_the_environment_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     env = {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "LOCKSTEP_RENDEZVOUS": "file:///r"}
-    assert train.main([], env) == 2
+    assert session.main([], env) == 2
     assert "lockstep: 5 ranks do not divide into nodes of 2" in capsys.readouterr().err

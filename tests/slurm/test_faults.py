@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from shell import Job, Shell
+from support.slurm_cluster import Job, Shell
 
 pytestmark = pytest.mark.timeout(150)
 SOON = 15.0
 """Seconds within which the truth must be told."""
 
 
-ENDLESS = ("--config", "subject.yaml", "--trainer.max_epochs", "100000")
+ENDLESS = ("--config", "toy_model.yaml", "--trainer.max_epochs", "100000")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,13 +50,13 @@ def jobs_of(pid: int) -> list[str]:
 
 
 def test_a_job_that_waits_for_ever_says_what_for(shell: Shell) -> None:
-    blocker = shell.submit("--sbatch=--hold", "--config", "subject.yaml")
-    job = shell.submit("--after", blocker.id, "--config", "subject.yaml")
+    blocker = shell.submit("--sbatch=--hold", "--config", "toy_model.yaml")
+    job = shell.submit("--after", blocker.id, "--config", "toy_model.yaml")
     status = job.wait("waiting")
     assert (status["exit"], status["slurm"]["reason"]) == (3, "Dependency")
-    assert "It waits for another job to end well." in status["sentence"]
+    assert "It waits for another job to end well." in status["message"]
     held = blocker.status()
-    assert held["exit"] == 3 and "because its user holds it" in held["sentence"]
+    assert held["exit"] == 3 and "because its user holds it" in held["message"]
     shell("launch/jobs.py", "cancel", blocker.id)
     assert told(blocker)["exit"] == 4
     status = told(job)
@@ -72,47 +72,47 @@ def followed(job: Job) -> "subprocess.CompletedProcess[str]":
 
 
 def test_a_raised_exception_is_told_with_its_rank_and_traceback(shell: Shell) -> None:
-    job = shell.submit("--nodes", "2", "--config", "subject.yaml", "--model.trouble", "raise")
+    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", "--model.trouble", "raise")
     shown = followed(job)
     assert shown.returncode == 1
     status = told(job)
     assert (status["exit"], status["state"]) == (1, "failed")
-    assert "rank 1 (node 1," in status["sentence"] and "ValueError: the subject was told to fail" in status["sentence"]
+    assert "rank 1 (node 1," in status["message"] and "ValueError: the model was told to fail" in status["message"]
     log = job.log()
     assert "rank 1 of 2 (node 1" in log and log.count("Traceback") == 1, log
     assert f"job {job.id}: failed." in shown.stdout and "Traceback" in shown.stdout
-    assert "the subject was told to fail" in job.result["reason"]
+    assert "the model was told to fail" in job.result["reason"]
 
 
 def test_a_killed_rank_is_told(shell: Shell) -> None:
-    job = shell.submit("--nodes", "2", "--config", "subject.yaml", "--model.trouble", "kill", "--run.max_restarts", "0")
+    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", "--model.trouble", "kill", "--run.max_restarts", "0")
     shown = followed(job)
     status = told(job)
     assert (shown.returncode, status["exit"], status["state"]) == (1, 1, "failed")
-    assert "rank 1 on n2: Killed" in status["sentence"]
+    assert "rank 1 on n2: Killed" in status["message"]
 
 
 @pytest.mark.parametrize(
-    ("trouble", "sentence"),
+    ("trouble", "message"),
     [
         ("leave", "rank 1 on n2 ended with exit status 9 and without a word."),
         ("exit", "The run was ended by sys.exit('there are no data')."),
     ],
 )
-def test_a_rank_that_leaves_by_itself_is_told(shell: Shell, trouble: str, sentence: str) -> None:
-    job = shell.submit("--nodes", "2", "--config", "subject.yaml", "--model.trouble", trouble)
+def test_a_rank_that_leaves_by_itself_is_told(shell: Shell, trouble: str, message: str) -> None:
+    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", "--model.trouble", trouble)
     shown = followed(job)
     status = told(job)
     assert (shown.returncode, status["exit"], status["state"]) == (1, 1, "failed"), status
-    assert sentence in str(status["sentence"])
+    assert message in str(status["message"])
 
 
 def test_a_rank_that_eats_too_much_memory_is_told(shell: Shell) -> None:
-    job = shell.submit("--nodes", "2", "--mem", "2G", "--config", "subject.yaml", "--model.trouble", "eat")
+    job = shell.submit("--nodes", "2", "--mem", "2G", "--config", "toy_model.yaml", "--model.trouble", "eat")
     shown = followed(job)
     status = told(job)
     assert (shown.returncode, status["exit"], status["state"]) == (6, 6, "out of memory"), status
-    assert "--mem" in str(status["sentence"])
+    assert "--mem" in str(status["message"])
 
 
 def test_cancelled_and_lost_node(shell: Shell) -> None:
@@ -126,7 +126,7 @@ def test_cancelled_and_lost_node(shell: Shell) -> None:
     nothing_is_left(cancelled)
     shell.cluster.lose("n4")
     status = lost.wait("waiting", seconds=SOON)
-    assert "for nodes that are down" in status["sentence"] or "for its time to begin" in status["sentence"]
+    assert "for nodes that are down" in status["message"] or "for its time to begin" in status["message"]
     nothing_is_left(lost)
     shell.cluster.restore("n4")
     status = lost.wait("running", seconds=30)
@@ -137,5 +137,5 @@ def test_cancelled_and_lost_node(shell: Shell) -> None:
 def test_over_the_time_limit(late: Job) -> None:
     status = late.wait(seconds=100)
     assert (status["exit"], status["state"]) == (5, "over its time limit")
-    assert "--time" in status["sentence"]
+    assert "--time" in status["message"]
     nothing_is_left(late)

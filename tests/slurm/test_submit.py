@@ -17,25 +17,28 @@ from pathlib import Path
 
 import pytest
 from daemons import Cluster
-from shell import REPO, Job, Shell
+from support.slurm_cluster import REPO, Job, Shell
 
 pytestmark = pytest.mark.timeout(150)
-HELD = ("--sbatch=--hold", "--config", "subject.yaml")
+HELD = ("--sbatch=--hold", "--config", "toy_model.yaml")
 HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         ("--node 4", "node (value 4): there is no such key; did you mean 'nodes'"),
         ("--trainer.max_epoch 4", "trainer.max_epoch (value 4): there is no such key; did you mean 'trainer.max_epochs'"),
         ("--trainer.max_epochs ten", "trainer.max_epochs: 'ten' is not valid"),
-        ("--model subject.Subjekt", "subject.Subjekt does not exist; did you mean 'subject.Subject'"),
-        ("--model.troubel none", "model.troubel (value none): there is no such key of subject.Subject; did you"),
+        ("--model toy_model.ToyModle", "toy_model.ToyModle does not exist; did you mean 'toy_model.ToyModel'"),
+        ("--model.troubel none", "model.troubel (value none): there is no such key of toy_model.ToyModel; did you"),
         ("--config gone.yaml", "config: there is no file gone.yaml"),
-        ("--sweep model.rnak=1,2", "model.rnak (value 1): there is no such key of subject.Subject; did you mean 'model.rank'"),
+        (
+            "--sweep model.rnak=1,2",
+            "model.rnak (value 1): there is no such key of toy_model.ToyModel; did you mean 'model.rank'",
+        ),
         ("--sweep model.rank", "--sweep: 'model.rank' must be of the form KEY=A,B"),
-        ("--run.root /proc/runs", "run.root: the run folder /proc/runs/subject/"),
+        ("--run.root /proc/runs", "run.root: the run folder /proc/runs/toy/"),
         ("--profile a10", "profile: there is no 'a10' in "),
         ("--after never", "--after: 'never' is no job"),
         ("--after 999999", "--after: Slurm does not know job 999999"),
@@ -60,11 +63,11 @@ HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
         ("--cpus-per-rank 64", "64 CPUs per rank; partition debug has 4 nodes, each 4 CPUs"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_queued_or_written(shell: Shell, arguments: str, sentence: str) -> None:
+def test_mistakes_are_refused_before_anything_is_queued_or_written(shell: Shell, arguments: str, message: str) -> None:
     before = sorted(shell.project.rglob("*"))
-    done = shell("launch/slurm.py", "--config", "subject.yaml", *arguments.split())
+    done = shell("launch/slurm.py", "--config", "toy_model.yaml", *arguments.split())
     assert done.returncode == 2 and done.stdout == ""
-    assert sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not shell.queue() and sorted(shell.project.rglob("*")) == before
 
 
@@ -106,7 +109,7 @@ def test_the_launcher_never_imports_torch(shell: Shell) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(REPO / 'launch')!r}); import slurm; "
         f"assert slurm.main({[*HELD, '--nodes', '2']!r}) == 0; "
-        "sys.exit(' '.join({'torch', 'lightning', 'jsonargparse', 'subject'} & set(sys.modules)) or 0)"
+        "sys.exit(' '.join({'torch', 'lightning', 'jsonargparse', 'toy_model'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=shell.project, env=shell.env, capture_output=True, text=True, check=False
@@ -118,27 +121,27 @@ def test_the_launcher_never_imports_torch(shell: Shell) -> None:
 def test_a_job_may_wait_for_nodes_that_are_drained(shell: Shell) -> None:
     shell.cluster.command("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=maintenance")
     try:
-        job = shell.submit("--nodes", "4", "--config", "subject.yaml")
+        job = shell.submit("--nodes", "4", "--config", "toy_model.yaml")
         status = job.wait("waiting")
-        done = shell("launch/slurm.py", "--nodes", "5", "--config", "subject.yaml")
+        done = shell("launch/slurm.py", "--nodes", "5", "--config", "toy_model.yaml")
         assert done.returncode == 2 and "Asked for: 5 nodes of 1 rank; partition debug has 4 nodes" in done.stderr
         shell("launch/jobs.py", "cancel", job.id)
     finally:
         shell.cluster.command("scontrol", "update", "NodeName=n4", "State=RESUME")
-    assert "node" in status["sentence"].lower(), status
+    assert "node" in status["message"].lower(), status
 
 
 def test_what_only_shows_something_queues_nothing(shell: Shell) -> None:
-    done = shell("launch/slurm.py", "--config", "subject.yaml", "--print_config")
-    assert done.returncode == 0 and "class_path: subject.Subject" in done.stdout
+    done = shell("launch/slurm.py", "--config", "toy_model.yaml", "--print_config")
+    assert done.returncode == 0 and "class_path: toy_model.ToyModel" in done.stdout
     assert not shell.queue() and not (shell.project / "runs").exists()
 
 
 def test_a_module_that_git_ignores_is_missed_before_it_is_queued(shell: Shell) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=shell.project, check=True)
-    (shell.project / ".gitignore").write_text("subject.py\n")
-    done = shell("launch/slurm.py", "--config", "subject.yaml")
-    assert done.returncode == 2 and "subject.py is needed, but git ignores it" in done.stderr
+    (shell.project / ".gitignore").write_text("toy_model.py\n")
+    done = shell("launch/slurm.py", "--config", "toy_model.yaml")
+    assert done.returncode == 2 and "toy_model.py is needed, but git ignores it" in done.stderr
     assert not shell.queue() and not (shell.project / "runs").exists()
 
 
@@ -166,7 +169,7 @@ def test_a_silent_slurm_is_not_taken_for_the_end_of_a_job(shell: Shell, tmp_path
         assert job.status()["state"] == "waiting"
         other.command("scontrol", "shutdown")
         status = job.status()
-    assert (status["state"], status["exit"]) == ("unknown", 3) and "Slurm does not answer" in status["sentence"]
+    assert (status["state"], status["exit"]) == ("unknown", 3) and "Slurm does not answer" in status["message"]
 
 
 def test_slurm_that_is_away_for_seconds_is_asked_again(shell: Shell, tmp_path: Path) -> None:
@@ -205,16 +208,16 @@ def test_pickles_are_not_loaded_from_a_folder_that_others_can_write(shell: Shell
     job.folder.chmod(0o777)
     shell.cluster.command("scontrol", "release", job.id)
     status = job.wait(seconds=15)
-    assert status["exit"] == 2 and "others can write to" in status["sentence"]
+    assert status["exit"] == 2 and "others can write to" in status["message"]
 
 
 def test_a_changed_snapshot_is_not_run(shell: Shell) -> None:
     job = shell.submit(*HELD)
     subprocess.run(["sha256sum", "--check", "--quiet", "../code.sha256"], cwd=job.folder / "code", check=True)
-    (job.folder / "code" / "project" / "subject.py").write_text("raise SystemExit")
+    (job.folder / "code" / "project" / "toy_model.py").write_text("raise SystemExit")
     shell.cluster.command("scontrol", "release", job.id)
     status = job.wait(seconds=20)
-    assert status["exit"] == 1 and "subject.py is changed: this is not the code that was submitted" in status["sentence"]
+    assert status["exit"] == 1 and "toy_model.py is changed: this is not the code that was submitted" in status["message"]
 
 
 def test_a_sweep_of_a_thousand_is_one_job_in_seconds(shell: Shell) -> None:
@@ -230,10 +233,10 @@ def test_a_sweep_of_a_thousand_is_one_job_in_seconds(shell: Shell) -> None:
 
 def test_dry_run_shows_everything_and_leaves_nothing(shell: Shell) -> None:
     before = sorted(shell.project.rglob("*"))
-    done = shell("launch/slurm.py", "--nodes", "2", "--dry-run", "--config", "subject.yaml", "--model.word", "dry")
+    done = shell("launch/slurm.py", "--nodes", "2", "--dry-run", "--config", "toy_model.yaml", "--model.word", "dry")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=2" in done.stdout and "srun --unbuffered" in done.stdout and "word: dry" in done.stdout
-    done = shell("launch/slurm.py", "--check", "--config", "subject.yaml", "--trainer.precision", "half")
+    done = shell("launch/slurm.py", "--check", "--config", "toy_model.yaml", "--trainer.precision", "half")
     assert done.returncode == 2 and done.stdout == ""
     assert not shell.queue() and sorted(shell.project.rglob("*")) == before
 
@@ -256,9 +259,9 @@ def test_ranks_are_placed_and_nothing_that_happens_after_submission_matters(shel
         name = shell.cluster.command("squeue", f"--jobs={job.id}", "--noheader", "--format=%j")
         assert name.rstrip("\n") == word
         jobs.append(job)
-    code = shell.project / "subject.py"
+    code = shell.project / "toy_model.py"
     code.write_text(code.read_text().replace("as submitted", "as edited"))
-    (shell.project / "subject.yaml").unlink()
+    (shell.project / "toy_model.yaml").unlink()
     for job in jobs:
         shell.cluster.command("scontrol", "release", job.id)
     both = {job.id for job in jobs}
@@ -303,7 +306,7 @@ def test_zero_3_trains_as_a_job_of_four_nodes(shell: Shell) -> None:
 
 def test_a_sweep_is_one_job_one_group_and_one_table(shell: Shell) -> None:
     sweep = ("--sweep", "model.seconds=0,0.001,0.002", "--sweep", "seed_everything=1,2")
-    job = shell.submit("--config", "subject.yaml", *sweep, WANDB_MODE="offline")
+    job = shell.submit("--config", "toy_model.yaml", *sweep, WANDB_MODE="offline")
     assert len(shell.cluster.command("squeue", "--array", "--noheader", "--format=%F").split()) == 6
     deadline = time.monotonic() + 120
     while (done := shell("launch/jobs.py", "status", job.id)).returncode == 3:

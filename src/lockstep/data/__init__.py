@@ -1,1 +1,11 @@
-"""DataModules, one file each, over one base."""
+"""DataModules, and the sampling and sharding of any DataLoader."""
+
+from lockstep.data.base import ImageData, InMemoryImages
+from lockstep.data.cifar10 import CIFAR10
+from lockstep.data.digits import Digits
+from lockstep.data.image_folder import ImageFolder
+from lockstep.data.mnist import MNIST
+from lockstep.data.sampling import DataPosition, GlobalBatchSampler
+from lockstep.data.seeding import derive_seed
+from lockstep.data.sharding import DataSharding, SkipFirstBatches
+from lockstep.data.synthetic import Synthetic

@@ -12,13 +12,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from lockstep.errors import UsageError
-from lockstep.order import mix
+from lockstep.core import UsageError
+from lockstep.data.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
+
 Part = Literal["train", "val", "test"]
-_PARTS: dict[str, tuple[Part, ...]] = {
+
+
+_PARTS_BY_STAGE: dict[str, tuple[Part, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
@@ -103,7 +106,7 @@ class ImageData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the parts that ``stage`` needs, on every rank, and nothing else."""
-        for part in _PARTS[stage]:
+        for part in _PARTS_BY_STAGE[stage]:
             if part not in self._parts:
                 self._parts[part] = self.load(part)
         if stage == "fit" and self.batch_size_per_rank is not None:
@@ -169,7 +172,7 @@ class ImageData(LightningDataModule):
         return images.to(torch.float32).sub_(mean).mul_(factor), labels
 
 
-class Images(Dataset[Any]):
+class InMemoryImages(Dataset[Any]):
     """Images held in memory.
 
     Args:
@@ -197,7 +200,7 @@ class Images(Dataset[Any]):
         return self.images[chosen], self.labels[chosen]
 
 
-def split(samples: int, val_samples: int, seed: int, part: Part) -> Tensor:
+def split_indices(samples: int, val_samples: int, seed: int, part: Part) -> Tensor:
     """The indices of ``train`` or ``val`` in a set of ``samples``, drawn from ``seed`` and so the same on every rank.
 
     Returns:
@@ -208,5 +211,5 @@ def split(samples: int, val_samples: int, seed: int, part: Part) -> Tensor:
     """
     if not 0 < val_samples < samples:
         raise UsageError(f"data.val_samples: {val_samples} must be between 1 and {samples - 1}, for {samples} samples.")
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(mix(seed) >> 1))
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(derive_seed(seed) >> 1))
     return order[val_samples:] if part == "train" else order[:val_samples]

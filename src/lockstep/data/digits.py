@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from lockstep.data.base import ImageData, Images, Part, split
+from lockstep.data.base import ImageData, InMemoryImages, Part, split_indices
 
 _TEST_SAMPLES, _TEST_SEED = 360, 1998
 
@@ -48,15 +48,15 @@ class Digits(ImageData):
         super().__init__(Path(), batch_size, batch_size_per_rank, num_workers, drop_last, seed)
         self.augment = augment
 
-    def load(self, part: Part) -> Images:
+    def load(self, part: Part) -> InMemoryImages:
         """One part of the embedded file."""
         with files("lockstep.data").joinpath("digits.csv.gz").open("rb") as packed, gzip.open(packed) as lines:
             table = torch.from_numpy(np.loadtxt(lines, delimiter=",", dtype=np.uint8))
         images, labels = table[:, :64].reshape(-1, 1, 8, 8) * 15, table[:, 64].long()
         if part == "test":
-            chosen = split(len(table), _TEST_SAMPLES, _TEST_SEED, "val")
-            return Images(images[chosen], labels[chosen])
-        known = split(len(table), _TEST_SAMPLES, _TEST_SEED, "train")
-        chosen = known[split(len(known), 157, self.seed, part)]
+            chosen = split_indices(len(table), _TEST_SAMPLES, _TEST_SEED, "val")
+            return InMemoryImages(images[chosen], labels[chosen])
+        known = split_indices(len(table), _TEST_SAMPLES, _TEST_SEED, "train")
+        chosen = known[split_indices(len(known), 157, self.seed, part)]
         transform = v2.RandomCrop(8, padding=1) if part == "train" and self.augment else None
-        return Images(images[chosen], labels[chosen], transform)
+        return InMemoryImages(images[chosen], labels[chosen], transform)

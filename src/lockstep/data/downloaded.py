@@ -1,5 +1,6 @@
 """What MNIST and CIFAR-10 share: torchvision downloads, checks and reads them, they fit in memory, and they come without
-a validation set."""
+a validation set.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lockstep.data.base import ImageData, Images, Part, split
-from lockstep.data.prepare import publish
-from lockstep.errors import UsageError
+from lockstep.core import UsageError
+from lockstep.data.base import ImageData, InMemoryImages, Part, split_indices
+from lockstep.data.prepare import prepare_folder
 
 
 class DownloadedData(ImageData):
@@ -52,15 +53,15 @@ class DownloadedData(ImageData):
 
     def prepare_data(self) -> None:
         """Download, verify and unpack, where that has not been done."""
-        publish(self.folder, lambda folder: self.source(folder, download=True) and None)
+        prepare_folder(self.folder, lambda folder: self.source(folder, download=True) and None)
 
-    def load(self, part: Part) -> Images:
+    def load(self, part: Part) -> InMemoryImages:
         """One part, read from its files."""
         try:
             images, labels = self.tensors(self.source(self.folder, train=part != "test"))
         except (OSError, RuntimeError) as error:
             raise UsageError(f"data.root: {self.folder} is not whole ({error}); remove it and it is made again.") from error
         if part == "test":
-            return Images(images, labels)
-        chosen = split(len(images), self.val_samples, self.seed, part)
-        return Images(images[chosen], labels[chosen], self.transform if part == "train" and self.augment else None)
+            return InMemoryImages(images, labels)
+        chosen = split_indices(len(images), self.val_samples, self.seed, part)
+        return InMemoryImages(images[chosen], labels[chosen], self.transform if part == "train" and self.augment else None)

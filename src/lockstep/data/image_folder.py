@@ -13,11 +13,12 @@ from torchcodec.decoders import decode_image
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 from torchvision.transforms import v2
 
+from lockstep.core import RunError, UsageError
 from lockstep.data.base import ImageData, Part
-from lockstep.data.prepare import publish
-from lockstep.errors import RunError, UsageError
+from lockstep.data.prepare import prepare_folder
 
 log = logging.getLogger(__name__)
+
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -82,7 +83,7 @@ class ImageFolder(ImageData):
     def prepare_data(self) -> None:
         """Unpack ``archive``, where there is one and it has not been done."""
         if self.archive is not None:
-            publish(self.root, self._unpack)
+            prepare_folder(self.root, self._unpack)
 
     def _unpack(self, folder: Path) -> None:
         assert self.archive is not None
@@ -120,12 +121,12 @@ class ImageFolder(ImageData):
 
     def collate(self, samples: Any) -> Any:
         """A batch of the samples that could be decoded, and the names of the files that could not."""
-        broken = [sample for sample in samples if isinstance(sample, Undecodable)]
+        broken = [sample for sample in samples if isinstance(sample, CorruptFile)]
         if broken and self.on_corrupt == "raise":
-            raise RunError(broken[0].sentence)
-        whole = [sample for sample in samples if not isinstance(sample, Undecodable)]
+            raise RunError(broken[0].message)
+        whole = [sample for sample in samples if not isinstance(sample, CorruptFile)]
         if not whole:
-            raise RunError(f"None of the {len(samples)} files of a batch can be decoded; the first: {broken[0].sentence}")
+            raise RunError(f"None of the {len(samples)} files of a batch can be decoded; the first: {broken[0].message}")
         images, labels = default_collate(whole)
         return images, labels, [sample.path for sample in broken]
 
@@ -146,7 +147,7 @@ def class_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
-class Undecodable:
+class CorruptFile:
     """Stands for a file that is no whole JPEG or PNG.
 
     Args:
@@ -156,7 +157,7 @@ class Undecodable:
 
     def __init__(self, path: str, reason: str) -> None:
         self.path = path
-        self.sentence = f"{path} is no whole JPEG or PNG ({reason}); replace it, or set --data.on_corrupt skip."
+        self.message = f"{path} is no whole JPEG or PNG ({reason}); replace it, or set --data.on_corrupt skip."
 
 
 class ImageFiles(Dataset[Any]):
@@ -191,10 +192,10 @@ class ImageFiles(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Undecodable:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | CorruptFile:
         path, label = self.files[index]
         try:
             image = decode_image(path, mode="RGB")
         except (RuntimeError, ValueError) as error:
-            return Undecodable(path, str(error).splitlines()[0].rpartition(": ")[2])
+            return CorruptFile(path, str(error).splitlines()[0].rpartition(": ")[2])
         return self.transform(image), label

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lockstep.disk import flush
-from lockstep.errors import UsageError
+from lockstep.core import UsageError, fsync
 
 log = logging.getLogger(__name__)
 
 
-def publish(target: Path, fill: Callable[[Path], None]) -> None:
+def prepare_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Let ``fill`` make a folder beside ``target``, flush it to disk, then rename it to ``target``.
 
     Nothing happens where ``target`` exists. Another process that wants the same folder waits; the lock is the kernel's,
@@ -39,7 +38,7 @@ def publish(target: Path, fill: Callable[[Path], None]) -> None:
             lock.acquire()
         try:
             if not target.exists():
-                _make(target, fill)
+                _fill_and_publish(target, fill)
         finally:
             lock.release()
     # torchvision raises a RuntimeError where no mirror answers or a checksum is wrong.
@@ -50,7 +49,7 @@ def publish(target: Path, fill: Callable[[Path], None]) -> None:
         ) from error
 
 
-def _make(target: Path, fill: Callable[[Path], None]) -> None:
+def _fill_and_publish(target: Path, fill: Callable[[Path], None]) -> None:
     for stale in target.parent.glob(f".{target.name}.*.partial"):
         shutil.rmtree(stale)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -58,9 +57,9 @@ def _make(target: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(partial)
         for path in [*partial.rglob("*"), partial]:
-            flush(path)
+            fsync(path)
         partial.rename(target)
-        flush(target.parent)
+        fsync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     log.info("prepared %s", target)

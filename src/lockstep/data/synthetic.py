@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lockstep.core import UsageError
 from lockstep.data.base import ImageData, Part
-from lockstep.errors import UsageError
-from lockstep.order import mix
+from lockstep.data.seeding import derive_seed
 
 _POOL = 256
 
@@ -90,4 +90,4 @@ class Synthetic(ImageData):
     def load(self, part: Part) -> SyntheticImages:
         """One part, drawn from the seed."""
         number = ("train", "val", "test").index(part)
-        return SyntheticImages(self.samples[part], self.image_shape, self.num_classes, mix(self.seed, number) >> 1)
+        return SyntheticImages(self.samples[part], self.image_shape, self.num_classes, derive_seed(self.seed, number) >> 1)

@@ -1,0 +1,225 @@
+"""Which values an annotation allows, as jsonargparse reads them, where it is simple enough to say so."""
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lockstep.config import load_yaml
+from lockstep.config.validation.lookup import Definition, SourceIndex
+from lockstep.config.validation.signature import Argument, class_hierarchy
+from lockstep.config.validation.source import ModuleSource, Undecidable
+
+_SIMPLE = {f"builtins.{name}": name for name in ("int", "float", "bool", "str")} | {
+    "pathlib.Path": "Path",
+    "os.PathLike": "Path",
+}
+
+
+_LISTS = {
+    "builtins.list",
+    *(f"typing.{name}" for name in ("List", "Sequence", "MutableSequence", "Iterable")),
+    *(f"collections.abc.{name}" for name in ("Sequence", "MutableSequence", "Iterable")),
+}
+
+
+_MAPPINGS = {
+    "builtins.dict",
+    *(f"typing.{name}" for name in ("Dict", "Mapping", "MutableMapping")),
+    *(f"collections.abc.{name}" for name in ("Mapping", "MutableMapping")),
+}
+
+
+INVALID = object()
+"""What ``Expected.accept`` returns for a value that is certainly not allowed."""
+
+
+@dataclass(frozen=True)
+class ExpectedType:
+    """The values that an argument takes: one of several kinds.
+
+    Attributes:
+        simple: Of int, float, bool, str, Path and null.
+        choices: The values of a ``Literal``.
+        classes: Classes of which it takes an instance, which a config gives by class path.
+        items: What the items of a list may be.
+        mappings: It takes a mapping.
+        anything: Nothing certain is known.
+        default: A default that is taken whatever the annotation says.
+    """
+
+    simple: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
+    classes: tuple[Definition, ...] = ()
+    items: "ExpectedType | None" = None
+    mappings: bool = False
+    anything: bool = False
+    default: Any = INVALID
+
+    def __or__(self, other: "ExpectedType") -> "ExpectedType":
+        items = self.items | other.items if self.items and other.items else self.items or other.items
+        return ExpectedType(
+            self.simple + other.simple,
+            self.choices + other.choices,
+            self.classes + other.classes,
+            items,
+            self.mappings or other.mappings,
+            self.anything or other.anything,
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The kinds, in words."""
+        names = [name for name in self.simple if name != "null"]
+        names += [f"one of {', '.join(map(repr, self.choices))}"] if self.choices else []
+        names += [found.path.rpartition(".")[2] for found in self.classes]
+        names += ["list"] if self.items else []
+        names += ["dict"] if self.mappings else []
+        return [*dict.fromkeys(names), *(["null"] if "null" in self.simple else [])]
+
+    def accept(self, value: Any) -> Any:
+        """What becomes of a value that needs no class, or WRONG."""
+        if self.anything or (type(value) is type(self.default) and value == self.default):
+            return value
+        for kind in [parse_scalar(value), value] if isinstance(value, str) else [value]:
+            if kind in self.choices:
+                return kind
+            match kind:
+                case None if "null" in self.simple:
+                    return None
+                case bool():
+                    if "bool" in self.simple:
+                        return kind
+                case int() if "int" in self.simple:
+                    return kind
+                case int() | float() if "float" in self.simple:
+                    return float(kind)
+                case str():
+                    if "str" in self.simple:
+                        return kind
+                    if "Path" in self.simple:
+                        return Path(kind)
+                case Mapping() if self.mappings:
+                    return kind
+                case None | int() | float() | Mapping() | list():
+                    pass
+                case _:  # what YAML alone can say
+                    return kind
+        if isinstance(value, list) and self.items is not None:
+            made = [self.items.accept(item) for item in value]
+            return INVALID if any(item is INVALID for item in made) else made
+        return INVALID
+
+
+ANYTHING = ExpectedType(anything=True)
+
+
+def expected_type(sources: SourceIndex, argument: Argument) -> ExpectedType:
+    """What an argument takes."""
+    if argument.annotation is None or argument.module.defines_types:
+        return ANYTHING
+    try:
+        found = _from_annotation(sources, argument.module, argument.annotation)
+    except RecursionError:  # a type of itself, such as a tree
+        return ANYTHING
+    if argument.default is None:
+        return found
+    default = _constant_value(sources, argument.module, argument.default)
+    if default is None and "null" not in found.simple:
+        found = replace(found, simple=(*found.simple, "null"))
+    # What is computed could be a text that the annotation does not allow, and is taken nevertheless.
+    computed = default is INVALID and not isinstance(argument.default, ast.Call)
+    return replace(found, default=default, anything=found.anything or (computed and not (found.classes or found.items)))
+
+
+def _constant_value(sources: SourceIndex, module: ModuleSource, node: ast.expr) -> Any:
+    """The value of an expression that needs no computing, else WRONG."""
+    try:
+        if isinstance(node, ast.Name | ast.Attribute):
+            found = sources.resolve(module, node)
+            if isinstance(found.node, ast.Assign | ast.AnnAssign) and found.node.value is not None:
+                node = found.node.value
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, Undecidable):
+        return INVALID
+
+
+def _from_annotation(sources: SourceIndex, module: ModuleSource, node: ast.expr) -> ExpectedType:
+    match node:
+        case ast.Constant(value=None):
+            return ExpectedType(simple=("null",))
+        case ast.Constant(value=str(text)):
+            try:
+                return _from_annotation(sources, module, ast.parse(text, mode="eval").body)
+            except SyntaxError:
+                return ANYTHING
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _from_annotation(sources, module, left) | _from_annotation(sources, module, right)
+        case ast.Subscript(value=value, slice=inner):
+            return _subscript(sources, module, value, inner)
+    try:
+        found = sources.resolve(module, node)
+    except Undecidable:
+        return ANYTHING
+    if found.path in _SIMPLE:
+        return ExpectedType(simple=(_SIMPLE[found.path],))
+    if found.path in _MAPPINGS:
+        return ExpectedType(mappings=True)
+    if found.path in _LISTS:
+        return ExpectedType(items=ANYTHING)
+    if found.module is not None and isinstance(found.node, ast.Assign | ast.AnnAssign) and found.node.value is not None:
+        return _from_annotation(sources, found.module, found.node.value)
+    return ExpectedType(classes=(found,)) if _is_plain_class(sources, found) else ANYTHING
+
+
+def _subscript(sources: SourceIndex, module: ModuleSource, value: ast.expr, inner: ast.expr) -> ExpectedType:
+    try:
+        path = sources.resolve(module, value).path.replace("typing_extensions.", "typing.")
+    except Undecidable:
+        return ANYTHING
+    parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+    if path == "typing.Literal":
+        try:
+            choices = tuple(ast.literal_eval(part) for part in parts)
+        except ValueError:
+            return ANYTHING
+        return ExpectedType(choices=tuple(c for c in choices if c is not None), simple=("null",) if None in choices else ())
+    if path in ("typing.Optional", "typing.Union"):
+        found = ExpectedType(simple=("null",) if path == "typing.Optional" else ())
+        for part in parts:
+            found |= _from_annotation(sources, module, part)
+        return found
+    if path in _MAPPINGS:
+        return ExpectedType(mappings=True)
+    if path in _LISTS and len(parts) == 1:
+        return ExpectedType(items=_from_annotation(sources, module, parts[0]))
+    return ANYTHING
+
+
+def _is_plain_class(sources: SourceIndex, found: Definition) -> bool:
+    """Whether a config can give its instances by class path alone: not an enum, a dataclass, a type made by a call …"""
+    try:
+        return not any(node.decorator_list for node, _ in class_hierarchy(sources, found))
+    except Undecidable:
+        return False
+
+
+def parse_scalar(text: str) -> Any:
+    """The number, truth value or null that a text stands for, else the text itself."""
+    stripped = text.strip()
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, bool | int | float) or (value is None and stripped):
+        return value
+    for kind in (int, float):
+        try:
+            if any(character.isdigit() for character in stripped):
+                return kind(stripped)
+        except ValueError:
+            pass
+    return text

@@ -1,0 +1,197 @@
+"""The source of one module, of which only the statements in question are parsed: a large file takes a millisecond."""
+
+import ast
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+_DYNAMIC = ("__getattr__", "globals(", "exec(", "sys.modules", "__path__")
+"""What a module can make names with that its statements do not show."""
+
+
+_DEFINED = re.compile(r"^(?:async )?(?:class|def) (\w+)", re.MULTILINE)
+
+
+class Undecidable(Exception):
+    """Only importing would tell."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A name that a module has from another: ``from module import name``, or the module itself."""
+
+    module: str
+    name: str = ""
+
+
+Binding = ast.stmt | Imported
+
+
+class ModuleSource:
+    """The source of a module.
+
+    Args:
+        name: Its import path.
+        text: Its source.
+        folder: Where its submodules lie, if it is a package.
+        stubbed: Whether its types are written in another file.
+    """
+
+    def __init__(self, name: str, text: str, folder: Path | None = None, stubbed: bool = False) -> None:
+        self.name, self.text, self.folder, self.stubbed = name, text, folder, stubbed
+        self._bound: dict[str, list[Binding]] = {}
+        self._kept: dict[str, bool] = {}
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """All of it, parsed: slow for a large file."""
+        return ast.Module(_parse(self.text), [])
+
+    @cached_property
+    def dynamic(self) -> bool:
+        """Whether it may have names that no statement shows."""
+        return any(mark in self.text for mark in _DYNAMIC)
+
+    @cached_property
+    def stars(self) -> list[str]:
+        """Modules of which it has every name."""
+        found = self._scan("*") if "import *" in self.text else []
+        return [item.module for item in found if isinstance(item, Imported)]
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Names of the classes that it defines; a package also offers those of its modules."""
+        names = re.findall(r"^class (\w+)", self.text, re.MULTILINE)
+        for node in self.tree.body if self.folder is not None else []:
+            if isinstance(node, ast.ImportFrom):
+                names += [name for alias in node.names if (name := alias.asname or alias.name)[0].isupper()]
+        return [name for name in names if not name.startswith("_")]
+
+    @cached_property
+    def defines_types(self) -> bool:
+        """Whether it uses jsonargparse, and so may teach it types."""
+        return "jsonargparse" in self.text and bool(re.search(r"^\s*(?:import|from) jsonargparse", self.text, re.MULTILINE))
+
+    def bound(self, name: str) -> list[Binding]:
+        """The statements and imports, also inside of ``if`` and ``try``, that give the module ``name``."""
+        if name not in self._bound:
+            found = self._scan(name) if self._has_word(name) else []
+            if not found and self._has_word(name):
+                found = list(_bindings(self.tree.body, name, self._absolute))
+            self._bound[name] = found
+        return self._bound[name]
+
+    def keeps(self, builtin: str) -> bool:
+        """Whether a name of Python's own, such as ``int``, means the usual thing in it."""
+        if builtin not in self._kept:
+            self._kept[builtin] = not self._scan(builtin)
+        return self._kept[builtin]
+
+    def mentions(self, name: str) -> bool:
+        """Whether ``name`` is set anywhere in it, or stands in it as a text."""
+        return self._has_word(name) and any(
+            (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store))
+            or (isinstance(node, ast.Constant) and node.value == name)
+            or (isinstance(node, ast.Global) and name in node.names)
+            for node in ast.walk(self.tree)
+        )
+
+    def _has_word(self, name: str) -> bool:
+        return name in self.text and re.search(rf"\b{name}\b", self.text) is not None
+
+    def _scan(self, name: str) -> list[Binding]:
+        """As ``bound``, from the statements that have the word in them; empty where that does not work out."""
+        word = re.compile(r"import \*" if name == "*" else rf"\b{name}\b")
+        found: list[Binding] = []
+        for defined, part in self._parts:
+            if defined in ("", name) and (name in part or name == "*") and word.search(part):
+                try:
+                    body = _class_body(part) if defined else _parse(part)
+                except Undecidable:  # no statement: lines of a text that look like one
+                    return []
+                found += _bindings(body, name, self._absolute)
+        return found
+
+    @cached_property
+    def _parts(self) -> list[tuple[str, str]]:
+        """Its statements, each with the name of the class or function that it defines, if it does."""
+        parts = [(part.startswith(("class ", "def ", "async def ", "@")), part) for part in statements(self.text)]
+        return [(found[1] if defines and (found := _DEFINED.search(part)) else "", part) for defines, part in parts]
+
+    def _absolute(self, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return node.module or ""
+        parts = self.name.split(".")
+        parts = parts[: len(parts) - node.level + (self.folder is not None)]
+        return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def statements(text: str, indent: str = "") -> Iterator[str]:
+    """The statements at one level of indentation, each whole and with its decorators.
+
+    What comes before the first one belongs to it. Lines of a text in triple quotes are part of their statement.
+    """
+    begin = re.compile(rf"^{indent}(?=[^\s#)\]}}])(?!(?:else|elif|except|finally)\b)", re.MULTILINE)
+    start = seen = quotes = 0
+    decorated = True  # nothing has begun yet
+    for found in begin.finditer(text):
+        at = found.start()
+        quotes += text.count('"""', seen, at) + text.count("'''", seen, at)
+        seen = at
+        if quotes % 2:
+            continue
+        if not decorated:
+            yield text[start:at]
+            start = at
+        decorated = text.startswith("@", found.end())
+    yield text[start:]
+
+
+def _class_body(text: str) -> list[ast.stmt]:
+    """A class without its methods, but for those that make an instance; a function as it is."""
+    indent = re.search(r"^[ \t]+(?=\S)", text, re.MULTILINE)
+    if indent is None or re.search(r"^class ", text, re.MULTILINE) is None:
+        return _parse(text)
+    kept = []
+    for number, part in enumerate(statements(text, indent[0])):
+        method = re.search(rf"^{indent[0]}(?:async )?def (\w+)", part, re.MULTILINE)
+        if number == 0 or method is None or method[1] in ("__init__", "__new__"):
+            kept.append(part)
+    try:
+        return _parse(f"{''.join(kept).rstrip()}\n{indent[0]}pass\n")
+    except Undecidable:
+        return _parse(text)
+
+
+def _parse(text: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise Undecidable from None
+
+
+def _bindings(body: Sequence[ast.stmt], name: str, absolute: Callable[[ast.ImportFrom], str]) -> Iterator[Binding]:
+    for node in body:
+        match node:
+            case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                if node.name == name:
+                    yield node
+            case ast.Assign():
+                if any(isinstance(part, ast.Name) and part.id == name for to in node.targets for part in ast.walk(to)):
+                    yield node
+            case ast.AnnAssign(target=ast.Name(id=target)):
+                if target == name:
+                    yield node
+            case ast.ImportFrom():
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        yield Imported(absolute(node), alias.name)
+            case ast.Import():
+                for alias in node.names:
+                    if (alias.asname or alias.name.partition(".")[0]) == name:
+                        yield Imported(alias.name if alias.asname else name)
+            case _:
+                for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+                    yield from _bindings(getattr(node, field, []), name, absolute)

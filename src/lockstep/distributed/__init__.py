@@ -1,0 +1,14 @@
+"""Ranks as a group: start them, connect them, handle signals, and agree on when to stop."""
+
+from lockstep.distributed.consensus import StopConsensus
+from lockstep.distributed.process_group import (
+    WorldEnvironment,
+    all_gather,
+    broadcast_from_rank_zero,
+    destroy_process_group,
+    enable_flight_recorder,
+    init_process_group,
+    local_devices,
+)
+from lockstep.distributed.ranks import RankFailed, fork_ranks
+from lockstep.distributed.signals import STOP_SIGNALS, SignalReceiver, allocation_end_time, block_signals

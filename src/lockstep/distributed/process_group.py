@@ -1,0 +1,161 @@
+"""How the ranks meet: which device each has, the process group, and what they tell each other in it."""
+
+import logging
+import os
+from collections.abc import Callable, MutableMapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch._C._distributed_c10d import HashStore
+
+from lockstep.core import LockstepError, UsageError, World
+
+log = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
+
+
+class WorldEnvironment(ClusterEnvironment):
+    """Tells lightning what ``World`` knows; with it lightning's own detection of Slurm and torchrun stays out of the way."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+
+    creates_processes_externally = True
+
+    @property
+    def main_address(self) -> str:
+        return self._world.environ().get("MASTER_ADDR", "127.0.0.1")
+
+    @property
+    def main_port(self) -> int:
+        return int(self._world.environ().get("MASTER_PORT", "0"))
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._world.size
+
+    def set_world_size(self, size: int) -> None:
+        assert size == self._world.size, (size, self._world)
+
+    def global_rank(self) -> int:
+        return self._world.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        assert rank == self._world.rank, (rank, self._world)
+
+    def local_rank(self) -> int:
+        return self._world.local_rank
+
+    def node_rank(self) -> int:
+        return self._world.node_rank
+
+
+def local_devices(world: World, accelerator: str) -> list[torch.device]:
+    """One device for each rank of this node.
+
+    Args:
+        world: How many ranks share the node.
+        accelerator: As in lightning's Trainer; ``auto`` takes GPUs where every rank can have one, else the CPU.
+
+    Raises:
+        UsageError: There are fewer GPUs than ranks, or the accelerator is not one that lockstep drives.
+    """
+    visible = torch.cuda.device_count()
+    # A cluster that gives each task its own GPU shows each of them as number 0.
+    bound = visible == 1 and world.launcher in ("slurm", "submitit")
+    if accelerator == "auto":
+        accelerator = "gpu" if bound or visible >= world.local_size else "cpu"
+        if visible and accelerator == "cpu" and world.is_rank_zero:
+            log.warning("%d ranks on this node, but %d GPUs are visible: training on the CPU", world.local_size, visible)
+    if accelerator == "cpu":
+        return [torch.device("cpu")] * world.local_size
+    if accelerator not in ("gpu", "cuda"):
+        raise UsageError(f"trainer.accelerator: {accelerator!r} is not valid; valid are auto, cpu, gpu and cuda.")
+    if bound:
+        return [torch.device("cuda", 0)] * world.local_size
+    if visible < world.local_size:
+        raise UsageError(
+            f"{world.local_size} ranks on this node, but only {visible} GPUs are visible; "
+            "use fewer ranks or --trainer.accelerator cpu."
+        )
+    return [torch.device("cuda", index) for index in range(world.local_size)]
+
+
+def init_process_group(world: World, device: torch.device, timeout: timedelta, alone: bool = False) -> None:
+    """Meet the other ranks: start the process group, nccl on GPUs and gloo on CPUs.
+
+    A single process has one only if ``alone`` says so.
+    """
+    # lightning guesses it from the environment when it is imported, which is too early for a forked rank.
+    rank_zero_only.rank = world.rank  # type: ignore[attr-defined]
+    if world.size == 1 and not alone:
+        return
+    on_gpu = device.type == "cuda"
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        # As torchrun does: the ranks of a node share its cores. The variable too, or lightning sets cores / ranks of the node,
+        # and the last digit of a sum depends on how the ranks are spread over nodes.
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(
+        backend="nccl" if on_gpu else "gloo",
+        init_method=world.rendezvous if world.size > 1 else None,
+        store=HashStore() if world.size == 1 else None,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
+
+
+def enable_flight_recorder(folder: Path, env: MutableMapping[str, str]) -> None:
+    """Have NCCL remember its newest collectives, and write them into ``folder`` when one of them takes too long.
+
+    ``torchfrtrace`` reads the files (https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html). What a user
+    has set stays. To be called before the process group starts.
+    """
+    wanted = {"BUFFER_SIZE": "2000", "DUMP_ON_TIMEOUT": "1", "DUMP_TEMP_FILE": str(folder / "nccl-trace-")}
+    for name, value in wanted.items():
+        env.setdefault(f"TORCH_FR_{name}", value)
+
+
+def destroy_process_group() -> None:
+    """End the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def broadcast_from_rank_zero(make: Callable[[], T], world: World) -> T:
+    """What ``make`` returns on rank zero, on every rank; its ``LockstepError`` is raised on every rank too."""
+    if world.size == 1:
+        return make()
+    message: list[Any] = [None]
+    if world.is_rank_zero:
+        try:
+            message = [make()]
+        except LockstepError as error:
+            message = [error]
+    torch.distributed.broadcast_object_list(message, src=0)
+    if isinstance(message[0], LockstepError):
+        raise message[0]
+    made: T = message[0]
+    return made
+
+
+def all_gather(value: T, world: World) -> list[T]:
+    """The ``value`` of every rank, by rank; every rank must call."""
+    values = [value] * world.size
+    if world.size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,58 @@
+"""Optimizers and learning-rate schedules by name, counted in optimizer steps."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lockstep.core import UsageError
+
+_FUSED = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices and filters decay; biases and norm scales (one dimension) do not.
+
+    Source: He et al. 2019, *Bag of Tricks for Image Classification*, section 3.1.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, fused: bool, arguments: Mapping[str, Any]) -> Optimizer:
+    """``adamw``, ``sgd`` or the class at an import path such as ``torch.optim.NAdam``.
+
+    Args:
+        name: Which one.
+        groups: Parameter groups.
+        lr: Learning rate.
+        fused: Update all parameters in one kernel, for adamw and sgd.
+        arguments: Further arguments of the class.
+
+    Raises:
+        UsageError: No such optimizer, or it does not take one of the arguments.
+    """
+    cls: Callable[..., Any]
+    if name in _FUSED:
+        cls, arguments = _FUSED[name], {"fused": fused, **arguments}
+    else:
+        module, _, attribute = name.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (ImportError, ValueError, AttributeError):
+            raise UsageError(f"model.optimizer: {name!r} is not adamw, sgd or the import path of a torch optimizer.") from None
+        if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+            raise UsageError(f"model.optimizer: {name!r} is no torch.optim.Optimizer.")
+    try:
+        optimizer = cls(groups, lr=lr, **arguments)
+    except TypeError as error:
+        raise UsageError(f"model.optimizer_args: {error}.") from None
+    assert isinstance(optimizer, Optimizer)
+    return optimizer

@@ -1,0 +1,6 @@
+"""How ranks train together: DDP, or DeepSpeed ZeRO."""
+
+from lockstep.strategies.deepspeed import DeepSpeed
+from lockstep.strategies.deepspeed_nvme import private_folder
+from lockstep.strategies.deepspeed_ops import load_ops, required_ops
+from lockstep.strategies.factory import AnyStrategy, make_strategy

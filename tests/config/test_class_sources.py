@@ -1,0 +1,156 @@
+"""What classes take, read from their source without an import.
+
+Sources of one's own, then a fresh interpreter that shows what is imported, then what jsonargparse finds in real packages.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning.pytorch.callbacks
+import lightning.pytorch.loggers
+import pytest
+import torch.nn
+from support.configs import DIGITS, said, written
+
+from lockstep.config.validation.lookup import SourceIndex
+from lockstep.config.validation.signature import signature
+from lockstep.config.validation.source import Undecidable, statements
+
+
+def test_statements_are_whole() -> None:
+    text = (
+        '@a(\n    1,\n)\n@b\nclass C(\n    D,\n):\n    """x\ny = 1\n"""\n\nif z:\n    q\nelse:\n    r\n# s\nt = [\n    1,\n]\n'
+    )
+    parts = list(statements(text))
+    assert "".join(parts) == text
+    assert [part.split()[0] for part in parts] == ["@a(", "if", "t"]
+
+
+def module_of_ones_own(folder: Path) -> None:
+    """A package with all that makes classes hard to find; to import it raises."""
+    (folder / "own").mkdir()
+    written(folder / "own", "raise RuntimeError('imported')\nfrom .inner import Hidden\nfrom .inner import *\n", "__init__.py")
+    written(
+        folder / "own",
+        "from __future__ import annotations\n"
+        "import dataclasses\nfrom dataclasses import dataclass, field\nfrom typing import Any, Optional\n"
+        "import torch.nn as nn\nfrom lockstep.models.classifier import Classifier as Base\n"
+        "from elsewhere import Unknown, wrap\n"
+        'TEXT = """\nclass NotThere:\n    pass\n"""\n'
+        "Alias = Base\nSize = Optional[int]\nRATE = 0.1\n"
+        "class Hidden(nn.Module):\n    def __init__(self, width: Size = None, *, depth: int): ...\n"
+        "class Public(Hidden): ...\n"
+        "class Passing(Base):\n    def __init__(self, extra: int = 1, **more):\n        super().__init__(lr=0.3, **more)\n"
+        "class Using(Base):\n    def __init__(self, **kwargs):\n        super().__init__(**kwargs)\n        print(kwargs)\n"
+        "class Ignoring(Base):\n    def __init__(self, a=1, **kwargs):\n        super().__init__()\n"
+        "class Over(Unknown):\n    def __init__(self, a: int = 1):\n        super().__init__()\n"
+        "class Under(Unknown): ...\n"
+        "class Wrapped(Base):\n    @wrap\n    def __init__(self, a: int = 1): ...\n"
+        "class Made(Base):\n    def __new__(cls, a: int = 1): ...\n"
+        "@wrap\nclass Decorated(Base):\n    def __init__(self, a: int = 1): ...\n"
+        "class Keeping(Base):\n    def __init__(self, a=1, **rest):\n        super().__init__()\n        self.rest = rest\n"
+        "    def later(self):\n        return Hidden(width=1, **self.rest)\n"
+        "@dataclass\nclass Fields(Base):\n    a: int = 1\n    b: float = field(default=RATE)\n"
+        "@dataclasses.dataclass(frozen=True)\nclass More(Fields):\n    c: Optional[str] = None\n"
+        "if nn:\n    class Chosen(Base):\n        def __init__(self, a: int = 1): ...\n"
+        "else:\n    class Chosen(Base):\n        def __init__(self, b: int = 1): ...\n"
+        "class Outer:\n    class Inner(Base):\n        def __init__(self, a: int = 1): ...\n"
+        "def make(a: int = 1) -> Base: ...\n",
+        "inner.py",
+    )
+    written(folder / "own", "def __getattr__(name): ...\n", "dynamic.py")
+
+
+@pytest.mark.parametrize(
+    ("path", "taken", "refused"),
+    [
+        ("own.Hidden", "width depth", "lr"),
+        ("own.Public", "width depth", "lr"),
+        ("own.inner.Base", "lr network", "width"),
+        ("own.inner.Alias", "lr network", "width"),
+        ("own.inner.Passing", "extra network gamma", "lr width"),
+        ("own.inner.Using", "anything", ""),
+        ("own.inner.Ignoring", "a", "lr"),
+        ("own.inner.Over", "a", "lr"),
+        ("own.inner.Under", "anything", ""),
+        ("own.inner.Wrapped", "a anything", ""),
+        ("own.inner.Made", "a anything", ""),
+        ("own.inner.Decorated", "anything", ""),
+        ("own.inner.Keeping", "a depth", "width lr"),
+        ("own.inner.Fields", "a b", "lr"),
+        ("own.inner.More", "a b c", "lr"),
+        ("own.inner.Chosen", "anything", ""),
+        ("own.inner.Outer.Inner", "a", "lr"),
+        ("own.inner.Unknown", "anything", ""),
+        ("own.inner.make", "a", "lr"),
+        ("own.dynamic.Anything", "anything", ""),
+        ("own.Outer.other.Anything", "anything", ""),
+    ],
+)
+def test_what_a_class_takes_is_read_from_its_source(path: str, taken: str, refused: str, tmp_path: Path) -> None:
+    module_of_ones_own(tmp_path)
+    sources = SourceIndex([tmp_path])
+    try:
+        takes = signature(sources, sources.find(path))
+    except Undecidable:
+        assert (taken, refused) == ("anything", "")
+        return
+    assert all(name in takes.arguments or not takes.closed for name in taken.split())
+    assert not any(name in takes.arguments or not takes.closed for name in refused.split())
+
+
+def test_a_class_of_ones_own_that_is_not_there(tmp_path: Path) -> None:
+    module_of_ones_own(tmp_path)
+    assert said([*DIGITS, "--model", "own.inner.NotThere"], tmp_path).startswith("model: own.inner.NotThere does not exist")
+    assert said([*DIGITS, "--model", "own.nothing.X"], tmp_path).startswith(
+        "model: own.nothing.X does not exist (No module named 'own.nothing')"
+    )
+    assert "did you mean 'own.inner.Passing'" in said([*DIGITS, "--model", "own.inner.Pasing"], tmp_path)
+    assert said([*DIGITS, "--model", "own.inner.Passing", "--model.extra", "x"], tmp_path) == (
+        "model.extra: 'x' is not valid: expected int."
+    )
+    network = ["--model.network", "own.inner.Hidden"]
+    assert said([*DIGITS, *network], tmp_path) == "model.network.depth: must be set; own.inner.Hidden needs it."
+    assert said([*DIGITS, *network, "--model.network.depth=1", "--model.network.width=x"], tmp_path) == (
+        "model.network.width: 'x' is not valid: expected int or null."
+    )
+    # A short name is known to the parser if its module has been imported; one's own may import anything.
+    assert said([*DIGITS, "--model", "own.inner.Passing", "--trainer.callbacks+=Mine"], tmp_path) == ""
+
+
+def test_nothing_is_imported(tmp_path: Path) -> None:
+    module_of_ones_own(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from lockstep.core import UsageError\n"
+        "from lockstep.config.validation import validate_arguments as check\n"
+        f"digits, own = {list(DIGITS)!r}, ['--model', 'own.inner.Passing', '--model.network', 'own.Public']\n"
+        f"check([*digits, *own, '--model.network.depth=1', '--trainer.callbacks+=Timer'], folders=[Path({str(tmp_path)!r})])\n"
+        "try:\n    check([*digits, '--model.criterion', 'torch.nn.Nothing'])\n"
+        "except UsageError as error:\n    print(error.message)\n"
+        "print([name for name in ('torch', 'lightning', 'jsonargparse', 'numpy', 'own') if name in sys.modules])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout.splitlines()[1:] == ["[]"], run.stderr
+    assert run.stdout.startswith("model.criterion: torch.nn.Nothing does not exist")
+
+
+@pytest.mark.parametrize("module", [lightning.pytorch.callbacks, lightning.pytorch.loggers, torch.nn.modules])
+def test_arguments_are_the_parsers(module: Any) -> None:
+    sources, certain = SourceIndex(), 0
+    for name in module.__all__:
+        cls = getattr(module, name)
+        try:
+            takes = signature(sources, sources.find(f"{module.__name__}.{name}"))
+        except Undecidable:
+            continue
+        if takes.closed and isinstance(cls, type):
+            parser = jsonargparse.ArgumentParser()
+            parser.add_class_arguments(cls, "x", fail_untyped=False)
+            names = {action.dest[2:] for action in parser._actions if re.fullmatch(r"x\.\w+", action.dest)}
+            assert names <= set(takes.arguments), name
+            certain += 1
+    assert certain > len(module.__all__) / 2

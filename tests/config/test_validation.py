@@ -1,0 +1,351 @@
+"""The check before a job is queued: one sentence for each mistake, and no false alarm.
+
+What passes, what each mistake says, and that the real parser says so too.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from support.configs import DIGITS, said, written
+from support.runs import REPO
+
+from lockstep.config.validation.lookup import SourceIndex
+from lockstep.config.validation.validate import ConfigValidator, validate_arguments
+from lockstep.core.errors import UsageError
+from lockstep.trainer.config_parser import make_parser, parse_config
+
+README = (REPO / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_passes(path: Path) -> None:
+    is_addition = path.stem.startswith("deepspeed_")
+    config = validate_arguments([*(DIGITS if is_addition else ()), "--config", str(path)])
+    assert config["run"]["name"] == ("digits" if is_addition else path.stem)
+    assert config["model"]["class_path"] == "lockstep.models.Classifier"
+    assert config["strategy"] == ("deepspeed" if is_addition or path.stem == "vit_6b" else "ddp")
+
+
+def readme_commands() -> list[str]:
+    """What follows the launcher in the README's command lines, and flags that it gives alone."""
+    lines = re.findall(r"^python (?:launch/local\.py|-m lockstep\.train) ([^#\n]*)", README, re.MULTILINE)
+    return [line.strip() for line in lines] + re.findall(
+        r"`(--(?:model|trainer|wandb|data|shared)[^`]* [^`]*|--trainer[^`]*=[^`]*)`", README
+    )
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_every_command_of_the_readme_passes(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    arguments = shlex.split(re.sub(r"--(?:ranks|nodes|resume) \S+", "", line))
+    at = 1 if arguments and not arguments[0].startswith("-") else 0
+    if "--config" not in arguments:
+        images = any(key in line for key in ("--data.on_corrupt", "--data.archive"))
+        arguments[at:at] = ["--config", str(REPO / "configs/imagenet.yaml")] if images else DIGITS
+    assert said(arguments) == ""
+
+
+def test_the_readme_is_read() -> None:
+    assert len(readme_commands()) >= 8
+
+
+@pytest.mark.parametrize(
+    "line", ["--help", "-h", "--print_config", "--model.help lockstep.models.Classifier", "--run.test_after_fit no -h"]
+)
+def test_what_shows_something_passes(line: str) -> None:
+    assert said(line.split()) == ""
+
+
+def test_the_readmes_own_module_passes(tmp_path: Path) -> None:
+    blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", README, re.DOTALL)
+    module, config_file = (next(block for block in blocks if mark in block) for mark in ("class Line(", "mine.Line"))
+    written(tmp_path, module, "mine.py")
+    config = validate_arguments(["--config", written(tmp_path, config_file)], folders=[tmp_path])
+    assert config["model"] == {"class_path": "mine.Line", "init_args": {"lr": 0.3}}
+    assert said(["--config", str(tmp_path / "mine.yaml"), "--model.lrr", "1"], tmp_path) == (
+        "model.lrr (value 1): there is no such key of mine.Line; did you mean 'model.lr'?"
+    )
+
+
+def test_defaults_files_and_flags_are_merged_in_their_order(tmp_path: Path) -> None:
+    config = validate_arguments(list(DIGITS))
+    usual = {"test_after_fit": True, "hang_timeout_seconds": 300.0, "max_restarts": 100}
+    assert config["run"] == {"name": "digits", "root": Path("runs"), **usual}
+    assert (config["wandb"]["group"], config["shared_filesystem"]) == (None, True)
+    later = written(
+        tmp_path, "trainer: {max_epochs: 7, accumulate_grad_batches: 2}\nmodel: {init_args: {lr: 5e-1}}\nrun.name: a\n"
+    )
+    flags = ["--trainer.max_epochs", "9", "--run.root=/x", "--shared_filesystem", "no", "--wandb.group", "7"]
+    config = validate_arguments(["fit", *DIGITS, "--config", later, *flags])
+    assert config["trainer"] == {"max_epochs": 9, "log_every_n_steps": 10, "accumulate_grad_batches": 2}
+    assert config["model"]["init_args"]["lr"] == 0.5
+    assert config["run"] == {"name": "a", "root": Path("/x"), **usual}
+    assert (config["wandb"]["group"], config["shared_filesystem"]) == ("7", False)
+    assert validate_arguments(["--trainer.max_epochs", "9", *DIGITS])["trainer"]["max_epochs"] == 20
+
+
+def test_a_new_class_keeps_the_arguments_that_it_takes() -> None:
+    network = ["--model.network", "lockstep.models.MLP", "--model.network.hidden", "[1]", "--model.network.num_classes=5"]
+    config = validate_arguments([*DIGITS, *network])
+    assert config["model"]["init_args"]["network"] == {
+        "class_path": "lockstep.models.MLP",
+        "init_args": {"num_classes": 5, "hidden": [1]},
+    }
+    callbacks = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9", "--trainer.callbacks+=Timer"]
+    assert validate_arguments([*DIGITS, *callbacks])["trainer"]["callbacks"] == [
+        {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}},
+        {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {}},
+    ]
+
+
+NO_KEY = [  # (arguments after the default config, message); both the check and the parser refuse them
+    (["foo"], "'foo' is no key: keys begin with --, a command (fit, validate, test, predict) stands before them."),
+    (["--trainer.max_epochs"], "trainer.max_epochs: needs a value: --trainer.max_epochs VALUE."),
+    (["--run.name", "--run.test_after_fit", "true"], "run.name: needs a value"),
+    (["--trainer.max_epoch", "3"], "trainer.max_epoch (value 3): there is no such key; did you mean 'trainer.max_epochs'"),
+    (["--ddp.static_grph=1"], "ddp.static_grph (value 1): there is no such key; did you mean 'ddp.static_graph'"),
+    (["--modle.lr", "1"], "modle.lr (value 1): there is no such key; did you mean 'model.lr'?"),
+    (["--max_epochs", "1"], "max_epochs (value 1): there is no such key; did you mean 'trainer.max_epochs'?"),
+    (["--run.name.x", "1"], "run.name"),
+    (["--trainer.max_epochs+=1"], "trainer.max_epochs+"),
+    (["--trainer.devices", "2"], "trainer.devices (value 2): is not for a config; the launcher decides it"),
+    (["--trainer.strategy=ddp"], "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)"),
+    (["--config", "nowhere.yaml"], "config: there is no file nowhere.yaml"),
+    (["--config", str(REPO / "configs")], "is a folder, not a file."),
+]
+WRONG_VALUE = [
+    (["--trainer.max_epochs", "ten"], "trainer.max_epochs: 'ten' is not valid: expected int or null."),
+    (["--trainer.max_epochs=1.5"], "trainer.max_epochs: '1.5' is not valid: expected int or null."),
+    (["--trainer.max_epochs=1e3"], "trainer.max_epochs: '1e3' is not valid: expected int or null."),
+    (["--trainer.precision", "bf17"], "trainer.precision: 'bf17' is not valid: expected one of 'auto', '32-true',"),
+    (["--trainer.fast_dev_run=x"], "trainer.fast_dev_run: 'x' is not valid: expected int or bool."),
+    (["--trainer.deterministic=wran"], "trainer.deterministic: 'wran' is not valid: expected bool or one of 'warn' or null"),
+    (["--wandb.mode", "onlin"], "wandb.mode: 'onlin' is not valid: expected one of 'auto', 'online'"),
+    (["--wandb.tags", "a"], "wandb.tags: 'a' is not valid: expected list."),
+    (["--strategy", "dp"], "strategy: 'dp' is not valid: expected one of 'ddp', 'deepspeed'"),
+    (["--run.test_after_fit", "1"], "run.test_after_fit: '1' is not valid: expected bool."),
+    (["--run", "5"], "run"),
+    (["--seed_everything", "x"], "seed_everything: 'x' is not valid: expected int."),
+    (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
+    (["--checkpoint.save_top_k", "0"], "checkpoint.save_top_k: 0 must be 1 or more."),
+    (["--model.lr", "fast"], "model.lr: 'fast' is not valid: expected float."),
+    (["--model.lr", "[1]"], "model.lr: '[1]' is not valid: expected float."),
+    (["--model.schedule", "cosin"], "model.schedule: 'cosin' is not valid: expected one of 'constant', 'cosine', 'step'; did"),
+    (["--model.optimizer_args", "0.9"], "model.optimizer_args: '0.9' is not valid: expected dict or null."),
+    (["--model.network.widths", "8"], "model.network.widths: '8' is not valid: expected"),
+    (["--data.batch_size", "many"], "data.batch_size: 'many' is not valid: expected int or null."),
+]
+WRONG_CLASS = [
+    (["--model.lrr", "3"], "model.lrr (value 3): there is no such key of lockstep.models.Classifier; did you mean 'model.lr'"),
+    (["--model.init_args.lrr=3"], "model.lrr (value 3): there is no such key of lockstep.models.Classifier; did you mean"),
+    (["--model.lr.x=3"], "model.lr"),
+    (["--data.batch", "3"], "data.batch (value 3): there is no such key of lockstep.data.Digits; did you mean"),
+    (
+        ["--model.network.width", "[1]"],
+        "model.network.width (value [1]): there is no such key of lockstep.models.ConvNet; did",
+    ),
+    (["--model", "nowhere.Model"], "model: nowhere.Model does not exist (No module named 'nowhere'); run from the folder"),
+    (["--model", "lockstep.model.Classifier"], "model: lockstep.model.Classifier does not exist"),
+    (
+        ["--model", "lockstep.models.Classifer"],
+        "model: lockstep.models.Classifer does not exist; did you mean 'lockstep.models",
+    ),
+    (["--model", "lockstep.models.MLP"], "model: lockstep.models.MLP is no LightningModule."),
+    (["--data", "Mnist"], "data: there is no class 'Mnist'; did you mean 'lockstep.data.MNIST'?"),
+    (["--model", "{class_path: lockstep.models.Classifier, lr: 1}"], "model."),
+    (
+        ["--trainer.callbacks+=EarlyStoping"],
+        "trainer.callbacks: there is no class 'EarlyStoping'; did you mean 'EarlyStopping'",
+    ),
+    (
+        ["--trainer.callbacks+=EarlyStopping"],
+        "trainer.callbacks.monitor: must be set; lightning.pytorch.callbacks.EarlyStopping",
+    ),
+    (
+        ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.deca=0.9"],
+        "trainer.callbacks.deca (value 0.9): there is no such key of lightning.pytorch.callbacks.EMAWeightAveraging; did you",
+    ),
+    (
+        ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=much"],
+        "trainer.callbacks.decay: 'much' is not valid: expected float.",
+    ),
+    (
+        ["--trainer.callbacks", "[{class_path: EarlyStopping, init_args: {monitr: x}}]"],
+        "trainer.callbacks.monitr",
+    ),
+    (["--trainer.logger=lightning.pytorch.loggers.CSVLoger"], "trainer.logger: lightning.pytorch.loggers.CSVLoger does not"),
+    (["--model.criterion=torch.nn.CrossEntropyLos"], "model.criterion: torch.nn.CrossEntropyLos does not exist"),
+    (["--model.criterion.label_smoothing=0.1"], "model.criterion.label_smoothing (value 0.1): "),
+    (
+        ["--model.network", "lockstep.models.MLP", "--model.network.hiden", "[1]"],
+        "model.network.hiden (value [1]): there is no such key of lockstep.models.MLP; did you mean 'model.network.hidden'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), NO_KEY + WRONG_VALUE + WRONG_CLASS)
+def test_a_mistake_has_its_sentence(arguments: list[str], message: str) -> None:
+    assert message in said([*DIGITS, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fti", *DIGITS], "'fti' is no command; did you mean 'fit'?"),
+        ([*DIGITS, "--node", "2"], "node (value 2): there is no such key; did you mean 'nodes'"),
+        ([], "model: must be set; a --config file usually does it, such as configs/digits.yaml."),
+        (["--model", "lockstep.models.Classifier"], "data: must be set;"),
+        (["--model.lr", "1", *DIGITS], "model.lr (value 1): the class is not known yet; set model before its arguments."),
+        # The annotation of network allows any text, but the classifier does not.
+        ([*DIGITS, "--model.network", "resnet19"], "torchvision has no classification model 'resnet19'; did you mean 'resnet1"),
+        ([*DIGITS, "--model.network", "lockstep.models.MPL"], "model.network: lockstep.models.MPL does not exist; did you"),
+    ],
+)
+def test_a_mistake_that_the_parser_sees_otherwise(arguments: list[str], message: str) -> None:
+    assert message in said(arguments)
+
+
+NO_KEY_IN_FILE = [
+    ("trainr: {max_epochs: 1}", "trainr (value {'max_epochs': 1}): there is no such key; did you mean 'trainer"),
+    ("trainer: {max_epoch: 1}", "trainer.max_epoch (value 1): there is no such key; did you mean 'trainer.max_epochs'"),
+    ("trainer.max_epoch: 1", "trainer.max_epoch"),
+    ("trainer: {strategy: ddp}", "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)"),
+    ("trainer:\nrun: {name: a}", "trainer: must hold keys with values; it holds nothing."),
+    ("run: 5", "run: must hold keys with values; it holds 5."),
+    ("run: {name: 5}", "run.name: '5' is not valid: expected str."),
+    ("run: {root: 5}", "run.root"),
+    ("model: 5", "model: '5' is not valid: expected"),
+    ("model: null", "model"),
+    ("model: {init_args: }", "model"),
+    ("model: {init_args: {lr: [1, 2]}}", "model.lr: '[1, 2]' is not valid: expected float."),
+    ("model: {init_args: {network: {init_args: {width: [8]}}}}", "model.network.width (value [8]): there is no such key of"),
+    ("trainer: {callbacks: [{class_path: Timer, init_args: {durtion: 1}}]}", "trainer.callbacks.durtion"),
+    ("trainer: [", "is no valid YAML"),
+    ("", "must hold keys with values; it holds nothing."),
+    ("5", "must hold keys with values; it holds 5."),
+    ("1: 2", "1"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NO_KEY_IN_FILE)
+def test_a_mistake_in_a_file_has_its_sentence(text: str, message: str, tmp_path: Path) -> None:
+    assert message in said([*DIGITS, "--config", written(tmp_path, text)])
+
+
+GOOD = [
+    "--trainer.max_epochs 3 --trainer.max_epochs=0x10 --trainer.max_epochs 1_000 --trainer.max_epochs null",
+    "--trainer.max_steps -1 --trainer.limit_train_batches .5 --trainer.limit_val_batches 3 --trainer.val_check_interval 0.5",
+    "--trainer.precision auto --trainer.deterministic warn --trainer.deterministic on --trainer.fast_dev_run true",
+    "--trainer.max_time 00:01:00:00 --trainer.max_time.hours 3 --trainer.profiler simple --trainer.accelerator gpu",
+    "--trainer '{max_epochs: 3}' --run '{name: a, test_after_fit: no}' --config '{run: {name: b}}' --trainer.logger=false",
+    "--trainer.logger CSVLogger --trainer.logger.save_dir x",
+    "--trainer.logger+=lightning.pytorch.loggers.CSVLogger --trainer.logger.save_dir=x --trainer.plugins null",
+    "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor x --trainer.callbacks+=Timer --trainer.callbacks.verbose=no",
+    "--trainer.callbacks '[{class_path: EarlyStopping, init_args: {monitor: x}}, EMAWeightAveraging]'",
+    "--trainer.callbacks null --trainer.callbacks [] --trainer.callbacks+=[Timer]",
+    "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.init_args.decay=0.9 --trainer.callbacks.multi_avg_fn=null",
+    "--run.name 5 --run.name '-5' --run.name= --run.name '{a' --run.root 5 --wandb.entity null --wandb.notes 'lr: high'",
+    "--wandb.tags [a,b] --wandb.tags+ c --wandb.mode offline --checkpoint.monitor null --ddp.bucket_cap_mb 1",
+    "--seed_everything 0 --shared_filesystem no --ckpt_path null --ckpt_path 5 --strategy ddp",
+    "--model.lr 1e-3 --model.lr 5 --model.lr .inf --model.lr ' 5' --model.lr null --model.init_args.lr 1E3",
+    "--model.lr=0.1 --model lockstep.models.Classifier --model.optimizer x --model.schedule step --model.step_size 3",
+    "--model.optimizer_args.momentum 0.9 --model.optimizer_args.a.b 1 --model.optimizer_args '{eps: 1}'",
+    "--model '{lr: 7}' --model '{init_args: {lr: 7}}' --model.init_args '{lr: 3}' --model.dict_kwargs.x 3 --model.compile true",
+    "--model.network resnet18 --model.num_classes 3 --model.network_args null",
+    "--model.network lockstep.models.MLP --model.network.hidden [1] --model.network.init_args.shape '[1, 8, 8]'",
+    "--model.network.widths [8] --model.init_args.network.init_args.widths [8]",
+    "--model.network.class_path lockstep.models.MLP --model.network.dropout 0",
+    "--model.network '{class_path: lockstep.models.MLP, init_args: {hidden: [3]}}' --model.network.init_args '{dropout: 1}'",
+    "--model.network torchvision.models.resnet18 --model.network.num_classes 3",
+    "--model.criterion CrossEntropyLoss --model.criterion.label_smoothing .1",
+    "--model.criterion torch.nn.CrossEntropyLoss --model.criterion.label_smoothing .1 --model.criterion null",
+    "--data.seed 3 --data.init_args.batch_size 3 --data lockstep.data.MNIST --data.augment no --data.root x",
+    "--data lockstep.data.ImageFolder --data.mean [0,0,0] --data.on_corrupt skip --data.archive a.tar",
+    "--data Digits --model Classifier",
+]
+GOOD_FILES = [
+    "trainer.max_epochs: 3\nmodel.lr: 3\n$schema: x\nmodel: {init_args.lr: 3, init_args: {network.widths: [8]}}\n",
+    "trainer: {callbacks+: [Timer, {class_path: EarlyStopping, init_args: {monitor: x}}], max_epochs: null}\n",
+    "trainer: {max_time: {days: 1}, logger: [{class_path: CSVLogger, init_args: {save_dir: x}}]}\n",
+    "model: lockstep.models.Classifier\ndata: {batch_size: 3, seed: 4}\nwandb: {tags: '[a]', notes: null}\n",
+    "model: {init_args: {lr: 1e-3, weight_decay: '5', optimizer: null, network: {init_args: {widths: [8, 8]}}}}\n",
+    "model: {class_path: lockstep.models.Classifier}\nrun: {root: null}\ntrainer: {}\n",
+]
+
+
+def parses(arguments: list[str]) -> bool:
+    """Whether the real parser takes ``arguments``."""
+    try:
+        parse_config(arguments)
+    except UsageError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("line", GOOD)
+def test_what_the_parser_takes_passes(line: str) -> None:
+    arguments = [*DIGITS, *shlex.split(line)]
+    assert parses(arguments)
+    assert said(arguments) == ""
+
+
+@pytest.mark.parametrize("text", GOOD_FILES)
+def test_a_file_that_the_parser_takes_passes(text: str, tmp_path: Path) -> None:
+    arguments = [*DIGITS, "--config", written(tmp_path, text)]
+    assert parses(arguments)
+    assert said(arguments) == ""
+
+
+def test_files_in_files_pass(tmp_path: Path) -> None:
+    written(tmp_path, "max_epochs: 3\n", "trainer.yaml")
+    written(tmp_path, "class_path: torch.nn.CrossEntropyLoss\ninit_args: {label_smoothing: 0.1}\n", "criterion.yaml")
+    model = "class_path: lockstep.models.Classifier\ninit_args: {lr: 3, criterion: criterion.yaml}\n"
+    inner = written(tmp_path, model, "model.yaml")
+    outer = written(tmp_path, "config: mine.yaml\n", "outer.yaml")
+    written(tmp_path, "trainer: trainer.yaml\nmodel: model.yaml\n")
+    for arguments in (["--config", outer], ["--model", inner, "--run", "{name: x}"]):
+        assert parses([*DIGITS, *arguments])
+        assert said([*DIGITS, *arguments]) == ""
+    assert validate_arguments([*DIGITS, "--config", outer])["trainer"]["max_epochs"] == 3
+
+
+@pytest.mark.parametrize("arguments", [arguments for arguments, _ in NO_KEY + WRONG_VALUE + WRONG_CLASS])
+def test_what_is_refused_the_parser_refuses_too(arguments: list[str]) -> None:
+    assert not parses([*DIGITS, *arguments])
+
+
+@pytest.mark.parametrize("text", [text for text, _ in NO_KEY_IN_FILE])
+def test_a_file_that_is_refused_the_parser_refuses_too(text: str, tmp_path: Path) -> None:
+    assert not parses([*DIGITS, "--config", written(tmp_path, text)])
+
+
+def test_the_keys_are_the_parsers() -> None:
+    known = {action.dest for action in make_parser()._actions if not re.search(r"help$|^print_|^==", action.dest)}
+    assert set(ConfigValidator(SourceIndex(), []).keys()) | {"run", "ddp", "checkpoint", "wandb"} == known
+
+
+def test_every_value_of_a_sweep_is_checked_with_the_others(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"model\.lr: 'x' is not valid"):
+        validate_arguments(
+            DIGITS, sweep={"model.network": ["lockstep.models.MLP", "lockstep.models.ConvNet"], "model.lr": ["0.1", "x"]}
+        )
+    # What only the sweep gives is not missing.
+    text = "from lightning.pytorch import LightningModule as L\nclass M(L):\n def __init__(self, width: int, depth: int = 1): 0"
+    written(tmp_path, text, "mine.py")
+    mine = [*DIGITS, "--model", "mine.M"]
+    with pytest.raises(UsageError, match=r"model\.width: must be set"):
+        validate_arguments(mine, folders=[tmp_path], sweep={"model.depth": ["1"]})
+    config = validate_arguments(mine, folders=[tmp_path], sweep={"model.depth": ["1", "2"], "model.width": ["10", "11"]})
+    assert config["model"]["init_args"] == {"depth": 1, "width": 10}
+
+
+def test_what_only_an_image_has_is_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from only_in_the_image import Base\nclass Model(Base): pass\n")
+    for path in ("only_in_the_image.Model", "mine.Model"):
+        validate_arguments([*DIGITS, "--model", path], folders=[tmp_path], elsewhere=True)
+    with pytest.raises(UsageError, match="No module named 'only_in_the_image'"):
+        validate_arguments([*DIGITS, "--model", "only_in_the_image.Model"], folders=[tmp_path])
+    with pytest.raises(UsageError, match=r"mine\.Modle does not exist; did you mean 'mine.Model'"):
+        validate_arguments([*DIGITS, "--model", "mine.Modle"], folders=[tmp_path], elsewhere=True)

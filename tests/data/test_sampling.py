@@ -1,0 +1,207 @@
+"""The order of the data: sampler arithmetic for many sizes and ranks, then real loaders with workers."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+from lockstep.core.errors import UsageError
+from lockstep.core.world import World
+from lockstep.data.sampling import EpochSampler, GlobalBatchSampler
+from lockstep.data.seeding import SeededDataset, derive_seed
+from lockstep.data.sharding import DataSharding
+
+RANKS = range(1, 9)
+
+
+def batches_of_all_ranks(
+    samples: int, batch_size: int, size: int, shuffle: bool, drop_last: bool = False, epoch: int = 0
+) -> list[list[list[int]]]:
+    """The indices of each batch of each rank."""
+    found = []
+    for rank in range(size):
+        source = RandomSampler(range(samples)) if shuffle else SequentialSampler(range(samples))
+        order = EpochSampler(source, seed=5)
+        order.set_epoch(epoch)
+        batches = GlobalBatchSampler(order, batch_size, drop_last, World(rank, size, rank, size))
+        found.append([[index for _, index in batch] for batch in batches])
+        assert len(found[-1]) == len(batches)
+        for number, batch in enumerate(found[-1]):
+            assert batches.weight(number) == pytest.approx(len(batch) * size / batches.size(number))
+    return found
+
+
+@pytest.mark.parametrize("size", RANKS)
+def test_evaluation_counts_each_sample_once_with_equally_many_batches_on_every_rank(size: int) -> None:
+    for samples in range(size, 68):
+        for batch_size in (1, 4, 8, 64):
+            ranks = batches_of_all_ranks(samples, batch_size, size, shuffle=False)
+            assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(samples))
+            assert len({len(batches) for batches in ranks}) == 1
+            assert all(batch for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize("size", RANKS)
+def test_training_shards_are_disjoint_and_together_the_whole_set(size: int) -> None:
+    for samples in range(size, 68):
+        batch_size = size * max(1, 8 // size)
+        if 0 < samples % batch_size < size:
+            with pytest.raises(UsageError, match="fewer than the"):
+                batches_of_all_ranks(samples, batch_size, size, shuffle=True)
+            continue
+        ranks = batches_of_all_ranks(samples, batch_size, size, shuffle=True)
+        assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(samples))
+        assert len({len(batches) for batches in ranks}) == 1
+
+
+@pytest.mark.parametrize("samples", range(1, 8))
+def test_more_ranks_than_samples_raises_error(samples: int) -> None:
+    with pytest.raises(UsageError, match=f"8 ranks are more than its {samples} samples"):
+        batches_of_all_ranks(samples, 8, 8, shuffle=False)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks(size: int) -> None:
+    alone = batches_of_all_ranks(67, 16, 1, shuffle=True, drop_last=True)[0]
+    together = batches_of_all_ranks(67, 16, size, shuffle=True, drop_last=True)
+    joined = [[index for rank in together for index in rank[number]] for number in range(len(alone))]
+    assert joined == alone
+    assert len(alone) == 4
+
+
+def test_every_epoch_and_seed_has_its_own_order() -> None:
+    def first(epoch: int) -> list[int]:
+        return [index for batch in batches_of_all_ranks(64, 16, 1, shuffle=True, epoch=epoch)[0] for index in batch]
+
+    assert first(0) == first(0)
+    assert first(0) != first(1)
+    assert len({derive_seed(seed, epoch) for seed in range(100) for epoch in range(100)}) == 10_000
+
+
+class Noisy(Dataset[tuple[int, float, float, float]]):
+    """Each sample is its index and a random number of each kind."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[int, float, float, float]:
+        return index, torch.rand(()).item(), np.random.rand(), random.random()
+
+
+def all_samples(loader: DataLoader[Any], world: World, epoch: int = 0) -> list[tuple[float, ...]]:
+    """Every sample that this rank sees in one epoch."""
+    ordered = DataSharding(world, seed=3).shard(loader)
+    ordered.batch_sampler.order.set_epoch(epoch)
+    return [tuple(float(column[row]) for column in batch) for batch in ordered for row in range(len(batch[0]))]
+
+
+def test_a_plain_loader_gets_the_same_samples_and_augmentation_whatever_the_ranks_and_workers() -> None:
+    alone = all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World())
+    assert len(set(alone)) == 24
+    for workers in (0, 1, 2):
+        ranks = [
+            all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=workers), World(rank, 2, rank, 2))
+            for rank in range(2)
+        ]
+        assert sorted(ranks[0] + ranks[1]) == sorted(alone)
+    assert sorted(all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World(), epoch=1)) != sorted(alone)
+
+
+def test_persistent_workers_follow_the_epoch() -> None:
+    loader = DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=1, persistent_workers=True)
+    ordered = DataSharding(World(), seed=3).shard(loader)
+    seen = []
+    for epoch in (0, 1):
+        ordered.batch_sampler.order.set_epoch(epoch)
+        seen.append([tuple(float(c[row]) for c in batch) for batch in ordered for row in range(8)])
+    assert seen == [all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World(), epoch) for epoch in (0, 1)]
+
+
+def test_loading_leaves_the_random_state_as_it_was() -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World())
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+
+def test_a_sampler_of_ones_own_is_shared_out_too() -> None:
+    def drawn(world: World) -> list[int]:
+        sampler = WeightedRandomSampler([1.0] * 12 + [5.0] * 12, 16)
+        return [int(sample[0]) for sample in all_samples(DataLoader(Noisy(), batch_size=8, sampler=sampler), world)]
+
+    alone, ranks = drawn(World()), [drawn(World(rank, 2, rank, 2)) for rank in range(2)]
+    assert sorted(ranks[0] + ranks[1]) == sorted(alone)
+    assert len(alone) == 16
+
+
+class Custom(DataLoader[Any]):
+    """A loader class of one's own."""
+
+    def __init__(self, extra: str, **arguments: Any) -> None:
+        super().__init__(Noisy(), **arguments)
+        self.extra = extra
+
+
+def test_a_loader_class_of_ones_own_stays_what_it_is() -> None:
+    ordered = DataSharding(World(0, 2, 0, 2), 1).shard(Custom("mine", batch_size=8, shuffle=True))
+    assert type(ordered) is Custom
+    assert ordered.extra == "mine"
+    assert len(list(ordered)) == len(ordered) == 3
+
+
+class Stream(IterableDataset[int]):
+    """No index, no length."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+@pytest.mark.parametrize(
+    ("loader", "reason"),
+    [
+        (DataLoader(Stream(), batch_size=2), "an IterableDataset"),
+        (DataLoader(Noisy(), batch_size=None), "no batches"),
+        (
+            DataLoader(Noisy(), batch_sampler=type("Mine", (BatchSampler,), {})(range(4), 2, False)),
+            "a batch sampler of its own (Mine)",
+        ),
+        (DataLoader(Noisy(), sampler=DistributedSampler(Noisy(), 2, 0)), "a DistributedSampler"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_left_alone_with_a_warning(
+    loader: DataLoader[Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert DataSharding(World(0, 2, 0, 2), 1).shard(loader, "MyData") is loader
+    assert f"MyData is left alone because it has {reason}" in caplog.text
+    caplog.clear()
+    assert DataSharding(World(), 1).shard(loader) is loader
+    assert DataSharding(World(1, 2, 1, 2), 1).shard(loader) is loader
+    assert caplog.text == ""
+
+
+def test_what_is_no_loader_passes_through() -> None:
+    assert DataSharding(World(0, 2, 0, 2), 1).shard([1, 2, 3]) == [1, 2, 3]
+
+
+def test_attributes_of_the_dataset_stay_within_reach() -> None:
+    data = Noisy()
+    data.classes = ["a"]
+    assert SeededDataset(data, 1).classes == ["a"]
+    with pytest.raises(AttributeError):
+        _ = SeededDataset(data, 1).nothing

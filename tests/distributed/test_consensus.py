@@ -1,0 +1,77 @@
+"""Agreeing on a step to stop after, in two real ranks; then that lightning's own ways are off, in a real run."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from support.runs import SMALL, Launch
+
+from lockstep.core.world import World
+from lockstep.distributed.consensus import StopConsensus
+from lockstep.distributed.process_group import destroy_process_group, enable_flight_recorder, init_process_group
+from lockstep.distributed.ranks import fork_ranks
+from lockstep.distributed.signals import SignalReceiver
+
+
+def steps_until_stop(world: World) -> tuple[int, int]:
+    """The step after which this rank stops, and for what; rank one is told after five steps, and is slower than the others."""
+    init_process_group(world, torch.device("cpu"), timedelta(minutes=1))
+    agreement = StopConsensus(world)
+    for step in range(1, 1000):
+        time.sleep(0.01 * (1 + world.rank))
+        agreed = agreement.poll(signal.SIGTERM if world.rank == 1 and step > 5 else 0, save=False)
+        if agreed.stop:
+            agreement.close()
+            destroy_process_group()
+            return step, agreed.stop
+    raise AssertionError("they never stopped")
+
+
+def test_all_ranks_stop_after_the_same_step() -> None:
+    stops = fork_ranks(steps_until_stop, nodes=1, ranks=3)
+    assert len(set(stops)) == 1
+    step, number = stops[0]
+    assert 5 < step < 120 and number == signal.SIGTERM
+
+
+def test_a_signal_is_noted_and_a_second_ctrl_c_means_what_it_says() -> None:
+    signals, before = SignalReceiver(), signal.getsignal(signal.SIGTERM)
+    with signals.installed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Watch(Callback):
+    """Fails where lightning has taken over the handlers, or talks to other ranks at a step."""
+
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
+        handler = signal.getsignal(signal.SIGTERM)
+        assert getattr(handler, "__self__", None).__class__ is SignalReceiver, handler
+
+        def broadcast(*_: object, **__: object) -> None:
+            raise AssertionError("lightning broadcasts at each step")
+
+        torch.distributed.broadcast = broadcast
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        assert type(trainer.fit_loop).__module__ == type(trainer.fit_loop.epoch_loop).__module__ == "lockstep.loop"
+
+
+def test_lightnings_own_signal_handling_and_its_broadcast_are_off(launch: Launch) -> None:
+    assert launch("--ranks", "2", *SMALL, f"--trainer.callbacks+={__name__}.Watch", "--run.test_after_fit", "false").status == 0
+
+
+def test_nccl_is_told_to_leave_a_trace_and_a_user_may_say_otherwise(tmp_path: Path) -> None:
+    env = {"TORCH_FR_BUFFER_SIZE": "7"}
+    enable_flight_recorder(tmp_path, env)
+    trace = f"{tmp_path}/nccl-trace-"
+    assert env == {"TORCH_FR_BUFFER_SIZE": "7", "TORCH_FR_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": trace}

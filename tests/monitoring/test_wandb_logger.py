@@ -1,0 +1,241 @@
+"""Where metrics go: the metrics file, W&B's mode, then a real W&B run of four ranks, read back from its file, and
+real online runs, with a server that comes and goes."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+import yaml
+from support.runs import SMALL, Launch, Outcome
+from support.wandb_server import WandbServer
+
+from lockstep.config.schema import WandbOptions
+from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
+from lockstep.monitoring.wandb_logger import wandb_mode
+
+
+def test_metrics_file_takes_new_columns_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    CsvMetricsLogger(path, lambda: 1).log_metrics({"a": 1.5, "epoch": 0})
+    again = CsvMetricsLogger(path, lambda: 2)
+    again.log_metrics({"a": 1.5, "epoch": 0})  # the step is done again
+    again.log_metrics({"b": 2.5, "epoch": 1})
+    with path.open("a") as file:
+        file.write("3,1,")  # killed in the middle of a line
+    third = CsvMetricsLogger(path, lambda: 3)
+    third.row_count = 2  # as a checkpoint says
+    third.log_metrics({"b": 3.5, "epoch": 1})
+    assert read_metrics(path) == [
+        {"step": "1", "epoch": "0", "a": "1.5", "b": ""},
+        {"step": "2", "epoch": "1", "a": "", "b": "2.5"},
+        {"step": "3", "epoch": "1", "a": "", "b": "3.5"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "env", "netrc", "expected"),
+    [
+        ("auto", {}, "", "offline"),
+        ("auto", {"WANDB_API_KEY": "x" * 40}, "", "online"),
+        ("auto", {"WANDB_MODE": "disabled", "WANDB_API_KEY": "x" * 40}, "", "disabled"),
+        ("auto", {}, "machine api.wandb.ai login user password 123", "online"),
+        ("auto", {"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password 123", "offline"),
+        ("auto", {}, "this is no netrc", "offline"),
+        ("offline", {"WANDB_API_KEY": "x" * 40}, "", "offline"),
+        ("disabled", {"WANDB_MODE": "online"}, "", "disabled"),
+    ],
+)
+def test_mode_follows_the_config_then_the_environment_then_the_key(
+    tmp_path: Path, mode: Any, env: dict[str, str], netrc: str, expected: str
+) -> None:
+    if netrc:
+        (tmp_path / ".netrc").write_text(netrc)
+    assert wandb_mode(WandbOptions(mode=mode), env | {"HOME": str(tmp_path)}) == expected
+
+
+def records(run: Outcome) -> list[dict[str, Any]]:
+    """What W&B's own reader finds in the one offline file of a run."""
+    (file,) = run.folder.glob("wandb/offline-run-*/*.wandb")
+    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: Launch) -> None:
+    tags = ["--wandb.group", "trial", "--wandb.tags", "[small, quick]"]
+    run = launch("--nodes", "2", "--ranks", "2", *SMALL, "--wandb.mode", "offline", *tags)
+    assert run.status == 0
+    assert len(list(run.folder.glob("wandb/*run-*"))) == 1
+    found = {kind: [record[kind] for record in records(run) if record["type"] == kind] for kind in ("run", "history", "exit")}
+    (started,) = found["run"]
+    assert (started["run_id"], started["run_group"], started["tags"]) == (run.folder.name, "trial", ["small", "quick"])
+    config = started["config"]["update"]
+    assert config["lockstep"]["world_size"] == 4
+    assert len(config["lockstep"]["launch"]["git"]["commit"]) == 40
+    assert config["model"]["init_args"]["lr"] == 0.005
+    history = [record["item"] for record in found["history"]]
+    trained = [row for row in history if "train/loss" in row]
+    assert [row["train/loss"] for row in trained] == pytest.approx(run.series("train/loss"))
+    assert [row["trainer/global_step"] for row in trained] == [5, 10, 15, 20, 25, 30, 35, 40]
+    summary: dict[str, float] = {}
+    for row in history:
+        summary |= row
+    for name, value in run.result["metrics"].items():
+        assert summary[name] == pytest.approx(value), name
+    assert [record["exit_code"] for record in found["exit"]] == [0]
+
+
+def test_a_failed_run_is_marked_as_failed(launch: Launch) -> None:
+    run = launch("--ranks", "2", *SMALL, "--wandb.mode", "offline", "--model.num_classes", "12")
+    assert run.status == 2
+    assert [record["exit"]["exit_code"] for record in records(run) if record["type"] == "exit"] == [1]
+
+
+def test_disabled_leaves_no_trace(launch: Launch) -> None:
+    run = launch(*SMALL, "--wandb.mode", "disabled")
+    assert not (run.folder / "wandb").exists()
+
+
+def test_no_secret_is_written(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "deadbeef" * 5)
+    run = launch("--ranks", "2", *SMALL, "--wandb.mode", "offline")
+    assert run.status == 0
+    for path in run.folder.rglob("*"):
+        if path.is_file():
+            assert b"deadbeef" * 5 not in path.read_bytes(), path
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["wandb"]["mode"] == "offline"
+
+
+def test_an_unreachable_server_does_not_end_the_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "deadbeef" * 5)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    run = launch(*SMALL, "--wandb.mode", "online")
+    assert run.status == 0
+    assert any(record["type"] == "history" for record in records(run))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A W&B server that runs here, for real online runs."""
+    with WandbServer() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def at_step(tmp_path: Path, what: str, step: int, rank: int = 0) -> list[str]:
+    """Arguments that make something happen once."""
+    given = {"what": what, "once": tmp_path / f"once-{step}", "step": step, "rank": rank}
+    return [
+        "--trainer.callbacks+=support.fault_callbacks.FaultCallback",
+        *(f"--trainer.callbacks.{name}={value}" for name, value in given.items()),
+    ]
+
+
+def when(paused: Path, act: Callable[[], None]) -> None:
+    """Do something while a run pauses."""
+
+    def wait() -> None:
+        while not paused.exists():
+            time.sleep(0.01)
+        act()
+        paused.with_suffix(".over").touch()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def assert_complete(server: WandbServer, run: Outcome) -> None:
+    """The server has each row of metrics once, in order, under its number."""
+    history, rows = server.history(run.folder.name), read_metrics(run.folder / "metrics.csv")
+    assert [row["_step"] for row in history] == list(range(1, len(rows) + 1))
+    assert [row["trainer/global_step"] for row in history] == [int(row["step"]) for row in rows]
+
+
+@pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM"])
+def test_attempts_are_one_online_run(launch: Launch, tmp_path: Path, server: WandbServer, what: str) -> None:
+    run = launch("--ranks", "2", *SMALL, *at_step(tmp_path, what, 27))
+    assert run.status != 0
+    assert launch("--resume", str(run.folder)).status == 0
+    assert_complete(server, run)
+    said = server.ends[run.folder.name]
+    assert said[-1] == {"exitcode": 0}
+    assert ({"preempting": True} in said) == (what == "SIGTERM")
+
+
+def test_a_server_that_goes_away_and_comes_back_misses_nothing(launch: Launch, tmp_path: Path, server: WandbServer) -> None:
+    when(tmp_path / "once-10", server.go)
+    when(tmp_path / "once-30", server.come)
+    run = launch(*SMALL, *at_step(tmp_path, "pause", 10), *at_step(tmp_path, "pause", 30))
+    assert run.status == 0
+    assert_complete(server, run)
+
+
+def test_a_server_that_comes_only_at_the_end_gets_everything(
+    launch: Launch, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.go()
+    when(tmp_path / "once-30", server.come)
+    run = launch(*SMALL, *at_step(tmp_path, "pause", 30))
+    assert run.status == 0
+    assert "W&B cannot be reached, going on offline" in capfd.readouterr().err
+    assert_complete(server, run)
+
+
+def test_what_a_server_has_missed_is_given_to_it_later(
+    launch: Launch, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.go()
+    run = launch(*SMALL)
+    assert run.status == 0
+    assert f"wandb sync {run.folder}/wandb/offline-run-*" in capfd.readouterr().err
+    server.come()
+    for _ in range(2):
+        command = [sys.executable, "-m", "lockstep.cli", "sync", str(run.folder)]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().endswith(run.folder.name)
+        assert_complete(server, run)
+    server.go()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "try again later" in done.stderr) == (1, True)
+
+
+def test_wandb_that_dies_while_it_starts_ends_no_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = wandb.init, []
+
+    def dying(**arguments: Any) -> Any:
+        run = real(**arguments)
+        calls.append(run)
+        subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=len(calls) == 1)
+        return run
+
+    monkeypatch.setattr(wandb, "init", dying)
+    run = launch(*SMALL, "--wandb.mode", "offline")
+    assert (run.status, run.result["status"]) == (0, "finished")
+
+
+def test_wandb_that_dies_while_it_starts_gets_everything_later(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = wandb.init, []
+
+    def dying_once(**arguments: Any) -> Any:
+        run = real(**arguments)
+        calls.append(run)
+        if len(calls) == 1:
+            subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=True)
+        return run
+
+    monkeypatch.setattr(wandb, "init", dying_once)
+    run = launch(*SMALL, "--wandb.mode", "offline")
+    found = []
+    for file in sorted(run.folder.glob("wandb/offline-run-*/*.wandb")):
+        reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        lines = subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines()
+        found += [r["history"]["item"]["_step"] for r in map(json.loads, lines) if r["type"] == "history"]
+    assert found == list(range(1, 1 + len(read_metrics(run.folder / "metrics.csv"))))

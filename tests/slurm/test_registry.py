@@ -1,0 +1,87 @@
+"""What became of a job that Slurm has forgotten: from what its run folder holds alone. No Slurm and no torch."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lockstep.core.files import atomic_write_json
+from lockstep.runs.failure import Failure, record_failure
+from lockstep.runs.run import Run
+from lockstep.slurm.registry import SubmittedJob, find_job, register_job, registered_jobs
+from lockstep.slurm.status import RunStatus, query_status
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """A login shell without Slurm's commands."""
+    return {"HOME": str(tmp_path), "PATH": ""}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run that has begun."""
+    made = Run.create(tmp_path / "runs", "x")
+    (made.folder / "slurm").mkdir()
+    made.begin_attempt()
+    return made
+
+
+def seen(run: Run, env: dict[str, str]) -> RunStatus:
+    """The run as job 7."""
+    (view,) = query_status([SubmittedJob("7", run.folder, "x", 1, "")], env)
+    return view
+
+
+def ended(run: Run, status: int, output: str = "") -> None:
+    """What the batch script leaves."""
+    (run.folder / "slurm/7.exit").write_text(f"{status}\n")
+    (run.folder / "slurm/7_0_log.out").write_text(output)
+
+
+@pytest.mark.parametrize(("status", "told"), [(1, 1), (2, 2), (3, 1), (4, 1), (7, 1), (143, 143)])
+def test_what_a_script_ends_with_is_not_taken_for_a_word_of_slurms(
+    run: Run, env: dict[str, str], status: int, told: int
+) -> None:
+    ended(run, status, "nvidia-smi: no devices\n")
+    view = seen(run, env)
+    assert (view.exit_status, view.state, view.alive) == (told, "failed", False)
+    assert "nvidia-smi: no devices" in view.message
+
+
+def test_the_first_failure_is_told(run: Run, env: dict[str, str]) -> None:
+    ended(run, 3)
+    record_failure(run, 1, Failure(1, 2, 1, "b", "it was ended by exit status 3.", 3))
+    view = seen(run, env)
+    assert (view.exit_status, view.message) == (1, "rank 1 (node 1, b): it was ended by exit status 3.")
+
+
+@pytest.mark.parametrize(("words", "status"), [("TIME LIMIT", 5), ("NODE FAILURE", 7), ("PREEMPTION", 7)])
+def test_what_slurm_did_is_known_after_it_has_forgotten_it(run: Run, env: dict[str, str], words: str, status: int) -> None:
+    ended(run, 143, f"slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO {words} ***\n")
+    record_failure(run, 1, Failure(0, 2, 0, "a", "it was ended by SIGTERM.", 143))
+    assert seen(run, env).exit_status == status
+
+
+def test_a_finished_run_is_finished(run: Run, env: dict[str, str]) -> None:
+    ended(run, 0)
+    atomic_write_json(run.result, {"status": "finished"})
+    assert (seen(run, env).exit_status, seen(run, env).state) == (0, "finished")
+
+
+def test_an_id_belongs_to_the_job_that_has_it_last(tmp_path: Path, env: dict[str, str]) -> None:
+    runs = [Run.create(tmp_path / "runs", "x") for _ in range(2)]
+    for run in runs:
+        register_job(SubmittedJob("1", run.folder, "x", 1, ""), env)
+    register_job(SubmittedJob("2", tmp_path / "gone", "x", 1, ""), env)
+    assert [(job.folder, job.recycled) for job in registered_jobs(env)] == [(runs[0].folder, True), (runs[1].folder, False)]
+    assert find_job("1", env).folder == runs[1].folder and find_job(str(runs[0].folder), env).recycled
+
+
+def test_a_run_of_a_sweep_is_found_by_its_folder(tmp_path: Path, env: dict[str, str]) -> None:
+    sweep = Run.create(tmp_path / "runs", "x")
+    register_job(SubmittedJob("9", sweep.folder, "x", 2, ""), env)
+    member = sweep.folder.with_name(f"{sweep.id}-001")
+    found = find_job(str(member), env)
+    assert (found.job, found.folder, found.runs) == ("9_1", member, 1)
+    assert json.loads((tmp_path / ".local/state/lockstep/jobs.jsonl").read_text())["runs"] == 2

@@ -1,0 +1,250 @@
+"""ZeRO over gloo: the losses of DDP, the same weights after a kill, from any number of ranks and stage to any other."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.deepspeed_runs import RUN, zero
+from support.runs import REPO, Launch, assert_same, go_on, left_alone, trouble
+
+from lockstep.data.digits import Digits
+from lockstep.models.networks import MLP
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """DeepSpeed once, and not once in each forked rank."""
+    importlib.import_module("deepspeed")
+
+
+DDP = ["--strategy", "ddp", "--ranks", "2"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_losses_are_those_of_ddp(launch: Launch, stage: int, ranks: int) -> None:
+    ddp = left_alone(launch, *RUN)
+    run = launch(*RUN, *zero(stage, ranks))
+    assert run.status == 0
+    assert run.series("train/loss")[:50] == pytest.approx(ddp.series("train/loss")[:50], abs=1e-5)
+    assert run.result["metrics"]["test/correct"] == ddp.result["metrics"]["test/correct"]
+    assert run.series("optim/grad_norm")[:50] == pytest.approx(ddp.series("optim/grad_norm")[:50], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_killed_run_ends_with_the_same_weights(launch: Launch, tmp_path: Path, stage: int) -> None:
+    told = (*RUN, *zero(stage, 2))
+    undisturbed = left_alone(launch, *told)
+    killed = launch(*told, *trouble(tmp_path / "once", "SIGKILL", step=33, rank=1))
+    assert killed.status == 1
+    assert_same(go_on(launch, killed), undisturbed)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_accumulated_gradients_are_those_of_ddp_also_at_the_end_of_an_epoch(launch: Launch, tmp_path: Path, stage: int) -> None:
+    accumulated = (*RUN, "--trainer.accumulate_grad_batches", "3")
+    ddp, undisturbed = left_alone(launch, *accumulated), launch(*accumulated, *zero(stage, 2))
+    assert undisturbed.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
+    assert undisturbed.result["global_step"] == ddp.result["global_step"] == 21
+    killed = launch(*accumulated, *zero(stage, 2), *trouble(tmp_path / "once", "SIGKILL", step=12, rank=1))
+    assert_same(go_on(launch, killed), undisturbed)
+
+
+def test_ones_own_module(launch: Launch, tmp_path: Path) -> None:
+    own = (
+        *(
+            "--model",
+            "support.fault_callbacks.Own",
+            "--data",
+            "support.fault_callbacks.Points",
+            "--trainer.max_epochs",
+            "4",
+            "--trainer.log_every_n_steps",
+            "6",
+        ),
+        *("--checkpoint.every_n_steps", "6", "--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min", *zero(3, 2)),
+        *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.patience=9"),
+    )
+    undisturbed = launch(*own)
+    killed = launch(*own, *trouble(tmp_path / "once", "SIGKILL", step=33))
+    assert_same(go_on(launch, killed), undisturbed)
+
+
+@pytest.mark.timeout(150)  # seven runs
+def test_frozen_tied_and_forgotten_parameters(launch: Launch, tmp_path: Path) -> None:
+    odd = (
+        "--model",
+        "support.fault_callbacks.Odd",
+        "--data",
+        "support.fault_callbacks.Points",
+        "--trainer.max_epochs",
+        "3",
+        "--checkpoint.every_n_steps",
+        "6",
+    )
+    ddp = launch(*odd, "--ranks", "2")
+    run = launch(*odd, *zero(3, 2), *trouble(tmp_path / "0", "SIGTERM", step=10))
+    for number, told in enumerate((zero(1, 2), zero(3, 2), ["--strategy", "ddp"], zero(3, 1)), start=1):
+        go_on(launch, run, *told, *trouble(tmp_path / str(number), "SIGTERM", step=10 + 8 * number))
+    finished = go_on(launch, run, *zero(2, 2))
+    assert finished.status == 0
+    assert finished.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
+    out = tmp_path / "weights.safetensors"
+    subprocess.run([sys.executable, "-m", "lockstep.export", str(run.folder), "--out", str(out)], check=True)
+    weights, expected = load_file(out), ddp.weights
+    assert weights.keys() == expected.keys() and "again.weight" in weights
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+
+
+def test_from_any_strategy_and_number_of_ranks_to_any_other(launch: Launch, tmp_path: Path) -> None:
+    ddp = left_alone(launch, *RUN)
+    run = launch(*RUN, *zero(3, 4), *trouble(tmp_path / "0", "SIGTERM", step=10))
+    chain = [["--strategy", "ddp", "--ranks", "2"], zero(1, 2), zero(3, 1), zero(2, 4)]
+    for number, told in enumerate(chain, start=1):
+        go_on(launch, run, *told, *trouble(tmp_path / str(number), "SIGTERM", step=10 + 10 * number))
+    assert go_on(launch, run, *zero(1, 4)).status == 0
+    assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
+
+
+def test_channels_last_weights(launch: Launch, tmp_path: Path) -> None:
+    told = ("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1")
+    told = (*told, "--model.network.widths", "[8,16]", "--model.channels_last", "true")
+    ddp = launch(*told, "--ranks", "2")
+    run = launch(*told, *zero(3, 2), *trouble(tmp_path / "0", "SIGTERM", step=10))
+    for number, last in ((1, "true"), (2, "false")):
+        go_on(
+            launch, run, *DDP, "--model.channels_last", last, *trouble(tmp_path / str(number), "SIGTERM", step=12 + 8 * number)
+        )
+    assert go_on(launch, run, *zero(1, 2), "--model.channels_last", "true").status == 0
+    assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
+    tested = launch("test", *told, *zero(3, 2), "--ckpt_path", str(run.folder))
+    assert tested.result["metrics"]["test/correct"] == run.result["metrics"]["test/correct"]
+
+
+def test_the_exported_file_is_as_good_as_the_run(launch: Launch, tmp_path: Path) -> None:
+    run = left_alone(launch, *RUN, *zero(3, 2))
+    out = tmp_path / "weights.safetensors"
+    command = [sys.executable, "-m", "lockstep.export", str(run.folder), "--part", "network", "--out", str(out)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith(f"{out}: ")
+    network = MLP(hidden=[64, 96])
+    network.load_state_dict(load_file(out))
+    data = Digits()
+    images, labels = data.on_after_batch_transfer(data.load("test").__getitems__(list(range(360))), 0)
+    right = int((network(images).argmax(1) == labels).sum())
+    assert right == run.result["metrics"]["test/correct"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "told"), [(zero(3, 2), DDP), (zero(3, 2), zero(3, 2)), (DDP, zero(1, 2)), (DDP, zero(3, 2))]
+)
+def test_a_run_is_evaluated_by_any_strategy(launch: Launch, trained: list[str], told: list[str]) -> None:
+    run = left_alone(launch, *RUN, *trained)
+    tested = launch("test", *RUN, *told, "--ckpt_path", str(run.folder))
+    assert tested.status == 0
+    assert tested.result["metrics"]["test/correct"] == run.result["metrics"]["test/correct"]
+
+
+@pytest.mark.parametrize("told", [DDP, zero(3, 2)])
+def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.CaptureFixture[str], told: list[str]) -> None:
+    run = launch(*RUN, *told, "--activation_checkpointing", "[torch.nn.Linear]")
+    assert run.series("train/loss") == left_alone(launch, *RUN, *told).series("train/loss")
+    wrong = launch(*RUN, *told, "--activation_checkpointing", "[torch.nn.Conv2d]")
+    assert wrong.status == 2
+    assert "activation_checkpointing: the module has no part that is a torch.nn.Conv2d" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--deepspeed.stage", "4"], "deepspeed.stage: '4' is not valid: expected one of 1, 2, 3."),
+        (["--deepspeed.offload_param", "cpu"], "deepspeed.offload_param: 'cpu' needs deepspeed.stage 3; it is 2."),
+        (
+            ["--deepspeed.offload_optimizer", "disk"],
+            "deepspeed.offload_optimizer: 'disk' is not valid: expected one of 'none',",
+        ),
+        (["--deepspeed.reduce_bucket_size", "0"], "deepspeed.reduce_bucket_size: 0 must be 1 or more."),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: 0 must be 1 or more."),
+        (["--deepspeed.config", "nowhere.json"], "deepspeed.config: nowhere.json cannot be read as JSON (No such file"),
+        (
+            ["--trainer.callbacks+=EMAWeightAveraging"],
+            "trainer.callbacks: EMAWeightAveraging copies the weights",
+        ),
+        (
+            ["--trainer.gradient_clip_val=1", "--trainer.gradient_clip_algorithm=value"],
+            "trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.",
+        ),
+        (
+            ["--model", "support.fault_callbacks.TwoOptimizers", "--data", "support.fault_callbacks.Points"],
+            "model: TwoOptimizers has several optimizers or schedules, and ZeRO takes one; use strategy ddp.",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told(launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert launch("--strategy", "deepspeed", *arguments).status == 2
+    said = capfd.readouterr().err
+    assert f"lockstep: {message}" in said and "Traceback" not in said
+
+
+def test_what_the_trainer_knows_may_not_stand_in_a_json(
+    launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.json"
+    for text, ours in (
+        ('{"train_batch_size": 4}', "train_batch_size (4) in {} is decided by data.batch_size"),
+        ('{"zero_optimization": {"stage": 1}}', "zero_optimization.stage (1) in {} is decided by deepspeed.stage"),
+        ('{"zero_optimisation": {}}', "zero_optimisation in {} is no key of DeepSpeed's; did you mean 'zero_optimization'"),
+        ('{"zero_optimization": {"stag": 2}}', "DeepSpeed does not take stag (2) in DeepSpeedZeroConfig: "),
+        ('{"bf16": true}', "bf16 (True) in {} must hold keys with values."),
+        (
+            '{"zero_optimization": {"cpu_offload": true}}',
+            "zero_optimization.cpu_offload (True) in {} is decided by deepspeed.off",
+        ),
+        (
+            '{"fp16": {"loss_scale": "auto"}}',
+            "fp16.loss_scale ('auto') in {} is for another trainer; give a value, or take it out.",
+        ),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"pipeline_write": true}}}',
+            "zero_optimization.offload_optimizer.pipeline_write (True) in {} leaves a write open while a checkpoint is taken;",
+        ),
+        ('{"bf16": {"enabled": true}}', "bf16.enabled (True) in {} is decided by trainer.precision"),
+    ):
+        own.write_text(text)
+        assert launch("--strategy", "deepspeed", "--deepspeed.config", str(own)).status == 2
+        assert ours.format(own) in capfd.readouterr().err
+    own.write_text('{"zero_optimization": {"round_robin_gradients": true}}')
+    assert launch(*RUN, *zero(1, 2), "--trainer.max_epochs", "1", "--deepspeed.config", str(own)).status == 0
+
+
+def test_a_checkpoint_of_another_model_names_what_differs(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    run = left_alone(launch, *RUN, *zero(1, 2))
+    for told in (["--strategy", "ddp"], zero(2, 2)):
+        other = launch(*RUN, *told, "--model.network.hidden", "[64,32]", "--ckpt_path", str(run.folder))
+        assert other.status == 2
+        assert "of another model: network.4.weight is [32, 64] here and [96, 64] there" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--deepspeed.offload_optimizer", "cpu", "--deepspeed.offload_param", "cpu"],
+        ["--trainer.precision", "bf16-mixed"],
+        ["--trainer.precision", "16-mixed", "--deepspeed.config", "scale.json"],
+    ],
+)
+def test_offload_and_half_precision_go_on_bit_for_bit(
+    launch: Launch, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # A scale that grows until gradients overflow, again and again.
+    Path("scale.json").write_text('{"fp16": {"initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}}')
+    told = (*RUN, *zero(3, 2), *more, "--trainer.gradient_clip_val", "1", "--trainer.max_epochs", "2")
+    undisturbed = left_alone(launch, *told)
+    assert undisturbed.result["metrics"]["test/accuracy"] > 0.8
+    killed = launch(*told, *trouble(tmp_path / "once", "SIGKILL", step=17, rank=1))
+    assert_same(go_on(launch, killed), undisturbed)

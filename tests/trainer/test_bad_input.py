@@ -1,0 +1,242 @@
+"""Bad input ends in one sentence that names the key, the value and the remedy, and in the right exit status.
+
+Found while parsing (milliseconds), then found by data and model in one process, then by several ranks.
+"""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+from support.runs import SMALL, Launch
+from torch import Tensor, nn
+
+from lockstep.models.classifier import Classifier
+
+USAGE, RUNNING = 2, 1
+
+
+def images(root: Path, classes: dict[str, int], parts: tuple[str, ...] = ("train", "val", "test")) -> None:
+    """JPEG files of 20 × 24 pixels: so many for each class, in each part."""
+    for part in parts:
+        for number, (name, count) in enumerate(classes.items()):
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (24, 20), (40 + 60 * number + index,) * 3).save(root / part / name / f"{index}.jpg")
+
+
+def folder_run(root: Path, *more: str) -> list[str]:
+    """A tiny run on folders of images."""
+    return [
+        *("--model", "lockstep.models.Classifier", "--model.network", "lockstep.models.MLP"),
+        *("--model.network.shape", "[3, 8, 8]", "--model.network.num_classes", "2", "--model.num_classes", "2"),
+        *("--data", "lockstep.data.ImageFolder", "--data.root", str(root)),
+        *("--data.size", "8", "--data.batch_size", "4", "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1"),
+        *more,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.max_epoch", "3"], "trainer.max_epoch (value 3): there is no such key; did you mean 'trainer.max_epochs'"),
+        (
+            ["--model.lrr", "3"],
+            "model.lrr (value 3): there is no such key of lockstep.models.Classifier; did you mean 'model.lr'",
+        ),
+        (["--data.batch", "3"], "data.batch (value 3): there is no such key of lockstep.data.Digits; did you mean"),
+        (["--ddp.static_grph", "true"], "ddp.static_grph (value true): there is no such key; did you mean 'ddp.static_graph'"),
+        (["--trainer.max_epochs", "three"], "trainer.max_epochs: 'three' is not valid: expected int or null."),
+        (["--model.lr", "fast"], "model.lr: 'fast' is not valid: expected float."),
+        (
+            ["--model.schedule", "cosin"],
+            "model.schedule: 'cosin' is not valid: expected one of 'constant', 'cosine', 'step'; did",
+        ),
+        (["--strategy", "dp"], "strategy: 'dp' is not valid: expected one of 'ddp', 'deepspeed'"),
+        (["--trainer.devices", "2"], "trainer.devices (value 2): is not for a config; the launcher decides it"),
+        (["--trainer.strategy", "ddp"], "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)"),
+        (["--model", "nowhere.Model"], "model: nowhere.Model does not exist (No module named 'nowhere')"),
+        (
+            ["--model", "lockstep.models.Classifer"],
+            "model: lockstep.models.Classifer does not exist; did you mean 'lockstep.models.Classifier'",
+        ),
+        (["--model", "torch.nn.Linear"], "model: torch.nn.Linear is no LightningModule."),
+        (["--data", "torch.nn.Linear"], "data: torch.nn.Linear is no LightningDataModule."),
+        (["--config", "nowhere.yaml"], "config: there is no file"),
+        (["--config", "configs"], "config: configs is a folder, not a file."),
+        (["--data", "Mnist"], "data: there is no class 'Mnist'; did you mean 'lockstep.data.MNIST'?"),
+        (["--modle.lr", "1"], "modle.lr (value 1): there is no such key; did you mean 'model.lr'?"),
+        (["--trainer.callbacks+=EarlyStopping"], "trainer.callbacks.monitor: must be set; lightning.pytorch.callbacks.Ear"),
+        (["--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: there is no class 'EarlyStoping'; did you mean 'Early"),
+        (
+            ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=much"],
+            "trainer.callbacks.decay: 'much' is not valid: expected float.",
+        ),
+        (["--trainer.profiler", "simpel"], "trainer: "),
+        (["--trainer.accelerator", "gpuu"], "trainer.accelerator: 'gpuu'"),
+        (["tset"], "'tset' is no command; did you mean 'test'"),
+        (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
+        (["--seed_everything", "4294967296"], "seed_everything: 4294967296 must be 0 or more, and less than 2**32"),
+        (["test"], "ckpt_path: must be set to test"),
+        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: there is no nowhere.ckpt; give a checkpoint, or a run folder."),
+        (
+            ["--model.network", "resnet19"],
+            "model.network: torchvision has no classification model 'resnet19'; did you mean 'resnet1",
+        ),
+        (["--model.schedule", "step", "--model.step_size", "-1"], "model.step_size: -1 must be 1 or more"),
+        (["--model.optimizer", "torch.optim.Nothing"], "model.optimizer: 'torch.optim.Nothing' is not adamw, sgd or"),
+        (["--data.batch_size", "0"], "data.batch_size: 0 must be 1 or more."),
+        (["--data.batch_size_per_rank", "8"], "data.batch_size: 64 and data.batch_size_per_rank: 8 are both set"),
+        (["--data.batch_size", "5000"], "batch_size=5000 is more than its 1280 samples"),
+        (["--run.name", "a/b"], "run.name: 'a/b' must be letters, digits"),
+        (["--trainer.max_epochs", "-1"], "model.schedule: cosine needs an end; set trainer.max_epochs"),
+        (["--ranks", "3"], "Digits: batch_size=64 is the global batch and does not divide by 3 ranks; 63 or 66 would."),
+    ],
+)
+def test_usage_error(launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert launch(*arguments).status == USAGE
+    said = capfd.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert said.count(message) == 1
+
+
+def test_error_in_a_config_file_names_the_key(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.yaml"
+    data = "data: {class_path: lockstep.data.Digits}\n"
+    mine.write_text(f"model: {{class_path: lockstep.models.Classifier, init_args: {{lrx: 3}}}}\n{data}")
+    assert launch("--config", str(mine)).status == USAGE
+    assert "model.lrx (value 3): there is no such key of lockstep.models.Classifier; did you mean" in capfd.readouterr().err
+    mine.write_text("trainr: {max_epochs: 1}\n")
+    assert launch("--config", str(mine)).status == USAGE
+    assert "trainr" in (said := capfd.readouterr().err) and "did you mean 'trainer" in said
+    mine.write_text("trainer: {max_epoch: 1}\n")
+    assert launch("--config", str(mine)).status == USAGE
+    assert "trainer.max_epoch (value 1): there is no such key; did you mean 'trainer.max_epochs'" in capfd.readouterr().err
+    mine.write_text("trainer: {strategy: ddp}\n")
+    assert launch("--config", str(mine)).status == USAGE
+    assert "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)" in capfd.readouterr().err
+    mine.write_text("trainer: [\n")
+    assert launch("--config", str(mine)).status == USAGE
+    assert f"config: {mine} is no valid YAML" in capfd.readouterr().err
+    mine.write_text("")
+    assert launch("--config", str(mine)).status == USAGE
+    assert f"config: {mine} must hold keys with values; it holds nothing." in capfd.readouterr().err
+    mine.write_text(f"{data}model: {{class_path: lockstep.models.Classifier, init_args: {{lr: [1, 2]}}}}\n")
+    assert launch("--config", str(mine)).status == USAGE
+    assert "model.lr: '[1, 2]' is not valid: expected float." in capfd.readouterr().err
+
+
+def test_run_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str], launch: Launch) -> None:
+    (tmp_path / "runs").write_text("a file, not a folder")
+    assert launch(*SMALL).status == USAGE
+    assert f"run.root: the run folder {tmp_path / 'runs'}" in capfd.readouterr().err
+
+
+def test_missing_data_folder(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(*folder_run(tmp_path / "nothing")).status == USAGE
+    assert f"data.root: there is no folder {tmp_path / 'nothing' / 'train'}" in capfd.readouterr().err
+
+
+def test_empty_class_folder(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images(tmp_path / "data", {"cat": 4, "dog": 4})
+    (tmp_path / "data" / "train" / "eel").mkdir()
+    assert launch(*folder_run(tmp_path / "data")).status == USAGE
+    assert f"data.root: class folder {tmp_path / 'data' / 'train' / 'eel'} holds no" in capfd.readouterr().err
+
+
+def test_train_and_val_with_different_classes(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images(tmp_path / "data", {"cat": 4, "dog": 4}, parts=("train",))
+    images(tmp_path / "data", {"cat": 4, "fox": 4}, parts=("val",))
+    assert launch(*folder_run(tmp_path / "data")).status == USAGE
+    assert "have different classes: dog, fox only in one of them" in capfd.readouterr().err
+
+
+def test_more_classes_in_the_data_than_outputs(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images(tmp_path / "data", {"cat": 4, "dog": 4, "eel": 4})
+    assert launch(*folder_run(tmp_path / "data")).status == USAGE
+    assert "model.num_classes: 2 outputs are too few for the 3 classes of the data" in capfd.readouterr().err
+
+
+def test_network_with_other_outputs_than_num_classes(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(*SMALL, "--model.num_classes", "12").status == USAGE
+    assert "model.network: ConvNet returns (64, 10) for 64 images" in capfd.readouterr().err
+
+
+def test_more_ranks_than_samples(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images(tmp_path / "data", {"cat": 2, "dog": 1})
+    arguments = folder_run(tmp_path / "data")
+    assert launch("--ranks", "4", *arguments).status == USAGE
+    assert "ImageFolder: 4 ranks are more than its 3 samples" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_truncated_jpeg_is_named(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: str) -> None:
+    images(tmp_path / "data", {"cat": 4, "dog": 4})
+    broken = tmp_path / "data" / "train" / "dog" / "2.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert launch(*folder_run(tmp_path / "data", "--data.num_workers", workers)).status == RUNNING
+    said = capfd.readouterr().err
+    assert f"lockstep: {broken} is no whole JPEG or PNG" in said
+    assert "Traceback" not in said
+
+
+def test_skipped_jpeg_is_counted(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images(tmp_path / "data", {"cat": 4, "dog": 4})
+    for part in ("train", "test"):
+        broken = tmp_path / "data" / part / "dog" / "2.jpg"
+        broken.write_bytes(broken.read_bytes()[:200])
+    skipping = folder_run(tmp_path / "data", "--data.on_corrupt", "skip")
+    run = launch("--ranks", "2", *skipping)
+    assert run.status == 0
+    assert run.result["skipped_files"] == 2
+    assert run.result["metrics"]["test/samples"] == 7
+    assert launch("predict", *skipping, "--ckpt_path", str(run.folder)).status == RUNNING
+    assert f"{broken} cannot be decoded, and predict leaves no sample out; replace it" in capfd.readouterr().err
+
+
+class NanOnOneRank(Classifier):
+    """Its loss is NaN at one step on one rank."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_step == 27 and self.global_rank == 1 else loss
+
+
+def test_nan_loss_names_step_and_rank_and_keeps_the_last_good_checkpoint(
+    launch: Launch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", f"{__name__}.NanOnOneRank", "--model.network", "lockstep.models.ConvNet"]
+    run = launch("--ranks", "2", *SMALL, *arguments, "--trainer.log_every_n_steps", "10")
+    assert run.status == RUNNING
+    said = capfd.readouterr().err
+    assert "The loss is not a finite number at step 28 on rank 1." in said
+    assert said.count("not a finite number") == 1
+    assert "failed first" not in said
+    assert run.newest.step == 20
+    assert all(tensor.isfinite().all() for tensor in run.weights.values())
+    assert run.result["status"] == "failed"
+    assert "step 28 on rank 1" in run.result["reason"]
+
+
+class Broken(nn.Module):
+    """Cannot be made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        raise ArithmeticError("one's own mistake")
+
+
+class NoData(LightningDataModule):
+    """Has no loaders."""
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_an_exception_of_ones_own_class_comes_through_as_it_is(
+    launch: Launch, capfd: pytest.CaptureFixture[str], ranks: str
+) -> None:
+    assert launch("--ranks", ranks, *SMALL, "--model.network", f"{__name__}.Broken").status == RUNNING
+    said = capfd.readouterr().err
+    assert said.count("ArithmeticError: one's own mistake") == 1
+    assert 'raise ArithmeticError("one' in said
+    assert said.count("Traceback") == 1

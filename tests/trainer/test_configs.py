@@ -1,0 +1,87 @@
+"""Configs: every checked-in file parses and trains, flags win over files, completion is there. In-process, then short runs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from support.runs import REPO, Launch
+
+from lockstep.core.errors import UsageError
+from lockstep.data.base import ImageData
+from lockstep.trainer.config_parser import completion, make_parser, parse_config
+
+ADDITIONS = sorted((REPO / "configs").glob("deepspeed_*.yaml"))
+CONFIGS = sorted(set((REPO / "configs").glob("*.yaml")) - set(ADDITIONS))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_and_names_itself(path: Path) -> None:
+    _, config = parse_config(["--config", str(path)])
+    assert config.run.name == path.stem
+    assert path.read_text().startswith("# "), "a config says first what it trains and how"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_two_steps(path: Path, launch: Launch, tmp_path: Path) -> None:
+    """With its own model and schedule, on a few small random images in the place of its data."""
+    config = yaml.safe_load(path.read_text())
+    shape = {"digits": [1, 8, 8], "mnist": [1, 28, 28]}.get(path.stem, [3, 64, 64])
+    samples = {"train_samples": 4, "val_samples": 4, "test_samples": 4}
+    arguments = {"shape": shape, "classes": config["model"]["init_args"]["num_classes"], "batch_size": 2, **samples}
+    config["data"] = {"class_path": "lockstep.data.Synthetic", "init_args": arguments}
+    if path.stem == "vit_6b":  # which no test machine holds
+        small = {"image_size": 64, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+        config["model"]["init_args"]["network"]["init_args"] |= small
+    config["trainer"] |= {"max_steps": 2, "max_epochs": 1, "log_every_n_steps": 1}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    run = launch("--config", str(tmp_path / "small.yaml"))
+    assert (run.status, run.result["global_step"]) == (0, 2)
+
+
+@pytest.mark.parametrize("path", ADDITIONS, ids=lambda path: path.stem)
+def test_every_addition_goes_with_every_config(path: Path, launch: Launch) -> None:
+    for experiment in CONFIGS:
+        _, config = parse_config(["--config", str(experiment), "--config", str(path)])
+        assert (config.run.name, config.strategy) == (experiment.stem, "deepspeed")
+    run = launch(
+        "--config",
+        str(REPO / "configs/digits.yaml"),
+        "--config",
+        str(path),
+        "--trainer.max_steps",
+        "2",
+        "--run.test_after_fit",
+        "false",
+    )
+    assert (run.status, run.result["global_step"]) == (0, 2)
+
+
+def test_flags_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> None:
+    later = tmp_path / "later.yaml"
+    later.write_text("trainer: {max_epochs: 7, accumulate_grad_batches: 2}\nmodel: {init_args: {lr: 0.5}}\n")
+    files = ["--config", str(REPO / "configs/digits.yaml"), "--config", str(later)]
+    _, config = parse_config([*files, "--trainer.max_epochs", "9"])
+    assert (config.trainer.max_epochs, config.trainer.accumulate_grad_batches, config.model.init_args.lr) == (9, 2, 0.5)
+
+
+def test_the_seed_reaches_the_split() -> None:
+    parser, config = parse_config(["--config", str(REPO / "configs/digits.yaml"), "--seed_everything", "5"])
+    data = parser.instantiate(config).data
+    assert isinstance(data, ImageData)
+    assert data.seed == 5
+
+
+def test_print_config(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch("--print_config").status == 0
+    config = yaml.safe_load(capfd.readouterr().out)
+    assert config["model"]["init_args"]["num_classes"] == 10
+    assert config["ddp"]["gradient_as_bucket_view"] is True
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_the_keys(shell: str) -> None:
+    script = completion(make_parser(), shell)
+    for key in ("--ranks", "--trainer.max_epochs", "--model.lr", "--data.batch_size"):
+        assert key.lstrip("-") in script
+    with pytest.raises(UsageError, match="'dos' is not valid; valid are bash"):
+        completion(make_parser(), "dos")

@@ -1,0 +1,184 @@
+"""Predictions: one file, the same whatever the ranks and the strategy, of any module; and what cannot be predicted.
+
+Each test is a few runs of a second or two in forked processes; those of ZeRO, which import DeepSpeed, come last.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.fault_callbacks import Own, Points
+from support.runs import REPO, Launch, Outcome, left_alone, trouble
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+
+from lockstep.data.digits import Digits
+
+RUN = ("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "1", "--model.network", "lockstep.models.MLP")
+
+
+def predicted(run: Outcome) -> dict[str, Tensor]:
+    """What a run has predicted."""
+    assert (run.status, run.result["status"], run.result["metrics"]) == (0, "finished", {})
+    path = run.folder / "predictions.safetensors"
+    assert run.result["predictions"] == str(path)
+    assert [left.name for left in run.folder.glob(".predictions*")] == []
+    tensors = load_file(path)
+    assert {len(tensor) for tensor in tensors.values()} == {run.result["samples"]}
+    return tensors
+
+
+def test_classes_are_the_same_on_1_2_and_4_ranks_and_as_good_as_the_test(launch: Launch) -> None:
+    trained = left_alone(launch, *RUN)
+    labels = Digits().load("test").labels
+    files = []
+    for ranks in ("1", "2", "4"):
+        run = launch("predict", *RUN, "--ranks", ranks, "--data.batch_size", "47", "--ckpt_path", str(trained.folder))
+        files.append(predicted(run)["predictions"])
+        assert f"360 samples predicted: {run.folder}/predictions.safetensors" in (run.folder / "logs/1/0.log").read_text()
+    for probabilities in files:
+        assert (probabilities.shape, probabilities.dtype) == ((360, 10), torch.float32)
+        torch.testing.assert_close(probabilities, files[0], rtol=0, atol=1e-5)
+        assert int((probabilities.argmax(1) == labels).sum()) == trained.result["metrics"]["test/correct"]
+
+
+class Named(Own):
+    """Names what it predicts."""
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        x, number = batch
+        return {"number": number, "layers": self.layers(x), "grid": torch.zeros(len(x), 2, 3, dtype=torch.bool)}
+
+
+class Forward(Own):
+    """Has a forward, as lightning's own predict_step wants it."""
+
+    def forward(self, batch: list[Tensor]) -> Tensor:
+        return self.layers(batch[0])
+
+
+class Numbered(Points):
+    """37 samples that know their number; 1 is too many for four ranks to have as many each."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__()
+        self.kind = kind
+
+    def predict_dataloader(self) -> Any:
+        x = torch.randn(37, 4, generator=torch.Generator().manual_seed(3))
+        samples = TensorDataset(x, torch.arange(37))
+        if self.kind == "sampler":
+            return DataLoader(samples, batch_sampler=OwnSampler(SequentialSampler(samples), 8, drop_last=False))
+        loader = DataLoader(samples, batch_size=8, shuffle=self.kind == "shuffled", drop_last=self.kind == "plain")
+        return [loader, loader] if self.kind == "two" else [loader]
+
+
+class OwnSampler(BatchSampler):
+    """One of one's own."""
+
+
+def own(launch: Launch, model: str, *arguments: str, data: str = f"{__name__}.Numbered") -> Outcome:
+    """Predict with a model of one's own that has been trained for an epoch."""
+    trained = left_alone(
+        launch,
+        "--model",
+        "support.fault_callbacks.Own",
+        "--data",
+        "support.fault_callbacks.Points",
+        "--trainer.max_epochs",
+        "1",
+    )
+    return launch("predict", "--model", model, "--data", data, *arguments, "--ckpt_path", str(trained.folder))
+
+
+@pytest.mark.filterwarnings("ignore:Your `predict_dataloader`'s sampler has shuffling enabled")
+def test_ones_own_module_predicts_each_sample_once_in_the_order_of_the_data_set(launch: Launch) -> None:
+    alone = predicted(own(launch, f"{__name__}.Named"))
+    assert {name: (tuple(t.shape), t.dtype) for name, t in alone.items()} == {
+        "number": ((37,), torch.int64),
+        "layers": ((37, 1), torch.float32),
+        "grid": ((37, 2, 3), torch.bool),
+    }
+    forward = predicted(own(launch, f"{__name__}.Forward"))["predictions"]
+    four = predicted(own(launch, f"{__name__}.Named", "--ranks", "4"))
+    shuffled = predicted(own(launch, f"{__name__}.Named", "--ranks", "2", "--data.kind", "shuffled"))
+    sampler = predicted(own(launch, f"{__name__}.Named", "--data.kind", "sampler"))
+    for tensors in (alone, four, shuffled, sampler):
+        assert tensors["number"].tolist() == list(range(37))
+        torch.testing.assert_close(tensors["layers"], forward, rtol=0, atol=1e-5)
+
+
+def test_a_run_that_is_told_to_stop_leaves_no_file(launch: Launch, tmp_path: Path) -> None:
+    run = own(launch, f"{__name__}.Named", *trouble(tmp_path / "once", "SIGTERM", where="on_predict_batch_start"))
+    assert (run.status, run.result["status"]) == (143, "interrupted")
+    assert list(run.folder.glob("*predictions*")) == []
+
+
+class Bad(Own):
+    """Predicts what no file can hold."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        x = batch[0]
+        returned = {"mean": x.mean(), "texts": {"x": x, "names": ["a"]}, "nothing": None, "ragged": x[:, : 1 + batch_idx]}
+        return returned[self.kind]
+
+
+@pytest.mark.filterwarnings("ignore:predict returned None")
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (
+            "Own",
+            ["--data", "support.fault_callbacks.Points"],
+            "data: Points has no predict_dataloader, which says what is to be predicted",
+        ),
+        ("Own", [], "model: Own has neither predict_step nor forward; define one of them."),
+        ("Bad", ["--model.kind", "mean"], "predict_step returns predictions () for 8 samples; the first dimension must be"),
+        ("Bad", ["--model.kind", "texts"], "predict_step returns names list; return a tensor, or a dict or tuple of tensors"),
+        ("Bad", ["--model.kind", "nothing"], "predict_step returns NoneType; return a tensor"),
+        (
+            "Bad",
+            ["--model.kind", "ragged"],
+            "returns predictions as torch.float32 (batch, 1) for one batch and as torch.float32",
+        ),
+        ("Named", ["--data.kind", "two"], "data: predict_dataloader gives 2 loaders; give one"),
+        (
+            "Named",
+            ["--data.kind", "sampler", "--ranks", "2"],
+            "data: predict_dataloader decides itself which samples each of 2",
+        ),
+        ("Named", ["--trainer.limit_predict_batches", "0"], "Nothing was predicted: predict_dataloader gave no batch"),
+    ],
+)
+def test_what_cannot_be_predicted_is_told(
+    launch: Launch, capfd: pytest.CaptureFixture[str], model: str, arguments: list[str], message: str
+) -> None:
+    run = own(launch, f"{'support.fault_callbacks' if model == 'Own' else __name__}.{model}", *arguments)
+    said = capfd.readouterr().err
+    assert run.status in (1, 2) and message in said and "Traceback" not in said
+    assert list(run.folder.glob("*predictions*")) == []
+
+
+def test_a_checkpoint_must_be_given(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch("predict").status == 2
+    assert "ckpt_path: must be set to predict: a checkpoint, or a run folder." in capfd.readouterr().err
+
+
+def test_a_zero_3_run_is_predicted_by_any_strategy(launch: Launch) -> None:
+    importlib.import_module("deepspeed")  # once, and not once in each forked rank
+    zero = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--ranks", "2"]
+    trained = left_alone(launch, *RUN, *zero)
+    by_ddp, by_zero = (
+        predicted(launch("predict", *RUN, *how, "--data.batch_size", "47", "--ckpt_path", str(trained.folder)))["predictions"]
+        for how in (["--ranks", "4"], zero)
+    )
+    torch.testing.assert_close(by_zero, by_ddp, rtol=0, atol=1e-5)
+    right = int((by_zero.argmax(1) == Digits().load("test").labels).sum())
+    assert right == trained.result["metrics"]["test/correct"]
