@@ -94,7 +94,7 @@ def test_frozen_tied_and_forgotten_parameters(launch: Launch, tmp_path: Path) ->
     assert finished.status == 0
     assert finished.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
     out = tmp_path / "weights.safetensors"
-    subprocess.run([sys.executable, "-m", "lockstep.export", str(run.folder), "--out", str(out)], check=True)
+    subprocess.run([sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--out", str(out)], check=True)
     weights, expected = load_file(out), ddp.weights
     assert weights.keys() == expected.keys() and "again.weight" in weights
     for name, value in expected.items():
@@ -129,7 +129,7 @@ def test_channels_last_weights(launch: Launch, tmp_path: Path) -> None:
 def test_the_exported_file_is_as_good_as_the_run(launch: Launch, tmp_path: Path) -> None:
     run = left_alone(launch, *RUN, *zero(3, 2))
     out = tmp_path / "weights.safetensors"
-    command = [sys.executable, "-m", "lockstep.export", str(run.folder), "--part", "network", "--out", str(out)]
+    command = [sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--part", "network", "--out", str(out)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith(f"{out}: ")
     network = MLP(hidden=[64, 96])
     network.load_state_dict(load_file(out))

@@ -221,7 +221,7 @@ def test_from_nvme_to_ddp_and_back(launch: Launch, tmp_path: Path, disk: Path) -
     assert go_on(launch, run, *nvme(disk)).status == 0
     assert run.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
     out = tmp_path / "weights.safetensors"
-    subprocess.run([sys.executable, "-m", "lockstep.export", str(run.folder), "--out", str(out)], check=True)
+    subprocess.run([sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--out", str(out)], check=True)
     weights = load_file(out)
     assert weights.keys() == ddp.weights.keys()
     for name, value in ddp.weights.items():

@@ -1,0 +1,26 @@
+"""A private name that is gone is named with its library and the version that was tested."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lockstep.compat import patch, private
+from lockstep.core import LockstepError
+
+
+def test_a_name_that_is_there_is_returned_and_replaced() -> None:
+    owner = SimpleNamespace(_kept=1)
+    patch("lightning", owner, "_kept", 2)
+    assert private("lightning", owner, "_kept") == 2
+
+
+@pytest.mark.parametrize(
+    "use", [lambda owner: private("lightning", owner, "_gone"), lambda owner: patch("lightning", owner, "_gone", 1)]
+)
+def test_a_name_that_is_gone_raises_and_is_not_made(use: object) -> None:
+    owner = SimpleNamespace()
+    with pytest.raises(
+        LockstepError, match=r"lightning 2\.\S+ has no SimpleNamespace\._gone, .* tested with lightning 2\.6\.6"
+    ):
+        use(owner)  # type: ignore[operator]
+    assert not vars(owner)
