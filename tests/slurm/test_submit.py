@@ -39,22 +39,22 @@ HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
         ),
         ("--sweep model.rank", "--sweep: 'model.rank' must be of the form KEY=A,B"),
         ("--run.root /proc/runs", "run.root: the run folder /proc/runs/toy/"),
-        ("--profile a10", "profile: there is no 'a10' in "),
-        ("--after never", "--after: 'never' is no job"),
+        ("--profile a10", "profile: 'a10' is not in "),
+        ("--after never", "--after: 'never' is not a job id"),
         ("--after 999999", "--after: Slurm does not know job 999999"),
-        ("--nodes four", "argument --nodes: 'four' is no number of nodes; write 4, or 2-4; --help lists the flags."),
+        ("--nodes four", "argument --nodes: 'four' is not a number of nodes; write 4, or 2-4; --help lists the flags."),
         ("--nodes 4-2", "argument --nodes: 4-2 must be 1 or more, the smaller number first"),
         ("--sbatch --hold", "argument --sbatch: expected one argument; write it with =, such as --sbatch=--hold"),
-        ("--sbatch=--array=1-3", "sbatch: '--array=1-3': array belongs to the launcher; use --sweep."),
+        ("--sbatch=--array=1-3", "sbatch: '--array=1-3': the launcher sets array itself; use --sweep."),
         ("--sweep nodes=1,2", "--sweep: nodes cannot be swept over"),
         ("--sweep model.rank=1,,2", "--sweep: 'model.rank=1,,2' has an empty value"),
         ("--time 0", "time: '0' must be more than 0"),
         ("--ckpt_path /nope", "ckpt_path: there is no /nope"),
-        ("--trainer.accelerator gpu", "trainer.accelerator: 'gpu' needs GPUs; ask for some with --gpus-per-node."),
+        ("--trainer.accelerator gpu", "trainer.accelerator: 'gpu' needs GPUs; request some with --gpus-per-node."),
         ("--nodes 0", "argument --nodes: 0 must be 1 or more"),
-        ("--time soon", "time: 'soon' is no time"),
-        ("--partition nowhere", "Invalid partition name specified. Asked for: 1 node of 1 rank; partitions are debug, short"),
-        ("--nodes 9", "Asked for: 9 nodes of 1 rank; partition debug has 4 nodes"),
+        ("--time soon", "time: 'soon' is not a time"),
+        ("--partition nowhere", "Invalid partition name specified. Requested: 1 node of 1 rank; partitions are debug, short"),
+        ("--nodes 9", "Requested: 9 nodes of 1 rank; partition debug has 4 nodes"),
         ("--gpus-per-node 8", "8 GPUs per node; partition debug has 4 nodes, each 4 CPUs, 64000 MB, no GPUs"),
         (
             "--partition short --time 10",
@@ -79,7 +79,7 @@ def test_a_cluster_that_is_gone_is_told_at_once(shell: Shell) -> None:
 
 def test_a_full_home_does_not_hide_a_job(shell: Shell) -> None:
     done = shell("launch/slurm.py", *HELD, XDG_STATE_HOME="/dev/null")
-    assert done.returncode == 0 and "jobs.py will not know it" in done.stderr
+    assert done.returncode == 0 and "jobs.py will not list it" in done.stderr
     shell.jobs.append(done.stdout.strip())
     index = Path(shell.env["XDG_STATE_HOME"]) / "lockstep/jobs.jsonl"
     index.parent.mkdir(parents=True)
@@ -124,7 +124,7 @@ def test_a_job_may_wait_for_nodes_that_are_drained(shell: Shell) -> None:
         job = shell.submit("--nodes", "4", "--config", "toy_model.yaml")
         status = job.wait("waiting")
         done = shell("launch/slurm.py", "--nodes", "5", "--config", "toy_model.yaml")
-        assert done.returncode == 2 and "Asked for: 5 nodes of 1 rank; partition debug has 4 nodes" in done.stderr
+        assert done.returncode == 2 and "Requested: 5 nodes of 1 rank; partition debug has 4 nodes" in done.stderr
         shell("launch/jobs.py", "cancel", job.id)
     finally:
         shell.cluster.command("scontrol", "update", "NodeName=n4", "State=RESUME")
@@ -153,14 +153,14 @@ def test_what_is_written_is_private_and_holds_no_secret(shell: Shell) -> None:
     assert len(files) > 20 and not [path for path in files if key.encode() in path.read_bytes()]
     (shell.project / "notes.txt").write_text(f"my key is {key}")
     done = shell("launch/slurm.py", *HELD, WANDB_API_KEY=key)
-    assert done.returncode == 2 and "notes.txt holds the W&B key" in done.stderr and key not in done.stderr
+    assert done.returncode == 2 and "notes.txt contains the W&B key" in done.stderr and key not in done.stderr
     netrc = shell.project.parent / "netrc"
     netrc.write_text(f"machine api.wandb.ai login user password {key}\n")
     done = shell("launch/slurm.py", *HELD, NETRC=str(netrc))
-    assert done.returncode == 2 and "notes.txt holds the W&B key" in done.stderr and key not in done.stderr
+    assert done.returncode == 2 and "notes.txt contains the W&B key" in done.stderr and key not in done.stderr
     assert [path for path in job.folder.parent.iterdir()] == [job.folder]
     done = shell("launch/slurm.py", *HELD, "--wandb.notes", key, WANDB_API_KEY=key)
-    assert done.returncode == 2 and "The W&B key stands in an argument" in done.stderr
+    assert done.returncode == 2 and "The W&B key is in an argument" in done.stderr
 
 
 def test_a_silent_slurm_is_not_taken_for_the_end_of_a_job(shell: Shell, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_slurm_that_is_away_for_seconds_is_asked_again(shell: Shell, tmp_path: P
         restore.start()
         done = replace(shell, env=shell.env | other.env)("launch/slurm.py", *HELD)
         restore.join()
-        assert (done.returncode, "Slurm does not answer; it is asked again" in done.stderr) == (0, True), done.stderr
+        assert (done.returncode, "Slurm does not answer; retrying" in done.stderr) == (0, True), done.stderr
         assert other.command("squeue", "--noheader", "--format=%i").split() == [done.stdout.strip()]
 
 

@@ -1,8 +1,8 @@
 """What comes after the ranks of a Slurm job have ended: nothing, another start right here, or the queue.
 
-The batch script asks, outside of srun. ``again begin`` prints the number of the attempt that may begin and when the allocation
-ends. ``again end STATUS`` prints ``here`` (start again in this allocation), ``queue`` (wait for another one), or the exit
-status of the job. Every end is noted in ``attempts.jsonl``. No torch here.
+The batch script asks, outside of srun. ``start`` prints the number of the next attempt and when the allocation ends.
+``finish STATUS`` prints ``restart`` (in this allocation), ``requeue`` (wait for another one), or the exit status of the job.
+Every end is noted in ``attempts.jsonl``.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import yaml
 from lockstep.config import RunOptions
 from lockstep.runs import Attempt, Run
 
-RESTART, REQUEUE = "here", "queue"
+RESTART, REQUEUE = "restart", "requeue"
 
 
 _SAME_FAILURE_LIMIT = 2

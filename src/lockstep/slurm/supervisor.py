@@ -1,8 +1,8 @@
 """What comes after the ranks of a Slurm job have ended: nothing, another start right here, or the queue.
 
-The batch script asks, outside of srun. ``again begin`` prints the number of the attempt that may begin and when the allocation
-ends. ``again end STATUS`` prints ``here`` (start again in this allocation), ``queue`` (wait for another one), or the exit
-status of the job. Every end is noted in ``attempts.jsonl``. No torch here.
+The batch script asks, outside of srun. ``start`` prints the number of the next attempt and when the allocation ends.
+``finish STATUS`` prints ``restart`` (in this allocation), ``requeue`` (wait for another one), or the exit status of the job.
+Every end is noted in ``attempts.jsonl``.
 """
 
 import os
@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import DelayedSubmission
-
+from lockstep.compat.submitit import load_task
 from lockstep.core import SIGNAL_EXIT_STATUSES, LockstepError, atomic_write_json, read_json
 from lockstep.runs import (
     Attempt,
@@ -49,7 +48,7 @@ def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | 
     """Note how an attempt has ended, and say what comes next.
 
     Returns:
-        0 if the run is finished, ``HERE``, ``QUEUE``, or the run's exit status.
+        0 if the run is finished, ``RESTART``, ``REQUEUE``, or the run's exit status.
     """
     number, job = run.newest_attempt, env["SLURM_JOB_ID"]
     result, failure = read_json(run.result), read_first_failure(run, number)
@@ -141,16 +140,15 @@ def _give_up(run: Run, status: int, why: str) -> int:
 def _run_of(slurm: Path, env: Mapping[str, str]) -> Run:
     """The run of this job, or of this task of an array."""
     job = env["LOCKSTEP_JOB"]
-    train: Any = DelayedSubmission.load(slurm / f"{job}_submitted.pkl").function
-    return Run(Path(train.folder))
+    return Run(Path(load_task(slurm / f"{job}_submitted.pkl").folder))
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """``again FOLDER begin`` or ``again FOLDER end STATUS``."""
+    """``supervisor FOLDER start`` or ``supervisor FOLDER finish STATUS``."""
     folder, what, *rest = arguments
     try:
         run = _run_of(Path(folder), env)
-        if what == "begin":
+        if what == "start":
             print(start(run, Path(folder), env), allocation_end(env["SLURM_JOB_ID"], env))
             return 0
         print(finish(run, Path(folder), int(rest[0]), env))
