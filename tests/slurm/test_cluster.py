@@ -1,4 +1,4 @@
-"""slurm/cluster.py on real Slurm daemons: what it refuses, what it brings up, what it leaves behind, and lost nodes."""
+"""slurm/cluster.py with real Slurm daemons: rejected arguments, starting, stopping, and lost nodes."""
 
 import os
 import re
@@ -23,7 +23,7 @@ SCRIPT = Path(daemons.__file__).with_name("cluster.py")
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A short folder for clusters; pytest's own is too long for their sockets. All that is up in it is taken down."""
+    """A folder for clusters with a short path, as their sockets need; clusters in it are stopped at the end."""
     place = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
         yield place
@@ -43,12 +43,12 @@ def cli(*argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"not true after {seconds} s"
         time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended but that nobody has asked about does not."""
+    """Whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -89,7 +89,7 @@ def test_a_folder_that_is_too_long_for_a_socket_is_refused(place: Path) -> None:
 def test_missing_programs_are_named_with_the_command_that_installs_them(place: Path) -> None:
     refused = cli("up", "--folder", str(place / "c"), PATH="")
     assert refused.returncode == 1
-    assert re.search(r"Slurm is missing on this machine \(.*srun\): .* apt-get install slurmctld slurmd", refused.stderr)
+    assert re.search(r"Slurm is missing on this machine \(.*srun\); .* apt-get install slurmctld slurmd", refused.stderr)
     assert not (place / "c").exists()
 
 
@@ -176,7 +176,7 @@ def test_up_prints_the_export_line_and_finds_what_is_already_up(place: Path) -> 
     assert "already up" in again.stderr
     other = cli("up", *asked[:2], "--nodes", "2")
     assert (other.returncode, other.stdout) == (1, "")
-    assert "has nodes 1, not 2: take it `down` first" in other.stderr
+    assert "has nodes 1, not 2; run `down` first" in other.stderr
     status = cli("status", *asked[:2])
     assert status.returncode == 0
     assert re.search(r"^n1 +pid \d+ +port \d+ +idle$", status.stdout, re.MULTILINE)
@@ -232,12 +232,12 @@ def test_down_kills_no_innocent_process(place: Path) -> None:
     there = Cluster.up(place / "c", nodes=1)
     for process in there.processes():
         os.kill(process.pid, signal.SIGKILL)
-    # Its number is in a stale pid file, it works in the cluster's folder, and it has a shell's environment, but is no job.
+    # Its pid is in a stale pid file, its cwd is in the cluster's folder, and it has the environment of a shell, not of a job.
     environment = os.environ | there.env | {"SLURM_JOB_ID": "1"}
     with subprocess.Popen(["sleep", "60"], cwd=there.folder / "n1", env=environment) as innocent:
         for pid_file in there.folder.glob("*/pid"):
             pid_file.write_text(f"{innocent.pid}\n")
-        (there.folder / "lockstep-cluster.json").write_text('{"shape": {')  # as if the machine had crashed while it was written
+        (there.folder / "lockstep-cluster.json").write_text('{"spec": {')  # a crash while it was written
         assert cli("down", "--folder", str(there.folder)).returncode == 0
         assert innocent.poll() is None
         innocent.kill()

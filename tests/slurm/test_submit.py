@@ -1,7 +1,4 @@
-"""From the login node to the ranks, on the real one-machine cluster.
-
-Cheapest first: what is refused before the queue, what is sent without being started, then jobs that train.
-"""
+"""Submissions on the one-machine cluster. Cheapest first: rejected ones, held jobs, then jobs that train."""
 
 import json
 import os
@@ -229,6 +226,16 @@ def test_a_sweep_of_a_thousand_is_one_job_in_seconds(shell: Shell) -> None:
     listed = shell("launch/jobs.py", "list").stdout.splitlines()
     assert len(listed) == 1 and "1000 waiting" in listed[0]
     assert shell("launch/jobs.py", "cancel", job.id).returncode == 0
+
+
+def test_the_benchmark_of_submissions_runs(shell: Shell) -> None:
+    before = shell.queue()
+    done = shell("benchmarks/launch.py", "--rounds", "1", "--sweep-runs", "2")
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[0].strip() for line in done.stdout.splitlines()[1:]] == [
+        "sbatch", "ten lines of submitit", "launch/slurm.py", "launch/slurm.py --no-snapshot", "a sweep of 2",
+    ]  # fmt: skip
+    assert shell.queue() == before
 
 
 def test_dry_run_shows_everything_and_leaves_nothing(shell: Shell) -> None:

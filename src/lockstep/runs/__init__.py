@@ -3,6 +3,6 @@
 from lockstep.runs.attempts import Attempt, append_attempt, read_attempts
 from lockstep.runs.endings import ACTIVE, JobState, attempt_output, diagnose, exited_task, has_known_cause, killed_task
 from lockstep.runs.failure import Failure, read_first_failure, record_failure, wait_for_first_failure
-from lockstep.runs.frozen_config import check_not_ignored, config_file_arguments, freeze_config_files
+from lockstep.runs.frozen_config import ConfigFreezer, check_not_ignored
 from lockstep.runs.run import Run, git_state, new_run_id, update_status
 from lockstep.runs.snapshot import CodePaths, live_code, take_snapshot, verify_snapshot

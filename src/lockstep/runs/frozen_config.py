@@ -2,49 +2,57 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lockstep.core import UsageError, python_path
 from lockstep.runs.snapshot import CodePaths, check_secrets
 
-_CONFIG_FILE = re.compile(r"\.(ya?ml|json)$")
 
+@dataclass(frozen=True)
+class ConfigFreezer:
+    """Replaces the config files in arguments by their copies: in the snapshot, else in a folder.
 
-def freeze_config_files(arguments: Sequence[str], code: CodePaths, run: Path, secrets: tuple[str, ...]) -> tuple[str, ...]:
-    """Return ``arguments`` with each config file replaced by its copy: in the snapshot, else in ``run/configs``.
-
-    Raises:
-        UsageError: A file contains one of ``secrets``.
+    Attributes:
+        code: The snapshot.
+        folder: For copies of files that the snapshot does not contain.
+        secrets: Texts that no file may contain.
     """
-    frozen: list[str] = []
-    flag = ""  # the one before, where its value is an argument of its own
-    for argument in arguments:
-        name, equals, value = argument.partition("=") if argument.startswith("--") else (flag, "", argument)
-        takes_file = name in ("--config", "--deepspeed.config") or (
-            name.startswith("--") and "." not in name and _CONFIG_FILE.search(value)
-        )
-        if takes_file and Path(value).is_file():
-            copy = str(code.inside(Path(value)) or _copy_config(Path(value), run / "configs", secrets))
-            frozen.append(f"{name}={copy}" if equals else copy)
-        else:
+
+    code: CodePaths
+    folder: Path
+    secrets: tuple[str, ...]
+    _copies: dict[str, Path] = field(default_factory=dict)
+
+    def freeze(self, arguments: Sequence[str]) -> tuple[str, ...]:
+        """Return ``arguments`` with the path of each config file replaced.
+
+        Raises:
+            UsageError: A file contains a secret.
+        """
+        frozen: list[str] = []
+        flag = ""  # the one before, where its value is an argument of its own
+        for argument in arguments:
+            name, equals, value = argument.partition("=") if argument.startswith("--") else (flag, "", argument)
+            takes_file = name in ("--config", "--deepspeed.config") or (
+                name.startswith("--") and "." not in name and re.search(r"\.(ya?ml|json)$", value)
+            )
+            if takes_file and Path(value).is_file():
+                argument = f"{name}={self._copy(value)}" if equals else str(self._copy(value))
             frozen.append(argument)
-        flag = argument if argument.startswith("--") and not equals else ""
-    return tuple(frozen)
+            flag = argument if argument.startswith("--") and not equals else ""
+        return tuple(frozen)
 
-
-def _copy_config(path: Path, folder: Path, secrets: tuple[str, ...]) -> Path:
-    folder.mkdir(exist_ok=True)
-    copy = folder / f"{len(list(folder.iterdir()))}-{path.name}"
-    content = path.read_bytes()
-    check_secrets(path, content, secrets)
-    copy.write_bytes(content)
-    return copy
-
-
-def config_file_arguments(point: Mapping[str, str]) -> list[str]:
-    """The arguments of a sweep point that name a config file."""
-    return [f"--{key}={value}" for key, value in point.items() if _CONFIG_FILE.search(value) and Path(value).is_file()]
+    def _copy(self, name: str) -> Path:
+        if copy := self._copies.get(name) or self.code.inside(Path(name)):
+            return copy
+        content = Path(name).read_bytes()
+        check_secrets(Path(name), content, self.secrets)
+        self.folder.mkdir(exist_ok=True)
+        copy = self._copies[name] = self.folder / f"{len(self._copies)}-{Path(name).name}"
+        copy.write_bytes(content)
+        return copy
 
 
 def check_not_ignored(config: Mapping[str, Any], code: CodePaths, here: Path, env: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,34 +118,33 @@ def verify_snapshot(run: Path, digest: str) -> int:
 def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...]) -> dict[Path, str]:
     """Copy ``files``, relative to ``root``, and return the SHA-256 of each copy. Symbolic links keep their targets."""
     checksums: dict[Path, str] = {}
-    total, largest = 0, (0, Path())
-    for count, name in enumerate(_readable(files, root)):
-        if count == LIMIT_FILES:
-            raise UsageError(f"snapshot: the code in {root} has more than {LIMIT_FILES:,} files; {_REMEDY}.")
-        source, target = root / name, into / name
-        if "\n" in str(name):
-            raise UsageError(f"snapshot: the file name {str(name)!r} contains a line break; rename it, or {_REMEDY}.")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_symlink():
-                target.symlink_to(_link_target(source, root, into, target.parent))
-                continue
-            size = source.stat().st_size
-            total, largest = total + size, max(largest, (size, source))
-            if total > LIMIT_MB * 2**20:
-                detail = f"{largest[1]} alone has {largest[0] >> 20} MB"
-                raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {detail}; {_REMEDY}.")
-            content = source.read_bytes()
-            check_secrets(source, content, secrets)
-            target.write_bytes(content)
-            shutil.copymode(source, target)
-        except FileNotFoundError:  # tracked, but deleted
-            continue
-        except OSError as error:
-            disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            remedy = "choose another disk with --run.root" if disk_is_full else _REMEDY
-            raise UsageError(f"snapshot: {source} cannot be copied ({error.strerror}); {remedy}.") from None
-        checksums[target] = hashlib.sha256(content).hexdigest()
+    source, total, largest = root, 0, (0, root)
+    try:
+        for count, name in enumerate(files):
+            source, target = root / name, into / name
+            if count == LIMIT_FILES:
+                raise UsageError(f"snapshot: the code in {root} has more than {LIMIT_FILES:,} files; {_REMEDY}.")
+            if "\n" in str(name):
+                raise UsageError(f"snapshot: the file name {str(name)!r} contains a line break; rename it, or {_REMEDY}.")
+            with suppress(FileNotFoundError):  # tracked, but deleted
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if source.is_symlink():
+                    target.symlink_to(_link_target(source, root, into, target.parent))
+                    continue
+                size = source.stat().st_size
+                total, largest = total + size, max(largest, (size, source))
+                if total > LIMIT_MB * 2**20:
+                    detail = f"{largest[1]} alone has {largest[0] >> 20} MB"
+                    raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {detail}; {_REMEDY}.")
+                content = source.read_bytes()
+                check_secrets(source, content, secrets)
+                target.write_bytes(content)
+                shutil.copymode(source, target)
+                checksums[target] = hashlib.sha256(content).hexdigest()
+    except OSError as error:
+        disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "choose another disk with --run.root" if disk_is_full else _REMEDY
+        raise UsageError(f"snapshot: {error.filename or source} cannot be copied ({error.strerror}); {remedy}.") from None
     return checksums
 
 
@@ -152,13 +152,6 @@ def _link_target(link: Path, root: Path, into: Path, folder: Path) -> Path | str
     """The target of the copy of ``link`` in ``folder``: the copy of the original target, or that itself outside ``root``."""
     target = (link.parent / os.readlink(link)).resolve()
     return os.path.relpath(into / target.relative_to(root), folder) if target.is_relative_to(root) else target
-
-
-def _readable(files: Iterator[Path], root: Path) -> Iterator[Path]:
-    try:
-        yield from files
-    except OSError as error:
-        raise UsageError(f"snapshot: {error.filename or root} cannot be read ({error.strerror}); {_REMEDY}.") from None
 
 
 def check_secrets(path: Path, content: bytes, secrets: tuple[str, ...]) -> None:

@@ -28,9 +28,7 @@ _SECRET_NAME = re.compile(r"API_?KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 def profile_field(text: str, default: Any = None) -> Any:
     """A field with ``text`` as the help of its flag."""
-    if isinstance(default, tuple | dict):
-        return field(default_factory=lambda: default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+    return field(default_factory=lambda: default, metadata={"help": text})
 
 
 @dataclass(frozen=True)

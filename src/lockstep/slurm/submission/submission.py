@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError, python_path, wandb_api_key
 from lockstep.runs import (
     CodePaths,
+    ConfigFreezer,
     Run,
     check_not_ignored,
-    config_file_arguments,
-    freeze_config_files,
     git_state,
     live_code,
     new_run_id,
@@ -53,7 +51,7 @@ class Submission:
         profile: Resources, with the launcher's flags applied.
         options: All other options of the launcher.
         folder: Folder of the run or sweep; created by ``submit``.
-        points: The values of each run of a sweep; one empty point without a sweep.
+        sweep_points: The values of each run of a sweep; one empty point without a sweep.
         secrets: Texts that must not be written anywhere.
     """
 
@@ -63,7 +61,7 @@ class Submission:
     profile: Profile
     options: LaunchOptions
     folder: Path
-    points: tuple[SweepPoint, ...]
+    sweep_points: tuple[SweepPoint, ...]
     secrets: tuple[str, ...]
 
     @classmethod
@@ -126,14 +124,14 @@ class Submission:
 
     def first_run_arguments(self) -> list[str]:
         """All arguments of the first run."""
-        return self._run_arguments(self.arguments, self.points[0], {})
+        return self._run_arguments(self.arguments, self.sweep_points[0])
 
     def preview(self, env: Mapping[str, str]) -> str:
         """Return the batch script and the arguments of each run, as ``submit`` would send them."""
         script = batch_script(self._request(self.live_code(env)))
         runs = self._runs()
         lines = [
-            f"# {run.folder}: {shlex.join([self.command, *self._run_arguments(self.arguments, point, {})])}"
+            f"# {run.folder}: {shlex.join([self.command, *self._run_arguments(self.arguments, point)])}"
             for run, point in runs[:_PREVIEWED_RUNS]
         ]
         if len(runs) > _PREVIEWED_RUNS:
@@ -181,7 +179,7 @@ class Submission:
                 folder.rmdir()
 
     def _register(self, job: str, env: Mapping[str, str]) -> SubmittedJob:
-        submitted = SubmittedJob(job, self.folder, self._job_name, len(self.points), env.get("SLURM_CONF", ""))
+        submitted = SubmittedJob(job, self.folder, self._job_name, len(self.sweep_points), env.get("SLURM_CONF", ""))
         try:
             register_job(submitted, env)
         except OSError as error:
@@ -191,16 +189,16 @@ class Submission:
     def _runs(self) -> list[tuple[Run, SweepPoint]]:
         """Each run and its sweep point; the runs of a sweep are siblings of the sweep's folder."""
         if not self._is_sweep:
-            return [(Run(self.folder), self.points[0])]
-        digits = max(3, len(str(len(self.points) - 1)))
+            return [(Run(self.folder), self.sweep_points[0])]
+        digits = max(3, len(str(len(self.sweep_points) - 1)))
         return [
             (Run(self.folder.with_name(f"{self.folder.name}-{index:0{digits}}")), point)
-            for index, point in enumerate(self.points)
+            for index, point in enumerate(self.sweep_points)
         ]
 
     @property
     def _is_sweep(self) -> bool:
-        return len(self.points) > 1
+        return len(self.sweep_points) > 1
 
     @property
     def _job_name(self) -> str:
@@ -217,31 +215,27 @@ class Submission:
 
     def _tasks(self, code: CodePaths, env: Mapping[str, str]) -> list[TrainTask]:
         """Freeze the config files of each run, write its launch record, and return its task."""
-        freeze = partial(freeze_config_files, code=code, run=self.folder, secrets=self.secrets)
-        arguments = freeze(self.arguments)
-        deepspeed = self.config["deepspeed"]["config"]
+        freezer = ConfigFreezer(code, self.folder / "configs", self.secrets)
+        arguments, deepspeed = self.arguments, self.config["deepspeed"]["config"]
         if deepspeed is not None and not any(argument.startswith("--deepspeed.config") for argument in arguments):
-            arguments = (*arguments, *freeze([f"--deepspeed.config={deepspeed}"]))
-        swept_files = {argument for point in self.points for argument in config_file_arguments(point)}
-        copies = {argument: freeze([argument])[0] for argument in swept_files}
+            arguments = (*arguments, f"--deepspeed.config={deepspeed}")
         git = git_state(self.options.working_directory)
         tasks = []
         for index, (run, point) in enumerate(self._runs()):
             sweep = {"id": self.folder.name, "index": index, "values": point} if self._is_sweep else None
             self._describe(run, code, git, sweep)
-            own = tuple(self._run_arguments(arguments, point, copies))
-            tasks.append(TrainTask(run.folder, self.command, own, code.digest, self.profile.cpus))
+            frozen = freezer.freeze(self._run_arguments(arguments, point))
+            tasks.append(TrainTask(run.folder, self.command, frozen, code.digest, self.profile.cpus))
         return tasks
 
-    def _run_arguments(self, arguments: Sequence[str], point: SweepPoint, copies: Mapping[str, str]) -> list[str]:
-        """All arguments of one run, with those of ``copies`` replaced by their values."""
+    def _run_arguments(self, arguments: Sequence[str], point: SweepPoint) -> list[str]:
+        """All arguments of one run."""
         added = []
         if self._is_sweep and not self.config["wandb"]["group"]:
             added.append(f"--wandb.group={self.folder.name}")
         if not self.profile.shared_filesystem and not any(word.startswith("--shared_filesystem") for word in arguments):
             added.append("--shared_filesystem=false")
-        swept = [f"--{key}={value}" for key, value in point.items()]
-        return [*arguments, *added, *(copies.get(argument, argument) for argument in swept)]
+        return [*arguments, *added, *(f"--{key}={value}" for key, value in point.items())]
 
     def _describe(self, run: Run, code: CodePaths, git: Mapping[str, Any] | None, sweep: Mapping[str, Any] | None) -> None:
         """Write the launch record of a run, and link the snapshot of a sweep into its folder."""
@@ -261,4 +255,4 @@ class Submission:
         )
 
     def _request(self, code: CodePaths) -> JobRequest:
-        return JobRequest(self._job_name, self.folder, code, self.profile, self.options, len(self.points))
+        return JobRequest(self._job_name, self.folder, code, self.profile, self.options, len(self.sweep_points))
