@@ -14,6 +14,7 @@ override the profile (--profile, or the variable LOCKSTEP_PROFILE).
 import argparse
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from lockstep.config import parse_sweep
 from lockstep.config.validation import shows_only
-from lockstep.core import CommandLineParser, LockstepError
+from lockstep.core import CommandLineParser, LockstepError, int_at_least
 from lockstep.runs import Run
 from lockstep.slurm import check_slurm_conf, follow
 from lockstep.slurm.submission import (
@@ -65,9 +66,11 @@ def make_parser() -> argparse.ArgumentParser:
         resources.add_argument(f"--{name}", action="append", metavar="=ARGUMENT", help=helps[name])
     job = parser.add_argument_group("job")
     job.add_argument("--job-name", metavar="NAME", help="name of the job (default: run.name)")
-    job.add_argument("--after", metavar="JOB", help="start after that job has finished successfully")
+    job.add_argument("--after", type=job_id, metavar="JOB", help="start after that job has finished successfully")
     job.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,…", help="one run per value; repeatable")
-    job.add_argument("--array-parallelism", type=int, default=256, metavar="N", help="runs of a sweep at a time (default 256)")
+    job.add_argument(
+        "--array-parallelism", type=int_at_least(1), default=256, metavar="N", help="runs of a sweep at a time (default 256)"
+    )
     job.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder with its own code and config")
     job.add_argument("--no-snapshot", action="store_true", help="run the code as it is when the job starts, not a copy")
     job.add_argument("--follow", action="store_true", help="print rank zero's log until the end; exit with the run's status")
@@ -76,6 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
     checks.add_argument("--dry-run", action="store_true", help="like --check, and print the batch script and complete config")
     checks.add_argument("--plan", action="store_true", help="print the memory that the model needs and which strategies fit")
     return parser
+
+
+def job_id(text: str) -> str:
+    """A type of flags: the id of a job, or of a task of an array."""
+    if not re.fullmatch(r"\d+(_\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a job id; give the number that sbatch or this launcher printed")
+    return text
 
 
 def main(arguments: Sequence[str]) -> int:

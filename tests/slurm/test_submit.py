@@ -60,7 +60,7 @@ HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
         ("--cpus-per-rank 64", "64 CPUs per rank; partition debug has 4 nodes, each 4 CPUs"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_queued_or_written(shell: Shell, arguments: str, message: str) -> None:
+def test_mistakes_are_rejected_before_anything_is_queued_or_written(shell: Shell, arguments: str, message: str) -> None:
     before = sorted(shell.project.rglob("*"))
     done = shell("launch/slurm.py", "--config", "toy_model.yaml", *arguments.split())
     assert done.returncode == 2 and done.stdout == ""
@@ -68,19 +68,19 @@ def test_mistakes_are_refused_before_anything_is_queued_or_written(shell: Shell,
     assert not shell.queue() and sorted(shell.project.rglob("*")) == before
 
 
-def test_a_cluster_that_is_gone_is_told_at_once(shell: Shell) -> None:
+def test_a_missing_slurm_conf_is_reported_at_once(shell: Shell) -> None:
     for script, *arguments in (("launch/slurm.py",), ("launch/jobs.py", "list")):
         done = shell(script, *arguments, SLURM_CONF="/gone/slurm.conf")
         assert done.returncode == 2 and "that cluster is gone; unset SLURM_CONF" in done.stderr
 
 
-def test_a_full_home_does_not_hide_a_job(shell: Shell) -> None:
+def test_a_full_home_does_not_prevent_a_submission(shell: Shell) -> None:
     done = shell("launch/slurm.py", *HELD, XDG_STATE_HOME="/dev/null")
     assert done.returncode == 0 and "jobs.py will not list it" in done.stderr
     shell.jobs.append(done.stdout.strip())
     index = Path(shell.env["XDG_STATE_HOME"]) / "lockstep/jobs.jsonl"
     index.parent.mkdir(parents=True)
-    index.write_text('{"job": "1", "fol')  # all that a full disk had room for
+    index.write_text('{"job": "1", "fol')  # truncated by a full disk
     job = shell.submit(*HELD)
     assert job.status()["state"] == "waiting" and len(shell("launch/jobs.py", "list").stdout.splitlines()) == 1
 
@@ -88,12 +88,12 @@ def test_a_full_home_does_not_hide_a_job(shell: Shell) -> None:
 def test_a_cancelled_run_of_a_sweep_stays_cancelled(shell: Shell) -> None:
     job = shell.submit(*HELD, "--sweep", "model.rank=0,1,2")
     assert shell("launch/jobs.py", "cancel", f"{job.id}_1").returncode == 0
-    time.sleep(3)  # then Slurm knows nothing of it any more
+    time.sleep(3)  # until Slurm has forgotten the task
     states = [run["state"] for run in json.loads(shell("launch/jobs.py", "status", job.id, "--json").stdout)]
     assert states == ["waiting", "cancelled", "waiting"]
 
 
-def test_a_folder_that_everybody_can_write_to_is_refused(shell: Shell) -> None:
+def test_a_world_writable_run_root_is_rejected(shell: Shell) -> None:
     shared = shell.project / "shared"
     shared.mkdir()
     shared.chmod(0o777)
@@ -115,7 +115,7 @@ def test_the_launcher_never_imports_torch(shell: Shell) -> None:
     shell.jobs.append(done.stdout.strip())
 
 
-def test_a_job_may_wait_for_nodes_that_are_drained(shell: Shell) -> None:
+def test_a_job_may_wait_for_drained_nodes(shell: Shell) -> None:
     shell.cluster.command("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=maintenance")
     try:
         job = shell.submit("--nodes", "4", "--config", "toy_model.yaml")
@@ -128,13 +128,13 @@ def test_a_job_may_wait_for_nodes_that_are_drained(shell: Shell) -> None:
     assert "node" in status["message"].lower(), status
 
 
-def test_what_only_shows_something_queues_nothing(shell: Shell) -> None:
+def test_print_config_queues_nothing(shell: Shell) -> None:
     done = shell("launch/slurm.py", "--config", "toy_model.yaml", "--print_config")
     assert done.returncode == 0 and "class_path: toy_model.ToyModel" in done.stdout
     assert not shell.queue() and not (shell.project / "runs").exists()
 
 
-def test_a_module_that_git_ignores_is_missed_before_it_is_queued(shell: Shell) -> None:
+def test_a_module_that_git_ignores_is_rejected(shell: Shell) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=shell.project, check=True)
     (shell.project / ".gitignore").write_text("toy_model.py\n")
     done = shell("launch/slurm.py", "--config", "toy_model.yaml")
@@ -142,7 +142,7 @@ def test_a_module_that_git_ignores_is_missed_before_it_is_queued(shell: Shell) -
     assert not shell.queue() and not (shell.project / "runs").exists()
 
 
-def test_what_is_written_is_private_and_holds_no_secret(shell: Shell) -> None:
+def test_a_run_folder_is_private_and_contains_no_secret(shell: Shell) -> None:
     key = "0123456789abcdef" * 2 + "beefbeef"
     job = shell.submit(*HELD, WANDB_API_KEY=key)
     assert stat.S_IMODE(job.folder.stat().st_mode) == 0o700
@@ -160,7 +160,7 @@ def test_what_is_written_is_private_and_holds_no_secret(shell: Shell) -> None:
     assert done.returncode == 2 and "The W&B key is in an argument" in done.stderr
 
 
-def test_a_silent_slurm_is_not_taken_for_the_end_of_a_job(shell: Shell, tmp_path: Path) -> None:
+def test_a_job_is_unknown_while_slurm_does_not_answer(shell: Shell, tmp_path: Path) -> None:
     with Cluster.up(tmp_path / "c", nodes=1) as other:
         job = replace(shell, env=shell.env | other.env).submit(*HELD)
         assert job.status()["state"] == "waiting"
@@ -169,8 +169,8 @@ def test_a_silent_slurm_is_not_taken_for_the_end_of_a_job(shell: Shell, tmp_path
     assert (status["state"], status["exit"]) == ("unknown", 3) and "Slurm does not answer" in status["message"]
 
 
-def test_slurm_that_is_away_for_seconds_is_asked_again(shell: Shell, tmp_path: Path) -> None:
-    """On a cluster of its own: what a controller that is killed has not saved yet, such as a job's end, is undone."""
+def test_a_submission_is_retried_while_the_controller_restarts(shell: Shell, tmp_path: Path) -> None:
+    """On a separate cluster: a killed controller forgets what it has not saved yet, such as the end of a job."""
     with Cluster.up(tmp_path / "c", nodes=1, options=["MessageTimeout=2"]) as other:
         other.lose("slurmctld")
         restore = threading.Timer(5, other.restore, ["slurmctld"])
@@ -181,7 +181,7 @@ def test_slurm_that_is_away_for_seconds_is_asked_again(shell: Shell, tmp_path: P
         assert other.command("squeue", "--noheader", "--format=%i").split() == [done.stdout.strip()]
 
 
-def test_a_job_that_slurm_took_without_saying_so_is_not_queued_twice(shell: Shell, tmp_path: Path) -> None:
+def test_a_job_whose_submission_was_not_confirmed_is_not_queued_twice(shell: Shell, tmp_path: Path) -> None:
     real, wrapper = shutil.which("sbatch", path=shell.env["PATH"]), tmp_path / "bin" / "sbatch"
     wrapper.parent.mkdir()
     lie = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
@@ -208,7 +208,7 @@ def test_pickles_are_not_loaded_from_a_folder_that_others_can_write(shell: Shell
     assert status["exit"] == 2 and "others can write to" in status["message"]
 
 
-def test_a_changed_snapshot_is_not_run(shell: Shell) -> None:
+def test_a_changed_snapshot_is_rejected(shell: Shell) -> None:
     job = shell.submit(*HELD)
     subprocess.run(["sha256sum", "--check", "--quiet", "../code.sha256"], cwd=job.folder / "code", check=True)
     (job.folder / "code" / "project" / "toy_model.py").write_text("raise SystemExit")
@@ -219,9 +219,9 @@ def test_a_changed_snapshot_is_not_run(shell: Shell) -> None:
 
 def test_a_sweep_of_a_thousand_is_one_job_in_seconds(shell: Shell) -> None:
     values = ",".join(map(str, range(500)))
-    began = time.monotonic()
+    start = time.monotonic()
     job = shell.submit(*HELD, "--sweep", f"model.step={values}", "--sweep", "model.rank=1,2")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - start < 20
     assert len(list(job.folder.parent.iterdir())) == 1001
     listed = shell("launch/jobs.py", "list").stdout.splitlines()
     assert len(listed) == 1 and "1000 waiting" in listed[0]
@@ -238,7 +238,7 @@ def test_the_benchmark_of_submissions_runs(shell: Shell) -> None:
     assert shell.queue() == before
 
 
-def test_dry_run_shows_everything_and_leaves_nothing(shell: Shell) -> None:
+def test_dry_run_prints_everything_and_writes_nothing(shell: Shell) -> None:
     before = sorted(shell.project.rglob("*"))
     done = shell("launch/slurm.py", "--nodes", "2", "--dry-run", "--config", "toy_model.yaml", "--model.word", "dry")
     assert done.returncode == 0, done.stderr
@@ -248,8 +248,8 @@ def test_dry_run_shows_everything_and_leaves_nothing(shell: Shell) -> None:
     assert not shell.queue() and sorted(shell.project.rglob("*")) == before
 
 
-def test_ranks_are_placed_and_nothing_that_happens_after_submission_matters(shell: Shell) -> None:
-    """Two jobs at the same time on the same nodes, submitted from inside a job, with hostile names; then the code changes."""
+def test_ranks_are_placed_and_changes_after_submission_do_not_matter(shell: Shell) -> None:
+    """Two concurrent jobs on the same nodes, submitted from inside a job, with hostile names; then the code changes."""
     inside = {
         "SLURM_JOB_ID": "999",
         "SLURM_NTASKS": "7",

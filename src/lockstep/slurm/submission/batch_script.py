@@ -57,22 +57,14 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
     for argument in profile.sbatch:
         name, equals, value = argument[2:].partition("=")
         additional[name] = value if equals else True
-    parameters = {
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "nodelist": profile.nodelist,
-        "exclude": profile.exclude,
+    same_name = ("partition", "account", "qos", "constraint", "nodelist", "exclude", "mem", "mail_user", "mail_type")
+    parameters = {name: getattr(profile, name) for name in same_name} | {
         "time": profile.minutes,
         "nodes": options.nodes.max,
         "ntasks_per_node": profile.ranks,
         "cpus_per_task": profile.cpus,
         "gpus_per_node": profile.gpus_per_node or None,
-        "mem": profile.mem,
         "exclusive": profile.exclusive or None,
-        "mail_user": profile.mail_user,
-        "mail_type": profile.mail_type,
         "dependency": f"afterok:{options.after}" if options.after else None,
         "array_parallelism": options.array_parallelism,
         "stderr_to_stdout": True,

@@ -69,19 +69,12 @@ class LaunchOptions:
     snapshot: bool = True
     resume: Run | None = None
 
-    def check(self) -> None:
-        """Raise UsageError about a value out of range, or options that exclude each other."""
+    def check(self, config: Mapping[str, Any], profile: Profile) -> None:
+        """Raise UsageError if ``resume`` is impossible, or the config does not suit the number of GPUs and ranks."""
         if self.resume and self.sweep:
             raise UsageError(f"--resume: {self.resume.folder} is a single run; it cannot be combined with --sweep.")
         if self.resume and read_json(self.resume.result).get("status") == "finished":
             raise UsageError(f"--resume: {self.resume.folder} is finished.")
-        if self.array_parallelism < 1:
-            raise UsageError(f"--array-parallelism: {self.array_parallelism} must be 1 or more.")
-        if self.after is not None and not re.fullmatch(r"\d+(_\d+)?", self.after):
-            raise UsageError(f"--after: {self.after!r} is not a job id; give the number that sbatch or this launcher printed.")
-
-    def check_resources(self, config: Mapping[str, Any], profile: Profile) -> None:
-        """Raise UsageError if the config needs GPUs that are missing, or its batch size does not suit the ranks."""
         accelerator = config["trainer"].get("accelerator")
         has_gpus = profile.gpus_per_node or any("gpu" in argument for argument in profile.sbatch)
         if accelerator in ("gpu", "cuda") and not has_gpus:

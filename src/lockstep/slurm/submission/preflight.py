@@ -52,7 +52,7 @@ def _run_cli(
     profile = submission.profile
     python = sys.executable if profile.container or not profile.python else profile.python
     paths = os.pathsep.join(map(str, submission.live_code(env).paths))
-    arguments = [*command, submission.command, *submission.first_run_arguments(), *flags]
+    arguments = [*command, submission.command, *submission.run_arguments(), *flags]
     env = {**env, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     try:
         done = subprocess.run([python, "-m", "lockstep.cli", *arguments], env=env, capture_output=True, text=True)

@@ -123,12 +123,9 @@ def parse_minutes(time: str, key: str = "time") -> int:
         raise UsageError(f"{key}: {time!r} is not a time; write minutes, HH:MM:SS or D-HH:MM:SS, such as 24:00:00.")
     days, *rest = match.groups()
     parts = [int(part) for part in rest if part is not None]
-    if days is not None:  # D-HH, D-HH:MM, D-HH:MM:SS
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:  # MM or MM:SS
-        hours, minutes, seconds = 0, *[*parts, 0][:2]
+    if days is None and len(parts) < 3:  # MM or MM:SS; with days HH, HH:MM or HH:MM:SS
+        parts.insert(0, 0)
+    hours, minutes, seconds = [*parts, 0, 0][:3]
     return int(days or 0) * 1440 + hours * 60 + minutes + (1 if seconds else 0)
 
 

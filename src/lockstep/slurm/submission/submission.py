@@ -82,7 +82,6 @@ class Submission:
         Raises:
             UsageError: Describes the first mistake.
         """
-        options.check()
         key = wandb_api_key(env)
         secrets = (key,) if key and len(key) >= _MIN_KEY_LENGTH else ()
         if any(secret in argument for secret in secrets for argument in options.command_line):
@@ -100,7 +99,7 @@ class Submission:
         command = keys.pop(0) if keys and not keys[0].startswith("-") else "fit"
         check_checkpoint_path(command, config["ckpt_path"], options.sweep)
         check_deepspeed(config)
-        options.check_resources(config, profile)
+        options.check(config, profile)
         folder = options.resume.folder if options.resume else root / name / new_run_id()
         return cls(command, tuple(keys), config, profile, options, folder, sweep_points(options.sweep), secrets)
 
@@ -122,17 +121,24 @@ class Submission:
         """The code where it is now, without a snapshot."""
         return live_code(self.options.working_directory, python_path(env))
 
-    def first_run_arguments(self) -> list[str]:
-        """All arguments of the first run."""
-        return self._run_arguments(self.arguments, self.sweep_points[0])
+    def run_arguments(self, index: int = 0) -> list[str]:
+        """Return all arguments of a run: the given ones, those that its job needs, and the values of the sweep."""
+        added, deepspeed = [], self.config["deepspeed"]["config"]
+        if deepspeed is not None and not self._has_argument("--deepspeed.config"):
+            added.append(f"--deepspeed.config={deepspeed}")  # as an argument it is copied like other config files
+        if self._is_sweep and not self.config["wandb"]["group"]:
+            added.append(f"--wandb.group={self.folder.name}")
+        if not self.profile.shared_filesystem and not self._has_argument("--shared_filesystem"):
+            added.append("--shared_filesystem=false")
+        return [*self.arguments, *added, *(f"--{key}={value}" for key, value in self.sweep_points[index].items())]
 
     def preview(self, env: Mapping[str, str]) -> str:
         """Return the batch script and the arguments of each run, as ``submit`` would send them."""
         script = batch_script(self._request(self.live_code(env)))
         runs = self._runs()
         lines = [
-            f"# {run.folder}: {shlex.join([self.command, *self._run_arguments(self.arguments, point)])}"
-            for run, point in runs[:_PREVIEWED_RUNS]
+            f"# {run.folder}: {shlex.join([self.command, *self.run_arguments(index)])}"
+            for index, run in enumerate(runs[:_PREVIEWED_RUNS])
         ]
         if len(runs) > _PREVIEWED_RUNS:
             lines.append(f"# … and {len(runs) - _PREVIEWED_RUNS} more runs")
@@ -149,7 +155,7 @@ class Submission:
         new_folders = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
         created: list[Run] = []
         try:
-            for run in dict.fromkeys([Run(self.folder), *(run for run, _ in self._runs())]):
+            for run in dict.fromkeys([Run(self.folder), *self._runs()]):
                 created.append(Run.create(run.folder.parent.parent, run.name, run.id))
             code = self._code(env)
             job = submit_job(self._request(code), self._tasks(code, env), env)
@@ -186,15 +192,16 @@ class Submission:
             log.warning("job %s is queued, but jobs.py will not list it: %s.", job, error)
         return submitted
 
-    def _runs(self) -> list[tuple[Run, SweepPoint]]:
-        """Each run and its sweep point; the runs of a sweep are siblings of the sweep's folder."""
+    def _runs(self) -> list[Run]:
+        """The runs, in the order of ``sweep_points``; those of a sweep are siblings of the sweep's folder."""
         if not self._is_sweep:
-            return [(Run(self.folder), self.sweep_points[0])]
-        digits = max(3, len(str(len(self.sweep_points) - 1)))
-        return [
-            (Run(self.folder.with_name(f"{self.folder.name}-{index:0{digits}}")), point)
-            for index, point in enumerate(self.sweep_points)
-        ]
+            return [Run(self.folder)]
+        count = len(self.sweep_points)
+        digits = max(3, len(str(count - 1)))
+        return [Run(self.folder.with_name(f"{self.folder.name}-{index:0{digits}}")) for index in range(count)]
+
+    def _has_argument(self, flag: str) -> bool:
+        return any(argument.startswith(flag) for argument in self.arguments)
 
     @property
     def _is_sweep(self) -> bool:
@@ -216,32 +223,20 @@ class Submission:
     def _tasks(self, code: CodePaths, env: Mapping[str, str]) -> list[TrainTask]:
         """Freeze the config files of each run, write its launch record, and return its task."""
         freezer = ConfigFreezer(code, self.folder / "configs", self.secrets)
-        arguments, deepspeed = self.arguments, self.config["deepspeed"]["config"]
-        if deepspeed is not None and not any(argument.startswith("--deepspeed.config") for argument in arguments):
-            arguments = (*arguments, f"--deepspeed.config={deepspeed}")
         git = git_state(self.options.working_directory)
         tasks = []
-        for index, (run, point) in enumerate(self._runs()):
-            sweep = {"id": self.folder.name, "index": index, "values": point} if self._is_sweep else None
-            self._describe(run, code, git, sweep)
-            frozen = freezer.freeze(self._run_arguments(arguments, point))
-            tasks.append(TrainTask(run.folder, self.command, frozen, code.digest, self.profile.cpus))
+        for index, run in enumerate(self._runs()):
+            self._describe(run, index, code, git)
+            arguments = freezer.freeze(self.run_arguments(index))
+            tasks.append(TrainTask(run.folder, self.command, arguments, code.digest, self.profile.cpus))
         return tasks
 
-    def _run_arguments(self, arguments: Sequence[str], point: SweepPoint) -> list[str]:
-        """All arguments of one run."""
-        added = []
-        if self._is_sweep and not self.config["wandb"]["group"]:
-            added.append(f"--wandb.group={self.folder.name}")
-        if not self.profile.shared_filesystem and not any(word.startswith("--shared_filesystem") for word in arguments):
-            added.append("--shared_filesystem=false")
-        return [*arguments, *added, *(f"--{key}={value}" for key, value in point.items())]
-
-    def _describe(self, run: Run, code: CodePaths, git: Mapping[str, Any] | None, sweep: Mapping[str, Any] | None) -> None:
+    def _describe(self, run: Run, index: int, code: CodePaths, git: Mapping[str, Any] | None) -> None:
         """Write the launch record of a run, and link the snapshot of a sweep into its folder."""
         if self._is_sweep and self.options.snapshot:
             for name in ("code", "code.sha256"):
                 (run.folder / name).symlink_to(Path("..") / self.folder.name / name)
+        sweep = {"id": self.folder.name, "index": index, "values": self.sweep_points[index]}
         run.write_launch_record(
             self.options.command_line,
             str(self.options.nodes),
@@ -251,7 +246,7 @@ class Submission:
             slurm={key: str(value) for key, value in self.profile.non_default_values().items()},
             code=code.digest,
             paths=[str(path) for path in code.paths],
-            **({"sweep": sweep} if sweep else {}),
+            **({"sweep": sweep} if self._is_sweep else {}),
         )
 
     def _request(self, code: CodePaths) -> JobRequest:
