@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lockstep.core import UsageError, read_json
-from lockstep.runs import Run
+from lockstep.core import UsageError
+from lockstep.runs import Run, RunResult
 from lockstep.slurm.submission.profile import Profile
 
 
@@ -73,7 +73,8 @@ class LaunchOptions:
         """Raise UsageError if ``resume`` is impossible, or the config does not suit the number of GPUs and ranks."""
         if self.resume and self.sweep:
             raise UsageError(f"--resume: {self.resume.folder} is a single run; it cannot be combined with --sweep.")
-        if self.resume and read_json(self.resume.result).get("status") == "finished":
+        result = RunResult.read(self.resume.result) if self.resume else None
+        if self.resume and result and result.is_finished:
             raise UsageError(f"--resume: {self.resume.folder} is finished.")
         accelerator = config["trainer"].get("accelerator")
         has_gpus = profile.gpus_per_node or any("gpu" in argument for argument in profile.sbatch)

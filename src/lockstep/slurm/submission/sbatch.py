@@ -4,11 +4,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 from lockstep.compat.submitit import SUBMISSION_ERRORS
 from lockstep.core import UsageError
-from lockstep.slurm import TrainTask, query_env
+from lockstep.slurm import TrainTask, query_slurm
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script, make_executor
 from lockstep.slurm.submission.partitions import (
     check_time_limit,
@@ -43,7 +43,9 @@ def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
     Raises:
         UsageError: It would not; the message has Slurm's own words, the requested resources and the available ones.
     """
-    answer = _run_with_retries(["sbatch", "--test-only"], {**env, "SBATCH_JOB_NAME": request.name}, batch_script(request))
+    command, script = ["sbatch", "--test-only"], batch_script(request)
+    env = {**env, "SBATCH_JOB_NAME": request.name}
+    answer = _with_retries(lambda: subprocess.run(command, input=script, env=env, capture_output=True, text=True))
     if answer.returncode:
         partitions = query_partitions(env)
         # Unlike a submission, --test-only considers only nodes that are up: during maintenance it rejects jobs that can wait.
@@ -62,7 +64,7 @@ def check_dependency(job: str, env: Mapping[str, str]) -> None:
         UsageError: It failed, or Slurm does not know it; Slurm would ignore the dependency, or never start the new job.
     """
     command = ["squeue", "--all", "--array", "--states=all", "--noheader", f"--jobs={job}", "--Format=State"]
-    answer = subprocess.run(command, env=query_env(env), capture_output=True, text=True)
+    answer = query_slurm(command, env)
     states = set(answer.stdout.split())
     if not states:
         raise UsageError(f"--after: Slurm does not know job {job} (any more); if it finished successfully, omit --after.")
@@ -103,7 +105,7 @@ def _cancel_unconfirmed(request: JobRequest, env: Mapping[str, str]) -> None:
     """Cancel a job that Slurm queued although ``sbatch`` failed, and remove its files."""
     slurm = request.folder / "slurm"
     command = ["squeue", "--me", "--noheader", "--Format=ArrayJobID:|,Command:|"]
-    for line in _run_with_retries(command, query_env(env)).stdout.splitlines():
+    for line in _with_retries(lambda: query_slurm(command, env)).stdout.splitlines():
         job, script, *_ = line.split("|")
         if script.startswith(f"{slurm}/.submission_file"):
             subprocess.run(["scancel", job.strip()], env=dict(env), capture_output=True)
@@ -112,12 +114,12 @@ def _cancel_unconfirmed(request: JobRequest, env: Mapping[str, str]) -> None:
             path.unlink()
 
 
-def _run_with_retries(command: Sequence[str], env: Mapping[str, str], input: str = "") -> "subprocess.CompletedProcess[str]":
+def _with_retries(run: "Callable[[], subprocess.CompletedProcess[str]]") -> "subprocess.CompletedProcess[str]":
     retries = _Retries()
     while True:
-        done = subprocess.run(command, input=input, env=dict(env), capture_output=True, text=True)
-        if not (done.returncode and retries.wait_after(done.stderr)):
-            return done
+        answer = run()
+        if not (answer.returncode and retries.wait_after(answer.stderr)):
+            return answer
 
 
 class _Retries:

@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lockstep.config import SweepPoint, check_checkpoint_path, check_deepspeed, check_run_root, check_sweep_keys, sweep_points
 from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError, python_path, wandb_api_key
 from lockstep.runs import (
     CodePaths,
     ConfigFreezer,
+    LaunchRecord,
     Run,
     check_not_ignored,
     git_state,
@@ -168,10 +167,12 @@ class Submission:
 
     def _submit_resume(self, run: Run, env: MutableMapping[str, str]) -> SubmittedJob:
         """Queue a job that resumes ``run`` with the code and in the folder that it was submitted with."""
-        launch = yaml.safe_load(run.launch.read_text())
-        code = CodePaths(tuple(map(Path, launch["paths"])), None, launch["code"])
+        launch = LaunchRecord.read(run.launch)
+        if launch is None or launch.paths is None or launch.folder is None:
+            raise UsageError(f"--resume: {run.launch} does not say how the run was submitted; resume it with launch/local.py.")
+        code = CodePaths(tuple(map(Path, launch.paths)), None, launch.code or "")
         task = TrainTask(run.folder, self.command, self.arguments, code.digest, self.profile.cpus)
-        options = replace(self.options, working_directory=Path(launch["folder"]))
+        options = replace(self.options, working_directory=Path(launch.folder))
         return self._register(submit_job(replace(self._request(code), options=options), [task], env), env)
 
     def _roll_back(self, created: Sequence[Run], new_folders: Sequence[Path], env: Mapping[str, str]) -> None:
@@ -237,8 +238,8 @@ class Submission:
             for name in ("code", "code.sha256"):
                 (run.folder / name).symlink_to(Path("..") / self.folder.name / name)
         sweep = {"id": self.folder.name, "index": index, "values": self.sweep_points[index]}
-        run.write_launch_record(
-            self.options.command_line,
+        record = LaunchRecord(
+            shlex.join(self.options.command_line),
             str(self.options.nodes),
             self.profile.ranks,
             git,
@@ -246,8 +247,9 @@ class Submission:
             slurm={key: str(value) for key, value in self.profile.non_default_values().items()},
             code=code.digest,
             paths=[str(path) for path in code.paths],
-            **({"sweep": sweep} if self._is_sweep else {}),
+            sweep=sweep if self._is_sweep else None,
         )
+        record.write(run.launch)
 
     def _request(self, code: CodePaths) -> JobRequest:
         return JobRequest(self._job_name, self.folder, code, self.profile, self.options, len(self.sweep_points))
