@@ -114,7 +114,7 @@ def test_a_class_of_ones_own_that_is_not_there(tmp_path: Path) -> None:
         "model.extra: 'x' is not valid: expected int."
     )
     network = ["--model.network", "own.inner.Hidden"]
-    assert said([*DIGITS, *network], tmp_path) == "model.network.depth: must be set; own.inner.Hidden needs it."
+    assert said([*DIGITS, *network], tmp_path) == "model.network.depth: must be set; own.inner.Hidden requires it."
     assert said([*DIGITS, *network, "--model.network.depth=1", "--model.network.width=x"], tmp_path) == (
         "model.network.width: 'x' is not valid: expected int or null."
     )

@@ -137,14 +137,14 @@ NVME = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--deepspeed.offloa
     ("arguments", "message"),
     [
         (NVME, "deepspeed.nvme_path: must be set for deepspeed.offload_optimizer: nvme; give a folder"),
-        ([*NVME, "--deepspeed.nvme_path", "/nowhere"], "deepspeed.nvme_path: there is no folder /nowhere; give one on a disk"),
+        ([*NVME, "--deepspeed.nvme_path", "/nowhere"], "deepspeed.nvme_path: /nowhere does not exist; give an existing folder on"),
         (
             [*NVME, "--deepspeed.nvme_path", "/tmp", "--deepspeed.stage", "2"],
             "deepspeed.offload_optimizer: 'nvme' needs deepspeed.stage 3; it is 2.",
         ),
         (
             [*NVME, "--deepspeed.nvme_path", "/tmp", "--deepspeed.offload_optimizer", "cpu"],
-            "deepspeed.nvme_path: /tmp is of no use: neither deepspeed.offload_optimizer nor deepspeed.offload_param is",
+            "deepspeed.nvme_path: /tmp is not used: neither deepspeed.offload_optimizer nor deepspeed.offload_param is",
         ),
     ],
 )
@@ -160,7 +160,7 @@ def test_each_rank_looks_for_the_folder_which_a_login_node_need_not_have(
     submit = [sys.executable, str(REPO / "launch/slurm.py"), *told, "--deepspeed.nvme_path", "/nowhere"]
     assert "sbatch" in subprocess.run(submit, capture_output=True, text=True, env={"PATH": "/nowhere"}).stderr
     monkeypatch.setattr("lockstep.train.load_ops", lambda *_: None)
-    for place, problem in (("/nowhere", "there is no folder /nowhere on "), ("/proc", "/proc cannot be written on ")):
+    for place, problem in (("/nowhere", "/nowhere does not exist on "), ("/proc", "/proc cannot be written on ")):
         train = multiprocessing.get_context("fork").Process(
             target=lambda place=place: sys.exit(main([*told, "--deepspeed.nvme_path", place], {}))
         )
