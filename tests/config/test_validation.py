@@ -55,11 +55,11 @@ def test_the_readme_is_read() -> None:
 @pytest.mark.parametrize(
     "line", ["--help", "-h", "--print_config", "--model.help lockstep.models.Classifier", "--run.test_after_fit no -h"]
 )
-def test_what_shows_something_passes(line: str) -> None:
+def test_help_passes(line: str) -> None:
     assert said(line.split()) == ""
 
 
-def test_the_readmes_own_module_passes(tmp_path: Path) -> None:
+def test_the_user_module_of_the_readme_passes(tmp_path: Path) -> None:
     blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", README, re.DOTALL)
     module, config_file = (next(block for block in blocks if mark in block) for mark in ("class Line(", "mine.Line"))
     written(tmp_path, module, "mine.py")
@@ -87,7 +87,7 @@ def test_defaults_files_and_flags_are_merged_in_their_order(tmp_path: Path) -> N
     assert validate_arguments(["--trainer.max_epochs", "9", *DIGITS])["trainer"]["max_epochs"] == 20
 
 
-def test_a_new_class_keeps_the_arguments_that_it_takes() -> None:
+def test_a_new_class_keeps_the_arguments_that_it_accepts() -> None:
     network = ["--model.network", "lockstep.models.MLP", "--model.network.hidden", "[1]", "--model.network.num_classes=5"]
     config = validate_arguments([*DIGITS, *network])
     assert config["model"]["init_args"]["network"] == {
@@ -189,7 +189,7 @@ WRONG_CLASS = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), NO_KEY + WRONG_VALUE + OUT_OF_RANGE + WRONG_CLASS)
-def test_a_mistake_has_its_sentence(arguments: list[str], message: str) -> None:
+def test_message_of_a_mistake(arguments: list[str], message: str) -> None:
     assert message in said([*DIGITS, *arguments])
 
 
@@ -201,12 +201,12 @@ def test_a_mistake_has_its_sentence(arguments: list[str], message: str) -> None:
         ([], "model: must be set, usually in a --config file such as configs/digits.yaml."),
         (["--model", "lockstep.models.Classifier"], "data: must be set, usually in"),
         (["--model.lr", "1", *DIGITS], "model.lr (value 1): the class is not known yet; set model before its arguments."),
-        # The annotation of network allows any text, but the classifier does not.
+        # The annotation of network accepts any text; the classifier does not.
         ([*DIGITS, "--model.network", "resnet19"], "torchvision has no classification model 'resnet19'; did you mean 'resnet1"),
         ([*DIGITS, "--model.network", "lockstep.models.MPL"], "model.network: lockstep.models.MPL does not exist; did you"),
     ],
 )
-def test_a_mistake_that_the_parser_sees_otherwise(arguments: list[str], message: str) -> None:
+def test_message_of_a_mistake_that_the_parser_reports_otherwise(arguments: list[str], message: str) -> None:
     assert message in said(arguments)
 
 
@@ -237,7 +237,7 @@ NO_MAPPING = [  # only static validation refuses these
 
 
 @pytest.mark.parametrize(("text", "message"), NO_KEY_IN_FILE + NO_MAPPING)
-def test_a_mistake_in_a_file_has_its_sentence(text: str, message: str, tmp_path: Path) -> None:
+def test_message_of_a_mistake_in_a_file(text: str, message: str, tmp_path: Path) -> None:
     assert message in said([*DIGITS, "--config", written(tmp_path, text)])
 
 
@@ -292,14 +292,14 @@ def parses(arguments: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("line", GOOD)
-def test_what_the_parser_takes_passes(line: str) -> None:
+def test_arguments_that_the_parser_accepts_pass(line: str) -> None:
     arguments = [*DIGITS, *shlex.split(line)]
     assert parses(arguments)
     assert said(arguments) == ""
 
 
 @pytest.mark.parametrize("text", GOOD_FILES)
-def test_a_file_that_the_parser_takes_passes(text: str, tmp_path: Path) -> None:
+def test_a_file_that_the_parser_accepts_passes(text: str, tmp_path: Path) -> None:
     arguments = [*DIGITS, "--config", written(tmp_path, text)]
     assert parses(arguments)
     assert said(arguments) == ""
@@ -319,12 +319,12 @@ def test_files_in_files_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [arguments for arguments, _ in NO_KEY + WRONG_VALUE + WRONG_CLASS])
-def test_what_is_refused_the_parser_refuses_too(arguments: list[str]) -> None:
+def test_the_parser_refuses_what_validation_refuses(arguments: list[str]) -> None:
     assert not parses([*DIGITS, *arguments])
 
 
 @pytest.mark.parametrize("text", [text for text, _ in NO_KEY_IN_FILE])
-def test_a_file_that_is_refused_the_parser_refuses_too(text: str, tmp_path: Path) -> None:
+def test_the_parser_refuses_a_file_that_validation_refuses(text: str, tmp_path: Path) -> None:
     assert not parses([*DIGITS, "--config", written(tmp_path, text)])
 
 
@@ -341,7 +341,7 @@ def test_the_run_refuses_a_group_that_is_not_a_mapping(text: str, tmp_path: Path
         parse_config([*DIGITS, "--config", written(tmp_path, text)])
 
 
-def test_the_keys_are_the_parsers() -> None:
+def test_the_keys_are_those_of_the_parser() -> None:
     known = {action.dest for action in make_parser()._actions if not re.search(r"help$|^print_|^==", action.dest)}
     assert set(ConfigValidator(SourceIndex(), []).keys()) | {"run", "ddp", "checkpoint", "wandb"} == known
 
@@ -351,7 +351,7 @@ def test_every_value_of_a_sweep_is_checked_with_the_others(tmp_path: Path) -> No
         validate_arguments(
             DIGITS, sweep={"model.network": ["lockstep.models.MLP", "lockstep.models.ConvNet"], "model.lr": ["0.1", "x"]}
         )
-    # What only the sweep gives is not missing.
+    # A required argument may come from the sweep alone.
     text = "from lightning.pytorch import LightningModule as L\nclass M(L):\n def __init__(self, width: int, depth: int = 1): 0"
     written(tmp_path, text, "mine.py")
     mine = [*DIGITS, "--model", "mine.M"]
@@ -361,7 +361,7 @@ def test_every_value_of_a_sweep_is_checked_with_the_others(tmp_path: Path) -> No
     assert config["model"]["init_args"] == {"depth": 1, "width": 10}
 
 
-def test_what_only_an_image_has_is_not_missing(tmp_path: Path) -> None:
+def test_a_module_that_only_the_container_has_is_not_missing(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from only_in_the_image import Base\nclass Model(Base): pass\n")
     for path in ("only_in_the_image.Model", "mine.Model"):
         validate_arguments([*DIGITS, "--model", path], folders=[tmp_path], elsewhere=True)

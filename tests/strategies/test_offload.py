@@ -137,7 +137,7 @@ NVME = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--deepspeed.offloa
     ("arguments", "message"),
     [
         (NVME, "deepspeed.nvme_path: must be set for deepspeed.offload_optimizer: nvme; give a folder"),
-        ([*NVME, "--deepspeed.nvme_path", "/nowhere"], "deepspeed.nvme_path: /nowhere does not exist; give an existing folder on"),
+        ([*NVME, "--deepspeed.nvme_path", "/nowhere"], "deepspeed.nvme_path: /nowhere does not exist; give an existing"),
         (
             [*NVME, "--deepspeed.nvme_path", "/tmp", "--deepspeed.stage", "2"],
             "deepspeed.offload_optimizer: 'nvme' needs deepspeed.stage 3; it is 2.",

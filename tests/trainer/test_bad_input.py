@@ -1,6 +1,6 @@
-"""Bad input ends in one sentence that names the key, the value and the remedy, and in the right exit status.
+"""Bad input gives one sentence with the key, the value and the remedy, and the right exit status.
 
-Found while parsing (milliseconds), then found by data and model in one process, then by several ranks.
+Errors of validation and parsing, then of data and model in one process, then of several ranks.
 """
 
 import sys
@@ -20,7 +20,7 @@ USAGE, RUNNING = 2, 1
 
 
 def images(root: Path, classes: dict[str, int], parts: tuple[str, ...] = ("train", "val", "test")) -> None:
-    """JPEG files of 20 × 24 pixels: so many for each class, in each part."""
+    """Write JPEG files of 20 × 24 pixels: in each part, the given number for each class."""
     for part in parts:
         for number, (name, count) in enumerate(classes.items()):
             (root / part / name).mkdir(parents=True)
@@ -29,7 +29,7 @@ def images(root: Path, classes: dict[str, int], parts: tuple[str, ...] = ("train
 
 
 def folder_run(root: Path, *more: str) -> list[str]:
-    """A tiny run on folders of images."""
+    """Arguments of a tiny run on folders of images."""
     return [
         *("--model", "lockstep.models.Classifier", "--model.network", "lockstep.models.MLP"),
         *("--model.network.shape", "[3, 8, 8]", "--model.network.num_classes", "2", "--model.num_classes", "2"),
@@ -251,7 +251,7 @@ def test_skipped_jpeg_is_counted(launch: Launch, tmp_path: Path, capfd: pytest.C
 
 
 class NanOnOneRank(Classifier):
-    """Its loss is NaN at one step on one rank."""
+    """A model whose loss is NaN at one step on one rank."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -275,23 +275,23 @@ def test_nan_loss_names_step_and_rank_and_keeps_the_last_good_checkpoint(
 
 
 class Broken(nn.Module):
-    """Cannot be made."""
+    """A network whose constructor raises."""
 
     def __init__(self) -> None:
         super().__init__()
-        raise ArithmeticError("one's own mistake")
+        raise ArithmeticError("a user's mistake")
 
 
 class NoData(LightningDataModule):
-    """Has no loaders."""
+    """Data without loaders."""
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
-def test_an_exception_of_ones_own_class_comes_through_as_it_is(
+def test_an_exception_of_a_user_class_keeps_its_traceback(
     launch: Launch, capfd: pytest.CaptureFixture[str], ranks: str
 ) -> None:
     assert launch("--ranks", ranks, *SMALL, "--model.network", f"{__name__}.Broken").status == RUNNING
     said = capfd.readouterr().err
-    assert said.count("ArithmeticError: one's own mistake") == 1
-    assert 'raise ArithmeticError("one' in said
+    assert said.count("ArithmeticError: a user's mistake") == 1
+    assert 'raise ArithmeticError("a user' in said
     assert said.count("Traceback") == 1

@@ -13,7 +13,7 @@ class LockstepError(Exception):
     exit_status = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)  # torch raises it again, out of a worker, by the keyword
+        super().__init__(message)  # torch re-creates the exception of a worker with this keyword
 
     @property
     def message(self) -> str:

@@ -19,18 +19,10 @@ _SIMPLE = {f"builtins.{name}": name for name in ("int", "float", "bool", "str")}
 }
 
 
-_LISTS = {
-    "builtins.list",
-    *(f"typing.{name}" for name in ("List", "Sequence", "MutableSequence", "Iterable")),
-    *(f"collections.abc.{name}" for name in ("Sequence", "MutableSequence", "Iterable")),
-}
+_LISTS = {"list", "List", "Sequence", "MutableSequence", "Iterable"}
 
 
-_MAPPINGS = {
-    "builtins.dict",
-    *(f"typing.{name}" for name in ("Dict", "Mapping", "MutableMapping")),
-    *(f"collections.abc.{name}" for name in ("Mapping", "MutableMapping")),
-}
+_MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping"}
 
 
 INVALID = object()
@@ -166,9 +158,9 @@ def _from_annotation(sources: SourceIndex, module: ModuleSource, node: ast.expr)
         return ANYTHING
     if found.path in _SIMPLE:
         return ExpectedType(simple=(_SIMPLE[found.path],))
-    if found.path in _MAPPINGS:
+    if _is_one_of(found.path, _MAPPINGS):
         return ExpectedType(mappings=True)
-    if found.path in _LISTS:
+    if _is_one_of(found.path, _LISTS):
         return ExpectedType(items=ANYTHING)
     if found.module is not None and isinstance(found.node, ast.Assign | ast.AnnAssign) and found.node.value is not None:
         return _from_annotation(sources, found.module, found.node.value)
@@ -192,11 +184,17 @@ def _subscript(sources: SourceIndex, module: ModuleSource, value: ast.expr, inne
         for part in parts:
             found |= _from_annotation(sources, module, part)
         return found
-    if path in _MAPPINGS:
+    if _is_one_of(path, _MAPPINGS):
         return ExpectedType(mappings=True)
-    if path in _LISTS and len(parts) == 1:
+    if _is_one_of(path, _LISTS) and len(parts) == 1:
         return ExpectedType(items=_from_annotation(sources, module, parts[0]))
     return ANYTHING
+
+
+def _is_one_of(path: str, names: set[str]) -> bool:
+    """Whether an import path is one of these builtin or abstract collections."""
+    module, _, name = path.rpartition(".")
+    return module in ("builtins", "typing", "collections.abc") and name in names
 
 
 def _is_plain_class(sources: SourceIndex, found: Definition) -> bool:
