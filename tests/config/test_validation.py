@@ -31,7 +31,7 @@ def test_every_config_passes(path: Path) -> None:
 
 def readme_commands() -> list[str]:
     """Arguments of the launcher in the README's command lines, and the flags in its text."""
-    lines = re.findall(r"^python (?:launch/local\.py|-m lockstep\.train) ([^#\n]*)", README, re.MULTILINE)
+    lines = re.findall(r"^(?:python launch/local\.py|lockstep train) ([^#\n]*)", README, re.MULTILINE)
     return [line.strip() for line in lines] + re.findall(
         r"`(--(?:model|trainer|wandb|data|shared)[^`]* [^`]*|--trainer[^`]*=[^`]*)`", README
     )

@@ -75,7 +75,8 @@ def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> d
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-    return _deep_merge(own, _read_json_config(options.config, options.stage)) if options.config else own
+    merged: dict[str, Any] = _deep_merge(own, _read_json_config(options.config, options.stage)) if options.config else own
+    return merged
 
 
 def check_offload(options: DeepSpeedOptions) -> None:
@@ -116,17 +117,14 @@ def _read_json_config(path: Path, stage: int) -> dict[str, Any]:
     for name in ("fp16", "bf16", "zero_optimization"):
         if not isinstance(content.get(name, {}), dict):
             raise UsageError(f"deepspeed.config: {name} ({content[name]!r}) in {path} must be a mapping.")
-    for name, given in _leaves(content):
-        if given == "auto":
-            raise UsageError(f"deepspeed.config: {name} ('auto') in {path} is for other trainers; set a value or remove it.")
-        if name in _UNSAFE_KEYS and given and (stage == 1 or name != "data_types.grad_accum_dtype"):
-            raise UsageError(f"deepspeed.config: {name} ({given!r}) in {path} {_UNSAFE_KEYS[name]}; remove it.")
-    for name, ours in _OWNED_KEYS.items():
-        value: Any = content
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            raise UsageError(f"deepspeed.config: {name} ({value!r}) in {path} is set by {ours}; remove it.")
+    for name, value in _dotted_items(content):
+        where = f"deepspeed.config: {name} ({value!r}) in {path}"
+        if value == "auto":
+            raise UsageError(f"{where} is for other trainers; set a value or remove it.")
+        if name in _OWNED_KEYS and value is not None:
+            raise UsageError(f"{where} is set by {_OWNED_KEYS[name]}; remove it.")
+        if name in _UNSAFE_KEYS and value and (stage == 1 or name != "data_types.grad_accum_dtype"):
+            raise UsageError(f"{where} {_UNSAFE_KEYS[name]}; remove it.")
     return content
 
 
@@ -138,19 +136,16 @@ def _known_top_level_keys() -> set[str]:
     return {name for file in files for name in re.findall(r"""["']([a-z][a-z0-9_]+)["']""", file.read_text(errors="replace"))}
 
 
-def _leaves(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """All values that are not mappings, with their dotted keys."""
+def _dotted_items(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All values with their dotted keys, also those that are mappings."""
     for key, value in content.items():
+        yield f"{prefix}{key}", value
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
+            yield from _dotted_items(value, f"{prefix}{key}.")
 
 
-def _deep_merge(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in more.items():
-        merged[key] = (
-            _deep_merge(merged[key], value) if isinstance(merged.get(key), dict) and isinstance(value, dict) else value
-        )
-    return merged
+def _deep_merge(base: Any, changes: Any) -> Any:
+    """Merge nested mappings; ``changes`` override ``base``."""
+    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**base, **{key: _deep_merge(base.get(key), value) for key, value in changes.items()}}
