@@ -58,7 +58,7 @@ def run_locally(
         failure = failed
         if stuck := read_first_failure(run, attempt):  # written by a rank that has seen another one hang
             its_place = World(stuck.rank, nodes * ranks, stuck.rank % ranks, ranks)
-            failure = RankFailed(its_place, stuck.report, stuck.exit_status, sentence=True)
+            failure = RankFailed(its_place, stuck.report, stuck.exit_status, is_sentence=True)
         if not run.result.exists():  # rank zero had no time to write it
             reason = f"rank {failure.world.rank}: {failure.report.strip().splitlines()[-1]}"
             atomic_write_json(
@@ -66,7 +66,7 @@ def run_locally(
             )
             update_status(run, "failed")
         setup_logging(World())
-        if failure.message:
+        if failure.is_sentence:
             print(f"lockstep: {failure.report}", file=sys.stderr)
         else:
             place = f"rank {failure.world.rank} of {failure.world.size} (node {failure.world.node_rank})"
