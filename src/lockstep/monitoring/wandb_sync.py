@@ -3,7 +3,6 @@
 Each row is sent under its number, so that no row is there twice.
 """
 
-import argparse
 from collections.abc import Sequence
 from os import environ
 from pathlib import Path
@@ -12,7 +11,7 @@ import wandb
 import yaml
 
 from lockstep.config import WandbOptions
-from lockstep.core import RunError, UsageError, World, read_json, setup_logging, wandb_api_key
+from lockstep.core import CommandLineParser, RunError, UsageError, World, read_json, setup_logging, wandb_api_key
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable
 from lockstep.monitoring.wandb_logger import WandbRunLogger
 from lockstep.runs import Run
@@ -43,7 +42,7 @@ def sync_run(run: Run) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run ``lockstep sync RUN`` and return its exit status."""
-    parser = argparse.ArgumentParser(prog="lockstep sync", description="Send W&B the rows of a run that it does not have.")
+    parser = CommandLineParser(prog="lockstep sync", description="Send W&B the rows of a run that it does not have.")
     parser.add_argument("run", type=Path, metavar="RUN", help="Run folder, such as runs/digits/<id>.")
     run = Run.open(parser.parse_args(arguments).run)
     setup_logging(World())
