@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lockstep.core import World
 from lockstep.monitoring.csv_logger import read_metrics
-from lockstep.runs import Run
+from lockstep.runs import Run, RunResult
 
 
 def weights_sha256(weights: Iterable[tuple[str, Tensor]], world: World) -> str:
@@ -71,33 +70,34 @@ def draw_report(run: Run) -> None:
     figure.savefig(run.folder / "report.png", dpi=110)
 
 
-def summary_lines(run: Run, result: Mapping[str, Any], wandb_location: str) -> list[str]:
+def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]:
     """Five lines about a finished run: outcome, metrics, throughput, weights, and where its files are.
 
     Args:
         run: The run.
-        result: The content of ``result.json``.
+        result: Its result.
         wandb_location: URL of the W&B run, the command that uploads it, or ``off``.
     """
-    metrics: Mapping[str, float] = result["metrics"]
+    metrics = result.metrics or {}
     stage = "test/" if any(name.startswith("test/") for name in metrics) else "val/"
-    if "predictions" in result:
-        outcome = f"{result['samples']} samples predicted: {result['predictions']}"
+    if result.predictions is not None:
+        outcome = f"{result.samples} samples predicted: {result.predictions}"
     else:
         outcome = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(stage))
     if "rate/samples_per_second" in metrics and "rate/data_wait" in metrics:
         speed = (
             f"{metrics['rate/samples_per_second']:.0f} samples/s, {metrics['rate/data_wait']:.0%} of the time waiting for data"
         )
-    elif result["command"] == "fit":
+    elif result.command == "fit":
         speed = "throughput was not measured: fewer steps than trainer.log_every_n_steps"
     else:
         speed = "throughput was not measured: no training"
+    seconds = result.seconds.training if result.seconds is not None else 0.0
     return [
-        f"{run.name} {run.id} {result['status']}: {result['global_step']} steps, {result['epochs']} epochs, "
-        f"{result['world_size']} ranks, {result['seconds']['training']:.1f} s",
+        f"{run.name} {run.id} {result.status}: {result.global_step} steps, {result.epochs} epochs, "
+        f"{result.world_size} ranks, {seconds:.1f} s",
         outcome or "no evaluation",
         speed,
-        f"weights sha256 {result['weights_sha256'][:16]}…  W&B: {wandb_location}",
+        f"weights sha256 {(result.weights_sha256 or '')[:16]}…  W&B: {wandb_location}",
         f"run folder {run.folder}",
     ]

@@ -10,10 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from lockstep.core import atomic_write_json
 from lockstep.monitoring.csv_logger import CsvMetricsLogger
 from lockstep.monitoring.throughput import ThroughputMonitor
-from lockstep.runs import Run
+from lockstep.runs import Run, RunProgress
 
 log = logging.getLogger(__name__)
 
@@ -68,21 +67,20 @@ class StatusReporter(Callback):
             return
         self._next_report = time.monotonic() + _INTERVAL_SECONDS
         steps, left = total_steps(trainer), self._seconds_left(trainer)
-        status = {
-            "status": state,
-            "step": trainer.global_step,
-            "steps": steps,
-            "epoch": trainer.current_epoch,
-            "samples_per_second": round(self.throughput.samples_per_second, 1),
-            "seconds_left": left,
-            "attempt": self.attempt,
-            "world_size": trainer.world_size,
-            "metrics": latest_metrics(trainer),
-            "warning": self.warning(),
-            "time": time.time(),
-        }
+        progress = RunProgress(
+            status=state,
+            step=trainer.global_step,
+            steps=steps,
+            epoch=trainer.current_epoch,
+            samples_per_second=round(self.throughput.samples_per_second, 1),
+            seconds_left=left,
+            attempt=self.attempt,
+            world_size=trainer.world_size,
+            metrics=latest_metrics(trainer),
+            warning=self.warning(),
+        )
         try:
-            atomic_write_json(self.run.status, status)
+            progress.write(self.run.status)
         except OSError as error:
             log.warning("%s cannot be written (%s)", self.run.status, error.strerror)
         if self.log_lines and state == "training" and trainer.global_step:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -15,7 +14,7 @@ from lockstep.config import WandbOptions
 from lockstep.core import World, wandb_api_key
 from lockstep.monitoring.csv_logger import read_metrics
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable, one_line
-from lockstep.runs import Run
+from lockstep.runs import LaunchRecord, Run
 
 if TYPE_CHECKING:
     import wandb
@@ -179,8 +178,9 @@ def start_wandb_logger(
     mode = wandb_mode(options, os.environ)
     if mode == "disabled" or not world.is_rank_zero:
         return None
+    launch = LaunchRecord.read(run.launch)
     facts = {
-        "launch": yaml.safe_load(run.launch.read_text()) if run.launch.exists() else {},
+        "launch": launch.as_dict() if launch is not None else {},
         "world_size": world.size,
         "nodes": world.nodes,
         "launcher": world.launcher,

@@ -11,10 +11,10 @@ import wandb
 import yaml
 
 from lockstep.config import WandbOptions
-from lockstep.core import CommandLineParser, RunError, UsageError, World, read_json, setup_logging, wandb_api_key
+from lockstep.core import CommandLineParser, RunError, UsageError, World, setup_logging, wandb_api_key
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable
 from lockstep.monitoring.wandb_logger import WandbRunLogger
-from lockstep.runs import Run
+from lockstep.runs import Owner, Run, RunResult
 from lockstep.slurm import is_owner_alive
 
 
@@ -25,7 +25,7 @@ def sync_run(run: Run) -> str:
         UsageError: The run is being trained, or W&B has no API key.
         RunError: W&B cannot be reached or does not accept the rows.
     """
-    if (owner := read_json(run.folder / "owner.json")) and is_owner_alive(owner, environ):
+    if (owner := Owner.read(run.owner)) and is_owner_alive(owner, environ):
         raise UsageError(f"The run {run.folder} is being trained and sends missing rows itself; sync it after it has ended.")
     if wandb_api_key(environ) is None:
         raise UsageError("W&B has no API key on this machine; set WANDB_API_KEY or run wandb login.")
@@ -34,8 +34,8 @@ def sync_run(run: Run) -> str:
     config = yaml.safe_load(run.config.read_text())
     logger = WandbRunLogger(WandbClient(run, WandbOptions(**config["wandb"]), config, online=True), step=lambda: 0)
     url = logger.url
-    is_finished = read_json(run.result).get("status") == "finished"
-    if not logger.close(0 if is_finished else 1) or not url:
+    result = RunResult.read(run.result)
+    if not logger.close(0 if result is not None and result.is_finished else 1) or not url:
         raise RunError("W&B does not have all rows; try again later.")
     return url
 
