@@ -21,10 +21,9 @@ from PIL import Image
 
 from lockstep.core.errors import UsageError
 from lockstep.data.base import split_indices
-from lockstep.data.cifar10 import CIFAR10
 from lockstep.data.digits import Digits
+from lockstep.data.downloaded import CIFAR10, MNIST
 from lockstep.data.image_folder import ImageFolder
-from lockstep.data.mnist import MNIST
 from lockstep.data.synthetic import Synthetic
 
 

@@ -49,7 +49,8 @@ def test_an_error_on_rank_zero_is_raised_on_every_rank() -> None:
 
     with pytest.raises(RankFailed) as raised:
         fork_ranks(fail, 1, 2)
-    assert (raised.value.report, raised.value.exit_status, raised.value.is_sentence) == ("no folder", 2, True)
+    failure = raised.value.failure
+    assert (failure.report, failure.exit_status, failure.is_permanent) == ("no folder", 2, True)
 
 
 def raise_on_two(world: World) -> None:
@@ -64,8 +65,8 @@ def test_the_rank_that_fails_first_is_named_with_its_traceback() -> None:
     start = time.monotonic()
     with pytest.raises(RankFailed) as raised:
         fork_ranks(raise_on_two, 2, 2)
-    failure = raised.value
-    assert (failure.world.rank, failure.world.node_rank, failure.exit_status, failure.is_sentence) == (2, 1, 1, False)
+    failure = raised.value.failure
+    assert (failure.rank, failure.node, failure.exit_status, failure.is_permanent) == (2, 1, 1, False)
     assert "ArithmeticError: rank two's own mistake" in failure.report
     assert failure.report.count("Traceback") == 1
     assert time.monotonic() - start < 20
@@ -81,8 +82,8 @@ def kill_one(world: World) -> None:
 def test_a_killed_rank_is_named() -> None:
     with pytest.raises(RankFailed) as raised:
         fork_ranks(kill_one, 1, 3)
-    assert raised.value.world.rank == 1
-    assert "killed by SIGKILL" in raised.value.report
+    assert raised.value.failure.rank == 1
+    assert "killed by SIGKILL" in raised.value.failure.report
 
 
 def test_a_killed_rank_is_detected_at_once_while_the_others_are_busy() -> None:
@@ -99,7 +100,7 @@ def test_a_killed_rank_is_detected_at_once_while_the_others_are_busy() -> None:
     start = time.monotonic()
     with pytest.raises(RankFailed) as raised:
         fork_ranks(busy, 1, 4)
-    assert raised.value.world.rank == 2
+    assert raised.value.failure.rank == 2
     assert time.monotonic() - start < 5
 
 

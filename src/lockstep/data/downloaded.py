@@ -1,7 +1,9 @@
-"""The base of MNIST and CIFAR-10: torchvision downloads, verifies and reads them, and they fit in memory."""
+"""MNIST and CIFAR-10: torchvision downloads, verifies and reads them, and they fit in memory."""
 
 from typing import Any
 
+import torch
+import torchvision
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -52,3 +54,41 @@ class DownloadedData(ImageData):
         chosen = split_indices(len(images), self.val_samples, self.seed, split)
         transform = self.transform if split == "train" and self.augment else None
         return InMemoryImages(images[chosen], labels[chosen], transform)
+
+
+class MNIST(DownloadedData):
+    """Handwritten digits as images (1, 28, 28): 55,000 for training, 5,000 for validation, 10,000 for testing.
+
+    ``<root>/mnist/MNIST/raw`` holds the four idx files. ``augment`` shifts an image at random, by two pixels
+    at most.
+    """
+
+    num_classes = 10
+    image_shape = (1, 28, 28)
+    mean = (0.1307,)
+    std = (0.3081,)
+    source = torchvision.datasets.MNIST
+    transform = v2.RandomCrop(28, padding=2)
+
+    def tensors(self, raw: Any) -> tuple[Tensor, Tensor]:
+        """Images, uint8 (N, 1, 28, 28), and labels, int64 (N,)."""
+        return raw.data.unsqueeze(1), raw.targets
+
+
+class CIFAR10(DownloadedData):
+    """Ten classes of objects as images (3, 32, 32): 45,000 for training, 5,000 for validation, 10,000 for testing.
+
+    ``<root>/cifar10/cifar-10-batches-py`` holds the batch files. ``augment`` flips an image at random and shifts it, by four
+    pixels at most.
+    """
+
+    num_classes = 10
+    image_shape = (3, 32, 32)
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2470, 0.2435, 0.2616)
+    source = torchvision.datasets.CIFAR10
+    transform = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+
+    def tensors(self, raw: Any) -> tuple[Tensor, Tensor]:
+        """Images, uint8 (N, 3, 32, 32), and labels, int64 (N,)."""
+        return torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(raw.targets)

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,17 +155,17 @@ def class_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
+@dataclass(frozen=True)
 class CorruptFile:
-    """The sample of a file that cannot be decoded.
+    """The sample of a file that cannot be decoded, and the reason that the decoder gives."""
 
-    Args:
-        path: The file.
-        reason: The decoder's message.
-    """
+    path: str
+    reason: str
 
-    def __init__(self, path: str, reason: str) -> None:
-        self.path = path
-        self.message = f"{path} is not a complete JPEG or PNG ({reason}); replace it, or set --data.on_corrupt skip."
+    @property
+    def message(self) -> str:
+        """An error message."""
+        return f"{self.path} is not a complete JPEG or PNG ({self.reason}); replace it, or set --data.on_corrupt skip."
 
 
 class ImageFiles(Dataset[Any]):

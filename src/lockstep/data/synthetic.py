@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lockstep.core import UsageError
-from lockstep.data.base import ImageData, Split
+from lockstep.data.base import ImageData, InMemoryImages, Split
 from lockstep.data.seeding import derive_seed
 
 _POOL = 256
 """Number of different images."""
 
 
-class SyntheticImages(Dataset[tuple[Tensor, Tensor]]):
+class SyntheticImages(InMemoryImages):
     """Any number of samples from a pool of 256 random images in memory.
 
     Args:
@@ -26,25 +25,22 @@ class SyntheticImages(Dataset[tuple[Tensor, Tensor]]):
         seed: Seed of the pool.
     """
 
-    deterministic = True
-
     def __init__(self, samples: int, shape: Sequence[int], num_classes: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         size = min(samples, _POOL)
+        images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, generator=generator)
+        super().__init__(images, torch.randint(0, num_classes, (size,), generator=generator))
         self.samples = samples
-        self.images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, generator=generator)
-        self.labels = torch.randint(0, num_classes, (size,), generator=generator)
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index % len(self.images)], self.labels[index % len(self.images)]
+        return super().__getitem__(index % len(self.images))
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> Any:
         """A batch: images, uint8 (B, C, H, W), and labels, int64 (B,)."""
-        chosen = torch.tensor(indices) % len(self.images)
-        return self.images[chosen], self.labels[chosen]
+        return super().__getitems__([index % len(self.images) for index in indices])
 
 
 class Synthetic(ImageData):

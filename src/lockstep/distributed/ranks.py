@@ -13,13 +13,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lockstep.core import Interrupted, LockstepError, World
+from lockstep.core import Interrupted, World
+from lockstep.runs import Failure
 
 T = TypeVar("T")
 
@@ -31,25 +32,21 @@ class RankFailed(Exception):
     """A rank failed, and the other ranks were ended.
 
     Attributes:
-        world: The rank that failed first.
-        report: Its traceback, the message of its ``LockstepError``, or the signal that killed it.
-        exit_status: Exit status for the launcher: 2 for a usage error, 128 and the number of a stop signal, else 1.
-        is_sentence: Whether ``report`` is a complete sentence for the user.
+        failure: The failure of the rank that failed first.
     """
 
-    def __init__(self, world: World, report: str, exit_status: int = 1, is_sentence: bool = False) -> None:
-        super().__init__(f"rank {world.rank} of {world.size} (node {world.node_rank}) failed: {report}")
-        self.world, self.report, self.exit_status, self.is_sentence = world, report, exit_status, is_sentence
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"rank {failure.rank} of {failure.world_size} (node {failure.node}) failed: {failure.report}")
+        self.failure = failure
 
 
 @dataclass(frozen=True)
-class _RankFailure:
-    """Sent by a rank that fails; the fields of ``RankFailed``, and when it failed (seconds since 1970)."""
+class _Outcome:
+    """What a rank sends when it ends: its result or its failure, and the time in seconds since 1970."""
 
-    time: float
-    report: str
-    exit_status: int = 1
-    is_sentence: bool = False
+    result: Any = None
+    failure: Failure | None = None
+    time: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True)
@@ -91,17 +88,17 @@ def fork_ranks(
             return _collect(forked)
         except (KeyboardInterrupt, Interrupted):
             # A terminal sends Ctrl-C to the ranks too: let them save and stop together. A second Ctrl-C ends the wait.
+            _join(forked, _GRACE_SECONDS)
+            _terminate(forked)
             _join(forked)
-            for rank_process in forked:
-                if rank_process.process.is_alive():
-                    rank_process.process.terminate()
-            for rank_process in forked:
-                rank_process.process.join()
             raise
         finally:
             signal.signal(signal.SIGTERM, previous)
-            _end(forked)
+            _terminate(forked)
+            _join(forked, _GRACE_SECONDS)
             for rank_process in forked:
+                rank_process.process.kill()
+                rank_process.process.join()
                 os.close(rank_process.end)
 
 
@@ -136,19 +133,14 @@ def _run_rank(target: Callable[[World], Any], world: World, sender: Connection, 
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     status = 1
     try:
-        sender.send(target(world))
+        sender.send(_Outcome(target(world)))
         status = 0
-    except LockstepError as error:
-        status = error.exit_status
-        sender.send(_RankFailure(time.time(), error.message, status, True))
-    except Interrupted as error:
-        status = int(error.code) if isinstance(error.code, int) else 1
-        name = "Ctrl-C" if status == 130 else signal.Signals(status - 128).name
-        sender.send(_RankFailure(time.time(), f"{name} ended the run; continue it with --resume.", status, True))
     except BaseException as error:
-        if log is not None:
+        failure = replace(Failure.from_exception(error, world), host="")  # all ranks are on this machine
+        status = failure.exit_status
+        if log is not None and not failure.is_permanent and not failure.is_interruption:
             traceback.print_exc()
-        sender.send(_RankFailure(time.time(), "".join(traceback.format_exception(error))))
+        sender.send(_Outcome(failure=failure))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -181,60 +173,47 @@ def _collect(forked: Sequence[_RankProcess]) -> list[Any]:
     Raises:
         RankFailed: At least one rank failed; names the first.
     """
-    results: dict[int, Any] = {}
-    failures: dict[int, _RankFailure] = {}
-    running = set(range(len(forked)))
+    outcomes: dict[int, _Outcome] = {}
     deadline: float | None = None
-    while running and (deadline is None or time.time() < deadline):
-        handles = [handle for rank in running for handle in (forked[rank].receiver, forked[rank].end)]
+    while len(outcomes) < len(forked) and (deadline is None or time.time() < deadline):
+        running = [rank for rank in forked if rank.world.rank not in outcomes]
+        handles = [handle for rank in running for handle in (rank.receiver, rank.end)]
         ready = wait(handles, timeout=None if deadline is None else max(0.0, deadline - time.time()))
-        for rank in sorted(running):
-            if forked[rank].receiver not in ready and forked[rank].end not in ready:
-                continue
-            running.remove(rank)
-            message = _receive(forked[rank])
-            if not isinstance(message, _RankFailure):
-                results[rank] = message
-                continue
-            failures[rank] = message
-            # Its peers fail too, and may report sooner: wait for them before naming the first. After a stop signal the
-            # ranks still have work to finish, so there is no deadline.
-            if message.exit_status < 128:
-                deadline = deadline or time.time() + 0.3
-    if failures:
-        rank, first = min(failures.items(), key=lambda item: item[1].time)
-        raise RankFailed(forked[rank].world, first.report, first.exit_status, first.is_sentence)
-    return [results[rank] for rank in range(len(forked))]
+        for rank in running:
+            if rank.receiver in ready or rank.end in ready:
+                outcome = outcomes[rank.world.rank] = _receive(rank)
+                # Its peers fail too, and may report sooner: wait for them before naming the first. After a stop signal the
+                # ranks still have work to finish, so there is no deadline.
+                if outcome.failure is not None and not outcome.failure.is_interruption:
+                    deadline = deadline or time.time() + 0.3
+    failed = sorted((outcome.time, rank, outcome.failure) for rank, outcome in outcomes.items() if outcome.failure is not None)
+    if failed:
+        raise RankFailed(failed[0][2])
+    return [outcomes[rank].result for rank in range(len(forked))]
 
 
-def _receive(rank: _RankProcess) -> Any:
-    """The result of a rank, or its failure."""
+def _receive(rank: _RankProcess) -> _Outcome:
     try:
         if rank.receiver.poll():
-            return rank.receiver.recv()
+            outcome: _Outcome = rank.receiver.recv()
+            return outcome
     except EOFError:
         pass
     rank.process.join(1)
-    code = rank.process.exitcode
+    code, world = rank.process.exitcode, rank.world
     how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with status {code}"
     # A killed rank fails before its peers notice, and sends nothing: date it back.
-    return _RankFailure(time.time() - 0.2, f"The process {how}.")
+    failure = Failure(world.rank, world.size, world.node_rank, "", f"The process {how}.")
+    return _Outcome(failure=failure, time=time.time() - 0.2)
 
 
-def _end(forked: Sequence[_RankProcess]) -> None:
-    """End all ranks that still run: SIGTERM, then SIGKILL after the grace time."""
+def _terminate(forked: Sequence[_RankProcess]) -> None:
     for rank in forked:
-        if rank.process.is_alive():
-            rank.process.terminate()
-    _join(forked)
-    for rank in forked:
-        if rank.process.is_alive():
-            rank.process.kill()
-            rank.process.join()
+        rank.process.terminate()
 
 
-def _join(forked: Sequence[_RankProcess]) -> None:
-    """Wait for all ranks to end, for the grace time at most."""
-    deadline = time.monotonic() + _GRACE_SECONDS
+def _join(forked: Sequence[_RankProcess], seconds: float | None = None) -> None:
+    """Wait for all ranks to end, at most for ``seconds``."""
+    deadline = None if seconds is None else time.monotonic() + seconds
     for rank in forked:
-        rank.process.join(max(0.0, deadline - time.monotonic()))
+        rank.process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))

@@ -35,16 +35,7 @@ class NanGuard(Callback):
         if is_log_step(trainer):
             self.check(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check(trainer)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.check(trainer)
-
-    def check(self, trainer: Trainer) -> None:
+    def check(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Compare all ranks; every rank must call.
 
         Raises:
@@ -59,3 +50,5 @@ class NanGuard(Callback):
                 f"The loss is not a finite number at step {step} on rank {rank}. Earlier checkpoints are kept; "
                 "try a smaller --model.lr, a longer warm-up or --trainer.gradient_clip_val 1."
             )
+
+    on_train_epoch_end = on_validation_start = on_save_checkpoint = check
