@@ -108,7 +108,7 @@ def all_samples(loader: DataLoader[Any], world: World, epoch: int = 0) -> list[t
     return [tuple(float(column[row]) for column in batch) for batch in sharded for row in range(len(batch[0]))]
 
 
-def test_a_plain_loader_gets_the_same_samples_and_augmentation_whatever_the_ranks_and_workers() -> None:
+def test_a_plain_loader_gets_the_same_samples_and_augmentation_on_any_number_of_ranks_and_workers() -> None:
     alone = all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World())
     assert len(set(alone)) == 24
     for workers in (0, 1, 2):

@@ -121,12 +121,12 @@ def test_the_other_ranks_are_killed_if_they_ignore_sigterm(tmp_path: Path) -> No
 
 
 def test_output_of_other_ranks_goes_to_their_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def speak(world: World) -> None:
+    def write_output(world: World) -> None:
         print(f"this is {world.rank}")
         os.system(f"echo shell of {world.rank}")
 
-    fork_ranks(speak, 1, 2, logs=lambda rank: tmp_path / f"{rank}.log")
-    assert "this is 0" in (said := capfd.readouterr().out) and "this is 1" not in said
+    fork_ranks(write_output, 1, 2, logs=lambda rank: tmp_path / f"{rank}.log")
+    assert "this is 0" in (output := capfd.readouterr().out) and "this is 1" not in output
     assert sorted((tmp_path / "1.log").read_text().splitlines()) == ["shell of 1", "this is 1"]
 
 

@@ -41,13 +41,13 @@ def score_in_parts(world: World) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_loss_and_accuracy_count_each_sample_alike_on_any_number_of_ranks(ranks: int) -> None:
+def test_loss_and_accuracy_weigh_each_sample_equally_on_any_number_of_ranks(ranks: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(13, 5, generator=generator), torch.randint(0, 5, (13,), generator=generator)
-    right = int((logits.argmax(1) == labels).sum())
+    correct = int((logits.argmax(1) == labels).sum())
     for found in fork_ranks(score_in_parts, 1, ranks):
-        assert (found["samples"], found["correct"]) == (13, right)
-        assert found["accuracy"] == pytest.approx(right / 13)
+        assert (found["samples"], found["correct"]) == (13, correct)
+        assert found["accuracy"] == pytest.approx(correct / 13)
         assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), abs=1e-6)
 
 
