@@ -65,10 +65,8 @@ def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: L
     run = launch("--nodes", "2", "--ranks", "2", *SMALL, "--wandb.mode", "offline", *tags)
     assert run.status == 0
     assert len(list(run.folder.glob("wandb/*run-*"))) == 1
-    found = {
-        kind: [record[kind] for record in wandb_records(run.folder) if record["type"] == kind]
-        for kind in ("run", "history", "exit")
-    }
+    records = wandb_records(run.folder)
+    found = {kind: [record[kind] for record in records if record["type"] == kind] for kind in ("run", "history", "exit")}
     (started,) = found["run"]
     assert (started["run_id"], started["run_group"], started["tags"]) == (run.folder.name, "trial", ["small", "quick"])
     config = started["config"]["update"]
