@@ -31,13 +31,19 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a log line for each request."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder, and its URL on a local web server."""
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *_: None
+    handler = functools.partial(QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{running.server_address[1]}/"
@@ -71,7 +77,7 @@ def test_mnist_is_downloaded_verified_and_split(server: tuple[Path, str], tmp_pa
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
-    assert [len(data._datasets[part]) for part in ("train", "val", "test")] == [50, 10, 20]
+    assert [len(getattr(data, f"{split}_dataloader")().dataset) for split in ("train", "val", "test")] == [50, 10, 20]
     images, labels = next(iter(data.train_dataloader()))
     assert (images.shape, images.dtype, labels.dtype) == ((25, 1, 28, 28), torch.uint8, torch.int64)
     shutil.rmtree(server[0])
@@ -194,9 +200,7 @@ def test_digits_are_complete_and_their_test_set_is_the_same_for_every_seed() -> 
     images = {}
     for seed in (1, 2):
         data = Digits(seed=seed)
-        data.setup("fit")
-        data.setup("test")
-        images[seed] = {split: dataset.images for split, dataset in data._datasets.items()}
+        images[seed] = {"train": data.load("train").images, "val": data.load("val").images, "test": data.load("test").images}
     assert [len(images[1][split]) for split in ("train", "val", "test")] == [1280, 157, 360]
     assert torch.equal(images[1]["test"], images[2]["test"])
     assert not torch.equal(images[1]["val"], images[2]["val"])

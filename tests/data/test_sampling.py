@@ -94,6 +94,8 @@ def test_every_epoch_and_seed_has_its_own_order() -> None:
 class Noisy(Dataset[tuple[int, float, float, float]]):
     """Each sample is its index and a random number of each kind."""
 
+    classes: list[str]
+
     def __len__(self) -> int:
         return 24
 
@@ -134,10 +136,10 @@ def test_loading_restores_the_random_state() -> None:
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()
     all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World())
     assert torch.equal(before[0], torch.get_rng_state())
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert (np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()) == before[1:]
 
 
 def test_a_custom_sampler_is_sharded() -> None:
