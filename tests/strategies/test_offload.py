@@ -123,11 +123,10 @@ def test_an_op_that_does_not_compile_is_told_on_all_ranks(compiled: Path, tmp_pa
     (tmp_path / "small.cpp").write_text("no\n")
     with pytest.raises(RankFailed) as failed:
         fork_ranks(load_on, 1, 2)
-    assert failed.value.message and failed.value.exit_status == 2
-    assert (
-        "model.optimizer: 'mine' needs DeepSpeed's op cpu_adam, which cannot be compiled or loaded on " in failed.value.report
-    )
-    assert "small.cpp:1:1: error: " in failed.value.report and failed.value.report.endswith("or use adamw.")
+    failure = failed.value.failure
+    assert failure.is_permanent and failure.exit_status == 2
+    assert "model.optimizer: 'mine' needs DeepSpeed's op cpu_adam, which cannot be compiled or loaded on " in failure.report
+    assert "small.cpp:1:1: error: " in failure.report and failure.report.endswith("or use adamw.")
 
 
 NVME = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--deepspeed.offload_optimizer", "nvme"]

@@ -76,10 +76,10 @@ class LockstepStrategy(Strategy):
             return SkipFirstBatches(ordered, position.batch) if position else ordered
         # Now: lightning tells the epoch only after workers have begun to fetch.
         if position:
-            ordered.batch_sampler.order.set_epoch(position.epoch)
-            ordered.batch_sampler.start = (position.epoch, position.batch)
+            ordered.batch_sampler.epoch_sampler.set_epoch(position.epoch)
+            ordered.batch_sampler.start = position
         elif trainer is not None:
-            ordered.batch_sampler.order.set_epoch(trainer.current_epoch)
+            ordered.batch_sampler.epoch_sampler.set_epoch(trainer.current_epoch)
         return ordered
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -92,4 +92,4 @@ class LockstepStrategy(Strategy):
             return 1.0
         loader = module.trainer.train_dataloader
         batches = getattr(loader, "batch_sampler", None)
-        return batches.weight(module.trainer.fit_loop.batch_idx) if isinstance(batches, GlobalBatchSampler) else 1.0
+        return batches.rank_weight(module.trainer.fit_loop.batch_idx) if isinstance(batches, GlobalBatchSampler) else 1.0
