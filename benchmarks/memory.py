@@ -9,8 +9,7 @@ optimizer's state, each storage once. The table gives the largest rank, in MB, a
 import argparse
 import json
 import logging
-import os
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "launch"))
+
+import local
 
 from lockstep.planning.memory import MemoryEstimate, ModelProfile, TrainingOptions, estimate_memory
 from lockstep.planning.model_profile import profile_model
@@ -79,7 +82,8 @@ def ddp_memory(module: LightningModule, optimizer: Any) -> dict[str, int]:
 
 def zero_memory(trainer: Trainer) -> dict[str, int]:
     """Bytes of a rank's shards with DeepSpeed; float32 master weights count as the optimizer's."""
-    engine: Any = trainer.strategy.deepspeed_engine
+    strategy: Any = trainer.strategy
+    engine = strategy.deepspeed_engine
     zero, parameters = engine.optimizer, list(engine.module.parameters())
     shards = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
     weights = [*parameters, *shards, *engine.module.buffers()]
@@ -110,21 +114,20 @@ def count_bytes(tensors: Iterable[Tensor | None], without: Iterable[Tensor] = ()
     return sum(size for address, size in sizes.items() if address not in others)
 
 
+def run_locally(arguments: Sequence[str]) -> None:
+    """Run ``launch/local.py`` in this process, and exit."""
+    sys.exit(local.main(arguments))
+
+
 def measure(strategy: str, ranks: int, precision: str) -> list[dict[str, int]]:
     """Train, and return the bytes that each rank held."""
     with tempfile.TemporaryDirectory() as folder:
         record = ["--trainer.callbacks+=memory.MemoryRecorder", f"--trainer.callbacks.folder={folder}"]
-        command = [sys.executable, str(REPO / "launch/local.py"), f"--ranks={ranks}", *RUN, precision]
-        path = os.pathsep.join([str(REPO / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [*command, *STRATEGIES[strategy], *record, f"--run.root={folder}/runs"],
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            cwd=folder,
-        )
-        if done.returncode:
-            raise SystemExit(done.stderr)
+        keys = [*RUN, precision, *STRATEGIES[strategy], *record, f"--run.root={folder}/runs"]
+        # A process that has run backward cannot fork ranks, so each run has its own.
+        run = multiprocessing.get_context("fork").Process(target=run_locally, args=([f"--ranks={ranks}", *keys],))
+        run.start()
+        run.join()
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -141,16 +144,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    model = profile_model(parse_config([*RUN, options.precision])[1], options.precision)
     quantities = ("weights", "gradients", "optimizer")
     table = Table("strategy", "ranks", *(f"{name}, MB (of estimate)" for name in quantities), box=None)
-    for strategy in options.strategies:
-        for ranks in options.ranks:
-            by_rank = measure(strategy, ranks, options.precision)
-            expected = estimate(model, options.precision, strategy, ranks)
-            largest = {name: max(held[name] for held in by_rank) for name in quantities}
-            cells = [f"{size / 1e6:.2f} ({size / getattr(expected, name):.2f})" for name, size in largest.items()]
-            table.add_row(strategy, str(ranks), *cells)
+    cases = [(strategy, ranks) for strategy in options.strategies for ranks in options.ranks]
+    measured = [measure(strategy, ranks, options.precision) for strategy, ranks in cases]
+    model = profile_model(parse_config([*RUN, options.precision])[1], options.precision)
+    for (strategy, ranks), by_rank in zip(cases, measured, strict=True):
+        expected = estimate(model, options.precision, strategy, ranks)
+        largest = {name: max(held[name] for held in by_rank) for name in quantities}
+        cells = [f"{size / 1e6:.2f} ({size / getattr(expected, name):.2f})" for name, size in largest.items()]
+        table.add_row(strategy, str(ranks), *cells)
     Console(width=120).print(table)
 
 
