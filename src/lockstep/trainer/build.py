@@ -73,16 +73,7 @@ def build_trainer(
     saves = given["enable_checkpointing"] is not False
     options = config.checkpoint
     hang = Watchdog(run, world, attempt, config.run.hang_timeout_seconds)
-    writer = CheckpointWriter(
-        run.checkpoints,
-        world,
-        attempt,
-        options.async_save,
-        options.keep_last,
-        # Only who is newest writes: an older attempt may live on, on a node that Slurm has given up.
-        is_owner=lambda: run.newest_attempt == attempt,
-        on_wait=hang.reset,
-    )
+    writer = CheckpointWriter(run, world, attempt, options, on_wait=hang.reset)
     keeper = CheckpointCallback(run, options, throughput, signals, writer if saves else None)
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # lightning's, of one's own
     callbacks += [NanGuard(), throughput, StatusReporter(run, throughput, attempt, not bar, lambda: writer.error), keeper]

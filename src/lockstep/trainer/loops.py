@@ -10,9 +10,7 @@ What differs from lightning:
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Trainer
@@ -22,23 +20,8 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 
-from lockstep.checkpoint import State, restore_state
-from lockstep.data import DataPosition
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where a run goes on.
-
-    Attributes:
-        position: In the data.
-        states: Of the ranks that this one stands for, see ``state.put_state``.
-        seed: For random numbers that no state gives.
-    """
-
-    position: DataPosition
-    states: Sequence[State]
-    seed: int
+from lockstep.checkpoint import ResumePoint, restore_state
+from lockstep.strategies import LockstepStrategy
 
 
 class EpochLoop(_TrainingEpochLoop):
@@ -97,12 +80,6 @@ class FitLoop(_FitLoop):
     def done(self) -> bool:
         return not self.epoch_loop.pending and super().done
 
-    def setup_data(self) -> None:
-        strategy: Any = self.trainer.strategy
-        strategy.position = self.resume_point.position if self.resume_point else None
-        super().setup_data()
-        strategy.position = None
-
     def run(self) -> None:
         if self.resume_point is not None:
             # Not a restart in lightning's sense: nothing is to be guessed from the counters. Not by way of the fit loop's own
@@ -124,6 +101,8 @@ class FitLoop(_FitLoop):
         call._call_callback_hooks(self.trainer, "on_train_epoch_start")
         call._call_lightning_module_hook(self.trainer, "on_train_epoch_start")
         restore_state(self.trainer, resumed.states, resumed.seed)
+        assert isinstance(self.trainer.strategy, LockstepStrategy)
+        self.trainer.strategy.finish_resume()
         self.resume_point = None
 
 

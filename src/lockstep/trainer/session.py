@@ -29,7 +29,7 @@ from lockstep.core import (
     atomic_write_text,
     setup_logging,
 )
-from lockstep.data import DataPosition, DataSharding, derive_seed
+from lockstep.data import DataSharding
 from lockstep.distributed import (
     SignalReceiver,
     all_gather,
@@ -50,10 +50,10 @@ from lockstep.monitoring import (
     weights_sha256,
 )
 from lockstep.runs import Run, read_attempts, read_first_failure, update_status
-from lockstep.strategies import load_ops, make_strategy, private_folder, required_ops
+from lockstep.strategies import LockstepStrategy, load_ops, make_strategy, private_folder, required_ops
 from lockstep.trainer.build import build_trainer, resolve_precision
 from lockstep.trainer.config_parser import dump_config, instantiate, parse_config, split_command
-from lockstep.trainer.loops import FitLoop, ResumePoint
+from lockstep.trainer.loops import FitLoop
 from lockstep.trainer.predictions import run_prediction
 
 log = logging.getLogger(__name__)  # as __main__ too
@@ -219,21 +219,19 @@ def run_session(
 
 def resume(trainer: Trainer, throughput: ThroughputMonitor, checkpoint: Checkpoint, same_run: bool) -> None:
     """Let ``trainer`` begin where ``checkpoint`` was saved; what it logs again is not written again in the same run."""
-    strategy: Any = trainer.strategy
-    world, facts = strategy.sharding.world, checkpoint.facts
-    strategy.gradient_ready_order = facts["ready"]
-    seed = derive_seed(strategy.sharding.seed, checkpoint.step, world.rank) >> 1
-    position = DataPosition(int(facts["epoch"]), int(facts["batch"]))
-    assert isinstance(trainer.fit_loop, FitLoop)
-    trainer.fit_loop.resume_point = ResumePoint(position, checkpoint.states_for(world), seed)
+    strategy, progress = trainer.strategy, checkpoint.manifest.progress
+    assert isinstance(strategy, LockstepStrategy) and isinstance(trainer.fit_loop, FitLoop)
+    point = checkpoint.resume_point(strategy.sharding.world, strategy.sharding.seed)
+    strategy.resume_from(point)
+    trainer.fit_loop.resume_point = point
     if same_run:
-        throughput.train_seconds = float(facts["seconds"])
+        throughput.train_seconds = progress.train_seconds
         for part in (*trainer.loggers, *callbacks_of(trainer)):
             if isinstance(part, CsvMetricsLogger | WandbRunLogger):
-                part.row_count = int(facts["rows"])
+                part.row_count = progress.metric_rows
             elif isinstance(part, CheckpointCallback):
-                part.resume(facts)
-    log.info("going on from step %d (epoch %d, batch %d)", checkpoint.step, position.epoch, position.batch)
+                part.resume(progress)
+    log.info("going on from step %d (epoch %d, batch %d)", progress.step, progress.epoch, progress.batch)
 
 
 def callbacks_of(trainer: Any) -> list[Callback]:
