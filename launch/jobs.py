@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from lockstep.core import CommandLineParser, LockstepError, UsageError, int_at_least
-from lockstep.runs import read_attempts
+from lockstep.runs import RunProgress, read_attempts
 from lockstep.slurm import (
     RunStatus,
     SubmittedJob,
@@ -107,35 +107,38 @@ def show(queued: SubmittedJob, as_json: bool) -> int:
 
 def sweep_row(view: RunStatus) -> Row:
     """One run of a sweep: its values, where it is, its results."""
-    values = (view.as_dict()["sweep"] or {}).get("values", {})
+    values = (view.sweep or {}).get("values", {})
     scores = {name: f"{value:.4g}" for name, value in view.metrics.items() if name.endswith(("loss", "accuracy"))}
     return {"job": view.job, **values, "state": view.state, "step": steps(view), **scores}
 
 
 def steps(view: RunStatus) -> str:
     """Step of steps."""
-    step = view.result.get("global_step", view.progress.get("step"))
-    total = view.progress.get("steps")
+    result, progress = view.result, view.progress
+    step = result.global_step if result is not None else progress.step if progress is not None else None
+    total = progress.steps if progress is not None else None
     return "" if step is None else f"{step}/{total}" if total else str(step)
 
 
 def print_facts(view: RunStatus) -> None:
     """One fact a line."""
-    progress, slot = view.progress, view.slot
-    left = progress.get("seconds_left")
+    progress, slurm = view.progress or RunProgress(""), view.slurm
+    left = progress.seconds_left
+    lost = view.result.seconds.lost if view.result is not None and view.result.seconds is not None else 0
+    attempts = [attempt for attempt in read_attempts(view.run)[-5:] if attempt.reason]
     facts = {
         "job": view.job,
         "state": view.state,
         "why": view.message,
-        "nodes": slot.nodes if slot else "",
-        "time": f"{slot.elapsed} of {slot.limit}" if slot else "",
+        "nodes": slurm.nodes if slurm else "",
+        "time": f"{slurm.elapsed} of {slurm.limit}" if slurm else "",
         "attempt": str(view.attempt or ""),
-        **{f"attempt {a.attempt}": f"ended at step {a.step}: {a.reason}" for a in read_attempts(view.run)[-5:] if a.reason},
-        "warning": progress.get("warning", "") if view.alive else "",
-        "lost": f"{lost:.0f} s" if (lost := view.result.get("seconds", {}).get("lost")) else "",
+        **{f"attempt {a.attempt}": f"ended at step {a.step}: {a.reason}" for a in attempts},
+        "warning": progress.warning if view.is_active else "",
+        "lost": f"{lost:.0f} s" if lost else "",
         "step": steps(view),
-        "speed": f"{progress['samples_per_second']:g} samples/s" if progress.get("samples_per_second") else "",
-        "time left": f"{left:.0f} s" if left and view.alive else "",
+        "speed": f"{progress.samples_per_second:g} samples/s" if progress.samples_per_second else "",
+        "time left": f"{left:.0f} s" if left and view.is_active else "",
         **{name: f"{value:.5g}" for name, value in sorted(view.metrics.items()) if not name.startswith("rate/")},
         "folder": str(view.run.folder),
     }
@@ -192,7 +195,7 @@ def end(queued: SubmittedJob) -> int:
         UsageError: Slurm would not.
     """
     views = query_status([queued], os.environ)
-    if not any(view.alive for view in views):
+    if not any(view.is_active for view in views):
         raise UsageError(f"job {queued.job} is over already: {views[0].state}.")
     done = subprocess.run(["scancel", queued.job], capture_output=True, text=True)
     if done.returncode:

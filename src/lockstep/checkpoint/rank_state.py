@@ -12,15 +12,7 @@ from lightning.pytorch import Trainer
 from torchmetrics import Metric
 
 from lockstep.checkpoint.serialization import State
-from lockstep.compat.lightning import (
-    capture_newest_metrics,
-    capture_result,
-    keep_logged_results,
-    logged_results,
-    make_result,
-    restore_newest_metrics,
-    result_reduction,
-)
+from lockstep.compat.lightning import capture_logged_values, restore_logged_values
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
 
 
@@ -30,12 +22,7 @@ def capture_state(trainer: Trainer) -> State:
     state: State = {
         "random": capture_rng_state(trainer.strategy.root_device),
         "metrics": {name: capture_metric(m) for name, m in module.named_modules() if isinstance(m, Metric)},
-        "results": {
-            key: {**capture_result(result), "metric": capture_metric(result)}
-            for key, result in logged_results(trainer).items()
-            if not result.has_reset
-        },
-        **capture_newest_metrics(trainer),
+        **capture_logged_values(trainer),
         "should_stop": trainer.should_stop,
     }
     if not module.automatic_optimization:  # gradients may be half accumulated, which only the user's code knows
@@ -51,26 +38,19 @@ def restore_state(trainer: Trainer, states: Sequence[State], seed: int) -> None:
         states: The state of this rank; in a world of another size those of the ranks that it replaces, perhaps none.
         seed: Seed for random numbers, unless there is exactly one state.
     """
-    module, results = trainer.lightning_module, logged_results(trainer)
+    module = trainer.lightning_module
     for name, metric in module.named_modules():
         if isinstance(metric, Metric):
             metric.reset()
             for state in states:
                 if name in state["metrics"]:
                     merge_metric(metric, state["metrics"][name])
-    results.clear()
-    for state in states:
-        for key, saved in state["results"].items():
-            if key not in results:
-                results[key] = make_result(saved, trainer)
-            merge_metric(results[key], saved["metric"], result_reduction(results[key]))
+    restore_logged_values(trainer, states)
     for state in states[:1]:
-        restore_newest_metrics(trainer, state)
         trainer.should_stop = state["should_stop"]
         for name, gradient in state.get("gradients", {}).items():
             parameter = module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
-    keep_logged_results(trainer)
     if len(states) == 1:
         restore_rng_state(states[0]["random"], trainer.strategy.root_device)
     else:

@@ -90,19 +90,16 @@ class ZeroOptimizer:
         zero = self._zero
         return list(zero.fp32_partitioned_groups_flat if self._is_stage_3 else zero.single_partition_of_fp32_groups)
 
-    @property
-    def scaler(self) -> dict[str, Any]:
-        """Settings and state of the loss scaler that fit into a checkpoint."""
-        state = vars(self._zero.loss_scaler)
-        return {key: value for key, value in state.items() if isinstance(value, bool | int | float | str | None)}
-
-    @property
-    def counters(self) -> dict[str, int]:
-        """Steps, samples and batches that the engine has counted."""
-        return {name: getattr(self._engine, name) for name in _COUNTERS}
+    def capture_counters(self) -> dict[str, dict[str, Any]]:
+        """State of the loss ``scaler``, and ``counters`` of steps, samples and batches."""
+        scaler = vars(self._zero.loss_scaler).items()
+        return {
+            "scaler": {key: value for key, value in scaler if isinstance(value, bool | int | float | str | None)},
+            "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
+        }
 
     def restore_counters(self, scaler: dict[str, Any], counters: dict[str, int]) -> None:
-        """Put back ``scaler`` and ``counters``."""
+        """Restore what ``capture_counters`` returned."""
         for owner, values in ((self._zero.loss_scaler, scaler), (self._engine, counters)):
             for name, value in values.items():
                 setattr(owner, name, value)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from lockstep.compat.lightning import LightningDDPStrategy
 from lockstep.compat.torch import replay_backward
 from lockstep.config import DDPOptions
 from lockstep.data import DataSharding
@@ -34,7 +33,7 @@ class SingleDevice(LockstepStrategy, SingleDeviceStrategy):
         self.sharding = sharding
 
 
-class DDP(LockstepStrategy, LightningDDPStrategy):
+class DDP(LockstepStrategy, DDPStrategy):
     """Distributed data parallel: every rank holds the whole model; gradients are averaged during backward."""
 
     def __init__(self, devices: list[torch.device], sharding: DataSharding, options: DDPOptions, timeout: timedelta) -> None:
@@ -71,9 +70,9 @@ class DDP(LockstepStrategy, LightningDDPStrategy):
             replay_backward(self.model, [parameters[index] for index in self.gradient_ready_order])
             trainer.lightning_module.zero_grad(set_to_none=True)
 
-    def register_hooks(self) -> None:
-        # Lightning registers hooks on GPUs only; gloo supports them as well.
-        if self._hook is not None:
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        if self._hook is not None:  # not ``ddp_comm_hook=``, which Lightning ignores on CPUs
             assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(None, self._hook)
 

@@ -122,19 +122,16 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
         for parameter in self.module.parameters():
             # DeepSpeed supports no other memory layout, such as channels-last; images and activations keep theirs.
             parameter.data = parameter.data.contiguous()
-        super().init_deepspeed()
-        if self.module.trainer.training:
-            ZeroOptimizer(self.deepspeed_engine)  # fails now, not at the first save, where a private name is gone
-
-    def make_engine(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().make_engine(*args, **kwargs)
+            super().init_deepspeed()
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             raise UsageError(
                 f"deepspeed.config: DeepSpeed rejects {name} ({first['input']!r}) in {error.title}: {first['msg']}."
             ) from None
+        if self.module.trainer.training:
+            ZeroOptimizer(self.deepspeed_engine)  # fails now, not at the first save, where a private name is gone
 
     def make_optimizer(self) -> tuple[Optimizer, Any]:
         try:

@@ -30,8 +30,7 @@ def capture_shards(zero: ZeroOptimizer, module: nn.Module) -> State:
         },
         "scalars": {key: value for key, value in state.items() if key not in keys},
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups],
-        "scaler": zero.scaler,
-        "counters": zero.counters,
+        **zero.capture_counters(),
     }
 
 
