@@ -1,10 +1,12 @@
-"""Private names of torch: tensors without content, and the memory that they would need."""
+"""Private names of torch."""
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lockstep.compat import private, private_imports
 
@@ -37,3 +39,23 @@ def peak_activations(tracker: MemTracker, device: torch.device) -> int:
 def apply_to_states(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
     """Replace every tensor of ``module``, such as the states of a torchmetrics ``Metric``, by ``function`` of it."""
     private("torch", module, "_apply")(function)
+
+
+_DDPSink = private("torch", torch.nn.parallel.distributed, "_DDPSink")
+for _name in ("prepare_for_forward", "prepare_for_backward"):
+    private("torch", private("torch", torch.distributed, "Reducer"), _name)
+
+
+def replay_backward(model: DistributedDataParallel, parameters: Sequence[Tensor]) -> None:
+    """Run a backward pass of zeros in which the gradients of ``parameters`` become ready in this order.
+
+    Hooks and buffers of the module see nothing of it; its gradients are zero afterwards.
+    """
+    for _ in range(2 if model.static_graph else 1):  # a static graph is recorded by one more pass
+        model.reducer.prepare_for_forward()
+        model.reducer.prepare_for_backward([])
+        loss = torch.zeros((), device=parameters[0].device)
+        for parameter in reversed(parameters):  # what was added last has its gradient first
+            loss = loss + parameter.reshape(-1)[:1].sum() * 0
+        (loss,) = _DDPSink.apply(weakref.ref(model), loss)
+        loss.backward()
