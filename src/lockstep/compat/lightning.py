@@ -1,37 +1,62 @@
-"""What a run says of itself while it trains: rates, a line or a bar, ``status.json``; and the guard against a NaN loss.
-
-Nothing here waits for the device or for other ranks, except at the steps that are logged.
-"""
+"""Private names of Lightning."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from lockstep.compat import patch, private, private_imports
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
-
-
-def is_log_step(trainer: Trainer) -> bool:
-    """Whether the metrics of this optimizer step are logged; the same answer on every rank."""
-    return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
-
 
 with private_imports("lightning"):
     from lightning.fabric.utilities.data import _set_sampler_epoch as set_sampler_epoch
     from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
     from lightning.pytorch.loops.fit_loop import _FitLoop
     from lightning.pytorch.loops.loop import _Loop
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
     from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
+    from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+    from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
-# An override of a method that Lightning no longer calls would do nothing, silently.
-for _name in ("_broadcast_sigterm_tensor", "_on_before_fetch", "_on_after_fetch", "_should_accumulate", "_should_check_val_fx"):
-    private("lightning", _TrainingEpochLoop, _name)
+# Methods too: an override of one that Lightning no longer calls would silently do nothing.
+for _owner, _names in (
+    (
+        _TrainingEpochLoop,
+        (
+            "_broadcast_sigterm_tensor",
+            "_is_training_done",
+            "_on_after_fetch",
+            "_on_before_fetch",
+            "_should_accumulate",
+            "_should_check_val_fx",
+        ),
+    ),
+    (_CheckpointConnector, ("dump_checkpoint",)),
+    (_LoggerConnector, ("should_update_logs",)),
+    (DeepSpeedStrategy, ("_format_config", "_init_deepspeed_distributed", "_init_optimizers")),
+    (rank_zero_only, ("rank",)),
+):
+    for _name in _names:
+        private("lightning", _owner, _name)
+
+
+def set_rank_zero(rank: int) -> None:
+    """Tell Lightning the global rank; it reads the environment when imported, which is too early for a forked rank."""
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Whether the current batch only accumulates gradients, without an optimizer step."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def is_log_step(trainer: Trainer) -> bool:
+    """Whether the metrics of this optimizer step are logged; the same answer on every rank."""
+    return trainer._logger_connector.should_update_logs and not is_accumulating(trainer)
 
 
 class LightningEpochLoop(_TrainingEpochLoop):
@@ -93,16 +118,6 @@ def keep_dataloaders(trainer: Trainer) -> None:
     patch("lightning", connector, "_prepare_dataloader", lambda dataloader, shuffle, mode: dataloader)
 
 
-# Checkpoints and strategies.
-
-for _owner, _names in (
-    (_CheckpointConnector, ("dump_checkpoint",)),
-    (_TrainingEpochLoop, ("_is_training_done", "_should_accumulate")),
-    (DeepSpeedStrategy, ("_format_config", "_init_deepspeed_distributed", "_init_optimizers")),
-):
-    for _name in _names:
-        private("lightning", _owner, _name)
-
 _METADATA_FIELDS = (
     "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "dataloader_idx",
     "metric_attribute",
@@ -118,11 +133,6 @@ def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
 def is_training_done(trainer: Trainer) -> bool:
     """Whether the newest step was the last one of its epoch or of the run."""
     return bool(trainer.fit_loop.epoch_loop._is_training_done)
-
-
-def is_accumulating(trainer: Trainer) -> bool:
-    """Whether more batches follow before the optimizer steps."""
-    return bool(trainer.fit_loop._should_accumulate())
 
 
 def capture_logged_values(trainer: Trainer) -> dict[str, Any]:

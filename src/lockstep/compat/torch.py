@@ -1,14 +1,30 @@
 """Private names of torch."""
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from lockstep.compat import private, private_imports
+
+
+def copy_data_loader(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
+    """Copy ``loader`` and replace ``attributes``, some of which ``DataLoader.__setattr__`` does not allow to change.
+
+    The copy keeps the class and everything else that a subclass has set, which ``__init__`` could not restore.
+    """
+    copied = copy.copy(loader)
+    for name, value in {**attributes, "_iterator": None}.items():
+        private("torch", loader, name)
+        vars(copied)[name] = value
+    return copied
+
 
 with private_imports("torch"):
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
