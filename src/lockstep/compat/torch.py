@@ -13,6 +13,12 @@ from torch.utils.data import DataLoader
 
 from lockstep.compat import private, private_imports
 
+with private_imports("torch"):
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+    from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
+    from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+    from torch.utils._pytree import tree_leaves, tree_map_only
+
 
 def copy_data_loader(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
     """Copy ``loader`` and replace ``attributes``, some of which ``DataLoader.__setattr__`` does not allow to change.
@@ -25,12 +31,6 @@ def copy_data_loader(loader: DataLoader[Any], **attributes: Any) -> DataLoader[A
         vars(copied)[name] = value
     return copied
 
-
-with private_imports("torch"):
-    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-    from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
-    from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
-    from torch.utils._pytree import tree_leaves, tree_map_only
 
 no_torch_function = private("torch", torch._C, "DisableTorchFunction")
 """Switches off, in a ``with`` statement, modes and subclasses of Tensor that change what functions do."""
