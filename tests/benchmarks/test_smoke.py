@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(150)
 NUMBER = r"[\d.,]+"
 
 
-def run_in_fork(main: Callable[[Sequence[str]], object], *arguments: str) -> None:
+def run_in_fork(main: Callable[[Sequence[str]], int | None], *arguments: str) -> None:
     """Run the ``main`` of a benchmark, which must succeed; this process must stay able to fork ranks."""
     process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(arguments)))
     process.start()
@@ -53,6 +53,7 @@ def test_step(capfd: pytest.CaptureFixture[str]) -> None:
         assert_row(output, "tiny MLP", re.escape(name), NUMBER, NUMBER, NUMBER)
 
 
+@pytest.mark.timeout(300)  # three times, ranks import torch
 @pytest.mark.usefixtures("slurm_is_here")
 def test_faults(capfd: pytest.CaptureFixture[str]) -> None:
     run_in_fork(faults.main, "--rows", "1", "--nodes", "1", "--step-seconds", "0.02")
