@@ -91,13 +91,13 @@ def job_id(text: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Submit the run; return 0, the exit status of an error (2: usage), or with --follow that of the run (see jobs.py)."""
     try:
-        return _main(arguments)
+        return _submit(arguments)
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
 
 
-def _main(arguments: Sequence[str]) -> int:
+def _submit(arguments: Sequence[str]) -> int:
     parser = make_parser()
     flags, trainer_arguments = parser.parse_known_args(arguments)
     check_slurm_conf(os.environ)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import daemons
 import pytest
-from conf import ClusterError
+from conf import ClusterError, free_ports
 from daemons import Cluster
 
 pytestmark = pytest.mark.usefixtures("slurm_is_here")
@@ -160,9 +160,8 @@ def test_preemption_requeues_a_job_of_low_priority(place: Path) -> None:
 
 
 def test_a_port_that_was_taken_meanwhile_is_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really_free = daemons.free_ports
     with socket.create_server(("127.0.0.1", 0)) as busy:
-        tries = [lambda count: [*really_free(count - 1), busy.getsockname()[1]], really_free]
+        tries = [lambda count: [*free_ports(count - 1), busy.getsockname()[1]], free_ports]
         monkeypatch.setattr(daemons, "free_ports", lambda count: tries.pop(0)(count))
         with Cluster.up(place / "c", nodes=1) as there:
             assert there.node_states() == {"n1": "idle"}

@@ -325,12 +325,12 @@ def test_a_sweep_is_one_job_one_group_and_one_table(shell: Shell) -> None:
         [f"{job.id}_{index}", seconds, seed, "finished"]
         for index, (seconds, seed) in enumerate((s, d) for s in ("0", "0.001", "0.002") for d in ("1", "2"))
     ]
-    told = json.loads(shell("launch/jobs.py", "status", job.id, "--json").stdout)
-    assert all(run["metrics"]["train/loss"] < 100 for run in told)
+    runs = json.loads(shell("launch/jobs.py", "status", job.id, "--json").stdout)
+    assert all(run["metrics"]["train/loss"] < 100 for run in runs)
     groups = set()
-    for run in told:
+    for run in runs:
         (record,) = Path(run["run"]).glob("wandb/offline-run-*/run-*.wandb")
-        command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", record]
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
         read = subprocess.run(command, capture_output=True, text=True, check=True)
         groups |= set(re.findall(r'"run_?[gG]roup":\s*"([^"]+)"', read.stdout))
         assert Path(run["run"]).name in record.name

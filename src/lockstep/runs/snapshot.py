@@ -183,17 +183,11 @@ def _folder_files(root: Path) -> Iterator[Path]:
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".")
-            and name != "__pycache__"
+            if not (name.startswith(".") or name == "__pycache__" or RUN_ID_PATTERN.fullmatch(name))
             and not (here / name / "pyvenv.cfg").exists()
-            and not RUN_ID_PATTERN.fullmatch(name)
         ]
-        links = [name for name in folders if (here / name).is_symlink()]
-        yield from (
-            (here / name).relative_to(root)
-            for name in (*links, *files)
-            if not name.startswith(".") and not name.endswith(".pyc")
-        )
+        names = [*(name for name in folders if (here / name).is_symlink()), *files]
+        yield from ((here / name).relative_to(root) for name in names if name[0] != "." and not name.endswith(".pyc"))
 
 
 def _find_checkout(here: Path) -> tuple[Path | None, bool]:
