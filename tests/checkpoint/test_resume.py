@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
     assert found is not None and found.folder == before
     capfd.readouterr()
     assert_same(go_on(launch, killed), undisturbed)
-    assert f"checkpoint {damaged} is damaged and left out: model.ckpt" in capfd.readouterr().err
+    assert f"checkpoint {damaged} is damaged and is ignored: model.ckpt" in capfd.readouterr().err
 
 
 def test_a_rank_that_is_stopped_is_named_and_ended(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +165,7 @@ def test_checkpoints_that_cannot_be_written_do_not_end_the_run(
     run = launch(*DIGITS, *trouble(tmp_path / "once", "vanish", step=30))
     assert run.status == 0
     said = capfd.readouterr().err
-    assert "the checkpoint of step 35 could not be written (No such file or directory); training goes on" in said
+    assert "the checkpoint of step 35 could not be written (No such file or directory); training continues" in said
     assert "could not be written" in json.loads((run.folder / "status.json").read_text())["warning"]
 
 

@@ -158,7 +158,7 @@ def test_each_rank_looks_for_the_folder_which_a_login_node_need_not_have(
     told = ["--config", str(REPO / "configs/digits.yaml"), *NVME, "--run.root", str(tmp_path / "runs")]
     submit = [sys.executable, str(REPO / "launch/slurm.py"), *told, "--deepspeed.nvme_path", "/nowhere"]
     assert "sbatch" in subprocess.run(submit, capture_output=True, text=True, env={"PATH": "/nowhere"}).stderr
-    monkeypatch.setattr("lockstep.train.load_ops", lambda *_: None)
+    monkeypatch.setattr("lockstep.trainer.session.load_ops", lambda *_: None)
     for place, problem in (("/nowhere", "/nowhere does not exist on "), ("/proc", "/proc cannot be written on ")):
         train = multiprocessing.get_context("fork").Process(
             target=lambda place=place: sys.exit(main([*told, "--deepspeed.nvme_path", place], {}))

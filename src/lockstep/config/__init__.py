@@ -3,7 +3,7 @@
 from lockstep.config import messages
 from lockstep.config.arguments import split_command, split_keys
 from lockstep.config.checks import check_checkpoint_path, check_deepspeed, check_nvme_path, check_ranges, check_run_root
-from lockstep.config.deepspeed import deepspeed_config, missing_nvme_folder
+from lockstep.config.deepspeed import check_offload, deepspeed_config, missing_nvme_folder
 from lockstep.config.schema import (
     COMMANDS,
     GROUPS,
