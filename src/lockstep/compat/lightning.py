@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.loops import training_epoch_loop
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from lightning.pytorch.trainer.connectors import checkpoint_connector
+from lightning.pytorch.trainer.connectors.logger_connector import result as results_module
 from torch.optim import Optimizer
 
 from lockstep.compat import patch, private
@@ -24,14 +24,13 @@ def is_log_step(trainer: Trainer) -> bool:
 
 # Checkpoints and strategies.
 
-for _owner, _names in (
-    (_CheckpointConnector, ("dump_checkpoint",)),
-    (_TrainingEpochLoop, ("_is_training_done", "_should_accumulate")),
-    (DeepSpeedStrategy, ("_format_config", "_init_deepspeed_distributed", "_init_optimizers")),
-):
-    for _name in _names:
-        private("lightning", _owner, _name)
-
+_Metadata, _ResultMetric, _Sync = (
+    private("lightning", results_module, name) for name in ("_Metadata", "_ResultMetric", "_Sync")
+)
+private("lightning", private("lightning", checkpoint_connector, "_CheckpointConnector"), "dump_checkpoint")
+private("lightning", private("lightning", training_epoch_loop, "_TrainingEpochLoop"), "_is_training_done")
+for _name in ("_format_config", "_init_deepspeed_distributed", "_init_optimizers"):
+    private("lightning", DeepSpeedStrategy, _name)
 _METADATA_FIELDS = (
     "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "dataloader_idx",
     "metric_attribute",
@@ -82,7 +81,7 @@ def restore_logged_values(trainer: Trainer, states: Sequence[Mapping[str, Any]])
     patch("lightning", connector, "_first_loop_iter", False)
 
 
-def _capture_result(result: _ResultMetric) -> dict[str, Any]:
+def _capture_result(result: Any) -> dict[str, Any]:
     meta = result.meta
     return {
         "meta": {name: getattr(meta, name) for name in _METADATA_FIELDS} | {"reduce_fx": meta.reduce_fx.__name__},
@@ -93,7 +92,7 @@ def _capture_result(result: _ResultMetric) -> dict[str, Any]:
     }
 
 
-def _make_result(saved: Mapping[str, Any], trainer: Trainer) -> _ResultMetric:
+def _make_result(saved: Mapping[str, Any], trainer: Trainer) -> Any:
     meta = _Metadata(**saved["meta"])
     meta.sync = _Sync(fn=trainer.strategy.reduce, **saved["sync"])
     result = _ResultMetric(meta, saved["is_tensor"])
