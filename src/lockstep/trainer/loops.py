@@ -20,8 +20,8 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 
-from lockstep.checkpoint import ResumePoint, restore_state
-from lockstep.strategies import LockstepStrategy
+from lockstep.checkpoint import restore_state
+from lockstep.strategies import LockstepStrategy, ResumePoint
 
 
 class EpochLoop(_TrainingEpochLoop):
