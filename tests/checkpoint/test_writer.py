@@ -84,7 +84,7 @@ def save_three(world: World, run: Run) -> tuple[list[str], list[str]]:
 
 def test_no_rank_waits_for_one_that_cannot_write_its_part(tmp_path: Path) -> None:
     run = Run.create(tmp_path, "x")
-    assert run.begin_attempt() == 1
+    run.log(1, 0)  # makes the folder of attempt 1
     (zero, there), (one, _) = fork_ranks(lambda world: save_three(world, run), ranks=2)
     assert zero == ["", "the checkpoint of step 2 could not be written (rank 1 could not write its part; its log says why)", ""]
     assert one[0] == one[2] == "" and "the checkpoint of step 2 could not be written" in one[1]
