@@ -1,6 +1,6 @@
-"""Kill it, go on, and nothing has happened: the same weights bit for bit, the same rows of metrics, one W&B history.
+"""A resumed run equals an undisturbed one: weights bit for bit, rows of metrics, one W&B history.
 
-Runs of real ranks on this machine, cheapest first. Each is compared with the same run undisturbed.
+Runs of real ranks on this machine, cheapest first.
 """
 
 import json
@@ -69,19 +69,19 @@ def test_in_the_middle_of_an_epoch(launch: Launch, tmp_path: Path, ranks: str, w
 
 
 @pytest.mark.parametrize(
-    "told",
+    "options",
     [
         ("--trainer.limit_train_batches", "15", "--data.num_workers", "1"),
         ("--trainer.val_check_interval", "0.25", "--trainer.accumulate_grad_batches", "3"),
         ("--trainer.max_epochs", "-1", "--trainer.max_steps", "33", "--trainer.val_check_interval", "6"),
     ],
 )
-def test_whatever_an_epoch_is(launch: Launch, tmp_path: Path, told: tuple[str, ...]) -> None:
-    told = (*DIGITS, *told, "--checkpoint.every_n_steps", "4")
-    undisturbed = left_alone(launch, *told)
+def test_limited_epochs_accumulation_and_runs_in_steps(launch: Launch, tmp_path: Path, options: tuple[str, ...]) -> None:
+    arguments = (*DIGITS, *options, "--checkpoint.every_n_steps", "4")
+    undisturbed = left_alone(launch, *arguments)
     steps = undisturbed.result["global_step"]
     where = ["on_validation_batch_start", "on_train_batch_end", "on_validation_batch_start"]
-    run = launch(*told, *trouble(tmp_path / "0", "SIGKILL", where=where[0], step=steps // 4))
+    run = launch(*arguments, *trouble(tmp_path / "0", "SIGKILL", where=where[0], step=steps // 4))
     for number in (1, 2):
         more = trouble(tmp_path / str(number), "SIGKILL", where=where[number], step=(number + 1) * steps // 4)
         assert go_on(launch, run, *more).status != 0
@@ -98,7 +98,7 @@ def test_twice_in_one_epoch_and_in_its_last_step(launch: Launch, tmp_path: Path)
     assert run.result["attempts"] == 4
 
 
-def test_ones_own_module_with_nothing_to_implement(launch: Launch, tmp_path: Path) -> None:
+def test_a_user_module_needs_no_extra_methods(launch: Launch, tmp_path: Path) -> None:
     own = ("--ranks", "2", *OWN, "--checkpoint.async_save", "false")
     undisturbed = left_alone(launch, *own)
     killed = launch(*own, *trouble(tmp_path / "once", "SIGKILL", step=33))
@@ -107,7 +107,7 @@ def test_ones_own_module_with_nothing_to_implement(launch: Launch, tmp_path: Pat
     assert len(undisturbed.series("train/mean")) == len(undisturbed.series("train/most")) == 4
 
 
-def test_on_another_number_of_ranks_the_losses_go_on(launch: Launch, tmp_path: Path) -> None:
+def test_the_losses_continue_on_another_number_of_ranks(launch: Launch, tmp_path: Path) -> None:
     undisturbed = left_alone(launch, "--ranks", "4", *DIGITS, "--model.schedule", "constant")
     run = launch("--ranks", "4", *DIGITS, "--model.schedule", "constant", *trouble(tmp_path / "1", "SIGKILL", step=16))
     more = trouble(tmp_path / "2", "SIGKILL", step=37)
@@ -119,7 +119,7 @@ def test_on_another_number_of_ranks_the_losses_go_on(launch: Launch, tmp_path: P
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "missing"])
-def test_a_damaged_checkpoint_is_named_and_left_out(
+def test_a_damaged_checkpoint_is_named_and_ignored(
     launch: Launch, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed = left_alone(launch, *DIGITS)
@@ -170,7 +170,7 @@ def test_checkpoints_that_cannot_be_written_do_not_end_the_run(
 
 
 def history(run: Outcome) -> list[dict[str, Any]]:
-    """W&B's history, from all of its offline parts in their order."""
+    """The W&B history of all offline parts, in order."""
     found = []
     for file in sorted(run.folder.glob("wandb/offline-run-*/*.wandb")):
         reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
@@ -180,11 +180,11 @@ def history(run: Outcome) -> list[dict[str, Any]]:
     return found
 
 
-def test_wandb_gets_the_rows_that_a_full_disk_has_eaten(launch: Launch, tmp_path: Path) -> None:
+def test_wandb_gets_the_rows_that_a_full_disk_refused(launch: Launch, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     root.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(root)], capture_output=True).returncode:
-        pytest.skip("only root may mount a disk that is soon full")
+        pytest.skip("only root may mount a small file system")
     try:
         full, empty = trouble(tmp_path / "1", "fill", step=13), trouble(tmp_path / "2", "empty", step=48)
         run = launch(*DIGITS, "--wandb.mode", "offline", "--trainer.log_every_n_steps", "1", *full, *empty)

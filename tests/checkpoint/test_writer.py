@@ -1,4 +1,4 @@
-"""Saving and keeping: state that cannot be saved, then the writers of real ranks, then real runs."""
+"""Write and keep checkpoints: unloadable state and manifests, then the writers of forked ranks, then runs."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ from lockstep.runs.run import Run
 
 
 class Thing:
-    """What no checkpoint can hold."""
+    """A class that ``weights_only`` refuses."""
 
 
-def test_what_could_not_be_loaded_again_is_refused_with_its_place() -> None:
+def test_unloadable_state_is_refused_and_located() -> None:
     allow_numpy_globals()
     check_loadable({"weights": {"a": torch.ones(3)}, "numbers": [1, 2.5, None, "text"], "more": np.float64(1), "n": np.ones(2)})
     with pytest.raises(RunError, match=r"cannot hold \['callbacks'\]\['Mine'\] \(\S*test_writer\.Thing\)"):
@@ -39,7 +39,7 @@ def test_what_could_not_be_loaded_again_is_refused_with_its_place() -> None:
         check_loadable({"function": lambda: 0})
 
 
-def test_half_a_line_of_attempts_is_left_out(tmp_path: Path) -> None:
+def test_a_partial_line_of_attempts_is_ignored(tmp_path: Path) -> None:
     run = Run.create(tmp_path, "x")
     for number in (1, 2):
         append_attempt(run, Attempt(number, "7", "Killed", 137, 0.0, 1.0, 0, 0, True))
@@ -66,7 +66,7 @@ def test_a_manifest_that_lacks_a_key_or_is_foreign_is_named(tmp_path: Path) -> N
 
 
 def save_three(world: World, run: Run) -> tuple[list[str], list[str]]:
-    """Save thrice; the second time, rank one cannot write its part. What each rank says, and what is there each time."""
+    """Save three times, where rank one cannot write its second part; return the errors and checkpoints after each save."""
     init_process_group(world, torch.device("cpu"), timedelta(minutes=1))
     consensus = StopConsensus(world)
     writer = CheckpointWriter(run, world, 1, CheckpointOptions(async_save=True, keep_last=5))
@@ -77,14 +77,14 @@ def save_three(world: World, run: Run) -> tuple[list[str], list[str]]:
         writer.wait_until_finished(consensus)
         said.append(writer.error)
         there.append(" ".join(sorted(path.name for path in run.checkpoints.iterdir())))
-        consensus.reduce_max(0)  # nobody begins to save again before all have looked
+        consensus.reduce_max(0)  # no rank saves again before all have looked
     destroy_process_group()
     return said, there
 
 
-def test_nobody_waits_for_a_rank_that_cannot_write_its_part(tmp_path: Path) -> None:
+def test_no_rank_waits_for_one_that_cannot_write_its_part(tmp_path: Path) -> None:
     run = Run.create(tmp_path, "x")
-    assert run.begin_attempt() == 1
+    run.log(1, 0)  # makes the folder of attempt 1
     (zero, there), (one, _) = fork_ranks(lambda world: save_three(world, run), ranks=2)
     assert zero == ["", "the checkpoint of step 2 could not be written (rank 1 could not write its part; its log says why)", ""]
     assert one[0] == one[2] == "" and "the checkpoint of step 2 could not be written" in one[1]
@@ -93,7 +93,7 @@ def test_nobody_waits_for_a_rank_that_cannot_write_its_part(tmp_path: Path) -> N
     assert found is not None and (found.step, found.manifest.world_size) == (3, 2)
 
 
-def test_saved_every_so_many_minutes(launch: Launch) -> None:
+def test_every_n_minutes(launch: Launch) -> None:
     often = (
         "--checkpoint.every_n_minutes",
         "0.001",
@@ -114,7 +114,7 @@ def test_the_best_are_kept_beside_the_newest(launch: Launch) -> None:
     run = launch(*SMALL, *best, "--trainer.max_epochs", "6", "--model.lr", "0.03")
     scores = json.loads((run.folder / "checkpoints" / "scores.json").read_text())
     assert len(scores) == 6
-    # The last one is saved before its validation, which is after the cleaning up.
+    # The last checkpoint is saved, and old ones are removed, before its validation.
     ranked = sorted((int(step) for step in scores if step != "120"), key=lambda step: (scores[str(step)], step), reverse=True)
     there = {int(path.name.removeprefix("step-")) for path in published_checkpoints(run.folder / "checkpoints")}
     assert there == {120, *ranked[:2]}

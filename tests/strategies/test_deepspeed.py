@@ -17,7 +17,7 @@ from lockstep.models.networks import MLP
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
-    """DeepSpeed once, and not once in each forked rank."""
+    """Import DeepSpeed once, before ranks are forked."""
     importlib.import_module("deepspeed")
 
 
@@ -45,7 +45,9 @@ def test_a_killed_run_ends_with_the_same_weights(launch: Launch, tmp_path: Path,
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_accumulated_gradients_are_those_of_ddp_also_at_the_end_of_an_epoch(launch: Launch, tmp_path: Path, stage: int) -> None:
+def test_accumulated_gradients_equal_those_of_ddp_also_at_the_end_of_an_epoch(
+    launch: Launch, tmp_path: Path, stage: int
+) -> None:
     accumulated = (*RUN, "--trainer.accumulate_grad_batches", "3")
     ddp, undisturbed = left_alone(launch, *accumulated), launch(*accumulated, *zero(stage, 2))
     assert undisturbed.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
@@ -54,7 +56,7 @@ def test_accumulated_gradients_are_those_of_ddp_also_at_the_end_of_an_epoch(laun
     assert_same(go_on(launch, killed), undisturbed)
 
 
-def test_ones_own_module(launch: Launch, tmp_path: Path) -> None:
+def test_a_user_module(launch: Launch, tmp_path: Path) -> None:
     own = (
         *(
             "--model",
@@ -75,7 +77,7 @@ def test_ones_own_module(launch: Launch, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(150)  # seven runs
-def test_frozen_tied_and_forgotten_parameters(launch: Launch, tmp_path: Path) -> None:
+def test_frozen_tied_and_unused_parameters(launch: Launch, tmp_path: Path) -> None:
     odd = (
         "--model",
         "support.fault_callbacks.Odd",
@@ -184,13 +186,15 @@ def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.
         ),
     ],
 )
-def test_what_cannot_be_is_told(launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_contradictory_options_are_refused(
+    launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert launch("--strategy", "deepspeed", *arguments).status == 2
     said = capfd.readouterr().err
     assert f"lockstep: {message}" in said and "Traceback" not in said
 
 
-def test_what_the_trainer_knows_may_not_stand_in_a_json(
+def test_keys_of_the_json_that_other_keys_decide_are_refused(
     launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / "own.json"
@@ -240,11 +244,11 @@ def test_a_checkpoint_of_another_model_names_what_differs(launch: Launch, capfd:
         ["--trainer.precision", "16-mixed", "--deepspeed.config", "scale.json"],
     ],
 )
-def test_offload_and_half_precision_go_on_bit_for_bit(
+def test_offload_and_half_precision_resume_bit_for_bit(
     launch: Launch, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # A scale that grows until gradients overflow, again and again.
+    # The loss scale grows until gradients overflow, repeatedly.
     Path("scale.json").write_text('{"fp16": {"initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}}')
     told = (*RUN, *zero(3, 2), *more, "--trainer.gradient_clip_val", "1", "--trainer.max_epochs", "2")
     undisturbed = left_alone(launch, *told)

@@ -1,7 +1,7 @@
-"""Offload to NVMe, and the ops that need a compiler: what is refused, what is built once, and what goes on bit for bit.
+"""Offload to NVMe, and the ops that need a compiler.
 
-Cheapest first: folders and ops without training, then runs of real ranks over gloo. DeepSpeed's async_io takes minutes to
-compile where ~/.cache/torch_extensions, or TORCH_EXTENSIONS_DIR, has none yet.
+Cheapest first: folders and ops without training, then runs of real ranks over gloo. Compiling DeepSpeed's async_io takes
+minutes, unless ~/.cache/torch_extensions or TORCH_EXTENSIONS_DIR has it.
 """
 
 import importlib
@@ -37,19 +37,19 @@ pytestmark = pytest.mark.timeout(900)  # async_io may have to be compiled first
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
-    """DeepSpeed once, and not once in each forked rank."""
+    """Import DeepSpeed once, before ranks are forked."""
     importlib.import_module("deepspeed")
 
 
 @pytest.fixture(autouse=True)
 def one_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a time: the other tests, with their limits, go on beside it."""
+    """Compile with one process, because other tests with time limits run at the same time."""
     monkeypatch.setenv("MAX_JOBS", "1")
 
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to offload into; with a JSON that makes even small parameters go there."""
+    """A folder to offload to, and beside it a JSON that offloads even small parameters."""
     folder = tmp_path_factory.mktemp("disk")
     own = {"sub_group_size": 300_000, "offload_param": {"max_in_cpu": 0, "buffer_size": 1_000_000}}
     folder.with_suffix(".json").write_text(json.dumps({"zero_optimization": own}))
@@ -57,13 +57,13 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nvme(disk: Path, parameters: str = "nvme") -> list[str]:
-    """Arguments that offload the optimizer to NVMe, and the parameters to where they say."""
+    """Arguments that offload the optimizer to NVMe, and the parameters to ``parameters``."""
     offload = ["--deepspeed.offload_optimizer", "nvme", "--deepspeed.offload_param", parameters]
     return [*zero(3, 2), *offload, "--deepspeed.nvme_path", str(disk), "--deepspeed.config", str(disk.with_suffix(".json"))]
 
 
 WIDE = (*RUN, "--model.network.hidden", "[800,700]", "--trainer.max_epochs", "2", "--trainer.gradient_clip_val", "1")
-"""Two ranks have more of the largest layer than the mebibyte below which DeepSpeed leaves everything in memory."""
+"""Each of two ranks has more than 1 MiB of the largest layer; DeepSpeed offloads nothing smaller."""
 
 
 def test_a_folder_is_removed_with_its_rank_or_by_the_next_one(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_folder_is_removed_with_its_rank_or_by_the_next_one(tmp_path: Path) ->
     process.kill()
     process.join()
     assert list(tmp_path.iterdir()) == left
-    os.utime(left[0], (0, 0))  # a new one may be another rank's, which has not locked it yet
+    os.utime(left[0], (0, 0))  # a new folder is kept, because its rank may not have locked it yet
     with private_folder(tmp_path, World()) as folder:
         assert list(tmp_path.iterdir()) == [folder]
     assert list(tmp_path.iterdir()) == []
@@ -94,7 +94,7 @@ def load_on(world: World) -> None:
 
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No op is compiled yet, cpu_adam is a small one, and the compiler writes down here what it compiles."""
+    """The file to which the compiler logs its calls; no op is compiled yet, and cpu_adam is replaced by a small one."""
     diary, compiler = tmp_path / "compiled", tmp_path / "bin" / "c++"
     compiler.parent.mkdir()
     compiler.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) echo "$@" >> {diary};; esac\nexec {shutil.which("c++")} "$@"\n')
@@ -119,7 +119,7 @@ def test_an_op_is_built_once(compiled: Path) -> None:
 
 
 @needs_compiler
-def test_an_op_that_does_not_compile_is_told_on_all_ranks(compiled: Path, tmp_path: Path) -> None:
+def test_all_ranks_report_an_op_that_does_not_compile(compiled: Path, tmp_path: Path) -> None:
     (tmp_path / "small.cpp").write_text("no\n")
     with pytest.raises(RankFailed) as failed:
         fork_ranks(load_on, 1, 2)
@@ -147,12 +147,14 @@ NVME = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--deepspeed.offloa
         ),
     ],
 )
-def test_what_cannot_be_is_told(launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_contradictory_options_are_refused(
+    launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert launch(*arguments).status == 2
     assert capfd.readouterr().err.startswith(f"lockstep: {message}")
 
 
-def test_each_rank_looks_for_the_folder_which_a_login_node_need_not_have(
+def test_each_rank_checks_the_folder_which_a_login_node_need_not_have(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = ["--config", str(REPO / "configs/digits.yaml"), *NVME, "--run.root", str(tmp_path / "runs")]
@@ -169,7 +171,7 @@ def test_each_rank_looks_for_the_folder_which_a_login_node_need_not_have(
         assert f"lockstep: deepspeed.nvme_path: {problem}" in capfd.readouterr().err
 
 
-def test_a_missing_compiler_is_told_once(tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported_once(tmp_path: Path) -> None:
     run = [sys.executable, str(REPO / "launch/local.py"), *NVME, "--ranks", "2", "--deepspeed.nvme_path", str(tmp_path)]
     env = {"PATH": "/nowhere", "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops"), "WANDB_MODE": "disabled"}
     failed = subprocess.run([*run, "--run.root", str(tmp_path / "runs")], capture_output=True, text=True, env=env)
@@ -188,14 +190,14 @@ def test_a_missing_compiler_is_told_once(tmp_path: Path) -> None:
     ("parameters", "more"),
     [("nvme", []), ("cpu", ["--trainer.precision", "bf16-mixed", "--checkpoint.async_save", "false"])],
 )
-def test_what_is_on_nvme_goes_on_bit_for_bit(
+def test_offload_to_nvme_resumes_bit_for_bit(
     launch: Launch, tmp_path: Path, disk: Path, parameters: str, more: list[str]
 ) -> None:
     in_memory = ["--deepspeed.offload_optimizer", "cpu", "--deepspeed.config", str(disk.with_suffix(".json"))]
     undisturbed = launch(*WIDE, *zero(3, 2), *more, *in_memory)
     run = launch(*WIDE, *nvme(disk, parameters), *more, *trouble(tmp_path / "once", "SIGKILL", step=17, rank=1))
     assert run.status == 1
-    left = {file.name for file in disk.glob("lockstep-*/zero_stage_3/**/*.swp")}  # the killed rank's
+    left = {file.name for file in disk.glob("lockstep-*/zero_stage_3/**/*.swp")}  # of the killed rank
     assert {"exp_avg-0_2.tensor.swp", "0_2.tensor.swp"} <= left
     assert ("2_param.tensor.swp" in left) == (parameters == "nvme")
     assert_same(go_on(launch, run), undisturbed)

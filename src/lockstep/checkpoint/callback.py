@@ -6,22 +6,22 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lockstep.checkpoint.manifest import Progress
 from lockstep.checkpoint.rank_state import capture_state
 from lockstep.checkpoint.reader import MODEL_FILE
-from lockstep.checkpoint.serialization import State, check_loadable, to_plain_types
+from lockstep.checkpoint.serialization import check_loadable, to_plain_types
 from lockstep.checkpoint.writer import CheckpointWriter
 from lockstep.compat.lightning import dump_checkpoint, is_training_done
 from lockstep.config import CheckpointOptions
 from lockstep.core import Stopped, atomic_write_json
-from lockstep.data import DataSharding
 from lockstep.distributed import SignalReceiver, StopConsensus, allocation_end_time
 from lockstep.monitoring import CsvMetricsLogger, ThroughputMonitor
 from lockstep.runs import Run
+from lockstep.strategies import LockstepStrategy
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +32,6 @@ _SHUTDOWN_SECONDS = 10.0
 
 _RETRY_MINUTES = 1.0
 """Time after which a failed save is repeated."""
-
-
-@runtime_checkable
-class SavableStrategy(Protocol):
-    """What a save needs of a strategy.
-
-    Attributes:
-        sharding: The world, and how its ranks share the data.
-        gradient_ready_order: See ``Progress``.
-    """
-
-    sharding: DataSharding
-    gradient_ready_order: list[int] | None
-
-    def shards(self) -> State | None:
-        """This rank's part of weights and optimizer state; None if Lightning's checkpoint holds them."""
 
 
 class CheckpointCallback(Callback):
@@ -92,7 +76,8 @@ class CheckpointCallback(Callback):
             self._previous_save = None
         capture_state(trainer)  # fails now, not at the first save, where a private name of a library is gone
         self.trainer = trainer
-        self._consensus = StopConsensus(_strategy(trainer).sharding.world)
+        assert isinstance(trainer.strategy, LockstepStrategy)
+        self._consensus = StopConsensus(trainer.strategy.sharding.world)
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
 
@@ -115,8 +100,8 @@ class CheckpointCallback(Callback):
         """Save the current state; every rank must call."""
         if self.writer is None:
             return
-        assert self._consensus is not None
-        strategy, rank, is_rank_zero = _strategy(trainer), trainer.global_rank, trainer.is_global_zero
+        strategy, rank, is_rank_zero = trainer.strategy, trainer.global_rank, trainer.is_global_zero
+        assert self._consensus is not None and isinstance(strategy, LockstepStrategy)
         checkpoint = dump_checkpoint(trainer)  # with ZeRO every rank takes part
         parts: dict[str, Any] = {f"rank-{rank}.pt": capture_state(trainer)}
         if (shards := strategy.shards()) is not None:
@@ -218,12 +203,6 @@ class CheckpointCallback(Callback):
         except (AttributeError, OSError, TypeError, ValueError) as error:
             log.warning("%s cannot be read (%s); scores so far are ignored", self._scores_file, error)
             return {}
-
-
-def _strategy(trainer: Trainer) -> SavableStrategy:
-    strategy: object = trainer.strategy
-    assert isinstance(strategy, SavableStrategy)
-    return strategy
 
 
 def _is_last_step(trainer: Trainer) -> bool:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lockstep.checkpoint.reader import Checkpoint, find_checkpoint
-from lockstep.checkpoint.sharded_state import ShardedState
 from lockstep.core import CommandLineParser, LockstepError, UsageError
+from lockstep.strategies import ShardedState
 
 
 def load_weights(checkpoint: Checkpoint | Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class Progress:
         train_seconds: Time spent in training steps, over all attempts.
         lost_seconds: Time lost to restarts: from each checkpoint to the first step after it.
         saved_at: When the save began, in seconds since 1970.
-        gradient_ready_order: Indices of the parameters in the order in which DDP reduces their gradients; None without DDP.
+        gradient_ready_order: See ``ResumePoint``.
     """
 
     step: int

@@ -4,7 +4,7 @@ A checkpoint is a folder such as ``checkpoints/step-00000120``, which contains:
 
 - ``model.ckpt``: Lightning's checkpoint with weights, optimizers, schedules, loops and callbacks
 - ``rank-0.pt`` …: per-rank state that Lightning omits, see ``rank_state``
-- ``shard-0.pt`` …: with ZeRO, each rank's part of weights and optimizer state, see ``sharded_state``
+- ``shard-0.pt`` …: with ZeRO, each rank's part of weights and optimizer state, see ``ShardedState``
 - ``manifest.json``: the files with their checksums, see ``manifest``
 
 No file points to the newest checkpoint: it is the last one whose files match its manifest.
@@ -12,37 +12,20 @@ No file points to the newest checkpoint: it is the last one whose files match it
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lockstep.checkpoint.manifest import MANIFEST_FILE, Manifest
-from lockstep.checkpoint.serialization import State
 from lockstep.core import UsageError, World
 from lockstep.data import DataPosition, derive_seed
+from lockstep.strategies import ResumePoint
 
 log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.ckpt"
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """What one rank needs to resume, beside Lightning's checkpoint.
-
-    Attributes:
-        position: Position in the data.
-        states: This rank's saved state; in a world of another size those of the ranks that it replaces, perhaps none.
-        seed: Seed for the random numbers of a rank that does not have exactly one state.
-        gradient_ready_order: See ``Progress``.
-    """
-
-    position: DataPosition
-    states: Sequence[State]
-    seed: int
-    gradient_ready_order: list[int] | None
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def restore_logged_values(trainer: Trainer, states: Sequence[Mapping[str, Any]])
     patch("lightning", connector, "_first_loop_iter", False)
 
 
-def _capture_result(result: _ResultMetric) -> dict[str, Any]:
+def _capture_result(result: Any) -> dict[str, Any]:
     meta = result.meta
     return {
         "meta": {name: getattr(meta, name) for name in _METADATA_FIELDS} | {"reduce_fx": meta.reduce_fx.__name__},
@@ -174,7 +174,7 @@ def _capture_result(result: _ResultMetric) -> dict[str, Any]:
     }
 
 
-def _make_result(saved: Mapping[str, Any], trainer: Trainer) -> _ResultMetric:
+def _make_result(saved: Mapping[str, Any], trainer: Trainer) -> Any:
     meta = _Metadata(**saved["meta"])
     meta.sync = _Sync(fn=trainer.strategy.reduce, **saved["sync"])
     result = _ResultMetric(meta, saved["is_tensor"])

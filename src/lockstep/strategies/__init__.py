@@ -1,7 +1,8 @@
 """How ranks train together: DDP, or DeepSpeed ZeRO."""
 
-from lockstep.strategies.base import LockstepStrategy
+from lockstep.strategies.base import LockstepStrategy, ResumePoint
 from lockstep.strategies.deepspeed import DeepSpeed
 from lockstep.strategies.deepspeed_nvme import private_folder
 from lockstep.strategies.deepspeed_ops import load_ops, required_ops
 from lockstep.strategies.factory import AnyStrategy, make_strategy
+from lockstep.strategies.sharded_state import ShardedState

@@ -1,6 +1,7 @@
 """What all strategies share: sharding of the data, the weight of an uneven last batch, and where a resumed run begins."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lockstep.checkpoint import ResumePoint, ShardedState, State, parameter_names
-from lockstep.data import DataSharding, GlobalBatchSampler, SkipFirstBatches, derive_seed
+from lockstep.data import DataPosition, DataSharding, GlobalBatchSampler, SkipFirstBatches, derive_seed
+from lockstep.strategies.sharded_state import ShardedState, State, parameter_names
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What one rank needs to resume, beside Lightning's checkpoint.
+
+    Attributes:
+        position: Position in the data.
+        states: This rank's saved state; in a world of another size those of the ranks that it replaces, perhaps none.
+        seed: Seed for the random numbers of a rank that does not have exactly one state.
+        gradient_ready_order: Indices of the parameters in the order in which DDP reduces their gradients; None without DDP.
+    """
+
+    position: DataPosition
+    states: Sequence[State]
+    seed: int
+    gradient_ready_order: list[int] | None
 
 
 class LockstepStrategy(Strategy):
@@ -20,7 +38,7 @@ class LockstepStrategy(Strategy):
 
     Attributes:
         sharding: The world, and how its ranks share the data.
-        gradient_ready_order: See ``Progress``; None without DDP.
+        gradient_ready_order: See ``ResumePoint``.
     """
 
     sharding: DataSharding

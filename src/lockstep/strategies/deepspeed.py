@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lockstep.checkpoint import ShardedState, State, parameter_names
 from lockstep.compat.deepspeed import ZeroOptimizer, full_shape, gathered, is_partitioned, patch_nvme, prepare_cpu
 from lockstep.compat.lightning import LightningDeepSpeedStrategy, is_accumulating
 from lockstep.config import DeepSpeedOptions, deepspeed_config
@@ -26,6 +25,7 @@ from lockstep.distributed import WorldEnvironment
 from lockstep.strategies.base import LockstepStrategy
 from lockstep.strategies.deepspeed_ops import select_accelerator
 from lockstep.strategies.deepspeed_state import capture_shards, restore_shards
+from lockstep.strategies.sharded_state import ShardedState, State, parameter_names
 
 
 class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):

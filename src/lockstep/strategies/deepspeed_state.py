@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lockstep.checkpoint import WEIGHT, ShardedState, State, parameter_names
 from lockstep.compat.deepspeed import ZeroOptimizer
+from lockstep.strategies.sharded_state import WEIGHT, ShardedState, State, parameter_names
 
 
 def capture_shards(zero: ZeroOptimizer, module: nn.Module) -> State:

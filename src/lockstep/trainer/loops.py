@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from lightning.pytorch import Trainer
 
-from lockstep.checkpoint import ResumePoint, restore_state
+from lockstep.checkpoint import restore_state
 from lockstep.compat.lightning import (
     DataFetcher,
     LightningEpochLoop,
@@ -23,7 +23,7 @@ from lockstep.compat.lightning import (
     keep_dataloaders,
     set_sampler_epoch,
 )
-from lockstep.strategies import LockstepStrategy
+from lockstep.strategies import LockstepStrategy, ResumePoint
 
 
 class EpochLoop(LightningEpochLoop):

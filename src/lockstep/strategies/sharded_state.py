@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lockstep.checkpoint.serialization import State
 from lockstep.core import UsageError
 
+State = dict[str, Any]
 WEIGHT = "weight"
 
 
