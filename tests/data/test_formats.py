@@ -32,13 +32,19 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """A handler that does not log."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder and its address on a local web server."""
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *_: None
+    handler = functools.partial(QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{running.server_address[1]}/"
@@ -72,7 +78,8 @@ def test_mnist_is_downloaded_verified_and_split(server: tuple[Path, str], tmp_pa
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
-    assert [len(data._parts[part]) for part in ("train", "val", "test")] == [50, 10, 20]
+    parts: dict[Any, Any] = data._parts
+    assert [len(parts[part]) for part in ("train", "val", "test")] == [50, 10, 20]
     images, labels = next(iter(data.train_dataloader()))
     assert (images.shape, images.dtype, labels.dtype) == ((25, 1, 28, 28), torch.uint8, torch.int64)
     shutil.rmtree(server[0])
@@ -197,7 +204,8 @@ def test_digits_are_whole_and_their_test_set_is_always_the_same() -> None:
         data = Digits(seed=seed)
         data.setup("fit")
         data.setup("test")
-        parts[seed] = {name: part.images for name, part in data._parts.items()}
+        loaded: dict[Any, Any] = data._parts
+        parts[seed] = {name: part.images for name, part in loaded.items()}
     assert [len(parts[1][name]) for name in ("train", "val", "test")] == [1280, 157, 360]
     assert torch.equal(parts[1]["test"], parts[2]["test"])
     assert not torch.equal(parts[1]["val"], parts[2]["val"])

@@ -134,10 +134,10 @@ def test_loading_leaves_the_random_state_as_it_was() -> None:
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()
     all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World())
     assert torch.equal(before[0], torch.get_rng_state())
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert (np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()) == before[1:]
 
 
 def test_a_sampler_of_ones_own_is_shared_out_too() -> None:
@@ -201,7 +201,7 @@ def test_what_is_no_loader_passes_through() -> None:
 
 def test_attributes_of_the_dataset_stay_within_reach() -> None:
     data = Noisy()
-    data.classes = ["a"]
+    vars(data)["classes"] = ["a"]
     assert SeededDataset(data, 1).classes == ["a"]
     with pytest.raises(AttributeError):
         _ = SeededDataset(data, 1).nothing

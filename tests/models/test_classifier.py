@@ -32,7 +32,7 @@ def score_in_parts(world: World) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(13, 5, generator=generator), torch.randint(0, 5, (13,), generator=generator)
     scores = ClassificationMetrics(5)
-    for batch in torch.arange(13).tensor_split(world.size)[world.rank].split(2):
+    for batch in torch.arange(13).tensor_split(world.size)[world.rank].split(2):  # type: ignore[no-untyped-call]
         scores.update(nn.functional.cross_entropy(logits[batch], labels[batch]), logits[batch], labels[batch])
     found = {name: float(value) for name, value in (scores.counts() | scores.compute_and_reset()).items()}
     destroy_process_group()
@@ -72,7 +72,7 @@ def test_channels_last_gives_the_same_logits() -> None:
     other = Classifier("resnet18", 3, channels_last=True).eval()
     other.load_state_dict(plain.state_dict())
     images = torch.rand(2, 3, 64, 64)
-    assert other.network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert other.get_parameter("network.conv1.weight").is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(other(images), plain(images), rtol=1e-4, atol=1e-4)
 
 
@@ -113,7 +113,9 @@ def uneven_step(world: World) -> list[float]:
     """The weights after one step on a single batch of 7 samples."""
     init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
     strategy = make_strategy(
-        Namespace(strategy="ddp", ddp=DDPOptions()), [torch.device("cpu")] * world.local_size, DataSharding(world, 1)
+        Namespace(strategy="ddp", ddp=DDPOptions()),  # type: ignore[no-untyped-call]
+        [torch.device("cpu")] * world.local_size,
+        DataSharding(world, 1),
     )
     module = Uneven()
     trainer = Trainer(
@@ -136,11 +138,11 @@ def test_every_sample_of_an_uneven_batch_has_the_same_weight_in_the_gradient(ran
         assert weights == pytest.approx([-1 / 7] * 7, abs=1e-6)
 
 
-class CountWaits(TorchDispatchMode):
+class CountWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what makes the host wait for the device: reading a tensor's value."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waits: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,14 +164,14 @@ class WatchWaits(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.mode is not None:
-            self.mode.__exit__(None, None, None)
+            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.per_step[trainer.global_step] = self.mode.waits
             with open(trainer.default_root_dir + "/waits.json", "w") as file:
                 json.dump(self.per_step, file)
             self.mode = None
         if trainer.global_step < 19:
             self.mode = CountWaits()
-            self.mode.__enter__()
+            self.mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])

@@ -1,7 +1,6 @@
 """Where metrics go: the metrics file, W&B's mode, then a real W&B run of four ranks, read back from its file, and
 real online runs, with a server that comes and goes."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,9 @@ from typing import Any
 import pytest
 import wandb
 import yaml
+from support.faults import fault
 from support.runs import SMALL, Launch, Outcome
+from support.wandb_reader import read_history, read_records
 from support.wandb_server import WandbServer
 
 from lockstep.config.schema import WandbOptions
@@ -61,20 +62,13 @@ def test_mode_follows_the_config_then_the_environment_then_the_key(
     assert wandb_mode(WandbOptions(mode=mode), env | {"HOME": str(tmp_path)}) == expected
 
 
-def records(run: Outcome) -> list[dict[str, Any]]:
-    """What W&B's own reader finds in the one offline file of a run."""
-    (file,) = run.folder.glob("wandb/offline-run-*/*.wandb")
-    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    lines = subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: Launch) -> None:
     tags = ["--wandb.group", "trial", "--wandb.tags", "[small, quick]"]
     run = launch("--nodes", "2", "--ranks", "2", *SMALL, "--wandb.mode", "offline", *tags)
     assert run.status == 0
     assert len(list(run.folder.glob("wandb/*run-*"))) == 1
-    found = {kind: [record[kind] for record in records(run) if record["type"] == kind] for kind in ("run", "history", "exit")}
+    records = read_records(run.folder)
+    found = {kind: [record[kind] for record in records if record["type"] == kind] for kind in ("run", "history", "exit")}
     (started,) = found["run"]
     assert (started["run_id"], started["run_group"], started["tags"]) == (run.folder.name, "trial", ["small", "quick"])
     config = started["config"]["update"]
@@ -96,7 +90,7 @@ def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: L
 def test_a_failed_run_is_marked_as_failed(launch: Launch) -> None:
     run = launch("--ranks", "2", *SMALL, "--wandb.mode", "offline", "--model.num_classes", "12")
     assert run.status == 2
-    assert [record["exit"]["exit_code"] for record in records(run) if record["type"] == "exit"] == [1]
+    assert [record["exit"]["exit_code"] for record in read_records(run.folder) if record["type"] == "exit"] == [1]
 
 
 def test_disabled_leaves_no_trace(launch: Launch) -> None:
@@ -120,7 +114,7 @@ def test_an_unreachable_server_does_not_end_the_run(launch: Launch, monkeypatch:
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
     run = launch(*SMALL, "--wandb.mode", "online")
     assert run.status == 0
-    assert any(record["type"] == "history" for record in records(run))
+    assert any(record["type"] == "history" for record in read_records(run.folder))
 
 
 @pytest.fixture
@@ -130,15 +124,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         yield server
-
-
-def at_step(tmp_path: Path, what: str, step: int, rank: int = 0) -> list[str]:
-    """Arguments that make something happen once."""
-    given = {"what": what, "once": tmp_path / f"once-{step}", "step": step, "rank": rank}
-    return [
-        "--trainer.callbacks+=support.fault_callbacks.FaultCallback",
-        *(f"--trainer.callbacks.{name}={value}" for name, value in given.items()),
-    ]
 
 
 def when(paused: Path, act: Callable[[], None]) -> None:
@@ -162,7 +147,7 @@ def assert_complete(server: WandbServer, run: Outcome) -> None:
 
 @pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM"])
 def test_attempts_are_one_online_run(launch: Launch, tmp_path: Path, server: WandbServer, what: str) -> None:
-    run = launch("--ranks", "2", *SMALL, *at_step(tmp_path, what, 27))
+    run = launch("--ranks", "2", *SMALL, *fault(tmp_path / "once", what, step=27))
     assert run.status != 0
     assert launch("--resume", str(run.folder)).status == 0
     assert_complete(server, run)
@@ -174,7 +159,7 @@ def test_attempts_are_one_online_run(launch: Launch, tmp_path: Path, server: Wan
 def test_a_server_that_goes_away_and_comes_back_misses_nothing(launch: Launch, tmp_path: Path, server: WandbServer) -> None:
     when(tmp_path / "once-10", server.go)
     when(tmp_path / "once-30", server.come)
-    run = launch(*SMALL, *at_step(tmp_path, "pause", 10), *at_step(tmp_path, "pause", 30))
+    run = launch(*SMALL, *fault(tmp_path / "once-10", "pause", step=10), *fault(tmp_path / "once-30", "pause", step=30))
     assert run.status == 0
     assert_complete(server, run)
 
@@ -184,7 +169,7 @@ def test_a_server_that_comes_only_at_the_end_gets_everything(
 ) -> None:
     server.go()
     when(tmp_path / "once-30", server.come)
-    run = launch(*SMALL, *at_step(tmp_path, "pause", 30))
+    run = launch(*SMALL, *fault(tmp_path / "once-30", "pause", step=30))
     assert run.status == 0
     assert "W&B cannot be reached, going on offline" in capfd.readouterr().err
     assert_complete(server, run)
@@ -233,9 +218,5 @@ def test_wandb_that_dies_while_it_starts_gets_everything_later(launch: Launch, m
 
     monkeypatch.setattr(wandb, "init", dying_once)
     run = launch(*SMALL, "--wandb.mode", "offline")
-    found = []
-    for file in sorted(run.folder.glob("wandb/offline-run-*/*.wandb")):
-        reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        lines = subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines()
-        found += [r["history"]["item"]["_step"] for r in map(json.loads, lines) if r["type"] == "history"]
-    assert found == list(range(1, 1 + len(read_metrics(run.folder / "metrics.csv"))))
+    rows = read_metrics(run.folder / "metrics.csv")
+    assert [row["_step"] for row in read_history(run.folder)] == list(range(1, len(rows) + 1))

@@ -57,8 +57,8 @@ def test_which_to_take(memory: str, advice: str) -> None:
 
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text((REPO / "tests/support/fault_callbacks.py").read_text() + _LATER)
-    own = ("--model", "mine.Own", "--data", "mine.Later", "--config", str(REPO / "configs/deepspeed_zero2.yaml"))
+    (tmp_path / "mine.py").write_text((REPO / "tests/support/toy_model.py").read_text() + _LATER)
+    own = ("--model", "mine.ToyModel", "--data", "mine.Later", "--config", str(REPO / "configs/deepspeed_zero2.yaml"))
     planned = plan(*own, cwd=tmp_path)
     assert planned.returncode == 0
     assert planned.stderr.endswith(
@@ -69,7 +69,7 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
 
 
 _LATER = """
-class Later(Points):
+class Later(ToyData):
     def setup(self, stage):
         raise FileNotFoundError("not there yet")
 """
@@ -99,7 +99,7 @@ def test_nothing_is_said_to_fit_without_its_activations() -> None:
             "activation_checkpointing: torch.nn.Linea does not exist; did you mean 'torch.nn.Linear'",
         ),
         (
-            ["--model", "support.fault_callbacks.TwoOptimizers", "--data", "support.fault_callbacks.Points"],
+            ["--model", "support.toy_model.TwoOptimizers", "--data", "support.toy_model.ToyData"],
             "--plan is for a module with one optimizer; this one has 2.",
         ),
         (["--data.batch_size", "63"], "data.batch_size: 63 is the global batch and does not divide by 2 ranks."),

@@ -6,6 +6,7 @@ A change on purpose: run with LOCKSTEP_WRITE_GOLDEN=1 and read the difference.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.runs import REPO
@@ -22,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 PROFILES = [path.stem for path in sorted((REPO / "configs" / "cluster").glob("*.yaml"))]
 
 
-def request_for(profile: Profile, **more: object) -> JobRequest:
+def request_for(profile: Profile, **more: Any) -> JobRequest:
     folder = Path("/home/user/project/runs/digits/20260101-000000-abcd")
     code = CodePaths((folder / "code/project", folder / "code/project/src"), None, "0" * 64)
     return JobRequest("digits", folder, Path("/home/user/project"), code, NodeRange(4, 4), profile, **more)
@@ -34,7 +35,7 @@ def script(request: JobRequest) -> str:
 
 @pytest.mark.parametrize("name", [*PROFILES, "apptainer", "sweep"])
 def test_the_script_of_each_example_profile(name: str) -> None:
-    more: dict[str, object] = {}
+    more: dict[str, Any] = {}
     if name == "sweep":
         profile, more = (
             load_profile("a100", {}, [REPO / "configs" / "cluster"]),

@@ -8,14 +8,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import conf
 import daemons
 import pytest
 from conf import ClusterError
 from daemons import Cluster
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("slurm_is_here")
 SCRIPT = Path(daemons.__file__).with_name("cluster.py")
@@ -38,13 +39,6 @@ def cli(*argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run the script as a person does."""
     command = [sys.executable, str(SCRIPT), *argv]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=50)
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
@@ -160,7 +154,7 @@ def test_preemption_requeues_a_job_of_low_priority(place: Path) -> None:
 
 
 def test_a_port_that_was_taken_in_between_is_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really_free = daemons.free_ports
+    really_free = conf.free_ports
     with socket.create_server(("127.0.0.1", 0)) as busy:
         tries = [lambda count: [*really_free(count - 1), busy.getsockname()[1]], really_free]
         monkeypatch.setattr(daemons, "free_ports", lambda count: tries.pop(0)(count))

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 from daemons import Cluster
-from support.slurm_cluster import REPO, Job, Shell
+from support.slurm_jobs import REPO, Job, Shell
+from support.waiting import wait_until
+from support.wandb_reader import read_records
 
 pytestmark = pytest.mark.timeout(150)
 HELD = ("--sbatch=--hold", "--config", "toy_model.yaml")
@@ -31,13 +33,13 @@ HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
         ("--trainer.max_epoch 4", "trainer.max_epoch (value 4): there is no such key; did you mean 'trainer.max_epochs'"),
         ("--trainer.max_epochs ten", "trainer.max_epochs: 'ten' is not valid"),
         ("--model toy_model.ToyModle", "toy_model.ToyModle does not exist; did you mean 'toy_model.ToyModel'"),
-        ("--model.troubel none", "model.troubel (value none): there is no such key of toy_model.ToyModel; did you"),
+        ("--model.wrod none", "model.wrod (value none): there is no such key of toy_model.ToyModel; did you"),
         ("--config gone.yaml", "config: there is no file gone.yaml"),
         (
-            "--sweep model.rnak=1,2",
-            "model.rnak (value 1): there is no such key of toy_model.ToyModel; did you mean 'model.rank'",
+            "--sweep model.wrod=1,2",
+            "model.wrod (value 1): there is no such key of toy_model.ToyModel; did you mean 'model.word'",
         ),
-        ("--sweep model.rank", "--sweep: 'model.rank' must be of the form KEY=A,B"),
+        ("--sweep model.word", "--sweep: 'model.word' must be of the form KEY=A,B"),
         ("--run.root /proc/runs", "run.root: the run folder /proc/runs/toy/"),
         ("--profile a10", "profile: there is no 'a10' in "),
         ("--after never", "--after: 'never' is no job"),
@@ -47,7 +49,7 @@ HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
         ("--sbatch --hold", "argument --sbatch: expected one argument; write it with =, such as --sbatch=--hold"),
         ("--sbatch=--array=1-3", "sbatch: '--array=1-3': array belongs to the launcher; use --sweep."),
         ("--sweep nodes=1,2", "--sweep: nodes cannot be swept over"),
-        ("--sweep model.rank=1,,2", "--sweep: 'model.rank=1,,2' has an empty value"),
+        ("--sweep model.word=1,,2", "--sweep: 'model.word=1,,2' has an empty value"),
         ("--time 0", "time: '0' must be more than 0"),
         ("--ckpt_path /nope", "ckpt_path: there is no /nope"),
         ("--trainer.accelerator gpu", "trainer.accelerator: 'gpu' needs GPUs; ask for some with --gpus-per-node."),
@@ -89,7 +91,7 @@ def test_a_full_home_does_not_hide_a_job(shell: Shell) -> None:
 
 
 def test_a_cancelled_run_of_a_sweep_stays_cancelled(shell: Shell) -> None:
-    job = shell.submit(*HELD, "--sweep", "model.rank=0,1,2")
+    job = shell.submit(*HELD, "--sweep", "model.word=a,b,c")
     assert shell("launch/jobs.py", "cancel", f"{job.id}_1").returncode == 0
     time.sleep(3)  # then Slurm knows nothing of it any more
     states = [run["state"] for run in json.loads(shell("launch/jobs.py", "status", job.id, "--json").stdout)]
@@ -223,7 +225,7 @@ def test_a_changed_snapshot_is_not_run(shell: Shell) -> None:
 def test_a_sweep_of_a_thousand_is_one_job_in_seconds(shell: Shell) -> None:
     values = ",".join(map(str, range(500)))
     began = time.monotonic()
-    job = shell.submit(*HELD, "--sweep", f"model.step={values}", "--sweep", "model.rank=1,2")
+    job = shell.submit(*HELD, "--sweep", f"seed_everything={values}", "--sweep", "model.word=a,b")
     assert time.monotonic() - began < 20
     assert len(list(job.folder.parent.iterdir())) == 1001
     listed = shell("launch/jobs.py", "list").stdout.splitlines()
@@ -265,10 +267,8 @@ def test_ranks_are_placed_and_nothing_that_happens_after_submission_matters(shel
     for job in jobs:
         shell.cluster.command("scontrol", "release", job.id)
     both = {job.id for job in jobs}
-    deadline = time.monotonic() + 20
-    while set(shell.cluster.command("squeue", "--noheader", "--states=RUNNING", "--format=%i").split()) & both != both:
-        assert time.monotonic() < deadline, "they never ran at the same time"
-        time.sleep(0.2)
+    running = ("squeue", "--noheader", "--states=RUNNING", "--format=%i")
+    wait_until(lambda: both <= set(shell.cluster.command(*running).split()), seconds=20, describe=shell.queue)
     for number, (job, word) in enumerate(zip(jobs, (HOSTILE, "plain"), strict=True)):
         assert job.wait()["exit"] == 0
         for rank in range(4):
@@ -308,10 +308,8 @@ def test_a_sweep_is_one_job_one_group_and_one_table(shell: Shell) -> None:
     sweep = ("--sweep", "model.seconds=0,0.001,0.002", "--sweep", "seed_everything=1,2")
     job = shell.submit("--config", "toy_model.yaml", *sweep, WANDB_MODE="offline")
     assert len(shell.cluster.command("squeue", "--array", "--noheader", "--format=%F").split()) == 6
-    deadline = time.monotonic() + 120
-    while (done := shell("launch/jobs.py", "status", job.id)).returncode == 3:
-        assert time.monotonic() < deadline, done.stdout
-        time.sleep(0.5)
+    wait_until(lambda: shell("launch/jobs.py", "status", job.id).returncode != 3, 120, shell.queue)
+    done = shell("launch/jobs.py", "status", job.id)
     assert done.returncode == 0
     rows = [line.split("\t") for line in done.stdout.splitlines()[:6]]
     assert [row[:4] for row in rows] == [
@@ -322,9 +320,7 @@ def test_a_sweep_is_one_job_one_group_and_one_table(shell: Shell) -> None:
     assert all(run["metrics"]["train/loss"] < 100 for run in told)
     groups = set()
     for run in told:
-        (record,) = Path(run["run"]).glob("wandb/offline-run-*/run-*.wandb")
-        command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", record]
-        read = subprocess.run(command, capture_output=True, text=True, check=True)
-        groups |= set(re.findall(r'"run_?[gG]roup":\s*"([^"]+)"', read.stdout))
-        assert Path(run["run"]).name in record.name
+        (started,) = (record["run"] for record in read_records(Path(run["run"])) if record["type"] == "run")
+        assert started["run_id"] == Path(run["run"]).name
+        groups.add(started["run_group"])
     assert groups == {job.folder.name}, os.listdir(job.folder)

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.deepspeed_runs import RUN, zero
-from support.runs import REPO, Launch, assert_same, go_on, trouble
+from support.faults import fault
+from support.runs import REPO, Launch, assert_same_run, resume_run
 
 from lockstep.core.world import World
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
@@ -194,12 +195,12 @@ def test_what_is_on_nvme_goes_on_bit_for_bit(
 ) -> None:
     in_memory = ["--deepspeed.offload_optimizer", "cpu", "--deepspeed.config", str(disk.with_suffix(".json"))]
     undisturbed = launch(*WIDE, *zero(3, 2), *more, *in_memory)
-    run = launch(*WIDE, *nvme(disk, parameters), *more, *trouble(tmp_path / "once", "SIGKILL", step=17, rank=1))
+    run = launch(*WIDE, *nvme(disk, parameters), *more, *fault(tmp_path / "once", "SIGKILL", step=17, rank=1))
     assert run.status == 1
     left = {file.name for file in disk.glob("lockstep-*/zero_stage_3/**/*.swp")}  # the killed rank's
     assert {"exp_avg-0_2.tensor.swp", "0_2.tensor.swp"} <= left
     assert ("2_param.tensor.swp" in left) == (parameters == "nvme")
-    assert_same(go_on(launch, run), undisturbed)
+    assert_same_run(resume_run(launch, run), undisturbed)
     assert list(disk.iterdir()) == []
 
 
@@ -207,18 +208,18 @@ def test_what_is_on_nvme_goes_on_bit_for_bit(
 def test_from_nvme_to_ddp_and_back(launch: Launch, tmp_path: Path, disk: Path) -> None:
     wide = (
         "--model",
-        "support.fault_callbacks.Wide",
+        "support.toy_model.WideAndFrozen",
         "--data",
-        "support.fault_callbacks.Points",
+        "support.toy_model.ToyData",
         "--trainer.max_epochs",
         "3",
         "--checkpoint.every_n_steps",
         "6",
     )
     ddp = launch(*wide, "--ranks", "2")
-    run = launch(*wide, *nvme(disk), *trouble(tmp_path / "0", "SIGTERM", step=10))
-    go_on(launch, run, "--strategy", "ddp", *trouble(tmp_path / "1", "SIGTERM", step=18))
-    assert go_on(launch, run, *nvme(disk)).status == 0
+    run = launch(*wide, *nvme(disk), *fault(tmp_path / "0", "SIGTERM", step=10))
+    resume_run(launch, run, "--strategy", "ddp", *fault(tmp_path / "1", "SIGTERM", step=18))
+    assert resume_run(launch, run, *nvme(disk)).status == 0
     assert run.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
     out = tmp_path / "weights.safetensors"
     subprocess.run([sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--out", str(out)], check=True)
