@@ -63,7 +63,7 @@ class Watch(Callback):
         torch.distributed.broadcast = broadcast
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        assert type(trainer.fit_loop).__module__ == type(trainer.fit_loop.epoch_loop).__module__ == "lockstep.loop"
+        assert type(trainer.fit_loop).__module__ == type(trainer.fit_loop.epoch_loop).__module__ == "lockstep.trainer.loops"
 
 
 def test_lightnings_own_signal_handling_and_its_broadcast_are_off(launch: Launch) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from lockstep.runs.endings import has_known_cause, killed_task
+from lockstep.runs.endings import Evidence, JobState, classify_ending, killed_task
 from lockstep.runs.failure import Failure
+from lockstep.runs.records import RunResult
 
 KILLED = """srun: error: n1: task 0: Killed
 srun: error: n4: task 3: Exited with exit code 1
@@ -30,4 +31,34 @@ def test_who_was_killed_is_named() -> None:
     ],
 )
 def test_a_kill_from_outside_tells_nothing(text: str, failure: Failure | None, told: bool) -> None:
-    assert has_known_cause(text, failure) is told
+    assert classify_ending(Evidence(failure=failure, output=text, exit_status=1)).is_explained is told
+
+
+FINISHED, STOPPED = RunResult("finished"), RunResult("interrupted", reason="SIGUSR2")
+CAUSE, LOST = Failure(1, 4, 1, "n2", "ValueError: no"), Failure(0, 4, 0, "n1", "RuntimeError: gloo", is_secondary=True)
+SIGNALLED = Failure(2, 4, 2, "n3", "it was ended by SIGTERM.", 143)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "state", "exit_status", "reason"),
+    [
+        (Evidence(FINISHED, LOST, KILLED, 0), "finished", 0, ""),
+        (Evidence(FINISHED, job=JobState("TIMEOUT", limit="1:00")), "over its time limit", 5, "1:00"),
+        (Evidence(None, CAUSE, KILLED, 1), "failed", 1, "rank 1 (node 1, n2): ValueError: no"),
+        (Evidence(STOPPED, CAUSE, "", 1), "failed", 1, "ValueError: no"),
+        (Evidence(None, LOST, OVER, 1), "out of memory", 6, "--mem"),
+        (Evidence(None, None, "", 137, JobState("CANCELLED")), "cancelled", 4, ""),
+        (Evidence(None, None, OVER, 137, JobState("CANCELLED")), "out of memory", 6, "oom_kill"),
+        (Evidence(STOPPED, None, KILLED, 137), "interrupted", 143, "SIGUSR2"),
+        (Evidence(None, LOST, KILLED, 1), "failed", 1, "rank 0 on n1: Killed"),
+        (Evidence(None, SIGNALLED, "", 143), "interrupted", 143, "SIGTERM"),
+        (Evidence(None, LOST, "", 143), "interrupted", 1, "gloo"),
+        (Evidence(None, None, "", 143), "interrupted", 143, "exit status 143"),
+        (Evidence(None, None, "last words\n\n", 9), "failed", 1, "last words"),
+        (Evidence(is_forgotten=True), "gone", 1, "forgotten"),
+        (Evidence(is_forgotten=True, was_cancelled=True), "cancelled", 4, ""),
+    ],
+)
+def test_the_strongest_evidence_decides(evidence: Evidence, state: str, exit_status: int, reason: str) -> None:
+    ending = classify_ending(evidence)
+    assert (ending.state, ending.exit_status) == (state, exit_status) and reason in ending.reason

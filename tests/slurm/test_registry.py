@@ -7,6 +7,7 @@ import pytest
 
 from lockstep.core.files import atomic_write_json
 from lockstep.runs.failure import Failure, record_failure
+from lockstep.runs.records import Owner
 from lockstep.runs.run import Run
 from lockstep.slurm.registry import SubmittedJob, find_job, register_job, registered_jobs
 from lockstep.slurm.status import RunStatus, query_status
@@ -23,7 +24,7 @@ def run(tmp_path: Path) -> Run:
     """A run that has begun."""
     made = Run.create(tmp_path / "runs", "x")
     (made.folder / "slurm").mkdir()
-    made.begin_attempt()
+    made.claim_attempt(Owner(job="7"))
     return made
 
 
@@ -45,7 +46,7 @@ def test_what_a_script_ends_with_is_not_taken_for_a_word_of_slurms(
 ) -> None:
     ended(run, status, "nvidia-smi: no devices\n")
     view = seen(run, env)
-    assert (view.exit_status, view.state, view.alive) == (told, "failed", False)
+    assert (view.exit_status, view.state, view.is_active) == (told, "failed", False)
     assert "nvidia-smi: no devices" in view.message
 
 
@@ -74,8 +75,8 @@ def test_an_id_belongs_to_the_job_that_has_it_last(tmp_path: Path, env: dict[str
     for run in runs:
         register_job(SubmittedJob("1", run.folder, "x", 1, ""), env)
     register_job(SubmittedJob("2", tmp_path / "gone", "x", 1, ""), env)
-    assert [(job.folder, job.recycled) for job in registered_jobs(env)] == [(runs[0].folder, True), (runs[1].folder, False)]
-    assert find_job("1", env).folder == runs[1].folder and find_job(str(runs[0].folder), env).recycled
+    assert [(job.folder, job.is_recycled) for job in registered_jobs(env)] == [(runs[0].folder, True), (runs[1].folder, False)]
+    assert find_job("1", env).folder == runs[1].folder and find_job(str(runs[0].folder), env).is_recycled
 
 
 def test_a_run_of_a_sweep_is_found_by_its_folder(tmp_path: Path, env: dict[str, str]) -> None:

@@ -46,7 +46,7 @@ def test_whatever_happens_to_a_job_it_ends_with_the_same_weights(shell: Shell) -
     assert "rank 1 on n3: Killed" in attempt["reason"] and (attempt["crashed"], last["reason"]) == (True, "")
     assert "rank 1 does not answer" in stopped.status()["attempts"][0]["reason"]
     (attempt, *_) = late.status()["attempts"]
-    assert (attempt["reason"], attempt["crashed"]) == ("SIGUSR2", False) and attempt["step"] == attempt["saved"] > 5
+    assert (attempt["reason"], attempt["crashed"]) == ("SIGUSR2", False) and attempt["step"] == attempt["saved_step"] > 5
 
 
 def test_a_run_goes_on_with_more_or_fewer_nodes_and_never_twice_at_once(shell: Shell) -> None:

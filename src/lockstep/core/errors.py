@@ -12,6 +12,9 @@ class LockstepError(Exception):
 
     exit_status = 1
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)  # torch raises it again, out of a worker, by the keyword
+
     @property
     def message(self) -> str:
         """The sentence itself, also when a DataLoader worker has put its traceback around it."""

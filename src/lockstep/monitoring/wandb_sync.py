@@ -13,9 +13,9 @@ import wandb
 import yaml
 
 from lockstep.config import WandbOptions
-from lockstep.core import LockstepError, RunError, UsageError, World, read_json, setup_logging, wandb_api_key
+from lockstep.core import LockstepError, RunError, UsageError, World, setup_logging, wandb_api_key
 from lockstep.monitoring.wandb_logger import is_reachable, make_wandb_logger
-from lockstep.runs import Run
+from lockstep.runs import Owner, Run, RunResult
 from lockstep.slurm import is_owner_alive
 
 
@@ -26,7 +26,7 @@ def sync_run(run: Run) -> str:
         UsageError: The run is being trained.
         RunError: W&B cannot be reached, or does not take it.
     """
-    if (owner := read_json(run.folder / "owner.json")) and is_owner_alive(owner, environ):
+    if (owner := Owner.read(run.owner)) and is_owner_alive(owner, environ):
         raise UsageError(f"The run {run.folder} is being trained, and sends what it has missed by itself.")
     if wandb_api_key(environ) is None:
         raise UsageError("W&B has no key here; set WANDB_API_KEY, or use wandb login.")
@@ -34,7 +34,8 @@ def sync_run(run: Run) -> str:
         raise RunError(f"W&B cannot be reached at {address}; try again later.")
     config = yaml.safe_load(run.config.read_text())
     tracked = make_wandb_logger(run, WandbOptions(**config["wandb"]), config, True, lambda: 0)
-    is_finished = read_json(run.result).get("status") == "finished"
+    result = RunResult.read(run.result)
+    is_finished = result is not None and result.is_finished
     place = tracked.url
     if not tracked.close(0 if is_finished else 1) or not place:
         raise RunError("W&B has not taken all of it; try again later.")

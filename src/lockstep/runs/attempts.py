@@ -1,63 +1,60 @@
-"""How attempts end: which rank failed first (``logs/<attempt>/failure.json``), and ``attempts.jsonl``, a line for each of them.
-
-When one rank fails all others do, with errors about lost connections that say nothing. Only the first is told; the others
-say that it was. No torch here: ``jobs`` reads it.
-"""
+"""``attempts.jsonl``: one line per attempt that has ended."""
 
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+from lockstep.runs.records import Record
 from lockstep.runs.run import Run
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Attempt(Record):
     """One start of a run, once it has ended.
 
     Attributes:
         attempt: Its number.
-        job: Slurm's id.
-        reason: Why it ended; empty if the run was finished.
+        job: Id of the Slurm job.
+        reason: Why it ended; empty if the run finished.
         exit_status: Of srun.
-        begun, ended: When, in seconds since 1970.
-        saved: Step of the newest checkpoint at its end; 0 before the first.
+        started_at, ended_at: In seconds since 1970.
+        saved_step: Step of the newest checkpoint at its end; 0 before the first.
         step: Optimizer steps done, as far as is known.
-        crashed: Whether it ended against its will and that of Slurm.
+        crashed: Whether neither Slurm nor a person ended it.
     """
 
     attempt: int
     job: str
     reason: str
     exit_status: int
-    begun: float
-    ended: float
-    saved: int
+    started_at: float
+    ended_at: float
+    saved_step: int
     step: int
     crashed: bool
 
 
 def read_attempts(run: Run) -> list[Attempt]:
-    """All attempts that have ended, as far as somebody was left to note it."""
+    """Return all attempts that were recorded; a partial line, as a full disk leaves it, is skipped."""
     path = run.folder / "attempts.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            found.append(Attempt(**json.loads(line)))
-        except (ValueError, TypeError):  # half a line, which a full disk has left
+            found.append(Attempt.from_dict(json.loads(line)))
+        except (ValueError, TypeError):
             continue
     return found
 
 
 def append_attempt(run: Run, attempt: Attempt) -> None:
-    """Add an attempt that has ended to the others."""
+    """Record an attempt; a full disk leaves no partial line and does not end the run."""
     path = run.folder / "attempts.jsonl"
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a") as file:
-            file.write(json.dumps(asdict(attempt), ensure_ascii=False) + "\n")
-    except OSError as error:  # a full disk: the run goes on while it can
+            file.write(json.dumps(attempt.as_dict(), ensure_ascii=False) + "\n")
+    except OSError as error:
         if path.exists():
             os.truncate(path, size)
         print(f"lockstep: {path} could not be written ({error.strerror}).", file=sys.stderr)

@@ -1,39 +1,43 @@
-"""How attempts end: which rank failed first (``logs/<attempt>/failure.json``), and ``attempts.jsonl``, a line for each of them.
+"""``logs/<attempt>/failure.json``: the rank that failed first.
 
-When one rank fails all others do, with errors about lost connections that say nothing. Only the first is told; the others
-say that it was. No torch here: ``jobs`` reads it.
+When one rank fails, all others fail too, with errors about lost connections. The file system decides which rank was first:
+its report is recorded, and the others refer to it.
 """
 
-import json
 import os
+import platform
+import signal
+import sys
 import time
-from dataclasses import asdict, dataclass
+import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lockstep.core import SIGNAL_EXIT_STATUSES
-from lockstep.runs.run import Run
+from lockstep.core import SIGNAL_EXIT_STATUSES, Interrupted, LockstepError, RunError, World
+from lockstep.runs.records import Record, RunResult
+from lockstep.runs.run import Run, update_status
 
-_PATIENCE_SECONDS = 5.0
-"""How long a rank that has lost its peers waits for the one that knows why."""
+_CAUSE_TIMEOUT_SECONDS = 5.0
+"""How long a rank that lost its peers waits for the rank that knows the cause."""
 
 
 @dataclass(frozen=True)
-class Failure:
-    """The end of a rank that failed.
+class Failure(Record):
+    """Why a rank failed.
 
     Attributes:
         rank: The rank.
-        size: Number of ranks.
+        world_size: Number of ranks.
         node: Number of its node.
-        host: Name of its machine.
+        host: Name of its machine; may be empty.
         report: One sentence, or a traceback.
-        exit_status: What the rank exits with.
-        is_secondary: Whether it only lost a connection, because another rank was gone.
-        is_permanent: Whether another start would fail in the same way.
+        exit_status: Exit status of the rank.
+        is_secondary: Whether it only lost a connection because another rank was gone.
+        is_permanent: Whether another attempt would fail in the same way.
     """
 
     rank: int
-    size: int
+    world_size: int
     node: int
     host: str
     report: str
@@ -41,16 +45,36 @@ class Failure:
     is_secondary: bool = False
     is_permanent: bool = False
 
+    @classmethod
+    def from_exception(cls, error: BaseException, world: World) -> "Failure":
+        """Classify the exception that ended this rank."""
+        status, report = 1, "".join(traceback.format_exception(error))
+        if isinstance(error, LockstepError):
+            status, report = error.exit_status, error.message
+        elif isinstance(error, Interrupted):
+            status = int(error.code or 1)
+            report = f"it was ended by {signal_name(status)}."
+        elif isinstance(error, SystemExit):
+            report = f"it was ended by sys.exit({error.code!r})."
+        is_secondary = world.size > 1 and _is_connection_loss(error)
+        is_permanent = isinstance(error, LockstepError)
+        return cls(world.rank, world.size, world.node_rank, platform.node(), report, status, is_secondary, is_permanent)
+
     @property
-    def interrupted(self) -> bool:
-        """Whether it was a signal that ended the rank."""
+    def is_interruption(self) -> bool:
+        """Whether a signal ended the rank."""
         return self.exit_status in SIGNAL_EXIT_STATUSES
+
+    @property
+    def is_cause(self) -> bool:
+        """Whether the report names the cause. A rank that lost its peers or got a signal does not know it."""
+        return not self.is_secondary and not self.is_interruption
 
     @property
     def reason(self) -> str:
         """One line: the rank, and the last line of its report."""
         last = self.report.strip().splitlines()[-1]
-        return last if self.size == 1 else f"rank {self.rank} {self.place}: {last}"
+        return last if self.world_size == 1 else f"rank {self.rank} {self.place}: {last}"
 
     @property
     def place(self) -> str:
@@ -58,39 +82,63 @@ class Failure:
         return f"(node {self.node}{', ' if self.host else ''}{self.host})"
 
 
+def signal_name(exit_status: int) -> str:
+    """Name the signal behind an exit status of 128 and more."""
+    return "Ctrl-C" if exit_status == 130 else signal.Signals(exit_status - 128).name
+
+
 def read_first_failure(run: Run, attempt: int) -> Failure | None:
-    """What the first rank to fail in this attempt wrote down."""
-    try:
-        return Failure(**json.loads(_failure_path(run, attempt).read_text()))
-    except FileNotFoundError:
-        return None
+    """Return the first failure of an attempt, if a rank recorded one."""
+    return Failure.read(_failure_path(run, attempt)) if attempt else None
 
 
 def wait_for_first_failure(run: Run, attempt: int) -> Failure | None:
-    """The first failure, waiting a moment for it: for a rank that only lost its peers."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    """Return the first failure, waiting a moment for it: for a rank that only lost its peers."""
+    deadline = time.monotonic() + _CAUSE_TIMEOUT_SECONDS
     while (found := read_first_failure(run, attempt)) is None and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
 
 
 def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
-    """Write ``failure`` down if it is the first of this attempt, and tell it in rank zero's log; return the first one."""
+    """Record ``failure`` if it is the first of its attempt, add it to the log of rank zero, and return the first one."""
     path = _failure_path(run, attempt)
-    beside = path.with_name(f".failure.{failure.rank}")
-    beside.write_text(json.dumps(asdict(failure), indent=2, ensure_ascii=False))
+    temporary = path.with_name(f".failure.{failure.rank}")
+    failure.write(temporary)
     try:
-        os.link(beside, path)  # fails where there is one: who comes first is decided by the file system
+        os.link(temporary, path)  # fails where the file exists
     except FileExistsError:
         return read_first_failure(run, attempt) or failure
     finally:
-        beside.unlink()
-    what = "lost a peer that has left no word" if failure.is_secondary else "failed first"
-    place = f"rank {failure.rank} of {failure.size} {failure.place} {what}.\n" if failure.size > 1 else ""
+        temporary.unlink()
+    what = "lost a peer, which left no report" if failure.is_secondary else "failed first"
+    place = f"rank {failure.rank} of {failure.world_size} {failure.place} {what}.\n" if failure.world_size > 1 else ""
     with run.log(attempt, 0).open("a") as log:
         log.write(f"lockstep: {place}{failure.report.rstrip()}\n")
     return failure
 
 
+def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
+    """Record in ``result.json`` why an attempt failed: rank zero may have had no time, or may not know."""
+    result = RunResult.read(run.result)
+    if failure.is_interruption and result is not None:
+        return
+    status = "interrupted" if failure.is_interruption else "failed"
+    result = result or RunResult(status, world_size=failure.world_size, attempts=attempt)
+    replace(result, status=status, reason=failure.reason).write(run.result)
+    update_status(run, status)
+
+
 def _failure_path(run: Run, attempt: int) -> Path:
-    return run.log(attempt, 0).with_name("failure.json")
+    return run.folder / "logs" / str(attempt) / "failure.json"
+
+
+def _is_connection_loss(error: BaseException) -> bool:
+    """Whether ``error`` is that of a collective whose peer is gone."""
+    torch = sys.modules.get("torch")  # not imported yet: no collective either
+    if torch is None:
+        return False
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "NCCL")
+    return isinstance(error, RuntimeError) and not isinstance(error, RunError) and any(word in str(error) for word in words)

@@ -1,4 +1,4 @@
-"""What Slurm says of jobs: ``squeue`` while it knows them, ``sacct`` after that where there is accounting. No torch here."""
+"""The Slurm client: every question to squeue, sacct and scontrol, and what the answers mean."""
 
 import os
 import platform
@@ -8,126 +8,118 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lockstep.core import UsageError
-from lockstep.runs import JobState
+from lockstep.runs import JobState, Owner
 
-PATIENCE_SECONDS = 600.0
-"""How long a Slurm that does not answer is waited for."""
+SLURM_TIMEOUT_SECONDS = 600.0
+"""How long a running job retries while Slurm does not answer."""
+
+_FIELDS = ("JobID", "ArrayJobID", "ArrayTaskID", "State", "Reason", "StartTime", "TimeUsed", "TimeLimit", "NodeList")
 
 
 def check_slurm_conf(env: Mapping[str, str]) -> None:
-    """Raise UsageError where SLURM_CONF leads nowhere: each of Slurm's commands would try for a minute before it says so."""
+    """Raise UsageError if SLURM_CONF names no readable file: each Slurm command would retry for a minute."""
     conf = env.get("SLURM_CONF")
     if conf and not (Path(conf).is_file() and os.access(conf, os.R_OK)):
-        raise UsageError(f"SLURM_CONF={conf} is no file that can be read: that cluster is gone; unset SLURM_CONF.")
+        raise UsageError(f"SLURM_CONF={conf} cannot be read: that cluster is gone; unset SLURM_CONF.")
 
 
-def query_env(env: Mapping[str, str]) -> dict[str, str]:
-    """``env`` without the defaults of a user's own, such as SQUEUE_PARTITION, which would leave jobs or partitions out."""
-    return {
-        name: value for name, value in env.items() if not name.startswith(("SQUEUE_", "SACCT_", "SINFO_", "SLURM_CLUSTERS"))
-    }
+def query_slurm(command: list[str], env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run a Slurm command without a user's own defaults, such as SQUEUE_PARTITION, which would hide jobs or partitions."""
+    defaults = ("SQUEUE_", "SACCT_", "SINFO_", "SLURM_CLUSTERS")
+    clean = {name: value for name, value in env.items() if not name.startswith(defaults)}
+    return subprocess.run(command, env=clean, capture_output=True, text=True)
 
 
-def is_owner_alive(owner: Mapping[str, Any], env: Mapping[str, str], patience: float = 0.0) -> bool:
-    """Whether the job, or the process on this machine, that has claimed a run still has it.
+def has_command(name: str, env: Mapping[str, str]) -> bool:
+    """Whether a Slurm command is installed."""
+    return shutil.which(name, path=env.get("PATH")) is not None
+
+
+def is_owner_alive(owner: Owner, env: Mapping[str, str], timeout: float = 0.0) -> bool:
+    """Whether the owner of a run, a Slurm job or a process on this machine, is still running.
 
     Args:
-        owner: What claimed it.
+        owner: Who claimed the run.
         env: With SLURM_CONF and PATH.
-        patience: How long to go on asking where Slurm does not answer, in seconds; after that it is taken for a yes.
+        timeout: How long to retry while Slurm does not answer, in seconds; after that the owner counts as alive.
     """
-    if not (job := str(owner.get("job", ""))):
-        return owner.get("host") == platform.node() and Path("/proc", str(owner.get("pid"))).exists()
-    if shutil.which("squeue", path=env.get("PATH")) is None:
+    if owner.job is None:
+        return owner.host == platform.node() and Path("/proc", str(owner.pid)).exists()
+    if not has_command("squeue", env):
         return False
-    command = ["squeue", "--all", "--noheader", f"--jobs={job}", "--Format=State"]
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while True:
-        answer = subprocess.run(command, env=query_env(env), capture_output=True, text=True)
-        if answer.returncode == 0 or "Invalid job id" in answer.stderr:  # it has forgotten the job
+        answer = query_slurm(["squeue", "--all", "--noheader", f"--jobs={owner.job}", "--Format=State"], env)
+        if answer.returncode == 0 or "Invalid job id" in answer.stderr:  # Slurm has forgotten the job
             return answer.stdout.strip() in ("RUNNING", "SUSPENDED")
         if time.monotonic() > deadline:
             return True
         time.sleep(2)
 
 
-_FIELDS = ("JobID", "ArrayJobID", "ArrayTaskID", "State", "Reason", "StartTime", "TimeUsed", "TimeLimit", "NodeList")
-
-
 def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobState], str]:
-    """Slurm's word on the jobs that it still knows, and with accounting on the others too; why it says nothing, if so."""
+    """Return the state of each job that Slurm or its accounting knows, and why Slurm does not answer, if so."""
     if not ids:
         return {}, ""
-    if shutil.which("squeue", path=env.get("PATH")) is None:
-        return {}, "there is no squeue here."
+    if not has_command("squeue", env):
+        return {}, "squeue is not installed here."
     format_ = ",".join(f"{name}:|" for name in (*_FIELDS, "exit_code", "RestartCnt"))
-    # Not --jobs: one that Slurm has forgotten makes an error of the whole answer.
-    command = ["squeue", "--all", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"]
-    answer = subprocess.run(command, env=query_env(env), capture_output=True, text=True)
+    # Not --jobs: squeue fails as a whole where Slurm has forgotten one of them.
+    answer = query_slurm(["squeue", "--all", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"], env)
     if answer.returncode:
         return {}, answer.stderr.strip().splitlines()[-1].removeprefix("slurm_load_jobs error: ")
-    slots: dict[str, JobState] = {}
+    states: dict[str, JobState] = {}
     for line in answer.stdout.splitlines():
         job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, *_ = line.split("|")
-        name = f"{array}_{task}" if task != "N/A" else job
         status = os.waitstatus_to_exitcode(int(code)) if code.isdigit() else 0
-        slots[name] = JobState(
-            state, reason, start, elapsed, limit, nodes, status if status >= 0 else 128 - status, int(restarts)
-        )
-    return _from_accounting(ids - set(slots), query_env(env)) | slots, ""
+        name = f"{array}_{task}" if task != "N/A" else job
+        exit_status = status if status >= 0 else 128 - status
+        states[name] = JobState(state, reason, start, elapsed, limit, nodes, exit_status, int(restarts))
+    return _query_accounting(ids - set(states), env) | states, ""
 
 
-def _from_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, JobState]:
-    """What ``sacct`` says, where there is accounting."""
-    if not ids or shutil.which("sacct", path=env.get("PATH")) is None:
+def _query_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, JobState]:
+    """Return the state of each job that ``sacct`` knows, where there is accounting."""
+    if not ids or not has_command("sacct", env):
         return {}
-    jobs = sorted({id_.partition("_")[0] for id_ in ids})
-    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(jobs)}"]
-    answer = subprocess.run(
-        [*command, "--format=JobID,State,Reason,Start,Elapsed,Timelimit,NodeList,ExitCode"],
-        env=dict(env),
-        capture_output=True,
-        text=True,
-    )
-    slots: dict[str, JobState] = {}
-    for line in answer.stdout.splitlines():
+    jobs = ",".join(sorted({id_.partition("_")[0] for id_ in ids}))
+    fields = "JobID,State,Reason,Start,Elapsed,Timelimit,NodeList,ExitCode"
+    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={jobs}", f"--format={fields}"]
+    states: dict[str, JobState] = {}
+    for line in query_slurm(command, env).stdout.splitlines():
         job, state, reason, start, elapsed, limit, nodes, code = line.split("|")
-        status, _, killed = code.partition(":")
-        exited = int(status) or (128 + int(killed) if killed and int(killed) else 0)
-        slots[job] = JobState(state.split()[0], reason, start, elapsed, limit, nodes, exited)
-    return slots
+        status, _, signal = code.partition(":")
+        exit_status = int(status) or (128 + int(signal) if signal and int(signal) else 0)
+        states[job] = JobState(state.split()[0], reason, start, elapsed, limit, nodes, exit_status)
+    return states
 
 
 def cancel_steps(job: str, env: Mapping[str, str]) -> None:
-    """End ranks that live on because somebody has killed srun: they and those of the next attempt must not both train."""
-    command = ["squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i"]
+    """Cancel the ranks that outlive a killed srun, so that they do not train beside those of the next attempt."""
     own = f"{job}.{env.get('SLURM_STEP_ID', '')}"
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + SLURM_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
-        answer = subprocess.run(command, env=query_env(env), capture_output=True, text=True)
+        answer = query_slurm(["squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i"], env)
         left = [step for step in answer.stdout.split() if step.rpartition(".")[2].isdigit() and step != own]
         if answer.returncode == 0 and not left:
             return
         if left:
-            subprocess.run(["scancel", *left], env=dict(env), capture_output=True)
+            query_slurm(["scancel", *left], env)
         time.sleep(0.5)
 
 
 def allocation_end(job: str, env: Mapping[str, str]) -> int:
-    """When the allocation is over, in seconds since 1970; 0 where there is no such time."""
-    command = ["squeue", "--all", "--noheader", f"--jobs={job}", "--Format=EndTime"]
-    told = subprocess.run(command, env=query_env(env), capture_output=True, text=True).stdout.strip()
+    """When the allocation of a job ends, in seconds since 1970; 0 if it has no end."""
+    answer = query_slurm(["squeue", "--all", "--noheader", f"--jobs={job}", "--Format=EndTime"], env)
     try:
-        return int(time.mktime(time.strptime(told, "%Y-%m-%dT%H:%M:%S")))
+        return int(time.mktime(time.strptime(answer.stdout.strip(), "%Y-%m-%dT%H:%M:%S")))
     except ValueError:
         return 0
 
 
 def is_preempted(job: str, env: Mapping[str, str]) -> bool:
-    """Whether Slurm has begun to take the job's nodes."""
-    command = ["scontrol", "--oneliner", "show", "job", job]
-    told = subprocess.run(command, env=query_env(env), capture_output=True, text=True).stdout
-    return re.search(r" PreemptTime=(?!None)\S", told) is not None
+    """Whether Slurm has begun to preempt the job."""
+    answer = query_slurm(["scontrol", "--oneliner", "show", "job", job], env)
+    return re.search(r" PreemptTime=(?!None)\S", answer.stdout) is not None

@@ -1,9 +1,4 @@
-"""The jobs that were submitted from here, and all that is known of each.
-
-Works without accounting: ``squeue`` knows a job until a few minutes after its end (MinJobAge), the batch script leaves its
-exit status in ``slurm/<job>.exit``, and whoever asks while Slurm still knows keeps its answer in ``slurm/<job>.ended.json``.
-No torch here.
-"""
+"""The registry of submitted jobs, ``jobs.jsonl`` in the user's state folder: one line per submission."""
 
 import json
 import os
@@ -18,16 +13,16 @@ from lockstep.runs import Run
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job that was submitted: one run, or a sweep.
+    """A submitted job: one run, or a sweep.
 
     Attributes:
         job: Its id.
         folder: Run folder, or folder of the sweep.
         name: Name of the job.
         runs: Number of runs.
-        conf: ``SLURM_CONF`` at submission: which cluster it was.
+        conf: ``SLURM_CONF`` at submission, which identifies the cluster.
         time: Of submission, in seconds since 1970.
-        recycled: Whether Slurm has given its id to another job since.
+        is_recycled: Whether Slurm has given its id to another job since.
     """
 
     job: str
@@ -36,11 +31,11 @@ class SubmittedJob:
     runs: int
     conf: str
     time: float = 0.0
-    recycled: bool = False
+    is_recycled: bool = False
 
     @property
     def members(self) -> list[tuple[str, Run]]:
-        """Id and folder of every run."""
+        """Job id and folder of every run."""
         if self.runs == 1:
             return [(self.job, Run(self.folder))]
         digits = max(3, len(str(self.runs - 1)))
@@ -50,59 +45,61 @@ class SubmittedJob:
         ]
 
 
-def register_job(queued: SubmittedJob, env: Mapping[str, str]) -> None:
-    """Remember a submission, for ``jobs.py``."""
+def register_job(job: SubmittedJob, env: Mapping[str, str]) -> None:
+    """Add a submission to the registry."""
     path = _registry_path(env)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    row = asdict(queued) | {"folder": str(queued.folder), "time": time.time()}
-    del row["recycled"]
+    row = asdict(job) | {"folder": str(job.folder), "time": time.time()}
+    del row["is_recycled"]
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
-        begun = file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # by a full disk
-        # In one piece: others append too.
-        file.write((b"\n" if begun else b"") + (json.dumps(row, ensure_ascii=False) + "\n").encode())
+        is_partial = (
+            file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        )  # after a full disk
+        # One write: other launchers append too.
+        file.write((b"\n" if is_partial else b"") + (json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def registered_jobs(env: Mapping[str, str]) -> list[SubmittedJob]:
-    """All submissions to this cluster from this machine whose folder is still there, oldest first."""
+    """Return all submissions to this cluster from this machine whose folder still exists, oldest first."""
     return [job for job in _read_registry(env) if job.folder.is_dir()]
 
 
 def _read_registry(env: Mapping[str, str]) -> list[SubmittedJob]:
     path = _registry_path(env)
-    here: list[SubmittedJob] = []
+    found: list[SubmittedJob] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
             job = SubmittedJob(**row | {"folder": Path(row["folder"])})
-        except (ValueError, TypeError, KeyError):  # half a line, which a full disk has left
+        except (ValueError, TypeError, KeyError):  # a partial line, after a full disk
             continue
         if job.conf == env.get("SLURM_CONF", ""):
-            here.append(job)
-    owners = {job.job: job for job in here}
-    return [replace(job, recycled=owners[job.job] is not job) for job in here]
+            found.append(job)
+    newest = {job.job: job for job in found}
+    return [replace(job, is_recycled=newest[job.job] is not job) for job in found]
 
 
-def find_job(which: str | None, env: Mapping[str, str]) -> SubmittedJob:
-    """The submission called ``which``: a job's id, that of one run of a sweep, or a run folder; the last one if None.
+def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
+    """Return the submission with this job id, run id of a sweep, or run folder; the newest one if None.
 
     Raises:
-        UsageError: There is none.
+        UsageError: The registry has no such job.
     """
-    jobs = _read_registry(env) if which else registered_jobs(env)
-    if which is None:
+    if name is None:
+        jobs = registered_jobs(env)
         if not jobs:
-            raise UsageError("No job was submitted to this cluster yet; launch/slurm.py does it.")
+            raise UsageError("No job was submitted to this cluster yet; submit one with launch/slurm.py.")
         return jobs[-1]
-    main, _, index = which.partition("_")
-    folder = Path(which).absolute()
-    for job in reversed(jobs):
-        if which == job.job or folder == job.folder:
+    main, _, index = name.partition("_")
+    folder = Path(name).absolute()
+    for job in reversed(_read_registry(env)):
+        if name == job.job or folder == job.folder:
             return job
         if main == job.job or folder.parent == job.folder.parent:
             for number, (member, run) in enumerate(job.members if job.runs > 1 else []):
                 if index == str(number) or folder == run.folder:
                     return replace(job, job=member, folder=run.folder, runs=1)
-    raise UsageError(f"{which}: no such job was submitted with lockstep; jobs.py list shows those that were.")
+    raise UsageError(f"{name}: lockstep has not submitted such a job; jobs.py list shows all jobs.")
 
 
 def _registry_path(env: Mapping[str, str]) -> Path:

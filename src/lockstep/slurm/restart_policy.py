@@ -1,9 +1,4 @@
-"""What comes after the ranks of a Slurm job have ended: nothing, another start right here, or the queue.
-
-The batch script asks, outside of srun. ``again begin`` prints the number of the attempt that may begin and when the allocation
-ends. ``again end STATUS`` prints ``here`` (start again in this allocation), ``queue`` (wait for another one), or the exit
-status of the job. Every end is noted in ``attempts.jsonl``. No torch here.
-"""
+"""The restart policy: what follows an attempt that has ended."""
 
 from collections.abc import Sequence
 
@@ -13,34 +8,35 @@ from lockstep.config import RunOptions
 from lockstep.runs import Attempt, Run
 
 RESTART, REQUEUE = "here", "queue"
-
+"""What the supervisor prints: restart in this allocation, or wait for another one."""
 
 _SAME_FAILURE_LIMIT = 2
-"""So many ends in a row at the same step for the same reason are a bug, and no bad luck."""
-
+"""So many attempts in a row that fail at the same step for the same reason are a bug."""
 
 _NO_PROGRESS_LIMIT = 25
-"""So many starts in a row without a new checkpoint end a run, whatever they died of."""
+"""So many crashes in a row without a new checkpoint end a run, whatever the cause."""
 
 
-def reason_to_give_up(run: Run, ended: Sequence[Attempt], told: bool) -> str:
-    """Why another start would end like these; empty if it need not.
+def reason_to_give_up(run: Run, ended: Sequence[Attempt], is_explained: bool) -> str:
+    """Return why another attempt would end like the last ones; empty if it may succeed.
 
     Args:
         run: The run.
-        ended: All of its attempts.
-        told: Whether the last one told its reason; a kill from outside has none, and may come twice.
+        ended: All attempts so far.
+        is_explained: Whether the cause of the last ending is known. A kill from outside has none, and may happen twice.
     """
     last = ended[-1]
     config = yaml.safe_load(run.config.read_text()) if run.config.exists() else {}
     limit = config.get("run", {}).get("max_restarts", RunOptions.max_restarts)
-    if sum(a.crashed for a in ended) > limit:
+    if sum(attempt.crashed for attempt in ended) > limit:
         return f"It has crashed more than run.max_restarts={limit} times; the last: {last.reason}"
-    alike = [a for a in ended[-_SAME_FAILURE_LIMIT:] if a.crashed and (a.reason, a.saved) == (last.reason, last.saved)]
-    if len(alike) == _SAME_FAILURE_LIMIT and told:
-        return f"It has ended {_SAME_FAILURE_LIMIT} times in a row after the checkpoint of step {last.saved}: {last.reason}"
-    fruitless = [a for a in ended[-_NO_PROGRESS_LIMIT:] if a.crashed and a.saved == last.saved]
-    if len(fruitless) == _NO_PROGRESS_LIMIT:
-        many = f"{_NO_PROGRESS_LIMIT} starts in a row have come to no new checkpoint after that of step {last.saved}"
+    same_step = [attempt.crashed and attempt.saved_step == last.saved_step for attempt in ended]
+    same_reason = [attempt.reason == last.reason for attempt in ended[-_SAME_FAILURE_LIMIT:]]
+    if is_explained and len(same_reason) == _SAME_FAILURE_LIMIT and all([*same_reason, *same_step[-_SAME_FAILURE_LIMIT:]]):
+        return (
+            f"It has failed {_SAME_FAILURE_LIMIT} times in a row after the checkpoint of step {last.saved_step}: {last.reason}"
+        )
+    if len(same_step) >= _NO_PROGRESS_LIMIT and all(same_step[-_NO_PROGRESS_LIMIT:]):
+        many = f"{_NO_PROGRESS_LIMIT} attempts in a row have saved no checkpoint after step {last.saved_step}"
         return f"{many}; the last: {last.reason}"
     return ""

@@ -1,35 +1,66 @@
-"""The jobs that were submitted from here, and all that is known of each.
+"""The status of submitted runs, with or without accounting.
 
-Works without accounting: ``squeue`` knows a job until a few minutes after its end (MinJobAge), the batch script leaves its
-exit status in ``slurm/<job>.exit``, and whoever asks while Slurm still knows keeps its answer in ``slurm/<job>.ended.json``.
-No torch here.
+``squeue`` knows a job until a few minutes after its end (MinJobAge). The batch script leaves its exit status in
+``slurm/<job>.exit``, and whoever asks while Slurm still knows the job keeps the answer in ``slurm/<job>.ended.json``.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lockstep.core import atomic_write_json, read_json
-from lockstep.runs import ACTIVE, JobState, Run, diagnose, read_attempts
+from lockstep.runs import (
+    Evidence,
+    JobState,
+    LaunchRecord,
+    Run,
+    RunProgress,
+    RunResult,
+    classify_ending,
+    read_attempts,
+    read_first_failure,
+)
 from lockstep.slurm.client import query_jobs
 from lockstep.slurm.registry import SubmittedJob
+
+ACTIVE = 3
+"""Exit status of ``jobs.py status`` for a job that waits or runs."""
+
+_PENDING_REASONS = {
+    "Resources": "for nodes to become free",
+    "Priority": "behind jobs of higher priority",
+    "Dependency": "for another job to succeed",
+    "BeginTime": "for its start time",
+    "JobHeldUser": "because its user holds it (scontrol release)",
+    "JobHeldAdmin": "because an administrator holds it",
+    "ReqNodeNotAvail": "for nodes that are down, drained or reserved",
+    "PartitionDown": "because its partition is down",
+    "JobArrayTaskLimit": "for other runs of its sweep to end",
+    "QOSMaxJobsPerUserLimit": "for one of your jobs to end (limit of the QOS)",
+    "AssocGrpGRES": "for GPUs of your group to become free",
+}
+_IMPOSSIBLE_REASONS = {
+    "DependencyNeverSatisfied": "the job that it waits for did not succeed",
+    "PartitionTimeLimit": "it asks for more time than its partition gives",
+    "PartitionNodeLimit": "it asks for more nodes than its partition gives",
+    "BadConstraints": "no node can give what it asks for",
+    "InvalidAccount": "its account is not valid",
+    "InvalidQOS": "its QOS is not valid",
+}
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """All that is known of one run.
+    """The status of one run.
 
     Attributes:
-        job: Its job's id.
+        job: Id of its job.
         run: Its folder.
         exit_status: 0 finished · 1 failed · 2 usage error · 3 waits, runs or unknown · 4 cancelled · 5 over its time limit ·
             6 out of memory · 7 a node failed · 130, 143 interrupted.
         state: One or a few words.
-        message: What there is to say about it; may be empty.
-        slot: Slurm's word; None if it has forgotten the job.
+        message: One sentence; may be empty.
+        slurm: Slurm's view; None if it has forgotten the job.
         progress: ``status.json``.
         result: ``result.json``.
     """
@@ -39,13 +70,13 @@ class RunStatus:
     exit_status: int
     state: str
     message: str
-    slot: JobState | None
-    progress: dict[str, Any]
-    result: dict[str, Any]
+    slurm: JobState | None
+    progress: RunProgress | None
+    result: RunResult | None
 
     @property
-    def alive(self) -> bool:
-        """Whether it waits or runs, as far as anybody knows."""
+    def is_active(self) -> bool:
+        """Whether it waits or runs, as far as is known."""
         return self.exit_status == ACTIVE
 
     @property
@@ -56,11 +87,17 @@ class RunStatus:
     @property
     def metrics(self) -> dict[str, float]:
         """The newest value of every metric."""
-        return self.result.get("metrics") or self.progress.get("metrics") or {}
+        result = self.result.metrics if self.result is not None else None
+        return result or (self.progress.metrics if self.progress is not None else {})
+
+    @property
+    def sweep(self) -> dict[str, Any] | None:
+        """Id, index and values, for a run of a sweep."""
+        launch = LaunchRecord.read(self.run.launch)
+        return launch.sweep if launch is not None else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        launch = _launch_record(self.run)
+        """The status for ``--json``."""
         return {
             "job": self.job,
             "run": str(self.run.folder),
@@ -68,55 +105,81 @@ class RunStatus:
             "exit_status": self.exit_status,
             "message": self.message,
             "attempt": self.attempt,
-            "attempts": [asdict(attempt) for attempt in read_attempts(self.run)],
-            "slurm": asdict(self.slot) if self.slot else None,
-            "progress": self.progress,
+            "attempts": [attempt.as_dict() for attempt in read_attempts(self.run)],
+            "slurm": self.slurm.as_dict() if self.slurm is not None else None,
+            "progress": self.progress.as_dict() if self.progress is not None else {},
             "metrics": self.metrics,
-            "result": self.result,
-            "sweep": launch.get("sweep"),
+            "result": self.result.as_dict() if self.result is not None else {},
+            "sweep": self.sweep,
         }
 
 
-def mark_cancelled(views: Iterable[RunStatus]) -> None:
-    """Remember that these were cancelled: of a run of a sweep that never started, Slurm soon knows nothing any more."""
-    for view in views:
-        if view.alive and (folder := _slurm_folder(view.run)).is_dir():
-            (folder / f"{view.job}.cancelled").touch()
+def mark_cancelled(statuses: Iterable[RunStatus]) -> None:
+    """Record that these runs were cancelled: Slurm soon forgets a run of a sweep that never started."""
+    for status in statuses:
+        if status.is_active and (folder := _slurm_folder(status.run)).is_dir():
+            (folder / f"{status.job}.cancelled").touch()
 
 
 def query_status(jobs: Iterable[SubmittedJob], env: Mapping[str, str]) -> list[RunStatus]:
-    """What is known of every run of these submissions, with one question to Slurm."""
+    """Return the status of every run of these jobs, with one query to Slurm."""
     jobs = list(jobs)
-    slots, silence = query_jobs({id_ for job in jobs if not job.recycled for id_, _ in job.members}, env)
+    states, error = query_jobs({id_ for job in jobs if not job.is_recycled for id_, _ in job.members}, env)
     return [
-        _run_status(id_, run, job, None if job.recycled else slots.get(id_), silence)
+        _run_status(id_, run, job, None if job.is_recycled else states.get(id_), error)
         for job in jobs
         for id_, run in job.members
     ]
 
 
-def _run_status(job: str, run: Run, queued: SubmittedJob, slot: JobState | None, silence: str) -> RunStatus:
-    slurm = queued.folder / "slurm" if (queued.folder / "slurm").is_dir() else _slurm_folder(run)
+def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | None, error: str) -> RunStatus:
+    slurm = submitted.folder / "slurm" if (submitted.folder / "slurm").is_dir() else _slurm_folder(run)
     kept = slurm / f"{job}.ended.json"
-    if slot is not None and slot.ended:
-        if not kept.exists() and slurm.is_dir():
-            atomic_write_json(kept, asdict(slot))
-    elif slot is None and (before := read_json(kept)):
-        slot = JobState(**before)
-    progress, result = read_json(run.status), read_json(run.result)
-    known = slot is not None or result.get("status") == "finished" or (slurm / f"{job}.exit").exists()
-    if silence and not known:
-        status, state, sentence = ACTIVE, "unknown", f"Slurm does not answer: {silence}"
-    else:
-        status, state, sentence = diagnose(job, run, slurm, slot, result)
-    return RunStatus(job, run, status, state, sentence, slot, progress, result)
+    if state is None:
+        state = JobState.read(kept)
+    elif state.has_ended and not kept.exists() and slurm.is_dir():
+        state.write(kept)
+    progress, result = RunProgress.read(run.status), RunResult.read(run.result)
+    exit_file = slurm / f"{job}.exit"
+    is_known = state is not None or (result is not None and result.is_finished) or exit_file.exists()
+    if error and not is_known:
+        return RunStatus(job, run, ACTIVE, "unknown", f"Slurm does not answer: {error}", state, progress, result)
+    failure = read_first_failure(run, run.newest_attempt)
+    if state is not None and not state.has_ended:
+        if state.state == "PENDING":
+            return RunStatus(job, run, ACTIVE, "waiting", _pending_reason(state), state, progress, result)
+        message = f"Attempt {run.newest_attempt} has failed: {failure.reason}" if failure is not None else ""
+        return RunStatus(job, run, ACTIVE, state.state.lower(), message, state, progress, result)
+    evidence = Evidence(
+        result,
+        failure,
+        run.output(slurm, job),
+        _read_exit_status(exit_file),
+        state,
+        was_cancelled=(slurm / f"{job}.cancelled").exists(),
+        is_forgotten=state is None,
+    )
+    ending = classify_ending(evidence)
+    return RunStatus(job, run, ending.exit_status, ending.state, ending.reason, state, progress, result)
 
 
-def _launch_record(run: Run) -> dict[str, Any]:
-    return yaml.safe_load(run.launch.read_text()) or {} if run.launch.exists() else {}
+def _pending_reason(state: JobState) -> str:
+    if state.reason in _IMPOSSIBLE_REASONS:
+        return f"It will never start: {_IMPOSSIBLE_REASONS[state.reason]} (Slurm: {state.reason}); cancel it."
+    if state.reason == "None":
+        return "Slurm has not scheduled it yet."
+    why = _PENDING_REASONS.get(state.reason.partition(",")[0].strip("()"), f"for what Slurm calls {state.reason}")
+    return f"It waits {why}." + (f" Expected start: {state.start}." if state.start[:1].isdigit() else "")
 
 
 def _slurm_folder(run: Run) -> Path:
-    """Where the scripts and the output of a run's job are; those of a sweep lie together."""
-    sweep = _launch_record(run).get("sweep") or {}
-    return (run.folder.with_name(sweep["id"]) if sweep else run.folder) / "slurm"
+    """Folder of the scripts and the output of a run's job; the runs of a sweep share one."""
+    launch = LaunchRecord.read(run.launch)
+    return (run.folder.with_name(launch.sweep["id"]) if launch is not None and launch.sweep else run.folder) / "slurm"
+
+
+def _read_exit_status(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None

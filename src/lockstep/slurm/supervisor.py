@@ -1,33 +1,36 @@
-"""What comes after the ranks of a Slurm job have ended: nothing, another start right here, or the queue.
+"""The supervisor of a Slurm job, which its batch script calls before and after each attempt, outside of srun.
 
-The batch script asks, outside of srun. ``again begin`` prints the number of the attempt that may begin and when the allocation
-ends. ``again end STATUS`` prints ``here`` (start again in this allocation), ``queue`` (wait for another one), or the exit
-status of the job. Every end is noted in ``attempts.jsonl``. No torch here.
+``python -m lockstep.slurm.supervisor FOLDER begin`` claims an attempt and prints its number and when the allocation ends.
+``… FOLDER end STATUS`` records the attempt and prints what follows: ``here`` (restart in this allocation), ``queue`` (requeue
+the job), or the exit status of the job.
 """
 
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from submitit.core.utils import DelayedSubmission
 
-from lockstep.core import SIGNAL_EXIT_STATUSES, LockstepError, atomic_write_json, read_json
+from lockstep.core import LockstepError
 from lockstep.runs import (
     Attempt,
+    AttemptStart,
+    Evidence,
+    Owner,
     Run,
+    RunProgress,
+    RunResult,
     append_attempt,
-    attempt_output,
-    exited_task,
-    has_known_cause,
-    killed_task,
+    classify_ending,
     read_attempts,
     read_first_failure,
     update_status,
 )
-from lockstep.slurm.client import PATIENCE_SECONDS, allocation_end, cancel_steps, is_owner_alive, is_preempted
+from lockstep.slurm.client import SLURM_TIMEOUT_SECONDS, allocation_end, cancel_steps, is_owner_alive, is_preempted
 from lockstep.slurm.restart_policy import REQUEUE, RESTART, reason_to_give_up
 
 
@@ -37,103 +40,81 @@ def start(run: Run, slurm: Path, env: Mapping[str, str]) -> int:
     Raises:
         LockstepError: Another job has the run.
     """
-    number = run.begin_attempt({"job": env["SLURM_JOB_ID"]}, lambda owner: is_owner_alive(owner, env, PATIENCE_SECONDS))
+    number = run.claim_attempt(Owner(job=env["SLURM_JOB_ID"]), lambda owner: is_owner_alive(owner, env, SLURM_TIMEOUT_SECONDS))
     output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
-    begun = {"job": env["LOCKSTEP_JOB"], "time": time.time(), "output": output.stat().st_size if output.exists() else 0}
-    atomic_write_json(run.folder / "logs" / str(number) / "begun.json", begun)
+    printed = output.stat().st_size if output.exists() else 0
+    AttemptStart(env["LOCKSTEP_JOB"], time.time(), printed).write(run.start_record(number))
     _record_lost_attempts(run, number)
     return number
 
 
 def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int:
-    """Note how an attempt has ended, and say what comes next.
+    """Record how the attempt ended and decide what follows.
 
     Returns:
-        0 if the run is finished, ``HERE``, ``QUEUE``, or the run's exit status.
+        0 if the run is finished, ``RESTART``, ``REQUEUE``, or the exit status of the run.
     """
     number, job = run.newest_attempt, env["SLURM_JOB_ID"]
-    result, failure = read_json(run.result), read_first_failure(run, number)
-    if result.get("attempts") != number and result.get("status") != "finished":
-        result = {}  # of the attempt before
-    finished = result.get("status") == "finished"
-    interrupted = (
-        result.get("status") == "interrupted" or (failure is not None and failure.interrupted) or status in SIGNAL_EXIT_STATUSES
+    result, failure = RunResult.read(run.result), read_first_failure(run, number)
+    if result is not None and result.attempts != number and not result.is_finished:
+        result = None  # that of the attempt before
+    ending = classify_ending(Evidence(result, failure, run.output(slurm, env["LOCKSTEP_JOB"]), status))
+    start, progress = AttemptStart.read(run.start_record(number)), RunProgress.read(run.status)
+    attempt = Attempt(
+        attempt=number,
+        job=job,
+        reason=ending.reason,
+        exit_status=status,
+        started_at=start.time if start is not None else 0.0,
+        ended_at=time.time(),
+        saved_step=run.latest_saved_step,
+        step=(result and result.global_step) or (progress.step if progress is not None else 0),
+        crashed=not (ending.is_finished or ending.is_interrupted),
     )
-    output = attempt_output(run, slurm, env["LOCKSTEP_JOB"])
-    said = killed_task(output) or exited_task(output, failure)
-    if failure is not None and not failure.is_secondary and not failure.interrupted:
-        reason, interrupted = failure.reason, False
-    elif said and result.get("status") != "interrupted":
-        reason, interrupted = said, False
-    elif failure is not None and result.get("status") != "interrupted":
-        reason = failure.reason  # a signal; what rank zero says is only that a peer was gone
-    else:
-        reason = str(result.get("reason") or f"it ended with exit status {status}")
-    before = read_attempts(run)
-    step = int(result.get("global_step") or read_json(run.status).get("step") or 0)
-    crashed = not (finished or interrupted)
-    this = Attempt(
-        number,
-        job,
-        "" if finished else reason,
-        status,
-        _start_record(run, number)["time"],
-        time.time(),
-        _latest_saved_step(run),
-        step,
-        crashed,
-    )
-    append_attempt(run, this)
+    ended = [*read_attempts(run), attempt]
+    append_attempt(run, attempt)
     if status > 128:
         cancel_steps(job, env)
-    if finished:
+    if ending.is_finished:
         return 0
     if failure is not None and failure.is_permanent:
         return _give_up(run, status, "")
-    if not is_owner_alive({"job": job}, env, PATIENCE_SECONDS):
-        return status or 1  # cancelled, or Slurm queues it again by itself
-    if interrupted:  # by Slurm, which wants the nodes back or whose time is up, or by somebody else
-        return REQUEUE if "SIGUSR2" in reason or is_preempted(job, env) else RESTART
-    return (
-        _give_up(run, status, why)
-        if (why := reason_to_give_up(run, [*before, this], has_known_cause(output, failure)))
-        else RESTART
-    )
-
-
-def _start_record(run: Run, attempt: int) -> dict[str, Any]:
-    """When and by which job an attempt was begun."""
-    return read_json(run.folder / "logs" / str(attempt) / "begun.json")
-
-
-def _latest_saved_step(run: Run) -> int:
-    """Step of the newest checkpoint; 0 before the first."""
-    return max((int(path.name[5:]) for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()), default=0)
+    if not is_owner_alive(Owner(job=job), env, SLURM_TIMEOUT_SECONDS):
+        return status or 1  # cancelled, or Slurm requeues it by itself
+    if ending.is_interrupted:  # preempted, out of time, or ended by a person
+        return REQUEUE if "SIGUSR2" in ending.reason or is_preempted(job, env) else RESTART
+    why = reason_to_give_up(run, ended, ending.is_explained)
+    return _give_up(run, status, why) if why else RESTART
 
 
 def _record_lost_attempts(run: Run, newest: int) -> None:
-    """Note attempts of which nobody was left to note the end: Slurm had taken the batch script too."""
-    noted = {attempt.attempt for attempt in read_attempts(run)}
-    result, status = read_json(run.result), read_json(run.status)
+    """Record attempts that ended together with the batch script, so that nothing could record them then."""
+    recorded = {attempt.attempt for attempt in read_attempts(run)}
+    result, progress = RunResult.read(run.result), RunProgress.read(run.status)
     for number in range(1, newest):
-        begun = _start_record(run, number)
-        if number in noted or not begun:
+        start = AttemptStart.read(run.start_record(number))
+        if number in recorded or start is None:
             continue
-        told = str(result.get("reason", "")) if result.get("attempts") == number else ""
-        reason = told or "Slurm ended the job: preempted, requeued, or a node was lost."
-        ended = float(status.get("time", begun["time"])) if status.get("attempt") == number else begun["time"]
-        append_attempt(
-            run,
-            Attempt(
-                number, begun["job"], reason, 1, begun["time"], ended, _latest_saved_step(run), status.get("step", 0), False
-            ),
+        reason = result.reason if result is not None and result.attempts == number else None
+        is_newest = progress is not None and progress.attempt == number
+        attempt = Attempt(
+            attempt=number,
+            job=start.job,
+            reason=reason or "Slurm ended the job: preempted, requeued, or a node was lost.",
+            exit_status=1,
+            started_at=start.time,
+            ended_at=progress.time if progress is not None and is_newest else start.time,
+            saved_step=run.latest_saved_step,
+            step=progress.step if progress is not None else 0,
+            crashed=False,
         )
+        append_attempt(run, attempt)
 
 
 def _give_up(run: Run, status: int, why: str) -> int:
-    """Write down that nothing comes after this."""
+    """Record that no attempt follows, and return the exit status of the job."""
     if why:
-        atomic_write_json(run.result, {"world_size": 0} | read_json(run.result) | {"status": "failed", "reason": why})
+        replace(RunResult.read(run.result) or RunResult("failed"), status="failed", reason=why).write(run.result)
     update_status(run, "failed")
     return status or 1
 
@@ -146,7 +127,7 @@ def _run_of(slurm: Path, env: Mapping[str, str]) -> Run:
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """``again FOLDER begin`` or ``again FOLDER end STATUS``."""
+    """Run ``FOLDER begin`` or ``FOLDER end STATUS`` and return the exit status."""
     folder, what, *rest = arguments
     try:
         run = _run_of(Path(folder), env)

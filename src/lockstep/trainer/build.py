@@ -1,8 +1,8 @@
-"""The lightning Trainer of a run: the config's arguments, and what lockstep adds to every run."""
+"""Build the Lightning Trainer of a run."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import Namespace
@@ -16,94 +16,95 @@ from lockstep.checkpoint import CheckpointCallback, CheckpointWriter
 from lockstep.core import UsageError
 from lockstep.distributed import SignalReceiver
 from lockstep.monitoring import (
-    CsvMetricsLogger,
     NanGuard,
     ProgressBar,
     StatusReporter,
     ThroughputMonitor,
-    WandbRunLogger,
     Watchdog,
     is_interactive,
 )
-from lockstep.runs import Run
 from lockstep.strategies import AnyStrategy, DeepSpeed
 from lockstep.trainer.activation_checkpointing import ActivationCheckpointing
 from lockstep.trainer.loops import replace_loops
 
+if TYPE_CHECKING:
+    from lockstep.trainer.context import RunContext
+
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` is bf16-mixed on a GPU that computes in bfloat16, else 32-true; anything else is itself."""
+    """Resolve ``auto``: bf16-mixed on a GPU that computes in bfloat16, else 32-true."""
     if precision != "auto":
         return precision
     return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
+def check_callbacks(callbacks: Any, strategy: AnyStrategy) -> None:
+    """Raise UsageError about a callback that the strategy cannot run."""
+    for callback in _as_list(callbacks) if isinstance(strategy, DeepSpeed) else ():
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            name = type(callback).__name__
+            raise UsageError(f"trainer.callbacks: {name} copies the weights, which ZeRO partitions; use strategy ddp.")
+
+
 def build_trainer(
-    config: Namespace,
+    context: "RunContext",
     arguments: Namespace,
     strategy: AnyStrategy,
-    run: Run,
-    attempt: int,
+    loggers: Sequence[Logger],
+    throughput: ThroughputMonitor,
     signals: SignalReceiver,
-    tracked: Callable[[Callable[[], int]], WandbRunLogger | None],
-) -> tuple[Trainer, ThroughputMonitor]:
-    """The Trainer, and the callback that knows how fast it goes.
+) -> Trainer:
+    """Build the Trainer of a run: the arguments of the config, and what lockstep adds to every run.
 
     Args:
-        config: The whole config, as parsed.
-        arguments: Its ``trainer`` part with callbacks, loggers and the like already made.
-        strategy: What this rank does with gradients and data.
-        run: Where everything goes.
-        attempt: Number of this start of the run.
-        signals: What this rank is told while it trains.
-        tracked: Makes W&B's logger, given what knows the number of steps done.
+        context: What was decided before.
+        arguments: The ``trainer`` part of the config, with callbacks, loggers and the like instantiated.
+        strategy: How this rank trains with the others.
+        loggers: lockstep's own; those of the config follow.
+        throughput: Measures the speed.
+        signals: Receives the signals of this rank.
+
+    Raises:
+        UsageError: Lightning refuses the arguments.
     """
+    run, config, options = context.run, context.config, context.config.checkpoint
     given: dict[str, Any] = vars(arguments).copy()
     callbacks = _as_list(given.pop("callbacks"))
-    if isinstance(strategy, DeepSpeed):
-        for callback in callbacks:
-            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-                name = type(callback).__name__
-                raise UsageError(f"trainer.callbacks: {name} copies the weights, which ZeRO shares out; use strategy ddp.")
-    own_bar = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
+    has_own_bar = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
     bar = given.pop("enable_progress_bar")
-    bar = own_bar or is_interactive() if bar is None else bar
-    throughput = ThroughputMonitor()
-    world = strategy.sharding.world
-    saves = given["enable_checkpointing"] is not False
-    options = config.checkpoint
-    hang = Watchdog(run, world, attempt, config.run.hang_timeout_seconds)
+    bar = has_own_bar or is_interactive() if bar is None else bar
+    watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds)
     writer = CheckpointWriter(
         run.checkpoints,
-        world,
-        attempt,
+        context.world,
+        context.attempt,
         options.async_save,
         options.keep_last,
-        # Only who is newest writes: an older attempt may live on, on a node that Slurm has given up.
-        is_owner=lambda: run.newest_attempt == attempt,
-        on_wait=hang.reset,
+        # An older attempt may survive on a node that Slurm has given up: only the newest one writes.
+        is_owner=lambda: run.newest_attempt == context.attempt,
+        on_wait=watchdog.reset,
     )
-    keeper = CheckpointCallback(run, options, throughput, signals, writer if saves else None)
-    given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # lightning's, of one's own
-    callbacks += [NanGuard(), throughput, StatusReporter(run, throughput, attempt, not bar, lambda: writer.error), keeper]
-    callbacks += [ActivationCheckpointing(config.activation_checkpointing), hang]
-    if bar and not own_bar:
-        callbacks.append(ProgressBar())
+    saves = given["enable_checkpointing"] is not False
+    checkpoints = CheckpointCallback(run, options, throughput, signals, writer if saves else None)
+    given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning's own
+    callbacks += [
+        NanGuard(),
+        throughput,
+        StatusReporter(run, throughput, context.attempt, not bar, lambda: writer.error),
+        checkpoints,
+        ActivationCheckpointing(config.activation_checkpointing),
+        watchdog,
+        *([ProgressBar()] if bar and not has_own_bar else []),
+    ]
     if given["enable_model_summary"] is None:
         given["enable_model_summary"] = False
-    loggers: list[Logger] = [
-        CsvMetricsLogger(run.metrics, lambda: trainer.global_step),
-        *([wandb] if (wandb := tracked(lambda: trainer.global_step)) is not None else []),
-        *_as_list(given.pop("logger")),
-    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         try:
             trainer = Trainer(
-                **given,
+                **given | {"logger": [*loggers, *_as_list(given["logger"])]},
                 strategy=strategy,
-                num_nodes=strategy.sharding.world.nodes,
-                logger=loggers,
+                num_nodes=context.world.nodes,
                 callbacks=callbacks,
                 enable_progress_bar=bar,
                 use_distributed_sampler=False,
@@ -112,12 +113,12 @@ def build_trainer(
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
     replace_loops(trainer)
-    trainer.fit_loop.epoch_loop.on_step_boundary = keeper.on_step_boundary
-    return trainer, throughput
+    trainer.fit_loop.epoch_loop.on_step_boundary = checkpoints.on_step_boundary
+    return trainer
 
 
 def _as_list(value: Any) -> list[Any]:
-    """What a config gives as nothing, one thing or several."""
+    """Normalize what a config gives as nothing, one object or several."""
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

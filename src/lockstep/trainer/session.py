@@ -1,16 +1,13 @@
-"""One training, from a config to its result: ``python -m lockstep.cli train [fit|validate|test|predict] --config FILE …``."""
+"""One attempt of a run on one rank, from a config to its result."""
 
 import logging
-import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
-from os import environ
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,20 +22,11 @@ from lockstep.core import (
     Stopped,
     UsageError,
     World,
-    atomic_write_json,
     atomic_write_text,
     setup_logging,
 )
 from lockstep.data import DataPosition, DataSharding, derive_seed
-from lockstep.distributed import (
-    SignalReceiver,
-    all_gather,
-    broadcast_from_rank_zero,
-    destroy_process_group,
-    enable_flight_recorder,
-    init_process_group,
-    local_devices,
-)
+from lockstep.distributed import SignalReceiver, all_gather, broadcast_from_rank_zero, destroy_process_group
 from lockstep.monitoring import (
     CsvMetricsLogger,
     ThroughputMonitor,
@@ -49,231 +37,253 @@ from lockstep.monitoring import (
     sync_command,
     weights_sha256,
 )
-from lockstep.runs import Run, read_attempts, read_first_failure, update_status
-from lockstep.strategies import load_ops, make_strategy, private_folder, required_ops
-from lockstep.trainer.build import build_trainer, resolve_precision
+from lockstep.runs import (
+    Durations,
+    Evidence,
+    Failure,
+    Run,
+    RunResult,
+    classify_ending,
+    read_attempts,
+    read_first_failure,
+    signal_name,
+    update_status,
+)
+from lockstep.strategies import AnyStrategy, load_ops, make_strategy, private_folder, required_ops
+from lockstep.trainer.build import build_trainer, check_callbacks
 from lockstep.trainer.config_parser import dump_config, instantiate, parse_config, split_command
+from lockstep.trainer.context import RunContext
 from lockstep.trainer.loops import FitLoop, ResumePoint
 from lockstep.trainer.predictions import run_prediction
 
-log = logging.getLogger(__name__)  # as __main__ too
+log = logging.getLogger(__name__)
 
 
-def run_rank(command: str, arguments: Sequence[str], world: World, run: Run, attempt: int) -> None:
-    """Parse ``arguments`` and train; the entry point of a Slurm task."""
-    train(command, *parse_config(arguments), world, run, attempt)
-
-
-def train(
-    command: str,
-    parser: ArgumentParser,
-    config: Namespace,
-    world: World,
-    run: Run | None = None,
-    attempt: int = 1,
-) -> dict[str, Any]:
-    """Carry out ``command`` on this rank, together with all others, and return what ``result.json`` says.
+class TrainingSession:
+    """One attempt of a run on one rank. Every rank of the world must have one.
 
     Args:
-        command: fit, validate, test or predict.
-        parser: Makes the classes that ``config`` names.
-        config: As ``parse`` gave it.
-        world: This rank's place.
-        run: The run's folder, where a launcher has made one; else rank zero makes it.
-        attempt: Number of this start of the run.
+        context: What was decided before.
     """
-    devices = local_devices(world, config.trainer.accelerator)
-    config.trainer.precision = resolve_precision(config.trainer.precision, devices[world.local_rank])
-    if run is not None:
-        enable_flight_recorder(run.log(attempt, 0).parent, environ)
-    init_process_group(
-        world,
-        devices[world.local_rank],
-        timedelta(minutes=config.distributed.timeout_minutes),
-        alone=config.strategy == "deepspeed",
-    )
-    if run is None:
-        run, attempt = broadcast_from_rank_zero(
-            lambda: Run.start(config.run.root, config.run.name, sys.argv, world.nodes, world.local_size), world
-        )
-    setup_logging(world, run.log(attempt, 0))
-    if world.is_rank_zero:
-        atomic_write_text(run.config, dump_config(parser, config))
 
-    result: dict[str, Any] = {"status": "failed", "command": command, "world_size": world.size, "attempts": attempt}
-    result["reasons"] = [ended.reason for ended in read_attempts(run)]
-    try:
-        load_ops(required_ops(config), world, devices[world.local_rank])
-        with private_folder(config.deepspeed.nvme_path if config.strategy == "deepspeed" else None, world) as folder:
-            tracked = run_session(command, parser, config, world, devices, run, result, folder)
-    except Stopped as stopped:
-        name = "Ctrl-C" if stopped.signal == signal.SIGINT else signal.Signals(stopped.signal).name
-        result |= {"status": "interrupted", "reason": name, "global_step": stopped.step}
-        log.info("stopped by %s after step %d; what is saved goes on from there", name, stopped.step)
-        raise Interrupted(128 + stopped.signal) from stopped
-    except SystemExit as error:
-        # lightning makes one of Ctrl-C; a signal before training began is ours; any other is of the user's own code.
-        interrupted = isinstance(error, Interrupted)
-        if not interrupted and not isinstance(error.__context__, KeyboardInterrupt):
-            ended = RunError(f"The run was ended by sys.exit({error.code!r}).")
-            result["reason"] = ended.message
-            raise ended from error
-        result |= {"status": "interrupted", "reason": "SIGTERM" if interrupted and error.code == 143 else "Ctrl-C"}
-        raise Interrupted(error.code if interrupted else 130) from error
-    except BaseException as error:
-        result["reason"] = error.message if isinstance(error, LockstepError) else f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        if world.is_rank_zero:
-            first = read_first_failure(run, attempt)
-            if result["status"] != "finished" and first and not first.interrupted:
-                # What rank zero saw is only that a peer was gone, or the signal that ends the job because of it.
-                result |= {"status": "failed", "reason": first.reason}
-            try:
-                atomic_write_json(run.result, result)
-                update_status(run, result["status"])
-            except OSError as error:  # a full disk must not make a crash of a stop
-                log.warning("%s could not be written (%s)", run.result, error.strerror)
-    if world.is_rank_zero:
-        draw_report(run)
-        for line in summary_lines(run, result, tracked):
-            log.info(line)
-    destroy_process_group()
-    return result
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+        self.signals = SignalReceiver()
+        self.throughput = ThroughputMonitor()
+        self.trainer: Trainer | None = None
+        self.wandb: WandbRunLogger | None = None
+        self._seconds = 0.0
 
+    def run(self) -> RunResult:
+        """Run the command together with all other ranks, and write ``result.json`` on rank zero.
 
-def run_session(
-    command: str,
-    parser: ArgumentParser,
-    config: Namespace,
-    world: World,
-    devices: list[torch.device],
-    run: Run,
-    result: dict[str, Any],
-    folder: Path | None,
-) -> str:
-    """Make everything, carry out ``command``, and fill in ``result`` also where that fails; offload into ``folder``.
-
-    Returns:
-        Where W&B has the run: its address, what uploads it, or that W&B is off.
-    """
-    allow_numpy_globals()
-    if config.ckpt_path is None and command != "fit":
-        raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
-    given = None if config.ckpt_path is None else find_checkpoint(Path(config.ckpt_path), "ckpt_path")
-    own = broadcast_from_rank_zero(lambda: latest_checkpoint(run.checkpoints), world) if command == "fit" else None
-    seed_everything(config.seed_everything, verbose=False)
-    made = instantiate(parser, config)
-    made.data.prepare_data_per_node = not config.shared_filesystem
-    strategy = make_strategy(config, devices, DataSharding(world, config.seed_everything), folder)
-    content, signals = yaml.safe_load(dump_config(parser, config)), SignalReceiver()
-    tracked: WandbRunLogger | None = None
-    preempted = False
-
-    def track(step: Callable[[], int]) -> WandbRunLogger | None:
-        nonlocal tracked
-        tracked = start_wandb_logger(run, config.wandb, content, world, step)
-        return tracked
-
-    try:
-        trainer, throughput = build_trainer(config, made.trainer, strategy, run, result["attempts"], signals, track)
-        if isinstance(start := own or given, Checkpoint) and command == "fit":
-            resume(trainer, throughput, start, same_run=own is not None)
-        began = time.monotonic()
+        Raises:
+            Interrupted: A signal ended the run.
+            LockstepError: A usage error, or an error with a known remedy.
+            Exception: Whatever user code raises.
+        """
+        context = self.context
+        setup_logging(context.world, context.run.log(context.attempt, 0))
+        if context.world.is_rank_zero:
+            atomic_write_text(context.run.config, dump_config(context.parser, context.config))
         try:
-            with signals.installed():
-                checkpoint = lightning_path(own or given)
-                if command == "predict":
-                    result |= {
-                        "metrics": {},
-                        **run_prediction(trainer, made.model, made.data, checkpoint, run, result["attempts"]),
-                    }
+            result = self._execute()
+        except BaseException as error:
+            raised = _normalize(error)
+            failure = Failure.from_exception(raised, context.world)
+            ending = classify_ending(Evidence(failure=failure))
+            reason = signal_name(failure.exit_status) if failure.is_interruption else ending.reason
+            self._write(self._result(ending.state, reason))
+            if raised is error:
+                raise
+            raise raised from error
+        self._write(result)
+        if context.world.is_rank_zero:
+            draw_report(context.run)
+            for line in summary_lines(context.run, result.as_dict(), self._wandb_location()):
+                log.info(line)
+        destroy_process_group()
+        return result
+
+    def _execute(self) -> RunResult:
+        """Prepare what a strategy needs on this node, and train."""
+        context, config = self.context, self.context.config
+        load_ops(required_ops(config), context.world, context.device)
+        nvme = config.deepspeed.nvme_path if config.strategy == "deepspeed" else None
+        is_finished = is_preempted = False
+        try:
+            with private_folder(nvme, context.world) as folder:
+                result = self._train(folder)
+            is_finished = True
+            return result
+        except Stopped:
+            is_preempted = True
+            raise
+        finally:
+            if self.wandb is not None:
+                self.wandb.close(0 if is_finished else 1, is_preempted)
+
+    def _train(self, nvme_folder: Path | None) -> RunResult:
+        """Build the objects of the config, run the command, and collect the result."""
+        context, config = self.context, self.context.config
+        allow_numpy_globals()
+        checkpoint, is_same_run = self._find_checkpoint()
+        seed_everything(config.seed_everything, verbose=False)
+        objects = instantiate(context.parser, config)
+        objects.data.prepare_data_per_node = not config.shared_filesystem
+        sharding = DataSharding(context.world, config.seed_everything)
+        strategy = make_strategy(config, context.devices, sharding, nvme_folder)
+        check_callbacks(objects.trainer.callbacks, strategy)
+        content = yaml.safe_load(dump_config(context.parser, config))
+        self.wandb = start_wandb_logger(context.run, config.wandb, content, context.world, self.global_step)
+        loggers = [CsvMetricsLogger(context.run.metrics, self.global_step), *([self.wandb] if self.wandb is not None else [])]
+        self.trainer = build_trainer(context, objects.trainer, strategy, loggers, self.throughput, self.signals)
+        if isinstance(checkpoint, Checkpoint) and context.command == "fit":
+            self._resume(strategy, checkpoint, is_same_run)
+        path = None if checkpoint is None else str(checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint)
+        began = time.monotonic()
+        outcome: dict[str, Any] = {"metrics": {}}
+        try:
+            with self.signals.installed():
+                if context.command == "predict":
+                    outcome |= run_prediction(self.trainer, objects.model, objects.data, path, context.run, context.attempt)
                 else:
-                    result["metrics"] = run_command(
-                        command, trainer, made.model, made.data, checkpoint, config.run.test_after_fit
-                    )
+                    outcome["metrics"] = self._fit_or_evaluate(self.trainer, objects.model, objects.data, path)
         except MisconfigurationException as error:
             raise RunError(" ".join(str(error).split())) from error
         finally:
-            total = time.monotonic() - began
-            result["global_step"], result["epochs"] = trainer.global_step, trainer.current_epoch
-            lost = sum(callback.seconds_lost for callback in callbacks_of(trainer) if isinstance(callback, CheckpointCallback))
-            result["seconds"] = {
-                "training": round(throughput.train_seconds, 3),
-                "total": round(total, 3),
-                "lost": round(lost, 3),
-            }
-        result["weights_sha256"] = weights_sha256(strategy.full_weights(), world)
-        result["skipped_files"] = len(set().union(*all_gather(getattr(made.data, "skipped", set()), world)))
-        result["status"] = "finished"
-    except Stopped:
-        preempted = True
-        raise
-    finally:
-        if tracked is not None:
-            tracked.close(0 if result["status"] == "finished" else 1, preempted)
-    if tracked is None:
-        return "off"
-    return tracked.url or sync_command(run)
+            self._seconds = time.monotonic() - began
+        sha256 = weights_sha256(strategy.full_weights(), context.world)
+        skipped = set().union(*all_gather(getattr(objects.data, "skipped", set()), context.world))
+        return replace(self._result("finished"), weights_sha256=sha256, skipped_files=len(skipped), **outcome)
+
+    def _find_checkpoint(self) -> tuple[Checkpoint | Path | None, bool]:
+        """Return the checkpoint to start from, and whether it is one of this run."""
+        context, path = self.context, self.context.config.ckpt_path
+        if path is None and context.command != "fit":
+            raise UsageError(f"ckpt_path: must be set to {context.command}: a checkpoint, or a run folder.")
+        given = None if path is None else find_checkpoint(Path(path), "ckpt_path")
+        if context.command != "fit":
+            return given, False
+        own = broadcast_from_rank_zero(lambda: latest_checkpoint(context.run.checkpoints), context.world)
+        return own or given, own is not None
+
+    def _resume(self, strategy: AnyStrategy, checkpoint: Checkpoint, is_same_run: bool) -> None:
+        """Continue where ``checkpoint`` was saved; within a run, rows that are logged again are not written again."""
+        trainer, world, facts = self.trainer, self.context.world, checkpoint.facts
+        assert trainer is not None and isinstance(trainer.fit_loop, FitLoop)
+        strategy.gradient_ready_order = facts["ready"]
+        seed = derive_seed(strategy.sharding.seed, checkpoint.step, world.rank) >> 1
+        position = DataPosition(int(facts["epoch"]), int(facts["batch"]))
+        trainer.fit_loop.resume_point = ResumePoint(position, checkpoint.states_for(world), seed)
+        if is_same_run:
+            self.throughput.train_seconds = float(facts["seconds"])
+            for part in (*trainer.loggers, *_callbacks(trainer)):
+                if isinstance(part, CsvMetricsLogger | WandbRunLogger):
+                    part.row_count = int(facts["rows"])
+                elif isinstance(part, CheckpointCallback):
+                    part.resume(facts)
+        log.info("resuming from step %d (epoch %d, batch %d)", checkpoint.step, position.epoch, position.batch)
+
+    def _fit_or_evaluate(
+        self, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None
+    ) -> dict[str, float]:
+        """Fit and test, or only evaluate; return the newest value of every metric."""
+        if self.context.command == "fit":
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            metrics = dict(trainer.logged_metrics)
+            can_test = is_overridden("test_step", module) and is_overridden("test_dataloader", data)
+            if self.context.config.run.test_after_fit and can_test:
+                trainer.test(module, datamodule=data, verbose=False)
+                metrics |= trainer.logged_metrics
+        else:
+            evaluate = trainer.validate if self.context.command == "validate" else trainer.test
+            evaluate(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+            metrics = dict(trainer.logged_metrics)
+        return {name: float(value) for name, value in sorted(metrics.items())}
+
+    def global_step(self) -> int:
+        """Optimizer steps done."""
+        return self.trainer.global_step if self.trainer is not None else 0
+
+    def _result(self, status: str, reason: str | None = None) -> RunResult:
+        """The result as far as it is known now."""
+        context = self.context
+        result = RunResult(
+            status,
+            context.command,
+            context.world.size,
+            context.attempt,
+            [attempt.reason for attempt in read_attempts(context.run)],
+            reason,
+        )
+        if self.trainer is None:
+            return result
+        lost = sum(part.seconds_lost for part in _callbacks(self.trainer) if isinstance(part, CheckpointCallback))
+        seconds = Durations(round(self.throughput.train_seconds, 3), round(self._seconds, 3), round(lost, 3))
+        return replace(result, global_step=self.trainer.global_step, epochs=self.trainer.current_epoch, seconds=seconds)
+
+    def _write(self, result: RunResult) -> None:
+        """Write the result on rank zero. The rank that failed first knows the cause better than rank zero."""
+        run = self.context.run
+        if not self.context.world.is_rank_zero:
+            return
+        failure = read_first_failure(run, self.context.attempt)
+        if not result.is_finished and failure is not None and failure.is_cause:
+            ending = classify_ending(Evidence(result, failure))
+            result = replace(result, status=ending.state, reason=ending.reason)
+        try:
+            result.write(run.result)
+            update_status(run, result.status)
+        except OSError as error:  # a full disk must not turn a stop into a crash
+            log.warning("%s could not be written (%s)", run.result, error.strerror)
+
+    def _wandb_location(self) -> str:
+        """Where W&B has the run: its address, the command that uploads it, or that W&B is off."""
+        return "off" if self.wandb is None else self.wandb.url or sync_command(self.context.run)
 
 
-def resume(trainer: Trainer, throughput: ThroughputMonitor, checkpoint: Checkpoint, same_run: bool) -> None:
-    """Let ``trainer`` begin where ``checkpoint`` was saved; what it logs again is not written again in the same run."""
-    strategy: Any = trainer.strategy
-    world, facts = strategy.sharding.world, checkpoint.facts
-    strategy.gradient_ready_order = facts["ready"]
-    seed = derive_seed(strategy.sharding.seed, checkpoint.step, world.rank) >> 1
-    position = DataPosition(int(facts["epoch"]), int(facts["batch"]))
-    assert isinstance(trainer.fit_loop, FitLoop)
-    trainer.fit_loop.resume_point = ResumePoint(position, checkpoint.states_for(world), seed)
-    if same_run:
-        throughput.train_seconds = float(facts["seconds"])
-        for part in (*trainer.loggers, *callbacks_of(trainer)):
-            if isinstance(part, CsvMetricsLogger | WandbRunLogger):
-                part.row_count = int(facts["rows"])
-            elif isinstance(part, CheckpointCallback):
-                part.resume(facts)
-    log.info("going on from step %d (epoch %d, batch %d)", checkpoint.step, position.epoch, position.batch)
-
-
-def callbacks_of(trainer: Any) -> list[Callback]:
-    """All callbacks of a Trainer, which its type does not tell."""
+def _callbacks(trainer: Any) -> list[Callback]:
+    """All callbacks of a Trainer; its type does not declare them."""
     callbacks: list[Callback] = trainer.callbacks
     return callbacks
 
 
-def lightning_path(checkpoint: Checkpoint | Path | None) -> str | None:
-    """The file that lightning loads."""
-    return None if checkpoint is None else str(checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint)
+def _normalize(error: BaseException) -> BaseException:
+    """Turn the ways in which a run is stopped into ``Interrupted``, and an exit of user code into an error."""
+    if isinstance(error, Stopped):
+        name = signal_name(128 + error.signal)
+        log.info("stopped by %s after step %d; another attempt resumes from the newest checkpoint", name, error.step)
+        return Interrupted(128 + error.signal)
+    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's form of Ctrl-C
+        return Interrupted(130)
+    if isinstance(error, SystemExit) and not isinstance(error, Interrupted):
+        return RunError(f"The run was ended by sys.exit({error.code!r}).")
+    return error
 
 
-def run_command(
-    command: str, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None, test: bool
-) -> dict[str, float]:
-    """Fit and test, or only evaluate; return the newest value of every metric."""
-    if command == "fit":
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        metrics = dict(trainer.logged_metrics)
-        if test and is_overridden("test_step", module) and is_overridden("test_dataloader", data):
-            trainer.test(module, datamodule=data, verbose=False)
-            metrics |= trainer.logged_metrics
-    else:
-        evaluate = trainer.validate if command == "validate" else trainer.test
-        evaluate(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-        metrics = dict(trainer.logged_metrics)
-    return {name: float(value) for name, value in sorted(metrics.items())}
+def train(
+    command: str, parsed: tuple[ArgumentParser, Namespace], world: World, run: Run | None = None, attempt: int = 1
+) -> RunResult:
+    """Run one attempt on this rank, together with all others; the arguments are those of ``RunContext.create``."""
+    return TrainingSession(RunContext.create(command, parsed, world, run, attempt)).run()
+
+
+def run_rank(command: str, arguments: Sequence[str], world: World, run: Run, attempt: int) -> None:
+    """Parse ``arguments`` and train: the entry point of a Slurm task."""
+    train(command, parse_config(arguments), world, run, attempt)
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     """Train as the rank that ``env`` describes and return the exit status: 0, 1 (failed while running) or 2 (usage).
 
-    Any exception but a ``LockstepError`` goes on to the caller, with its own traceback.
+    Any exception but a ``LockstepError`` reaches the caller with its own traceback.
     """
     world = World()
     try:
         world = World.from_env(env)
         command, keys = split_command(arguments)
-        train(command, *parse_config(keys), world)
+        train(command, parse_config(keys), world)
         return 0
     except LockstepError as error:
         if world.local_rank == 0 or error.exit_status == RunError.exit_status:

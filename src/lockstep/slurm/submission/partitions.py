@@ -1,12 +1,11 @@
 """What a cluster offers, and why it does not take a request, in one sentence. No torch here: the launcher uses this room."""
 
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lockstep.core import UsageError
-from lockstep.slurm import query_env
+from lockstep.slurm import query_slurm
 from lockstep.slurm.submission.batch_script import JobRequest
 from lockstep.slurm.submission.profile import parse_minutes
 
@@ -40,7 +39,7 @@ class Partition:
 def query_partitions(env: Mapping[str, str]) -> list[Partition]:
     """All partitions; ``sinfo`` has a row for each kind of node."""
     command = ["sinfo", "--all", "--exact", "--noheader", "--format=%R|%P|%D|%c|%m|%G|%l|%T"]
-    rows = subprocess.run(command, env=query_env(env), capture_output=True, text=True).stdout.splitlines()
+    rows = query_slurm(command, env).stdout.splitlines()
     return [Partition(name, marked.endswith("*"), *rest) for name, marked, *rest in (row.split("|") for row in rows)]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from lockstep.core import UsageError
-from lockstep.slurm import TrainTask, query_env
+from lockstep.slurm import TrainTask, query_slurm
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script, make_executor
 from lockstep.slurm.submission.partitions import (
     check_time_limit,
@@ -71,7 +71,7 @@ def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
 def check_dependency(job: str, env: Mapping[str, str]) -> None:
     """Raise UsageError unless ``job`` waits, runs, or has just ended well: of any other Slurm would make no condition."""
     command = ["squeue", "--all", "--array", "--states=all", "--noheader", f"--jobs={job}", "--Format=State"]
-    answer = subprocess.run(command, env=query_env(env), capture_output=True, text=True)
+    answer = query_slurm(command, env)
     states = set(answer.stdout.split())
     if not states:
         raise UsageError(f"--after: Slurm does not know job {job}, or has forgotten it; if it ended well, leave --after out.")
@@ -111,7 +111,7 @@ def _cancel_unconfirmed(request: JobRequest, env: Mapping[str, str]) -> None:
     slurm = request.folder / "slurm"
     command = ["squeue", "--me", "--noheader", "--Format=ArrayJobID:|,Command:|"]
     patience = _RetryWhileSilent()
-    while (answer := subprocess.run(command, env=query_env(env), capture_output=True, text=True)).returncode:
+    while (answer := query_slurm(command, env)).returncode:
         if not patience.lasts(answer.stderr):
             break
     for line in answer.stdout.splitlines():

@@ -10,15 +10,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import lockstep
 from lockstep.config import SweepPoint, check_checkpoint_path, check_deepspeed, check_run_root, check_sweep_keys, sweep_points
 from lockstep.config.validation import validate_arguments
-from lockstep.core import UsageError, python_path, read_json, wandb_api_key
+from lockstep.core import UsageError, python_path, wandb_api_key
 from lockstep.runs import (
     CodePaths,
+    LaunchRecord,
     Run,
+    RunResult,
     check_not_ignored,
     config_files_of,
     freeze_config_files,
@@ -41,6 +41,11 @@ _PACKAGE = Path(lockstep.__file__).resolve().parent
 
 _MIN_KEY_LENGTH = 20
 """Characters. W&B's have 40 and more; a shorter one is a stand-in, and may be part of innocent words."""
+
+
+def _is_finished(run: Run) -> bool:
+    result = RunResult.read(run.result)
+    return result is not None and result.is_finished
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Submission:
         Raises:
             UsageError: The first of them.
         """
-        if resume and (sweep or read_json(resume.result).get("status") == "finished"):
+        if resume and (sweep or _is_finished(resume)):
             raise UsageError(f"--resume: {resume.folder} is {'one run, no sweep' if sweep else 'finished'}.")
         if array_parallelism < 1:
             raise UsageError(f"--array-parallelism: {array_parallelism} must be 1 or more.")
@@ -221,10 +226,12 @@ class Submission:
 
     def _submit_resume(self, run: Run, env: MutableMapping[str, str]) -> SubmittedJob:
         """Queue a job that goes on with ``run``."""
-        launch = yaml.safe_load(run.launch.read_text())
-        code = CodePaths(tuple(map(Path, launch["paths"])), None, launch["code"])
+        launch = LaunchRecord.read(run.launch)
+        if launch is None or launch.paths is None or launch.folder is None:
+            raise UsageError(f"--resume: {run.launch} does not say how the run was submitted; resume it with launch/local.py.")
+        code = CodePaths(tuple(map(Path, launch.paths)), None, launch.code or "")
         train = TrainTask(run.folder, self.command, self.arguments, code.digest, self.profile.cpus)
-        return self._recorded(submit_job(replace(self._request(code), here=Path(launch["folder"])), [train], env), env)
+        return self._recorded(submit_job(replace(self._request(code), here=Path(launch.folder)), [train], env), env)
 
     def _recorded(self, job: str, env: Mapping[str, str]) -> SubmittedJob:
         queued = SubmittedJob(job, self.folder, self.job_name, len(self.points), env.get("SLURM_CONF", ""))
@@ -275,8 +282,8 @@ class Submission:
             for f in fields(Profile)
             if getattr(self.profile, f.name) != getattr(default, f.name)
         }
-        run.write_launch_record(
-            self.typed,
+        launch = LaunchRecord(
+            shlex.join(self.typed),
             str(self.nodes),
             self.profile.ranks,
             git,
@@ -284,8 +291,9 @@ class Submission:
             slurm={key: str(value) for key, value in resources.items()},
             code=code.digest,
             paths=[str(path) for path in code.paths],
-            **({"sweep": {"id": self.folder.name, "index": index, "values": point}} if self._is_sweep else {}),
+            sweep={"id": self.folder.name, "index": index, "values": point} if self._is_sweep else None,
         )
+        launch.write(run.launch)
         return TrainTask(run.folder, self.command, tuple(told), code.digest, self.profile.cpus)
 
     def _request(self, code: CodePaths) -> JobRequest:

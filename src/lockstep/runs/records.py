@@ -1,0 +1,236 @@
+"""Typed records in a run folder: each is written in one piece and read with care."""
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Self, get_args, get_type_hints
+
+import yaml
+
+from lockstep.core import atomic_write_json
+
+log = logging.getLogger(__name__)
+
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A JSON file with known fields. Fields that are None are not written, unknown ones are not read."""
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Build the record from what ``as_dict`` returned.
+
+        Raises:
+            TypeError: A field without a default is missing.
+        """
+        hints = get_type_hints(cls)
+        values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        for name, value in values.items():
+            nested = next((kind for kind in get_args(hints[name]) or (hints[name],) if is_dataclass(kind)), None)
+            if isinstance(nested, type) and isinstance(value, Mapping):
+                values[name] = nested(**value)
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Read the record; None where the file is missing, or damaged, which the log says."""
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.warning("%s is damaged and ignored: %s", path, error)
+            return None
+
+    def write(self, path: Path) -> None:
+        """Write the record atomically.
+
+        Raises:
+            OSError: The file cannot be written; the old one is kept.
+        """
+        atomic_write_json(path, self.as_dict())
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Seconds of one attempt: in training steps, in total, and lost to restarts so far in the run."""
+
+    training: float = 0.0
+    total: float = 0.0
+    lost: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunResult(Record):
+    """``result.json``: how the newest attempt of a run ended.
+
+    Attributes:
+        status: ``finished``, ``failed`` or ``interrupted``.
+        command: fit, validate, test or predict.
+        world_size: Number of ranks.
+        attempts: Number of the attempt.
+        reasons: Why earlier attempts ended.
+        reason: Why this attempt ended; None if it finished.
+        global_step: Optimizer steps done.
+        epochs: Epochs done.
+        seconds: Time it took.
+        metrics: The newest value of each metric.
+        weights_sha256: Hash of the final weights, see ``monitoring.weights_sha256``.
+        skipped_files: Number of data files that were skipped as corrupt.
+        samples: Number of predicted samples.
+        predictions: File of the predictions.
+    """
+
+    status: str
+    command: str = "fit"
+    world_size: int = 0
+    attempts: int = 0
+    reasons: list[str] = field(default_factory=list)
+    reason: str | None = None
+    global_step: int | None = None
+    epochs: int | None = None
+    seconds: Durations | None = None
+    metrics: dict[str, float] | None = None
+    weights_sha256: str | None = None
+    skipped_files: int | None = None
+    samples: int | None = None
+    predictions: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is complete."""
+        return self.status == "finished"
+
+
+@dataclass(frozen=True)
+class RunProgress(Record):
+    """``status.json``: where a run is, written every few seconds.
+
+    Attributes:
+        status: ``training``, ``trained``, or the status of the result.
+        step: Optimizer steps done.
+        steps: Optimizer steps of the whole run; None if it has no end.
+        epoch: Epochs done.
+        samples_per_second: Samples of all ranks per second.
+        seconds_left: Estimated time to the end of training.
+        attempt: Number of the attempt.
+        world_size: Number of ranks.
+        metrics: The newest value of each metric.
+        warning: What is wrong with the files of the run; empty if nothing.
+        time: Of writing, in seconds since 1970.
+    """
+
+    status: str
+    step: int = 0
+    steps: int | None = None
+    epoch: int = 0
+    samples_per_second: float = 0.0
+    seconds_left: float | None = None
+    attempt: int = 0
+    world_size: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    warning: str = ""
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Owner(Record):
+    """``owner.json``: the Slurm job, or the process on a machine, that may write to a run.
+
+    Attributes:
+        job: Id of the Slurm job; None for a local process.
+        host: Name of the machine of a local process.
+        pid: Its process id.
+    """
+
+    job: str | None = None
+    host: str | None = None
+    pid: int | None = None
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        """This process on this machine."""
+        return cls(host=platform.node(), pid=os.getpid())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.as_dict().items()) or "another process"
+
+
+@dataclass(frozen=True)
+class AttemptStart(Record):
+    """``logs/<attempt>/start.json``: when an attempt started.
+
+    Attributes:
+        job: Id of the Slurm job.
+        time: In seconds since 1970.
+        output: Bytes that the job had printed before.
+    """
+
+    job: str
+    time: float
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class LaunchRecord(Record):
+    """``launch.yaml``: how a run was started.
+
+    Attributes:
+        command: The command line.
+        nodes: Number of nodes, or a range such as 2-4.
+        ranks_per_node: Number of ranks on each.
+        git: Commit and whether the checkout has changes; None outside a checkout.
+        folder: Folder of submission.
+        slurm: Resources of the job that differ from the defaults.
+        code: SHA-256 of the code snapshot; empty without one.
+        paths: Where the ranks import from.
+        sweep: Id, index and values, for a run of a sweep.
+        host: Machine of the launcher.
+        python: Version of its Python.
+        time: Of the launch, ISO 8601.
+    """
+
+    command: str
+    nodes: int | str
+    ranks_per_node: int
+    git: Mapping[str, Any] | None = None
+    folder: str | None = None
+    slurm: dict[str, str] | None = None
+    code: str | None = None
+    paths: list[str] | None = None
+    sweep: dict[str, Any] | None = None
+    host: str = field(default_factory=platform.node)
+    python: str = field(default_factory=platform.python_version)
+    time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Read the record; None where the file is missing, or damaged, which the log says."""
+        try:
+            return cls.from_dict(yaml.load(path.read_text(), _Loader))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            log.warning("%s is damaged and ignored: %s", path, " ".join(str(error).split()))
+            return None
+
+    def write(self, path: Path) -> None:
+        """Write the record as YAML."""
+        path.write_text(yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+    @property
+    def max_nodes(self) -> int:
+        """Number of nodes; the upper end of a range."""
+        return int(str(self.nodes).rpartition("-")[2])
