@@ -1,18 +1,20 @@
-"""How long training stands still for a save: in the background, in the foreground, and with ``trainer.save_checkpoint``.
+"""Time that training pauses for a save: in the background, in the foreground, and with ``trainer.save_checkpoint``.
 
     python benchmarks/checkpoint.py [--rounds 5] [--megabytes 10 100 1000]
 
-One process; the state is a weight and its momentum. Lockstep's saves are flushed to disk, hashed and read back; lightning's
-is neither. Seconds are medians; ratios are to ``trainer.save_checkpoint``.
+One process; the state is a weight and its momentum. lockstep flushes a checkpoint to disk, hashes it and reads it back;
+``trainer.save_checkpoint`` does none of this. Times are medians; ratios are to ``trainer.save_checkpoint``.
 """
 
 import argparse
+import logging
 import statistics
-import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -21,18 +23,23 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lockstep.checkpoint.callback import CheckpointCallback
-from lockstep.core.world import World
+from lockstep.checkpoint import CheckpointCallback
+from lockstep.core import World
 from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.session import train
 
-seconds: dict[str, list[float]] = {}
+STOCK = "trainer.save_checkpoint"
+SAVES = {
+    STOCK: ["--trainer.enable_checkpointing=false", "--trainer.callbacks+=checkpoint.StockCheckpoint"],
+    "lockstep, background": ["--checkpoint.every_n_steps=1"],
+    "lockstep, foreground": ["--checkpoint.every_n_steps=1", "--checkpoint.async_save=false"],
+}
 
 
-class Heavy(LightningModule):
-    """A weight of half of ``megabytes``; the other half is its momentum."""
+class LargeModel(LightningModule):
+    """A model whose weight takes half of ``megabytes``; its momentum takes the other half."""
 
-    def __init__(self, megabytes: int = 10) -> None:
+    def __init__(self, megabytes: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(megabytes * 2**20 // 8))
 
@@ -43,67 +50,78 @@ class Heavy(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-class Few(LightningDataModule):
-    """A few batches."""
+class RandomNumbers(LightningDataModule):
+    """64 batches of one number."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(TensorDataset(torch.randn(64, 1)), batch_size=1)
 
 
-class Plain(Callback):
-    """Saves as lightning does."""
+class SaveTimer:
+    """A context manager that times a save.
+
+    Attributes:
+        seconds: Of the class, as the trainer makes the callbacks that save.
+    """
+
+    seconds: ClassVar[list[float]] = []
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+class StockCheckpoint(Callback):
+    """Save at each step as Lightning does."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        with tempfile.TemporaryDirectory(dir=trainer.default_root_dir) as folder:
-            timed("trainer.save_checkpoint", lambda: trainer.save_checkpoint(Path(folder) / "x.ckpt"))
+        with tempfile.TemporaryDirectory(dir=trainer.default_root_dir) as folder, SaveTimer():
+            trainer.save_checkpoint(Path(folder) / "model.ckpt")
 
 
-def timed(name: str, what: Any) -> None:
-    """Note how long ``what`` takes."""
-    began = time.perf_counter()
-    what()
-    seconds.setdefault(name, []).append(time.perf_counter() - began)
+def timed_save(callback: CheckpointCallback, trainer: Trainer) -> None:
+    """Time ``CheckpointCallback.save``, without the save before it that may still be in the background."""
+    if callback.writer is not None:
+        callback.writer.wait_until_finished(lambda number: number)
+        with SaveTimer():
+            save(callback, trainer)
 
 
-def measure(megabytes: int, rounds: int, root: Path) -> None:
-    """All ways for one size."""
-    own = CheckpointCallback.save
-    for name, extra in (
-        ("trainer.save_checkpoint", ["--trainer.enable_checkpointing", "false", "--trainer.callbacks+=__main__.Plain"]),
-        ("lockstep, background", ["--checkpoint.every_n_steps", "1"]),
-        ("lockstep, foreground", ["--checkpoint.every_n_steps", "1", "--checkpoint.async_save", "false"]),
-    ):
+save = CheckpointCallback.save
 
-        def save(keeper: CheckpointCallback, trainer: Trainer, name: str = name) -> None:
-            if keeper.writer is not None:
-                keeper.writer.wait_until_finished(lambda number: number)  # not a part of this save: the one before
-            timed(name, lambda: own(keeper, trainer))
 
-        CheckpointCallback.save = save
-        arguments = [
-            *("--model", "__main__.Heavy", f"--model.megabytes={megabytes}", "--data", "__main__.Few"),
-            *("--trainer.max_steps", str(rounds), "--wandb.mode", "disabled", "--run.root", str(root), *extra),
+def measure(arguments: Sequence[str], megabytes: int, rounds: int) -> float:
+    """Train ``rounds`` steps with a save after each, and return the median seconds of a save."""
+    SaveTimer.seconds.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        keys = [
+            *("--model=checkpoint.LargeModel", f"--model.megabytes={megabytes}", "--data=checkpoint.RandomNumbers"),
+            *(f"--trainer.max_steps={rounds}", "--wandb.mode=disabled", f"--run.root={folder}"),
         ]
-        train("fit", *parse_config(arguments), World())
-    CheckpointCallback.save = own
+        train("fit", *parse_config([*keys, *arguments]), World())
+    return statistics.median(SaveTimer.seconds)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100, 1000])
-    given = parser.parse_args()
-    table = Table("state", "", "training stands still", "× trainer.save_checkpoint", box=None)
-    for megabytes in given.megabytes:
-        seconds.clear()
-        with tempfile.TemporaryDirectory() as folder:
-            measure(megabytes, given.rounds, Path(folder))
-        plain = statistics.median(seconds["trainer.save_checkpoint"])
-        for name, values in seconds.items():
-            median = statistics.median(values)
-            table.add_row(f"{megabytes} MB", name, f"{1000 * median:.0f} ms", f"{median / plain:.2f}")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    CheckpointCallback.save = timed_save  # type: ignore[assignment, method-assign]
+    table = Table("state", "save", "training pauses", f"× {STOCK}", box=None)
+    for megabytes in options.megabytes:
+        medians = {name: measure(keys, megabytes, options.rounds) for name, keys in SAVES.items()}
+        for name, median in medians.items():
+            table.add_row(f"{megabytes} MB", name, f"{1000 * median:.0f} ms", f"{median / medians[STOCK]:.2f}")
     Console(width=100).print(table)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import checkpoint  # the config names classes of the module `checkpoint`, not of `__main__`
+
+    checkpoint.main()

@@ -1,4 +1,4 @@
-"""What is done to a run: each function here makes a function that submits a run to a bench, disturbs it, and returns it."""
+"""Fault injectors: functions that submit a run to a bench, disturb it, and return it."""
 
 import contextlib
 import os
@@ -12,25 +12,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fault_bench import Bench, Job
+from fault_bench import FaultBench, Job
+from support.faults import fault
 
-Strike = Callable[[Bench], Job]
+Injector = Callable[[FaultBench], Job]
 
 
-def kill_rank(rank: int, *arguments: str) -> Strike:
+def kill_rank(rank: int, *arguments: str) -> Injector:
     """SIGKILL in the middle of a step."""
 
-    def strike(bench: Bench) -> Job:
-        job = bench.submit(*arguments)
-        job.wait_for_step(57)
+    def inject(bench: FaultBench) -> Job:
+        job = bench.submit_until(57, *arguments)
         job.kill(rank)
         return job
 
-    return strike
+    return inject
 
 
-def kill_in_write(bench: Bench) -> Job:
-    """SIGKILL of rank zero at ten moments of a write."""
+def kill_while_writing(bench: FaultBench) -> Job:
+    """SIGKILL of rank zero at ten moments while it writes a checkpoint."""
     job = bench.submit()
     for number in range(10):
         job.wait_for_step(min(110, 12 + 10 * number))
@@ -45,124 +45,109 @@ def kill_in_write(bench: Bench) -> Job:
     return job
 
 
-def lose(part: str, step: int) -> Strike:
-    """A node with all that runs there, or slurmctld, gone for 20 seconds."""
+def lose(part: str, step: int) -> Injector:
+    """A node with all its processes, or slurmctld, is gone for 20 seconds."""
 
-    def strike(bench: Bench) -> Job:
-        job = bench.submit()
-        job.wait_for_step(step)
+    def inject(bench: FaultBench) -> Job:
+        job = bench.submit_until(step)
         bench.cluster.lose(part)
         time.sleep(20)
         bench.cluster.restore(part)
         return job
 
-    return strike
+    return inject
 
 
-def preempt(partition: str, *arguments: str) -> Strike:
+def preempt(partition: str, *arguments: str) -> Injector:
     """A job of higher priority takes all nodes for some seconds."""
 
-    def strike(bench: Bench) -> Job:
-        job = bench.submit("--partition", partition, *arguments)
-        job.wait_for_step(57)
-        bench.cluster.command(
-            "sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3"
-        )
+    def inject(bench: FaultBench) -> Job:
+        job = bench.submit_until(57, "--partition", partition, *arguments)
+        nodes = f"--nodes={bench.nodes}"
+        bench.cluster.command("sbatch", "--partition=high", nodes, "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
         return job
 
-    return strike
+    return inject
 
 
-def out_of_time(*arguments: str) -> Strike:
-    """A run three times as long as its time limit."""
+def exceed_time_limit(*arguments: str) -> Injector:
+    """The run takes three times its time limit."""
     return lambda bench: bench.submit("--time", "1", "--trainer.callbacks.seconds=1.2", *arguments)
 
 
-def terminate(ranks: tuple[int, ...], pause: float) -> Strike:
-    """SIGTERM to some ranks, one after the other."""
+def terminate(ranks: tuple[int, ...], pause: float) -> Injector:
+    """SIGTERM to some ranks, with a pause after each."""
 
-    def strike(bench: Bench) -> Job:
-        job = bench.submit()
-        job.wait_for_step(57)
+    def inject(bench: FaultBench) -> Job:
+        job = bench.submit_until(57)
         pids = job.ranks()
         for rank in ranks:
             try:
                 os.kill(pids[rank], signal.SIGTERM)
-            except ProcessLookupError:  # it has left already
+            except ProcessLookupError:  # the rank has already stopped
                 break
             time.sleep(pause)
         return job
 
-    return strike
+    return inject
 
 
-def requeue(bench: Bench) -> Job:
+def requeue(bench: FaultBench) -> Job:
     """scontrol requeue."""
-    job = bench.submit()
-    job.wait_for_step(57)
+    job = bench.submit_until(57)
     bench.cluster.command("scontrol", "requeue", job.id)
     return job
 
 
-def trouble(
-    what: str, *arguments: str, once: bool = True, where: str = "on_train_batch_end", step: int = 57, rank: int = 1
-) -> Strike:
-    """Something that a callback does."""
-    given = {"what": what, "once": "once" if once else "null", "where": where, "step": step, "rank": rank}
-    more = [
-        "--trainer.callbacks+=fault_callbacks.FaultCallback",
-        *(f"--trainer.callbacks.{name}={value}" for name, value in given.items()),
-    ]
-    return lambda bench: bench.submit(*arguments, *more)
+def callback(action: str, hook: str = "on_train_batch_end", step: int = 57, repeat: bool = False) -> Injector:
+    """A fault that a callback of rank one injects."""
+    options = {"hook": hook, "step": step, "rank": 1, "repeat": repeat}
+    return lambda bench: bench.submit(*fault("marker", action, "fault_callbacks", **options))
 
 
-def damage(how: str) -> Strike:
-    """Kill a rank, and damage the newest checkpoint before the ranks are back."""
+def damage_checkpoint(how: str) -> Injector:
+    """Kill a rank, and damage the newest checkpoint before the run resumes from it."""
 
-    def strike(bench: Bench) -> Job:
-        job = bench.submit()
-        job.wait_for_step(57)
+    def inject(bench: FaultBench) -> Job:
+        job = bench.submit_until(57)
         job.kill(1)
         newest = max(job.folder.glob("checkpoints/step-*"))
         file = newest / "model.ckpt"
         content = bytearray(file.read_bytes())
         if how == "missing":
             (newest / "rank-2.pt").unlink()
-        elif how == "cut":
+        elif how == "truncated":
             file.write_bytes(content[: len(content) // 2])
         else:
             content[len(content) // 2] ^= 1
             file.write_bytes(content)
         return job
 
-    return strike
+    return inject
 
 
-def stop_rank(bench: Bench) -> Job:
+def stop_rank(bench: FaultBench) -> Job:
     """SIGSTOP of a rank."""
-    job = bench.submit("--run.hang_timeout_seconds", "5")
-    job.wait_for_step(57)
+    job = bench.submit_until(57, "--run.hang_timeout_seconds", "5")
     job.kill(2, signal.SIGSTOP)
     return job
 
 
-def kill_worker(bench: Bench) -> Job:
-    """SIGKILL of a DataLoader's worker."""
-    job = bench.submit("--data.num_workers", "1")
-    job.wait_for_step(57)
+def kill_data_worker(bench: FaultBench) -> Job:
+    """SIGKILL of a DataLoader worker."""
+    job = bench.submit_until(57, "--data.num_workers", "1")
     pid = job.ranks()[1]
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     return job
 
 
-def fill_disk(bench: Bench) -> Job:
-    """The run's disk is full for half of the run."""
+def fill_disk(bench: FaultBench) -> Job:
+    """The disk of the run folder is full from step 40 to step 90."""
     disk = Path(tempfile.mkdtemp(dir=bench.folder))
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
     bench.mounts.append(disk)
-    job = bench.submit("--run.root", str(disk))
-    job.wait_for_step(40)
+    job = bench.submit_until(40, "--run.root", str(disk))
     with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
         while True:
             filler.write(bytes(4096))
@@ -172,28 +157,26 @@ def fill_disk(bench: Bench) -> Job:
     return job
 
 
-def kill_wandb(bench: Bench) -> Job:
-    """SIGKILL of W&B's service."""
-    job = bench.submit()
-    job.wait_for_step(57)
+def kill_wandb(bench: FaultBench) -> Job:
+    """SIGKILL of W&B's service process."""
+    job = bench.submit_until(57)
     subprocess.run(["pkill", "-KILL", "-P", str(job.ranks()[0]), "wandb-core"], check=True)
     return job
 
 
-def no_controller_to_submit(bench: Bench) -> Job:
-    """slurmctld down for 20 seconds, while the run is submitted."""
+def submit_without_controller(bench: FaultBench) -> Job:
+    """slurmctld is down for 20 seconds while the run is submitted."""
     bench.cluster.lose("slurmctld")
-    back = threading.Timer(20, bench.cluster.restore, ["slurmctld"])
-    back.start()
+    restore = threading.Timer(20, bench.cluster.restore, ["slurmctld"])
+    restore.start()
     job = bench.submit()
-    back.join()
+    restore.join()
     return job
 
 
-def kill_without_controller(bench: Bench) -> Job:
-    """slurmctld down for 20 seconds, and a rank killed meanwhile."""
-    job = bench.submit()
-    job.wait_for_step(57)
+def kill_without_controller(bench: FaultBench) -> Job:
+    """slurmctld is down for 20 seconds, in which a rank is killed."""
+    job = bench.submit_until(57)
     bench.cluster.lose("slurmctld")
     job.kill(1)
     time.sleep(20)
@@ -201,95 +184,92 @@ def kill_without_controller(bench: Bench) -> Job:
     return job
 
 
-def submit_twice(bench: Bench) -> Job:
-    """Two more jobs for a run that is being trained: both are refused."""
-    job = bench.submit()
-    job.wait_for_step(57)
-    more = [bench.again(job) for _ in range(2)]
-    for other in more:
-        told = other.end()
-        if told["exit_status"] != 2:
-            raise SystemExit(f"a second job of a run was not refused: {told}")
+def submit_twice(bench: FaultBench) -> Job:
+    """Two more jobs for a run that is training: both must be refused."""
+    job = bench.submit_until(57)
+    for other in [bench.submit_again(job) for _ in range(2)]:
+        status = other.wait_until_ended()
+        if status["exit_status"] != 2:
+            raise SystemExit(f"a second job of the run was not refused: {status}")
     return job
 
 
-def kill_at(*steps: int) -> Strike:
-    """SIGKILL of one rank after the other."""
+def kill_at(*steps: int) -> Injector:
+    """SIGKILL of one rank after another, at the given steps."""
 
-    def strike(bench: Bench) -> Job:
+    def inject(bench: FaultBench) -> Job:
         job = bench.submit()
-        for number, step in enumerate(steps):
+        for rank, step in enumerate(steps):
             job.wait_for_step(step)
-            job.kill(number)
+            job.kill(rank)
         return job
 
-    return strike
+    return inject
 
 
-def change_nodes(bench: Bench) -> Job:
-    """Two of four nodes are lost, and come back later."""
-    job = bench.submit(nodes="2-4")
-    job.wait_for_step(37)
+def change_nodes(bench: FaultBench) -> Job:
+    """Two of four nodes are lost and come back later."""
+    job = bench.submit_until(37, "--nodes", "2-4")
     for node in ("n3", "n4"):
         bench.cluster.lose(node)
     job.wait_for_step(70)
-    world = job.status()["progress"]["world_size"]
+    smaller = job.status()["progress"]["world_size"]
     for node in ("n3", "n4"):
         bench.cluster.restore(node)
     bench.cluster.command("scontrol", "requeue", job.id)
     job.wait_for_step(90)
-    worlds = (4, world, job.status()["progress"]["world_size"])
-    if worlds != (4, 2, 4):
-        raise SystemExit(f"the run had {worlds} ranks")
+    world_sizes = (smaller, job.status()["progress"]["world_size"])
+    if world_sizes != (2, 4):
+        raise SystemExit(f"the run resumed with world sizes {world_sizes} instead of (2, 4)")
     return job
 
 
-def lose_server(*, begin: int, end: int | None) -> Strike:
-    """W&B's server unreachable from one step to another; without ``end`` until the run is over, and then synced."""
+def lose_wandb_server(*, begin: int, end: int | None) -> Injector:
+    """W&B's server is unreachable from one step to another; without ``end`` until the run has ended, which is then synced."""
 
-    def strike(bench: Bench) -> Job:
+    def inject(bench: FaultBench) -> Job:
         if begin == 0:
             bench.server.go()
-        job = bench.submit(online=True)
+        job = bench.submit(is_online=True)
         if begin:
             job.wait_for_step(begin)
             bench.server.go()
         if end is not None:
             job.wait_for_step(end)
         else:
-            job.end()
+            job.wait_until_ended()
         bench.server.come()
         if end is None:
             bench.sync(job)
         return job
 
-    return strike
+    return inject
 
 
-def random_kills(*arguments: str) -> Strike:
-    """SIGKILL of a random process of the job, 20 times: every other time while it trains, else also while it starts.
+def random_kills(*arguments: str) -> Injector:
+    """SIGKILL of 20 random processes of the job, every second one while it trains, the others also while it starts.
 
-    Ranks, workers of DataLoaders, W&B's service, srun, and what the batch script asks between attempts; not the batch script
-    itself, with which Slurm ends the job.
+    Candidates are ranks, DataLoader workers, W&B's service, srun, and the commands of the batch script between attempts. The
+    batch script itself is not: with it, Slurm ends the job.
     """
 
-    def strike(bench: Bench) -> Job:
-        chance = random.Random(1)
+    def inject(bench: FaultBench) -> Job:
+        generator = random.Random(1)
         slower = ("--trainer.callbacks.seconds=0.5", "--checkpoint.every_n_steps", "5", "--data.num_workers", "1")
         job = bench.submit(*slower, *arguments)
         kills = 0
-        while kills < 20 and job.status()["exit_status"] == 3:
+        while kills < 20 and job.is_active():
             if kills % 2:
-                job.wait_for_work()
-            time.sleep(chance.uniform(0, 8))
+                job.wait_for_progress()
+            time.sleep(generator.uniform(0, 8))
             if processes := job.processes():
-                pid, name = chance.choice(processes)
+                pid, command = generator.choice(processes)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     kills += 1
-                    print(f"  kill {kills}: {name}", file=sys.stderr)
+                    print(f"  kill {kills}: {command}", file=sys.stderr)
         if kills < 20:
-            raise SystemExit(f"only {kills} processes were killed before the run was over")
+            raise SystemExit(f"only {kills} processes were killed before the run ended")
         return job
 
-    return strike
+    return inject

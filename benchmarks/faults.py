@@ -1,12 +1,11 @@
-"""The fault table: what is killed, stopped or taken away, on a real one-machine Slurm cluster, and what it costs the run.
+"""The fault table: faults injected into runs on a one-machine Slurm cluster, and what they cost.
 
     make faults                                    all rows
-    python benchmarks/faults.py [--rows 1,4,5]     some of them
-    python benchmarks/faults.py --stage 3          with ZeRO
+    python benchmarks/faults.py --rows 1,4,5b      some rows
+    python benchmarks/faults.py --stage 3          with DeepSpeed ZeRO
 
-Each row is one run of four ranks on four nodes, disturbed, and compared with the same run undisturbed: attempts, steps done
-twice, seconds lost, whether the weights are equal bit for bit, and whether W&B's history has every row of the undisturbed run,
-once and with the same values.
+Each row is one run of four ranks on four nodes, compared with an undisturbed run: attempts, steps done twice, seconds lost,
+whether the weights are equal bit for bit, and whether W&B's history has the same rows with the same values.
 """
 
 import argparse
@@ -15,14 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fault_injectors as inject
-from fault_bench import Bench, Cluster, Job, WandbServer, history, losses
+from daemons import Cluster
+from fault_bench import FaultBench, Job
 from rich.console import Console
 from rich.table import Table
+from support.wandb_server import WandbServer
 
 FOREGROUND = ("--checkpoint.async_save", "false")
 
@@ -32,129 +34,145 @@ class Row:
     """One fault.
 
     Attributes:
-        number: Of the row in the issue.
+        label: What ``--rows`` calls it.
         name: What happens.
-        strike: Does it to a bench, and returns the job.
-        same_weights: Whether the weights can be those of the undisturbed run; else its losses are compared.
-        ends: How the run is meant to end.
-        attempts: How many attempts that takes at least; exactly so many where the run is meant to fail.
+        inject: Submits a run to a bench and disturbs it.
+        attempts: Least number of attempts of the run; the exact number if it is expected to fail.
+        same_weights: Whether the weights must equal those of the undisturbed run; otherwise the losses must be close.
+        state: The expected state of the job at its end.
     """
 
-    number: str
+    label: str
     name: str
-    strike: inject.Strike
-    same_weights: bool = True
-    ends: str = "finished"
+    inject: inject.Injector
     attempts: int = 1
+    same_weights: bool = True
+    state: str = "finished"
 
 
 ROWS = [
-    Row("1", "SIGKILL of a rank", inject.kill_rank(2), attempts=2),
-    Row("1", "… saving in the foreground", inject.kill_rank(2, *FOREGROUND), attempts=2),
-    Row("2", "SIGKILL of rank zero", inject.kill_rank(0), attempts=2),
-    Row("3", "SIGKILL in ten writes of checkpoints", inject.kill_in_write, attempts=11),
-    Row("4", "a node gone", inject.lose("n3", 57), attempts=2),
-    Row("5", "preempted, 5 s of grace", inject.preempt("low"), attempts=2),
-    Row("5", "… saving in the foreground", inject.preempt("low", *FOREGROUND), attempts=2),
-    Row("5", "preempted without grace", inject.preempt("lowest"), attempts=2),
-    Row("5", "… saving in the foreground", inject.preempt("lowest", *FOREGROUND), attempts=2),
-    Row("6", "three times its time limit", inject.out_of_time(), attempts=4),
-    Row("6", "… saving in the foreground", inject.out_of_time(*FOREGROUND), attempts=4),
-    Row("7", "SIGTERM to one rank", inject.terminate((2,), 0), attempts=2),
-    Row("7", "SIGTERM to all, a second apart", inject.terminate((3, 1, 0, 2), 1), attempts=2),
-    Row("8", "scontrol requeue", inject.requeue, attempts=2),
-    Row("9", "an exception once", inject.trouble("raise"), attempts=2),
-    Row("9", "the same exception each time", inject.trouble("raise", once=False), ends="failed", attempts=2),
-    Row("10", "SIGSTOP of a rank", inject.stop_rank, attempts=2),
+    Row("1", "SIGKILL of a rank", inject.kill_rank(-1), 2),
+    Row("1b", "… saving in the foreground", inject.kill_rank(-1, *FOREGROUND), 2),
+    Row("2", "SIGKILL of rank zero", inject.kill_rank(0), 2),
+    Row("3", "SIGKILL while writing ten checkpoints", inject.kill_while_writing, 11),
+    Row("4", "a node lost", inject.lose("n3", 57), 2),
+    Row("5", "preemption, 5 s of grace", inject.preempt("low"), 2),
+    Row("5b", "… saving in the foreground", inject.preempt("low", *FOREGROUND), 2),
+    Row("5c", "preemption without grace", inject.preempt("lowest"), 2),
+    Row("5d", "… saving in the foreground", inject.preempt("lowest", *FOREGROUND), 2),
+    Row("6", "three times its time limit", inject.exceed_time_limit(), 4),
+    Row("6b", "… saving in the foreground", inject.exceed_time_limit(*FOREGROUND), 4),
+    Row("7", "SIGTERM to one rank", inject.terminate((2,), 0), 2),
+    Row("7b", "SIGTERM to all, a second apart", inject.terminate((3, 1, 0, 2), 1), 2),
+    Row("8", "scontrol requeue", inject.requeue, 2),
+    Row("9", "an exception once", inject.callback("raise"), 2),
+    Row("9b", "the same exception each time", inject.callback("raise", repeat=True), 2, state="failed"),
+    Row("10", "SIGSTOP of a rank", inject.stop_rank, 2),
     Row("11", "disk full from step 40 to 90", inject.fill_disk),
-    Row("12", "newest checkpoint cut short", inject.damage("cut"), attempts=2),
-    Row("12", "one bit of it flipped", inject.damage("bit"), attempts=2),
-    Row("12", "a file of it missing", inject.damage("missing"), attempts=2),
+    Row("12", "newest checkpoint truncated", inject.damage_checkpoint("truncated"), 2),
+    Row("12b", "one bit of it flipped", inject.damage_checkpoint("flipped"), 2),
+    Row("12c", "a file of it missing", inject.damage_checkpoint("missing"), 2),
     Row("13", "W&B's service killed", inject.kill_wandb),
-    Row("13", "W&B's server away at first", inject.lose_server(begin=0, end=57)),
-    Row("13", "W&B's server away for a while", inject.lose_server(begin=37, end=77)),
-    Row("13", "W&B's server away to the end, then lockstep.sync", inject.lose_server(begin=57, end=None)),
-    Row("14", "SIGKILL of a DataLoader's worker", inject.kill_worker, attempts=2),
-    Row("15", "slurmctld down for 20 s while submitting", inject.no_controller_to_submit),
-    Row("15", "slurmctld down for 20 s while running", inject.lose("slurmctld", 40)),
-    Row("15", "… and a rank killed meanwhile", inject.kill_without_controller, attempts=2),
+    Row("13b", "W&B's server unreachable at first", inject.lose_wandb_server(begin=0, end=57)),
+    Row("13c", "W&B's server unreachable for a while", inject.lose_wandb_server(begin=37, end=77)),
+    Row("13d", "W&B's server unreachable to the end, then lockstep sync", inject.lose_wandb_server(begin=57, end=None)),
+    Row("14", "SIGKILL of a DataLoader worker", inject.kill_data_worker, 2),
+    Row("15", "slurmctld down for 20 s while submitting", inject.submit_without_controller),
+    Row("15b", "slurmctld down for 20 s while running", inject.lose("slurmctld", 40)),
+    Row("15c", "… and a rank killed meanwhile", inject.kill_without_controller, 2),
     Row("16", "the same run submitted twice more", inject.submit_twice),
-    Row("17", "SIGKILL twice in one epoch", inject.kill_at(45, 55), attempts=3),
-    Row("17", "SIGKILL in a validation", inject.trouble("SIGKILL", where="on_validation_batch_start", step=60), attempts=2),
-    Row(
-        "17", "SIGKILL in the last step of an epoch", inject.trouble("SIGKILL", where="on_train_batch_end", step=60), attempts=2
-    ),
-    Row("17", "SIGKILL before the first step", inject.trouble("SIGKILL", where="on_train_start", step=0), attempts=2),
-    Row("17", "SIGKILL in the final test", inject.trouble("SIGKILL", where="on_test_batch_start", step=100), attempts=2),
-    Row("18", "20 random SIGKILLs", inject.random_kills(), attempts=15),
-    Row("18", "… saving in the foreground", inject.random_kills(*FOREGROUND), attempts=15),
-    Row("19", "from 4 nodes to 2 and back", inject.change_nodes, same_weights=False, attempts=3),
+    Row("17", "SIGKILL twice in one epoch", inject.kill_at(45, 55), 3),
+    Row("17b", "SIGKILL during validation", inject.callback("SIGKILL", "on_validation_batch_start", 60), 2),
+    Row("17c", "SIGKILL in the last step of an epoch", inject.callback("SIGKILL", "on_train_batch_end", 60), 2),
+    Row("17d", "SIGKILL before the first step", inject.callback("SIGKILL", "on_train_start", 0), 2),
+    Row("17e", "SIGKILL during the final test", inject.callback("SIGKILL", "on_test_batch_start", 100), 2),
+    Row("18", "20 random SIGKILLs", inject.random_kills(), 15),
+    Row("18b", "… saving in the foreground", inject.random_kills(*FOREGROUND), 15),
+    Row("19", "from 4 nodes to 2 and back", inject.change_nodes, 3, same_weights=False),
 ]
+COLUMNS = ("row", "fault", "attempts", "steps twice", "seconds lost", "weights equal", "W&B complete", "state")
+PARTITIONS = (
+    "debug Default=YES PriorityTier=5",
+    "low PriorityTier=1 PreemptMode=REQUEUE GraceTime=5",
+    "lowest PriorityTier=1 PreemptMode=REQUEUE GraceTime=0",
+    "high PriorityTier=10",
+)
+OPTIONS = ("PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE", "SlurmdTimeout=5", "MessageTimeout=2", "KillWait=2")
 
 
-def judge(row: Row, job: Job, told: dict[str, Any], plain: Job) -> tuple[list[str], bool]:
-    """The cells of a row, and whether all is as promised."""
-    expected, result = (json.loads((of.folder / "result.json").read_text()) for of in (plain, job))
-    steps, lost = job.steps(), result.get("seconds", {}).get("lost", 0)
-    is_same = result.get("weights_sha256") == expected["weights_sha256"]
-    got, due = history(job), history(plain)
-    numbers = [row["_step"] for row in got]
-    is_complete = got == due if row.same_weights else numbers == [row["_step"] for row in due]
+def judge(row: Row, job: Job, status: dict[str, Any], baseline: Job) -> tuple[list[str], bool]:
+    """Compare a run with the undisturbed one; return the cells of its row, and whether it meets its promises."""
+    steps = job.steps()
+    result = job.result
+    lost = result.get("seconds", {}).get("lost", 0)
+    cells = [str(status["attempt"]), str(len(steps) - len(set(steps))), f"{lost:.1f}"]
+    if row.state == "failed":
+        is_stopped = status["attempt"] == row.attempts and "It has ended 2 times in a row" in status["message"]
+        return [*cells, "", ""], status["state"] == row.state and is_stopped
+    actual, expected = job.history(), baseline.history()
+    is_complete = actual == expected
+    is_same = result.get("weights_sha256") == baseline.result["weights_sha256"]
     same = "yes" if is_same else "no"
     if not row.same_weights:
-        apart = max(abs(a - b) for a, b in zip(losses(job), losses(plain), strict=True))
-        is_same, same = apart < 1e-4, f"losses within {apart:.0e}"
-    is_good = (
-        told["state"] == row.ends and told["attempt"] >= row.attempts and (row.ends == "failed" or (is_same and is_complete))
-    )
-    if row.ends == "failed":
-        is_good &= told["attempt"] == row.attempts and "It has ended 2 times in a row" in told["message"]
-    cells = [str(told["attempt"]), str(len(steps) - len(set(steps))), f"{lost:.1f}", same, "yes" if is_complete else "no"]
-    return cells if row.ends == "finished" else [*cells[:3], "", ""], is_good
+        is_complete = [entry["_step"] for entry in actual] == [entry["_step"] for entry in expected]
+        difference = max(abs(a - b) for a, b in zip(job.losses(), baseline.losses(), strict=True))
+        is_same, same = difference < 1e-4, f"losses within {difference:.0e}"
+    is_good = status["state"] == row.state and status["attempt"] >= row.attempts and is_same and is_complete
+    return [*cells, same, "yes" if is_complete else "no"], is_good
 
 
-def main() -> None:
+def run_row(row: Row, bench: FaultBench, baseline: Job) -> tuple[list[str], bool]:
+    """Run one row; return its cells, and whether it meets its promises. An error becomes the first cell."""
+    start = time.monotonic()
+    state, reasons = "", []
+    try:
+        job = row.inject(bench)
+        status = job.wait_until_ended()
+        state, reasons = status["state"], [attempt["reason"] for attempt in status["attempts"] if attempt["reason"]]
+        cells, is_good = judge(row, job, status, baseline)
+    except (SystemExit, Exception) as error:  # the other rows still run
+        cells, is_good = [str(error), "", "", "", ""], False
+    cells = [row.label, row.name, *cells, state]
+    print(f"{time.monotonic() - start:.0f} s | {' | '.join(cells)} | {reasons}", file=sys.stderr)
+    return cells, is_good
+
+
+def parse_rows(text: str) -> list[Row]:
+    """The rows whose labels ``text`` lists, separated by commas."""
+    by_label = {row.label: row for row in ROWS}
+    if unknown := [label for label in text.split(",") if label not in by_label]:
+        raise argparse.ArgumentTypeError(f"unknown rows {', '.join(unknown)}; rows: {', '.join(by_label)}")
+    return [by_label[label] for label in text.split(",")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table and return the exit status: 1 if a row does not meet its promises."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", help="numbers of rows, with commas (default: all)")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="DeepSpeed's ZeRO of this stage instead of DDP")
-    given = parser.parse_args()
-    wanted = given.rows
-    rows = [row for row in ROWS if wanted is None or row.number in wanted.split(",")]
-    partitions = [
-        "debug Default=YES PriorityTier=5",
-        "low PriorityTier=1 PreemptMode=REQUEUE GraceTime=5",
-        "lowest PriorityTier=1 PreemptMode=REQUEUE GraceTime=0",
-        "high PriorityTier=10",
-    ]
-    options = ["PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE", "SlurmdTimeout=5", "MessageTimeout=2", "KillWait=2"]
-    columns = ("row", "fault", "attempts", "steps twice", "seconds lost", "weights equal", "W&B complete", "ended")
-    table, bad = Table(*columns, box=None), 0
+    parser.add_argument("--rows", type=parse_rows, default=ROWS, help="labels of rows, separated by commas (default: all)")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="use DeepSpeed ZeRO of this stage instead of DDP")
+    parser.add_argument("--nodes", type=int, default=4, help="nodes of each run; most rows need four")
+    parser.add_argument("--step-seconds", type=float, default=0.1, help="time of a step")
+    options = parser.parse_args(arguments)
+    run_options = [f"--trainer.callbacks.seconds={options.step_seconds}"]
+    if options.stage is not None:
+        run_options += ["--strategy=deepspeed", f"--deepspeed.stage={options.stage}"]
+    table, failed = Table(*COLUMNS, box=None), 0
     with tempfile.TemporaryDirectory(prefix="f-") as name, WandbServer() as server:
         folder = Path(name)
-        with Cluster.up(folder / "c", nodes=4, cpus=4, partitions=partitions, options=options) as cluster:
-            strategy = [] if given.stage is None else ["--strategy", "deepspeed", "--deepspeed.stage", str(given.stage)]
-            bench = Bench(cluster, server, folder, strategy)
-            for row in rows:
-                began = time.monotonic()
-                try:
-                    job = row.strike(bench)
-                    told = job.end()
-                    cells, is_good = judge(row, job, told, bench.plain)
-                except (SystemExit, Exception) as error:
-                    cells, is_good, told = [str(error)], False, {"state": "", "attempts": []}
-                cells = [*cells, *[""] * (5 - len(cells)), told["state"]]
-                table.add_row(row.number, row.name, *cells)
-                bad += not is_good
-                reasons = [attempt["reason"] for attempt in told["attempts"] if attempt["reason"]]
-                print(
-                    f"{time.monotonic() - began:.0f} s | {row.number} | {row.name} | {' | '.join(cells)} | {reasons}",
-                    file=sys.stderr,
-                )
+        with Cluster.up(folder / "c", nodes=options.nodes, cpus=4, partitions=PARTITIONS, options=OPTIONS) as cluster:
+            bench = FaultBench(cluster, server, folder, options.nodes, run_options)
+            baseline = bench.submit()
+            if (status := baseline.wait_until_ended())["state"] != "finished":
+                raise SystemExit(f"the undisturbed run did not finish: {json.dumps(status)}")
+            for row in options.rows:
+                cells, is_good = run_row(row, bench, baseline)
+                table.add_row(*cells)
+                failed += not is_good
             for disk in bench.mounts:
                 subprocess.run(["umount", "--lazy", str(disk)], check=True)
     Console(width=150).print(table)
-    sys.exit(1 if bad else 0)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,18 +1,18 @@
-"""Bytes that ranks hold while they train, with DDP and each stage of ZeRO, over gloo on CPUs, and what --plan says.
+"""Memory of ranks that train with DDP and each stage of ZeRO, over gloo on CPUs, compared with the estimates of --plan.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py [--precision 32-true] [--strategies ddp zero1 zero2 zero3] [--ranks 1 2 4]
 
-After each backward pass of the third step (two batches make a step) a rank counts the memory behind its weights, its gradients
-and its optimizer, each piece of memory once, whoever holds it.
+After each backward pass of the third step (of two batches), a rank counts the bytes of its weights, its gradients and its
+optimizer's state, each storage once. The table gives the largest rank, in MB, and its ratio to the estimate.
 """
 
 import argparse
 import json
-import os
-import subprocess
+import logging
+import multiprocessing
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,120 +22,138 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lockstep.config.schema import DDPOptions, DeepSpeedOptions
-from lockstep.planning.fake_step import profile_model
-from lockstep.planning.memory import MemoryEstimate, ModelProfile, estimate_memory
+sys.path.append(str(Path(__file__).resolve().parents[1] / "launch"))
+
+import local
+
+from lockstep.planning.memory import MemoryEstimate, ModelProfile, TrainingOptions, estimate_memory
+from lockstep.planning.model_profile import profile_model
 from lockstep.trainer.config_parser import parse_config
 
 REPO = Path(__file__).resolve().parents[1]
 RUN = (
-    *(
-        "--config",
-        str(REPO / "configs/digits.yaml"),
-        "--trainer.max_epochs=-1",
-        "--trainer.max_steps=4",
-        "--run.test_after_fit=false",
-    ),
-    *(
-        "--model.network=lockstep.models.MLP",
-        "--model.network.hidden=[512,512,512,512,512,512,512,512,512,512]",
-        "--model.schedule=constant",
-    ),
-    *("--wandb.mode=disabled", "--trainer.accumulate_grad_batches=2", "--trainer.precision"),
+    f"--config={REPO}/configs/digits.yaml",
+    "--trainer.max_epochs=-1",
+    "--trainer.max_steps=4",
+    "--trainer.accumulate_grad_batches=2",
+    "--run.test_after_fit=false",
+    "--model.network=lockstep.models.MLP",
+    "--model.network.hidden=[512,512,512,512,512,512,512,512,512,512]",
+    "--model.schedule=constant",
+    "--wandb.mode=disabled",
+    "--trainer.precision",  # the caller adds the value
 )
-WAYS = {"ddp": ["--strategy=ddp"], **{f"zero{n}": ["--strategy=deepspeed", f"--deepspeed.stage={n}"] for n in (1, 2, 3)}}
+"""Arguments of the run that is measured."""
+
+STRATEGIES = {
+    "ddp": ["--strategy=ddp"],
+    **{f"zero{stage}": ["--strategy=deepspeed", f"--deepspeed.stage={stage}"] for stage in (1, 2, 3)},
+}
 
 
-class Held(Callback):
-    """Writes down what each rank holds.
+class MemoryRecorder(Callback):
+    """Write the bytes that each rank holds to a file.
 
     Args:
-        folder: Gets a file of each rank.
+        folder: Folder for one JSON file per rank.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.most: dict[str, int] = {}
+        self.peak: dict[str, int] = {}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 2:
-            zero = isinstance(trainer.strategy, DeepSpeedStrategy)
-            held = held_with_zero(trainer) if zero else held_with_ddp(pl_module, trainer.optimizers[0])
-            self.most = {name: max(size, self.most.get(name, 0)) for name, size in held.items()}
-            (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(self.most))
+            is_zero = isinstance(trainer.strategy, DeepSpeedStrategy)
+            held = zero_memory(trainer) if is_zero else ddp_memory(pl_module, trainer.optimizers[0])
+            self.peak = {name: max(size, self.peak.get(name, 0)) for name, size in held.items()}
+            (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(self.peak))
 
 
-def held_with_ddp(module: LightningModule, optimizer: Any) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer where each rank has all."""
+def ddp_memory(module: LightningModule, optimizer: Any) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state of a rank that holds all of them."""
     parameters = list(module.parameters())
     return {
-        "weights": memory([*parameters, *module.buffers()]),
-        "gradients": memory(p.grad for p in parameters),
-        "optimizer": memory(kept(optimizer)),
+        "weights": count_bytes([*parameters, *module.buffers()]),
+        "gradients": count_bytes(parameter.grad for parameter in parameters),
+        "optimizer": count_bytes(state_tensors(optimizer)),
     }
 
 
-def held_with_zero(trainer: Trainer) -> dict[str, int]:
-    """The same where DeepSpeed shares them out; its master weights are the optimizer's."""
-    engine: Any = trainer.strategy.deepspeed_engine
+def zero_memory(trainer: Trainer) -> dict[str, int]:
+    """Bytes of a rank's shards with DeepSpeed; float32 master weights count as the optimizer's."""
+    strategy: Any = trainer.strategy
+    engine = strategy.deepspeed_engine
     zero, parameters = engine.optimizer, list(engine.module.parameters())
-    parts = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
-    weights = [*parameters, *parts, *engine.module.buffers()]
-    if parts:
-        gradients = [zero.grad_partitions_flat_buffer, *(p.grad for p in parameters)]
-        masters = zero.fp32_partitioned_groups_flat
+    shards = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    weights = [*parameters, *shards, *engine.module.buffers()]
+    if shards:  # stage 3
+        gradients = [zero.grad_partitions_flat_buffer, *(parameter.grad for parameter in parameters)]
+        master_weights = zero.fp32_partitioned_groups_flat
     else:
-        gradients = [p.grad for p in parameters]
-        gradients += [piece for pieces in zero.averaged_gradients.values() for piece in pieces or ()]
-        masters = zero.single_partition_of_fp32_groups
+        gradients = [parameter.grad for parameter in parameters]
+        gradients += [gradient for group in zero.averaged_gradients.values() for gradient in group or ()]
+        master_weights = zero.single_partition_of_fp32_groups
     return {
-        "weights": memory(weights),
-        "gradients": memory(gradients),
-        "optimizer": memory([*kept(zero.optimizer), *masters], but=weights),
+        "weights": count_bytes(weights),
+        "gradients": count_bytes(gradients),
+        "optimizer": count_bytes([*state_tensors(zero.optimizer), *master_weights], without=weights),
     }
 
 
-def kept(optimizer: Any) -> Iterator[Tensor]:
-    """All tensors that an optimizer keeps."""
+def state_tensors(optimizer: Any) -> Iterator[Tensor]:
+    """All tensors in the state of an optimizer."""
     return (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
 
 
-def memory(tensors: Iterable[Tensor | None], but: Iterable[Tensor] = ()) -> int:
-    """Bytes behind ``tensors``, each piece once, without those behind others."""
-    others = {tensor.untyped_storage().data_ptr() for tensor in but}
-    pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
-    return sum(size for address, size in pieces.items() if address not in others)
+def count_bytes(tensors: Iterable[Tensor | None], without: Iterable[Tensor] = ()) -> int:
+    """Bytes of the storages of ``tensors``, each once, without the storages of other tensors."""
+    others = {tensor.untyped_storage().data_ptr() for tensor in without}
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for address, size in sizes.items() if address not in others)
 
 
-def measured(ways: list[str], ranks: int, precision: str) -> list[dict[str, int]]:
-    """What each rank of a run holds."""
+def run_locally(arguments: Sequence[str]) -> None:
+    """Run ``launch/local.py`` in this process, and exit."""
+    sys.exit(local.main(arguments))
+
+
+def measure(strategy: str, ranks: int, precision: str) -> list[dict[str, int]]:
+    """Train, and return the bytes that each rank held."""
     with tempfile.TemporaryDirectory() as folder:
-        watch = ["--trainer.callbacks+=memory.Held", f"--trainer.callbacks.folder={folder}", f"--run.root={folder}/runs"]
-        command = [sys.executable, str(REPO / "launch/local.py"), f"--ranks={ranks}", *RUN, precision, *ways, *watch]
-        path = os.pathsep.join([str(REPO / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True, cwd=folder)
+        record = ["--trainer.callbacks+=memory.MemoryRecorder", f"--trainer.callbacks.folder={folder}"]
+        keys = [*RUN, precision, *STRATEGIES[strategy], *record, f"--run.root={folder}/runs"]
+        # A process that has run backward cannot fork ranks, so each run has its own.
+        run = multiprocessing.get_context("fork").Process(target=run_locally, args=([f"--ranks={ranks}", *keys],))
+        run.start()
+        run.join()
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def planner(model: ModelProfile, precision: str) -> Callable[[str, int], MemoryEstimate]:
-    """Knows what --plan says that a rank of the same run holds, for each way and number of ranks."""
-    ddp, zero = DDPOptions(), DeepSpeedOptions()
-    return lambda way, ranks: estimate_memory(way, model, ranks, 64 // ranks, precision, ddp, zero, accumulate=2)
+def estimate(model: ModelProfile, precision: str, strategy: str, ranks: int) -> MemoryEstimate:
+    """What --plan says that each rank of the run holds."""
+    return estimate_memory(strategy, model, ranks, 64 // ranks, TrainingOptions(precision, accumulate_grad_batches=2))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", default="32-true", help="as in lightning's Trainer")
-    precision = parser.parse_args().precision
-    planned = planner(profile_model(parse_config([*RUN, precision])[1], precision), precision)
-    table = Table("strategy", "ranks", *(f"{name}, MB (of plan)" for name in ("weights", "gradients", "optimizer")), box=None)
-    for way, arguments in WAYS.items():
-        for ranks in (1, 2, 4):
-            held = measured(arguments, ranks, precision)
-            most = {name: max(of_rank[name] for of_rank in held) for name in held[0]}
-            plan = planned(way, ranks)
-            cells = [f"{most[name] / 1e6:.2f} ({most[name] / getattr(plan, name):.2f})" for name in most]
-            table.add_row(way, str(ranks), *cells)
+    parser.add_argument("--precision", default="32-true", help="as in Lightning's Trainer")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    options = parser.parse_args(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quantities = ("weights", "gradients", "optimizer")
+    table = Table("strategy", "ranks", *(f"{name}, MB (of estimate)" for name in quantities), box=None)
+    cases = [(strategy, ranks) for strategy in options.strategies for ranks in options.ranks]
+    measured = [measure(strategy, ranks, options.precision) for strategy, ranks in cases]
+    model = profile_model(parse_config([*RUN, options.precision])[1], options.precision)
+    for (strategy, ranks), by_rank in zip(cases, measured, strict=True):
+        expected = estimate(model, options.precision, strategy, ranks)
+        largest = {name: max(held[name] for held in by_rank) for name in quantities}
+        cells = [f"{size / 1e6:.2f} ({size / getattr(expected, name):.2f})" for name, size in largest.items()]
+        table.add_row(strategy, str(ranks), *cells)
     Console(width=120).print(table)
 
 

@@ -1,19 +1,20 @@
-"""What a training step costs: this trainer, a stock lightning Trainer and a hand-written PyTorch DDP loop, side by side.
+"""Time of a training step with lockstep, with a stock Lightning Trainer and with a hand-written PyTorch DDP loop.
 
-    python benchmarks/step.py [--ranks 2] [--steps 300] [--rounds 5]
+    python benchmarks/step.py [--ranks 2] [--steps 300] [--rounds 5] [--networks "tiny MLP" "small conv net"]
 
-The same model, data, batch, optimizer and ranks; all take turns, round by round, and the median round counts. The
-hand-written loop computes nothing but the loss. The stock Trainer logs the loss at every step (``self.log``) to a CSV file;
-this trainer counts loss and accuracy at every step, logs them every 50 and checks for NaN. Ratios are to the hand-written loop.
+All use the same model, data, batch size, optimizer and ranks. They take turns, and the median over the rounds counts. The
+hand-written loop computes only the loss. The stock Trainer logs the loss at each step (``self.log``) to a CSV file. lockstep
+counts loss and accuracy at each step, logs them every 50 steps and checks for NaN. Ratios are to the hand-written loop.
 """
 
 import argparse
 import json
+import logging
 import statistics
-import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,94 +30,104 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lockstep.core.world import World
-from lockstep.data.sharding import DataSharding
+from lockstep.core import World
+from lockstep.data import DataSharding
 from lockstep.data.synthetic import SyntheticImages
-from lockstep.distributed.consensus import Decision, StopConsensus
-from lockstep.distributed.process_group import WorldEnvironment, destroy_process_group, init_process_group, local_devices
-from lockstep.distributed.ranks import fork_ranks
+from lockstep.distributed import (
+    StopConsensus,
+    WorldEnvironment,
+    destroy_process_group,
+    fork_ranks,
+    init_process_group,
+    local_devices,
+)
+from lockstep.distributed.consensus import Decision
 from lockstep.models.networks import MLP, ConvNet
-from lockstep.runs.run import Run
+from lockstep.runs import Run
 from lockstep.trainer import build
 from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.loops import EpochLoop
 from lockstep.trainer.session import train
 
 WARM_UP = 30
-BATCH = 64
-"""Samples of a step on each rank."""
-SHAPE = (1, 28, 28)
-NETWORKS: dict[str, Any] = {
-    "tiny MLP": ("lockstep.models.MLP", {"shape": list(SHAPE), "hidden": [64], "num_classes": 10}),
-    "small conv net": ("lockstep.models.ConvNet", {"in_channels": 1, "num_classes": 10, "widths": [16, 32]}),
+"""Steps before the measurement."""
+BATCH_SIZE = 64
+"""Samples per step on each rank."""
+IMAGE_SHAPE = (1, 28, 28)
+NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "tiny MLP": (MLP, {"shape": IMAGE_SHAPE, "hidden": [64], "num_classes": 10}),
+    "small conv net": (ConvNet, {"in_channels": 1, "num_classes": 10, "widths": [16, 32]}),
 }
 
 
-def mark(marks: list[float], step: int, steps: int) -> None:
-    """Note the time when the warm-up has ended and when the last step has, on the device too."""
-    if step in (WARM_UP, steps):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
+class StepTimer(Callback):
+    """Record when the warm-up ends and when the last step ends.
+
+    Attributes:
+        timestamps: Of the class, as the trainer makes the instance.
+    """
+
+    timestamps: ClassVar[list[float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.record(trainer.global_step, int(trainer.num_training_batches))
+
+    @classmethod
+    def record(cls, step: int, steps: int) -> None:
+        """Record the time after ``step`` of ``steps``, when the device has finished."""
+        if step in (WARM_UP, steps):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            cls.timestamps.append(time.perf_counter())
 
 
-class Clock(Callback):
-    """Notes the time at the end of the warm-up and of the last step."""
-
-    marks: ClassVar[list[float]] = []  # of the class: the config makes the callback, and the caller reads them
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        mark(Clock.marks, trainer.global_step, int(trainer.num_training_batches))
+def make_network(name: str) -> nn.Module:
+    """The network that the table calls ``name``."""
+    cls, arguments = NETWORKS[name]
+    return cls(**arguments)
 
 
-def make_network(kind: str) -> nn.Module:
-    """The network called ``kind`` in the table."""
-    path, arguments = NETWORKS[kind]
-    return {"MLP": MLP, "ConvNet": ConvNet}[path.rpartition(".")[2]](**arguments)
-
-
-def normalized(images: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) as floats around zero."""
+def normalize(images: Tensor) -> Tensor:
+    """Convert uint8 images (B, C, H, W) to floats around zero."""
     return images.to(torch.float32).sub_(127.5).mul_(1 / 73.95)
 
 
-def loader(world: World, steps: int) -> DataLoader[Any]:
-    """Enough random images for ``steps`` steps, in whole batches, shared out by torch's own sampler."""
-    data = SyntheticImages(steps * BATCH * world.size, SHAPE, 10, seed=0)
-    return DataLoader(data, BATCH, sampler=DistributedSampler(data, world.size, world.rank), collate_fn=lambda batch: batch)
+def make_loader(world: World, steps: int) -> DataLoader[Any]:
+    """Random images for ``steps`` steps, sharded by torch's own sampler."""
+    data = SyntheticImages(steps * BATCH_SIZE * world.size, IMAGE_SHAPE, 10, seed=0)
+    sampler: DistributedSampler[Any] = DistributedSampler(data, world.size, world.rank)
+    return DataLoader(data, BATCH_SIZE, sampler=sampler, collate_fn=lambda batch: batch)
 
 
-def by_hand(world: World, kind: str, steps: int) -> list[float]:
-    """A training loop as one writes it without a library."""
+def train_by_hand(world: World, network: str, steps: int) -> None:
+    """Train with a loop as one writes it without a library."""
     device = local_devices(world, "auto")[world.local_rank]
     init_process_group(world, device, timedelta(minutes=5))
-    model = make_network(kind).to(device)
+    model = make_network(network).to(device)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    marks = []
-    for step, (images, labels) in enumerate(loader(world, steps), start=1):
+    for step, (images, labels) in enumerate(make_loader(world, steps), start=1):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        loss = nn.functional.cross_entropy(wrapped(normalized(images)), labels)
+        loss = nn.functional.cross_entropy(wrapped(normalize(images)), labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        mark(marks, step, steps)
+        StepTimer.record(step, steps)
     destroy_process_group()
-    return marks
 
 
-class Stock(LightningModule):
-    """A LightningModule as tutorials write it."""
+class StockClassifier(LightningModule):
+    """A LightningModule as in tutorials."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, network: str) -> None:
         super().__init__()
-        self.network = make_network(kind)
+        self.network = make_network(network)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = nn.functional.cross_entropy(self.network(normalized(images)), labels)
+        loss = nn.functional.cross_entropy(self.network(normalize(images)), labels)
         self.log("train/loss", loss)
         return loss
 
@@ -125,134 +136,141 @@ class Stock(LightningModule):
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), "interval": "step"}]
 
 
-def stock(world: World, kind: str, steps: int) -> list[float]:
-    """lightning's Trainer with its own strategy, sampler and logger."""
+def train_with_lightning(world: World, network: str, steps: int) -> None:
+    """Train with Lightning's own Trainer, strategy and logger."""
     devices = local_devices(world, "auto")
     init_process_group(world, devices[world.local_rank], timedelta(minutes=5))
-    with tempfile.TemporaryDirectory() as folder:
-        strategy: Any = DDPStrategy(
+    strategy: Any = "auto"
+    if world.size > 1:
+        strategy = DDPStrategy(
             parallel_devices=devices, cluster_environment=WorldEnvironment(world), gradient_as_bucket_view=True
         )
-        stock_trainer = Trainer(
-            strategy=strategy if world.size > 1 else "auto",
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            strategy=strategy,
             max_epochs=1,
-            callbacks=[Clock()],
+            callbacks=[StepTimer()],
             logger=CSVLogger(folder),
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
             use_distributed_sampler=False,
         )
-        stock_trainer.fit(Stock(kind), loader(world, steps))
+        trainer.fit(StockClassifier(network), make_loader(world, steps))
     destroy_process_group()
-    return Clock.marks
 
 
-def lockstep(world: World, kind: str, steps: int) -> list[float]:
-    """This trainer, as ``launch/local.py`` would run it."""
-    path, arguments = NETWORKS[kind]
-    data = {
-        "shape": list(SHAPE),
-        "classes": 10,
-        "batch_size": BATCH * world.size,
-        "train_samples": steps * BATCH * world.size,
+def train_with_lockstep(world: World, network: str, steps: int) -> None:
+    """Train as ``launch/local.py`` does."""
+    cls, arguments = NETWORKS[network]
+    config: dict[str, Any] = {
+        "model": "lockstep.models.Classifier",
+        "model.schedule": "constant",
+        "model.network": {"class_path": f"lockstep.models.{cls.__name__}", "init_args": arguments},
+        "data": "lockstep.data.Synthetic",
+        "data.shape": IMAGE_SHAPE,
+        "data.classes": 10,
+        "data.batch_size": BATCH_SIZE * world.size,
+        "data.train_samples": steps * BATCH_SIZE * world.size,
+        "trainer.max_epochs": 1,
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_checkpointing": False,
+        "trainer.precision": "32-true",
+        "trainer.callbacks+": "step.StepTimer",
+        "run.test_after_fit": False,
+        "wandb.mode": "disabled",
     }
-    keys = [
-        *(
-            "--model",
-            "lockstep.models.Classifier",
-            "--model.schedule",
-            "constant",
-            "--data",
-            "lockstep.data.Synthetic",
-        ),
-        *("--model.network", json.dumps({"class_path": path, "init_args": arguments})),
-        *(part for key, value in data.items() for part in (f"--data.{key}", json.dumps(value))),
-        *("--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"),
-        *("--trainer.callbacks+=step.Clock", "--run.test_after_fit", "false", "--wandb.mode", "disabled"),
-        *("--trainer.precision", "32-true"),
-    ]
+    keys = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in config.items()]
     with tempfile.TemporaryDirectory() as folder:
-        import step  # the module that the config names; this file, run as a script, is another one
-
         train("fit", *parse_config(keys), world, Run.create(Path(folder), f"bench-{world.rank}"))
-    return step.Clock.marks
 
 
-class NoHang(Callback):
-    """Watches over nobody."""
+class NoWatchdog(Callback):
+    """Replaces the watchdog."""
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
     def reset(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-def bare(world: World, kind: str, steps: int) -> list[float]:
-    """This trainer without what makes it stop together, watch itself and keep the order of the data.
-
-    Every way runs in processes of its own, so what is replaced here is replaced nowhere else.
-    """
-    StopConsensus.poll = lambda self, *_, **__: Decision()
-    build.Watchdog = NoHang
-    DataSharding.shard = lambda self, loader, name="": plain_order(loader, world)
-    return lockstep(world, kind, steps)
+def replace(owner: Any, name: str, new: Any) -> None:
+    """Replace an attribute, which must exist; the benchmark runs each training in its own processes."""
+    assert hasattr(owner, name), f"{owner} has no {name}"
+    setattr(owner, name, new)
 
 
-def broadcasting(world: World, kind: str, steps: int) -> list[float]:
-    """The same, with stock lightning's broadcast at each step."""
-    EpochLoop._broadcast_sigterm_tensor = _TrainingEpochLoop._broadcast_sigterm_tensor
-    return bare(world, kind, steps)
+def train_without_extras(world: World, network: str, steps: int) -> None:
+    """Train with lockstep, but without consensus, watchdog and sampling of its own."""
+    replace(StopConsensus, "poll", lambda self, *_, **__: Decision())
+    replace(build, "Watchdog", NoWatchdog)
+    replace(DataSharding, "shard", lambda self, loader, *_, **__: shard_with_torch(loader, world))
+    train_with_lockstep(world, network, steps)
 
 
-def plain_order(loader: DataLoader[Any], world: World) -> DataLoader[Any]:
-    """A rank's share of ``loader`` by torch's own sampler."""
-    sampler: Any = DistributedSampler(loader.dataset, world.size, world.rank)
-    return DataLoader(loader.dataset, BATCH, sampler=sampler, collate_fn=loader.collate_fn)
+def train_with_broadcast(world: World, network: str, steps: int) -> None:
+    """Train in the same way, with stock Lightning's broadcast at each step."""
+    replace(EpochLoop, "_broadcast_sigterm_tensor", _TrainingEpochLoop._broadcast_sigterm_tensor)
+    train_without_extras(world, network, steps)
 
 
-WAYS = {
-    "hand-written DDP": by_hand,
-    "stock lightning": stock,
-    "lockstep": lockstep,
-    "… without agreement, watch and order": bare,
-    "… and with lightning's broadcast": broadcasting,
+def shard_with_torch(loader: DataLoader[Any], world: World) -> DataLoader[Any]:
+    """Shard ``loader`` with torch's own sampler."""
+    sampler: DistributedSampler[Any] = DistributedSampler(loader.dataset, world.size, world.rank)
+    return DataLoader(loader.dataset, BATCH_SIZE, sampler=sampler, collate_fn=loader.collate_fn)
+
+
+TRAINERS: dict[str, Callable[[World, str, int], None]] = {
+    "hand-written DDP": train_by_hand,
+    "stock Lightning": train_with_lightning,
+    "lockstep": train_with_lockstep,
+    "… without consensus, watchdog, sampling": train_without_extras,
+    "… and with Lightning's broadcast": train_with_broadcast,
 }
 
 
-def main() -> None:
+def measure(trainer: str, network: str, ranks: int, steps: int) -> float:
+    """Train in forked ranks and return the seconds per step on rank zero."""
+
+    def run(world: World) -> tuple[float, float]:
+        TRAINERS[trainer](world, network, steps)
+        begin, end = StepTimer.timestamps
+        return begin, end
+
+    begin, end = fork_ranks(run, 1, ranks, logs=lambda rank: Path("/dev/null"))[0]
+    return (end - begin) / (steps - WARM_UP)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=300, help=f"more than the {WARM_UP} steps of the warm-up")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
-    sys.path.insert(0, str(Path(__file__).parent))
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     table = Table(
-        title=f"{options.ranks} ranks, {BATCH} samples each, {options.steps} steps, median of {options.rounds} rounds"
+        title=f"{options.ranks} ranks, {BATCH_SIZE} samples each, {options.steps} steps, median of {options.rounds} rounds"
     )
     for column in ("network", "trainer", "ms/step", "samples/s", "ratio"):
         table.add_column(column, justify="left" if column in ("network", "trainer") else "right")
-    for kind in NETWORKS:
-        found: dict[str, list[float]] = {name: [] for name in WAYS}
+    for network in options.networks:
+        seconds: dict[str, list[float]] = {trainer: [] for trainer in TRAINERS}
         for _ in range(options.rounds):
-            for name, way in WAYS.items():
-                marks = fork_ranks(
-                    lambda world, way=way, kind=kind: way(world, kind, options.steps),
-                    1,
-                    options.ranks,
-                    logs=lambda rank: Path("/dev/null"),
-                )[0]
-                found[name].append((marks[1] - marks[0]) / (options.steps - WARM_UP))
-        base = statistics.median(found["hand-written DDP"])
-        for name, rounds in found.items():
-            seconds = statistics.median(rounds)
-            speed = BATCH * options.ranks / seconds
-            table.add_row(kind, name, f"{1000 * seconds:.2f}", f"{speed:,.0f}", f"{seconds / base:.2f}")
+            for trainer, rounds in seconds.items():
+                rounds.append(measure(trainer, network, options.ranks, options.steps))
+        medians = {trainer: statistics.median(rounds) for trainer, rounds in seconds.items()}
+        for trainer, median in medians.items():
+            samples = BATCH_SIZE * options.ranks / median
+            ratio = median / medians["hand-written DDP"]
+            table.add_row(network, trainer, f"{1000 * median:.2f}", f"{samples:,.0f}", f"{ratio:.2f}")
     Console(width=90).print(table)
 
 
 if __name__ == "__main__":
-    main()
+    import step  # the config names callbacks of the module `step`, not of `__main__`
+
+    step.main()

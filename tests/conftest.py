@@ -22,9 +22,9 @@ pytest_plugins = ["support.slurm_cluster"]  # the fixtures of tests/slurm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the tests of Slurm, which wait more than they compute, run one after the other beside all others."""
+    """Run the tests that use a cluster one after the other: they wait more than they compute, and run beside the others."""
     for item in items:
-        if "slurm" in item.path.parts:
+        if "slurm_is_here" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("slurm"))
 
 

@@ -1,4 +1,4 @@
-"""What --plan says is what ranks hold: sizes as text, plans of the launcher, and the memory of real gloo ranks."""
+"""Sizes as text, plans of the launcher, and estimates compared with the memory of real gloo ranks."""
 
 import json
 import multiprocessing
@@ -11,18 +11,17 @@ import pytest
 import torch
 from support.runs import REPO, Launch
 
-from lockstep.config.schema import DDPOptions, DeepSpeedOptions
 from lockstep.core.errors import UsageError
 from lockstep.models.networks import MLP
-from lockstep.planning.fake_step import profile_model
-from lockstep.planning.memory import ModelProfile
+from lockstep.planning.memory import ModelProfile, TrainingOptions
+from lockstep.planning.model_profile import profile_model
 from lockstep.planning.table import Plan, Resources, format_bytes
 from lockstep.slurm.submission.profile import parse_size
 from lockstep.trainer.config_parser import parse_config
 
 
 def plan(*arguments: str, cwd: Path = REPO) -> "subprocess.CompletedProcess[str]":
-    """``launch/slurm.py --plan`` of one node of two GPUs."""
+    """Run ``launch/slurm.py --plan`` for one node of two GPUs."""
     command = [sys.executable, str(REPO / "launch/slurm.py"), "--plan", "--gpus-per-node", "2", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
@@ -43,28 +42,28 @@ LARGE = ("--model.network", "lockstep.models.MLP", "--model.network.hidden", "[4
 @pytest.mark.parametrize(
     ("memory", "advice"),
     [
-        ("80G", "Take --strategy ddp: 646 MiB of 80.0 GiB on each rank."),
-        ("600M", "Take --strategy deepspeed --deepspeed.stage 1: 485 MiB of 600 MiB on each rank."),
-        ("450M", "Nothing fits on 1 node; take --nodes 2 with --strategy deepspeed --deepspeed.stage 1."),
-        ("10M", "Nothing fits; take a smaller batch (and accumulate gradients), or activation_checkpointing."),
+        ("80G", "Use --strategy ddp: 646 MiB of 80.0 GiB per rank."),
+        ("600M", "Use --strategy deepspeed --deepspeed.stage 1: 485 MiB of 600 MiB per rank."),
+        ("450M", "Nothing fits on 1 node; use --nodes 2 with --strategy deepspeed --deepspeed.stage 1."),
+        ("10M", "Nothing fits; use a smaller batch (and accumulate gradients), or activation_checkpointing."),
     ],
 )
-def test_which_to_take(memory: str, advice: str) -> None:
+def test_recommendation(memory: str, advice: str) -> None:
     planned = plan("--gpu-memory", memory, "--mem", "500M", *LARGE)
     assert planned.returncode == 0 and planned.stderr == ""
     assert planned.stdout.startswith("33,869,834 parameters, 33,869,834 of them trained, in bf16-mixed")
     assert advice in planned.stdout
 
 
-def test_what_is_not_known_is_said(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text((REPO / "tests/support/toy_model.py").read_text() + _LATER)
-    own = ("--model", "mine.ToyModel", "--data", "mine.Later", "--config", str(REPO / "configs/deepspeed_zero2.yaml"))
+def test_a_plan_names_what_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text((REPO / "tests/support/fault_callbacks.py").read_text() + _LATER)
+    own = ("--model", "mine.Own", "--data", "mine.Later", "--config", str(REPO / "configs/deepspeed_zero2.yaml"))
     planned = plan(*own, cwd=tmp_path)
     assert planned.returncode == 0
     assert planned.stderr.endswith(
-        "activations are not known: no sample of the data could be read (FileNotFoundError: not there yet)\n"
+        "activations are unknown: cannot read a sample of the data (FileNotFoundError: not there yet)\n"
     )
-    assert "To be told what fits, set gpu_memory (--gpu-memory 80G) in the profile." in planned.stdout
+    assert "Set gpu_memory (--gpu-memory 80G) in the profile to see what fits." in planned.stdout
     assert not list(tmp_path.glob("runs"))
 
 
@@ -75,14 +74,14 @@ class Later(ToyData):
 """
 
 
-def test_nothing_is_said_to_fit_without_its_activations() -> None:
-    model = ModelProfile([1 << 28], [[1 << 28]], 0, {2: 4.0, 4: 8.0, 8: 16.0}, True, {}, batch=32)
-    plan = Plan(model, Resources(1, 2, True, 3 << 30), "32-true", DDPOptions(), DeepSpeedOptions())
+def test_nothing_fits_for_sure_while_activations_are_unknown() -> None:
+    model = ModelProfile([1 << 28], [[1 << 28]], 0, {2: 4.0, 4: 8.0, 8: 16.0}, is_fused=True, global_batch=32)
+    plan = Plan(model, Resources(1, 2, True, 3 << 30), TrainingOptions("32-true"))
     assert {row.strategy: row.obstacle for row in plan.rows if row.nodes == 1} == {
         **{"ddp": "no", "zero1": "no", "zero2": "no"},
         **{"zero3": "no", "zero3_offload": None},
     }
-    assert plan.advice() == "Take the first that leaves room for the activations, which are not known."
+    assert plan.recommendation() == "Use the first strategy that leaves room for the activations, whose size is unknown."
 
 
 @pytest.mark.parametrize(
@@ -99,13 +98,13 @@ def test_nothing_is_said_to_fit_without_its_activations() -> None:
             "activation_checkpointing: torch.nn.Linea does not exist; did you mean 'torch.nn.Linear'",
         ),
         (
-            ["--model", "support.toy_model.TwoOptimizers", "--data", "support.toy_model.ToyData"],
-            "--plan is for a module with one optimizer; this one has 2.",
+            ["--model", "support.fault_callbacks.TwoOptimizers", "--data", "support.fault_callbacks.Points"],
+            "--plan supports modules with one optimizer; this one has 2.",
         ),
         (["--data.batch_size", "63"], "data.batch_size: 63 is the global batch and does not divide by 2 ranks."),
     ],
 )
-def test_what_cannot_be_planned(arguments: list[str], message: str) -> None:
+def test_plans_that_are_refused(arguments: list[str], message: str) -> None:
     planned = plan(*arguments, cwd=REPO / "tests")
     assert planned.returncode == 2 and planned.stdout == ""
     assert planned.stderr.startswith(f"lockstep: {message}") and planned.stderr.count("\n") == 1
@@ -113,26 +112,28 @@ def test_what_cannot_be_planned(arguments: list[str], message: str) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> ModelProfile:
-    """That of the runs below; found in a fork, since whoever has run backward cannot fork ranks."""
+    """Profile of the model below, measured in a fork: a process that has run backward cannot fork ranks."""
     pool = multiprocessing.get_context("fork").Pool(1)
     with pool:
-        found: ModelProfile = pool.apply(of_the_benchmark)
+        found: ModelProfile = pool.apply(profile_of_the_benchmark)
     pool.join()
     return found
 
 
-def of_the_benchmark() -> ModelProfile:
-    """What benchmarks/memory.py measures."""
+def profile_of_the_benchmark() -> ModelProfile:
+    """Profile the model that benchmarks/memory.py trains."""
     return profile_model(parse_config([*memory.RUN, "32-true"])[1], "32-true")
 
 
 @pytest.mark.parametrize(
-    ("way", "ranks"), [("ddp", 2), ("zero1", 2), ("zero1", 4), ("zero2", 4), ("zero3", 1), ("zero3", 2), ("zero3", 4)]
+    ("strategy", "ranks"), [("ddp", 2), ("zero1", 2), ("zero1", 4), ("zero2", 4), ("zero3", 1), ("zero3", 2), ("zero3", 4)]
 )
-def test_each_rank_holds_what_was_planned(launch: Launch, model: ModelProfile, tmp_path: Path, way: str, ranks: int) -> None:
-    watch = ("--trainer.callbacks+=memory.Held", f"--trainer.callbacks.folder={tmp_path}")
-    assert launch("--ranks", str(ranks), *memory.RUN, "32-true", *memory.WAYS[way], *watch).status == 0
-    planned = memory.planner(model, "32-true")(way, ranks)
+def test_each_rank_holds_what_was_planned(
+    launch: Launch, model: ModelProfile, tmp_path: Path, strategy: str, ranks: int
+) -> None:
+    record = ("--trainer.callbacks+=memory.MemoryRecorder", f"--trainer.callbacks.folder={tmp_path}")
+    assert launch("--ranks", str(ranks), *memory.RUN, "32-true", *memory.STRATEGIES[strategy], *record).status == 0
+    planned = memory.estimate(model, "32-true", strategy, ranks)
     for rank in range(ranks):
         held = json.loads((tmp_path / f"{rank}.json").read_text())
         assert held["weights"] == pytest.approx(planned.weights, rel=0.1)
@@ -152,5 +153,5 @@ def test_activations_are_those_of_a_real_step(model: ModelProfile) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(torch.zeros(batch, 1, 8, 8))
     kept = sum(memory.nbytes() for address, memory in saved.items() if address not in own)
-    # In backward there are the gradients of a layer's input and output beside it.
-    assert kept <= model.activations["ddp"].of(batch) <= kept + 2.5 * 4 * 512 * batch
+    # Backward also holds the gradients of a layer's input and output.
+    assert kept <= model.activations["ddp"].for_batch(batch) <= kept + 2.5 * 4 * 512 * batch

@@ -156,7 +156,7 @@ def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.
     assert run.series("train/loss") == undisturbed_run(launch, *RUN, *told).series("train/loss")
     wrong = launch(*RUN, *told, "--activation_checkpointing", "[torch.nn.Conv2d]")
     assert wrong.status == 2
-    assert "activation_checkpointing: the module has no part that is a torch.nn.Conv2d" in capfd.readouterr().err
+    assert "activation_checkpointing: the module has no submodule of class torch.nn.Conv2d" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

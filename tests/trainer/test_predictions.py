@@ -1,6 +1,6 @@
-"""Predictions: one file, the same whatever the ranks and the strategy, of any module; and what cannot be predicted.
+"""Predictions: one file, equal for any number of ranks and any strategy, and errors where predicting is impossible.
 
-Each test is a few runs of a second or two in forked processes; those of ZeRO, which import DeepSpeed, come last.
+Each test is a few runs of a second or two in forked processes; those with ZeRO, which import DeepSpeed, come last.
 """
 
 import importlib
@@ -22,7 +22,7 @@ RUN = ("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "1
 
 
 def predicted(run: Outcome) -> dict[str, Tensor]:
-    """What a run has predicted."""
+    """Read the predictions of a finished run."""
     assert (run.status, run.result["status"], run.result["metrics"]) == (0, "finished", {})
     path = run.folder / "predictions.safetensors"
     assert run.result["predictions"] == str(path)
@@ -46,24 +46,24 @@ def test_classes_are_the_same_on_1_2_and_4_ranks_and_as_good_as_the_test(launch:
         assert int((probabilities.argmax(1) == labels).sum()) == trained.result["metrics"]["test/correct"]
 
 
-class Named(ToyModel):
-    """Names what it predicts."""
+class Named(Own):
+    """A module that returns a dict of predictions."""
 
     def predict_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         x, number = batch
         return {"number": number, "layers": self.layers(x), "grid": torch.zeros(len(x), 2, 3, dtype=torch.bool)}
 
 
-class Forward(ToyModel):
-    """Has a forward, as lightning's own predict_step wants it."""
+class Forward(Own):
+    """A module with a ``forward``, which Lightning's ``predict_step`` calls."""
 
     def forward(self, batch: list[Tensor]) -> Tensor:
         logits: Tensor = self.layers(batch[0])
         return logits
 
 
-class Numbered(ToyData):
-    """37 samples that know their number; 1 is too many for four ranks to have as many each."""
+class Numbered(Points):
+    """37 numbered samples, which four ranks cannot share equally."""
 
     def __init__(self, kind: str = "plain") -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class Numbered(ToyData):
 
 
 class OwnSampler(BatchSampler):
-    """One of one's own."""
+    """A user's batch sampler."""
 
 
-def own(launch: Launch, model: str, *arguments: str, data: str = f"{__name__}.Numbered") -> Outcome:
-    """Predict with a model of one's own that has been trained for an epoch."""
-    trained = undisturbed_run(
+def predict(launch: Launch, model: str, *arguments: str, data: str = f"{__name__}.Numbered") -> Outcome:
+    """Predict with a user's model after training ``Own`` for an epoch."""
+    trained = left_alone(
         launch,
         "--model",
         "support.toy_model.ToyModel",
@@ -97,30 +97,30 @@ def own(launch: Launch, model: str, *arguments: str, data: str = f"{__name__}.Nu
 
 
 @pytest.mark.filterwarnings("ignore:Your `predict_dataloader`'s sampler has shuffling enabled")
-def test_ones_own_module_predicts_each_sample_once_in_the_order_of_the_data_set(launch: Launch) -> None:
-    alone = predicted(own(launch, f"{__name__}.Named"))
+def test_a_users_module_predicts_each_sample_once_in_the_order_of_the_data_set(launch: Launch) -> None:
+    alone = predicted(predict(launch, f"{__name__}.Named"))
     assert {name: (tuple(t.shape), t.dtype) for name, t in alone.items()} == {
         "number": ((37,), torch.int64),
         "layers": ((37, 1), torch.float32),
         "grid": ((37, 2, 3), torch.bool),
     }
-    forward = predicted(own(launch, f"{__name__}.Forward"))["predictions"]
-    four = predicted(own(launch, f"{__name__}.Named", "--ranks", "4"))
-    shuffled = predicted(own(launch, f"{__name__}.Named", "--ranks", "2", "--data.kind", "shuffled"))
-    sampler = predicted(own(launch, f"{__name__}.Named", "--data.kind", "sampler"))
+    forward = predicted(predict(launch, f"{__name__}.Forward"))["predictions"]
+    four = predicted(predict(launch, f"{__name__}.Named", "--ranks", "4"))
+    shuffled = predicted(predict(launch, f"{__name__}.Named", "--ranks", "2", "--data.kind", "shuffled"))
+    sampler = predicted(predict(launch, f"{__name__}.Named", "--data.kind", "sampler"))
     for tensors in (alone, four, shuffled, sampler):
         assert tensors["number"].tolist() == list(range(37))
         torch.testing.assert_close(tensors["layers"], forward, rtol=0, atol=1e-5)
 
 
-def test_a_run_that_is_told_to_stop_leaves_no_file(launch: Launch, tmp_path: Path) -> None:
-    run = own(launch, f"{__name__}.Named", *fault(tmp_path / "once", "SIGTERM", hook="on_predict_batch_start"))
+def test_an_interrupted_prediction_leaves_no_file(launch: Launch, tmp_path: Path) -> None:
+    run = predict(launch, f"{__name__}.Named", *trouble(tmp_path / "once", "SIGTERM", where="on_predict_batch_start"))
     assert (run.status, run.result["status"]) == (143, "interrupted")
     assert list(run.folder.glob("*predictions*")) == []
 
 
-class Bad(ToyModel):
-    """Predicts what no file can hold."""
+class Bad(Own):
+    """A module whose predictions do not fit into a file."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -137,9 +137,9 @@ class Bad(ToyModel):
     ("model", "arguments", "message"),
     [
         (
-            "ToyModel",
-            ["--data", "support.toy_model.ToyData"],
-            "data: ToyData has no predict_dataloader, which says what is to be predicted",
+            "Own",
+            ["--data", "support.fault_callbacks.Points"],
+            "data: Points has no predict_dataloader; define it to choose what to predict.",
         ),
         ("ToyModel", [], "model: ToyModel has neither predict_step nor forward; define one of them."),
         ("Bad", ["--model.kind", "mean"], "predict_step returns predictions () for 8 samples; the first dimension must be"),
@@ -150,25 +150,25 @@ class Bad(ToyModel):
             ["--model.kind", "ragged"],
             "returns predictions as torch.float32 (batch, 1) for one batch and as torch.float32",
         ),
-        ("Named", ["--data.kind", "two"], "data: predict_dataloader gives 2 loaders; give one"),
+        ("Named", ["--data.kind", "two"], "data: predict_dataloader returns 2 loaders; return one"),
         (
             "Named",
             ["--data.kind", "sampler", "--ranks", "2"],
-            "data: predict_dataloader decides itself which samples each of 2",
+            "data: predict_dataloader chooses the samples of each of 2 ranks itself",
         ),
-        ("Named", ["--trainer.limit_predict_batches", "0"], "Nothing was predicted: predict_dataloader gave no batch"),
+        ("Named", ["--trainer.limit_predict_batches", "0"], "predict_dataloader gave no batch, so there are no predictions"),
     ],
 )
-def test_what_cannot_be_predicted_is_told(
+def test_impossible_predictions_raise_errors(
     launch: Launch, capfd: pytest.CaptureFixture[str], model: str, arguments: list[str], message: str
 ) -> None:
-    run = own(launch, f"{'support.toy_model' if model == 'ToyModel' else __name__}.{model}", *arguments)
+    run = predict(launch, f"{'support.fault_callbacks' if model == 'Own' else __name__}.{model}", *arguments)
     said = capfd.readouterr().err
     assert run.status in (1, 2) and message in said and "Traceback" not in said
     assert list(run.folder.glob("*predictions*")) == []
 
 
-def test_a_checkpoint_must_be_given(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_predict_needs_a_checkpoint(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch("predict").status == 2
     assert "ckpt_path: must be set to predict: a checkpoint, or a run folder." in capfd.readouterr().err
 

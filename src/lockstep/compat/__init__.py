@@ -3,6 +3,8 @@
 Import the module of a library, not this room: the launcher must not import torch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -22,10 +24,27 @@ def private(library: str, owner: Any, name: str) -> Any:
         return getattr(owner, name)
     except AttributeError:
         where = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__qualname__
-        raise LockstepError(
-            f"{library} {version(library)} has no {where}.{name}, which lockstep needs; it was tested with {library} "
-            f"{TESTED[library]}: pip install {library}=={TESTED[library]}"
-        ) from None
+        raise _missing(library, f"has no {where}.{name}") from None
+
+
+@contextmanager
+def private_imports(library: str) -> Iterator[None]:
+    """Import private names of ``library`` in the body of a ``with`` statement.
+
+    Raises:
+        LockstepError: The installed version does not have one; names the library and both versions.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise _missing(library, f"fails: {error}") from error
+
+
+def _missing(library: str, what: str) -> LockstepError:
+    return LockstepError(
+        f"{library} {version(library)} {what}, which lockstep needs; it was tested with {library} "
+        f"{TESTED[library]}: pip install {library}=={TESTED[library]}"
+    )
 
 
 def patch(library: str, owner: Any, name: str, new: Any) -> None:

@@ -1,4 +1,4 @@
-"""What fits? ``launch/slurm.py --plan`` calls ``python -m lockstep.plan RESOURCES [fit] --config FILE …``."""
+"""Print which strategies fit: ``lockstep plan RESOURCES [fit] --config FILE …``, which ``launch/slurm.py --plan`` calls."""
 
 import json
 import logging
@@ -10,7 +10,8 @@ from rich.console import Console
 
 from lockstep.config import DDPOptions, DeepSpeedOptions
 from lockstep.core import LockstepError
-from lockstep.planning.fake_step import profile_model
+from lockstep.planning.memory import TrainingOptions
+from lockstep.planning.model_profile import profile_model
 from lockstep.planning.table import Plan, Resources, format_bytes
 from lockstep.trainer import parse_config, split_command
 
@@ -18,7 +19,11 @@ _WIDTH = 150
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what fits of the run that ``arguments`` describe, after the resources, and return the exit status."""
+    """Print the plan of a run and return the exit status.
+
+    Args:
+        arguments: ``Resources`` as JSON, then the arguments of the run.
+    """
     logging.basicConfig(format="lockstep: %(message)s")
     for name in ("lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -29,32 +34,30 @@ def main(arguments: Sequence[str]) -> int:
         precision = config.trainer.precision
         if precision == "auto":
             precision = "bf16-mixed" if resources.on_gpu else "32-true"
-        model = profile_model(config, precision)
-        plan = Plan(
-            model,
-            resources,
+        options = TrainingOptions(
             precision,
             DDPOptions(**vars(config.ddp)),
             DeepSpeedOptions(**vars(config.deepspeed)),
             config.trainer.accumulate_grad_batches,
-            reason_against_zero(config, precision),
         )
+        plan = Plan(profile_model(config, precision), resources, options, zero_obstacle(config, precision))
+        model = plan.model
         console = Console(width=_WIDTH, highlight=False)
         console.print(
-            f"{model.parameters:,} parameters, {model.trainable:,} of them trained, in {precision}; bytes of each rank:\n"
+            f"{model.parameters:,} parameters, {model.trainable:,} of them trained, in {precision}; bytes per rank:\n"
         )
         console.print(plan.table())
         console.print()
-        console.print(plan.advice())
-        console.print(f"Each rank makes the model in the memory of its node first: {format_bytes(plan.start)} on a node.")
+        console.print(plan.recommendation())
+        console.print(f"At its start, each rank builds the model in CPU memory: {format_bytes(plan.startup)} per node.")
         return 0
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
 
 
-def reason_against_zero(config: Namespace, precision: str) -> str:
-    """Why the run of ``config`` cannot be with ZeRO, in a word or two; empty if it can."""
+def zero_obstacle(config: Namespace, precision: str) -> str:
+    """Why the run of ``config`` cannot use ZeRO, in a few words; empty if it can."""
     if precision == "64-true":
         return "64 bits"
     if config.trainer.gradient_clip_algorithm == "value":

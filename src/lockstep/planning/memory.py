@@ -1,96 +1,115 @@
-"""What fits: the bytes that a rank needs to train a model, with DDP and with each stage of ZeRO. No torch here, formulas alone.
+"""Formulas for the bytes that a rank needs to train a model, with DDP and with each stage of ZeRO.
 
 Sources. [R] Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020, section 3 and
-figure 1: what is kept, and what each stage shares out. [D] DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py:
-float32 master weights, the buckets of ``setup_buckets``, and the defaults of zero/config.py for what stage 3
-keeps whole. [T] torch.nn.parallel.DistributedDataParallel: gradients are views into its buckets, or copied there.
-``benchmarks/memory.py`` compares them with what ranks really hold.
+figure 1: what ranks keep, and what each stage shards. [D] DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py:
+float32 master weights, the buckets of ``setup_buckets``, and zero/config.py for the defaults of stage 3.
+[T] torch.nn.parallel.DistributedDataParallel: gradients are views into its buckets, or copied there.
+``benchmarks/memory.py`` compares the formulas with the memory of real ranks.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lockstep.config import DDPOptions, DeepSpeedOptions, deepspeed_config
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
-"""Strategies, the one that sends least first: the volume is that of DDP up to stage 2, half as much again with 3 [R, 7]."""
-
+"""Strategies by communication volume: up to stage 2 it equals that of DDP, stage 3 sends half as much again [R, 7]."""
 
 USABLE_FRACTION = 0.9
-"""The part of a device's memory that may be planned; the rest is for CUDA's context, NCCL and fragments."""
-
+"""Usable part of a device's memory; the rest is for the CUDA context, NCCL and fragmentation."""
 
 _FLOAT = 4
-
-
 _BYTES = {"16": 2, "bf16": 2, "32": 4, "64": 8}
 
 
 @dataclass(frozen=True)
-class Activations:
-    """What is alive at the peak of forward and backward beside weights and gradients, for batches of any size.
+class TrainingOptions:
+    """Options of a run that decide how much memory it needs.
 
     Attributes:
-        fixed: Bytes, whatever the batch, such as weights that autocast has cast.
-        each: Bytes for each sample.
+        precision: As in Lightning's Trainer, with ``auto`` resolved.
+        ddp: Options of DDP.
+        deepspeed: Options of DeepSpeed; the strategy decides on stage and offload.
+        accumulate_grad_batches: Backward passes per optimizer step.
+    """
+
+    precision: str
+    ddp: DDPOptions = field(default_factory=DDPOptions)
+    deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
+    accumulate_grad_batches: int = 1
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of activations at the peak of forward and backward, as a linear function of the batch size.
+
+    Attributes:
+        fixed: Bytes for any batch, such as weights that autocast has cast.
+        per_sample: Bytes for each sample.
     """
 
     fixed: float
-    each: float
+    per_sample: float
 
-    def of(self, batch: float) -> int:
+    def for_batch(self, batch: float) -> int:
         """Bytes for ``batch`` samples."""
-        return round(self.fixed + self.each * batch)
+        return round(self.fixed + self.per_sample * batch)
 
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """What of a model, its optimizer and its data decides how much memory it needs.
+    """Everything in a model, its optimizer and its data that decides how much memory a rank needs.
 
     Attributes:
-        numels: Elements of each parameter.
-        groups: Elements of each one that the optimizer steps, by its groups.
+        numels: Number of elements of each parameter.
+        group_numels: Number of elements of each parameter that the optimizer steps, by parameter group.
         buffers: Bytes of buffers.
-        state: Bytes that the optimizer keeps for an element of a parameter, by the bytes of such an element.
-        is_fused: Whether the optimizer's step needs no memory; else it is taken to copy once all that it steps, as torch's
-            foreach implementations do with a root or with weight decay.
-        activations: By what computes, ``ddp`` or ``zero``, where they could be measured.
-        batch: Samples of a backward pass over all ranks; None if each rank has its own number, ``batch_per_rank``.
-        batch_per_rank: Samples of a backward pass on each rank, where they do not depend on the ranks.
+        optimizer_bytes: Bytes of optimizer state per element, by the bytes of the element.
+        is_fused: Whether the optimizer's step needs no extra memory. Otherwise one copy of all stepped parameters is assumed,
+            as torch's foreach implementations make for a root or for weight decay.
+        activations: By ``ddp`` or ``zero``; a key is missing where they could not be measured.
+        global_batch: Samples of a backward pass over all ranks; None if each rank has its own number.
+        batch_per_rank: Samples of a backward pass on each rank, where ``global_batch`` is None.
     """
 
     numels: Sequence[int]
-    groups: Sequence[Sequence[int]]
+    group_numels: Sequence[Sequence[int]]
     buffers: int
-    state: Mapping[int, float]
+    optimizer_bytes: Mapping[int, float]
     is_fused: bool
-    activations: Mapping[str, Activations]
-    batch: int | None = None
+    activations: Mapping[str, Activations] = field(default_factory=dict)
+    global_batch: int | None = None
     batch_per_rank: int | None = None
 
     @property
     def parameters(self) -> int:
-        """Elements of all parameters."""
+        """Number of elements of all parameters."""
         return sum(self.numels)
 
     @property
     def trainable(self) -> int:
-        """Elements of all parameters that the optimizer steps."""
-        return sum(map(sum, self.groups))
+        """Number of elements of all parameters that the optimizer steps."""
+        return sum(map(sum, self.group_numels))
 
-    def touched(self, ranks: int) -> int:
-        """Elements of all parameters of which the optimizer's part of a rank has any; the most of all ranks."""
+    def batch_on(self, ranks: int) -> int | None:
+        """Samples of a backward pass on each of ``ranks``; None if unknown, or if the global batch is not divisible."""
+        if self.global_batch is None:
+            return self.batch_per_rank
+        return None if self.global_batch % ranks else self.global_batch // ranks
+
+    def max_numel_in_shard(self, ranks: int) -> int:
+        """Number of elements of all parameters of which a rank's optimizer shard has a part; the maximum over ranks."""
         most = 0
         for rank in range(ranks):
-            own = 0
-            for numels in self.groups:
-                part = -(-sum(numels) // ranks)
-                begin, at = rank * part, 0
+            total = 0
+            for numels in self.group_numels:
+                shard = -(-sum(numels) // ranks)
+                begin, offset = rank * shard, 0
                 for numel in numels:
-                    own += numel if at < begin + part and at + numel > begin else 0
-                    at += numel
-            most = max(most, own)
+                    total += numel if offset < begin + shard and offset + numel > begin else 0
+                    offset += numel
+            most = max(most, total)
         return most
 
 
@@ -99,12 +118,12 @@ class MemoryEstimate:
     """Bytes that one rank needs.
 
     Attributes:
-        weights, gradients, optimizer: What is kept from step to step; float32 master weights are the optimizer's.
-        buffers: Of communication, and with stage 3 the parameters that are whole while they are needed.
-        activations: At the peak; None if they could not be measured.
-        step: What the optimizer's step needs beside all that, when activations are gone.
-        start: The least that must fit when training begins.
-        host: What is kept in the memory of the CPU.
+        weights, gradients, optimizer: Kept from step to step; float32 master weights count as the optimizer's.
+        buffers: For communication; with stage 3 also parameters gathered for use.
+        activations: At the peak; None if unknown.
+        step: Extra bytes of the optimizer's step, when activations are freed.
+        startup: Least bytes that must fit when training starts.
+        host: Bytes in CPU memory.
     """
 
     weights: int
@@ -113,87 +132,73 @@ class MemoryEstimate:
     buffers: int
     activations: int | None
     step: int = 0
-    start: int = 0
+    startup: int = 0
     host: int = 0
 
     @property
     def total(self) -> int:
-        """The peak, on the device."""
+        """Peak bytes on the device."""
         kept = self.weights + self.gradients + self.optimizer
-        return max(kept + max(self.buffers + (self.activations or 0), self.step), self.start)
+        return max(kept + max(self.buffers + (self.activations or 0), self.step), self.startup)
 
 
-def estimate_memory(
-    strategy: str,
-    model: ModelProfile,
-    ranks: int,
-    batch: float,
-    precision: str,
-    ddp: DDPOptions,
-    zero: DeepSpeedOptions,
-    accumulate: int = 1,
-) -> MemoryEstimate:
-    """The bytes of one of ``ranks``.
+def estimate_memory(strategy: str, model: ModelProfile, ranks: int, batch: float, options: TrainingOptions) -> MemoryEstimate:
+    """Estimate the bytes that each rank needs.
 
     Args:
-        strategy: One of ``WAYS``.
+        strategy: One of ``STRATEGIES``.
         model: The model and its optimizer.
-        ranks: In the whole world.
+        ranks: World size.
         batch: Samples of a backward pass on this rank.
-        precision: As in lightning's Trainer, ``auto`` resolved.
-        ddp: Options of DDP.
-        zero: Options of DeepSpeed; the stage and the places of ``strategy`` stand in for its own.
-        accumulate: Batches of a step.
+        options: Precision and options of the strategies.
     """
-    bits, _, kind = precision.partition("-")
+    bits, _, kind = options.precision.partition("-")
     if strategy == "ddp":
-        return _estimate_ddp(model, ranks, batch, _FLOAT if kind == "mixed" else _BYTES[bits], ddp)
-    place: Any = "cpu" if strategy == "zero3_offload" else "none"
-    stage: Any = int(strategy[4])
-    options = replace(zero, stage=stage, offload_optimizer=place, offload_param=place, nvme_path=None)
-    return _estimate_zero(model, ranks, batch, min(_FLOAT, _BYTES[bits]), options, accumulate)
+        element = _FLOAT if kind == "mixed" else _BYTES[bits]
+        has_copies = ranks > 1 and not options.ddp.gradient_as_bucket_view  # [T]
+        return MemoryEstimate(
+            weights=element * model.parameters + model.buffers,
+            gradients=element * model.trainable,
+            optimizer=round(model.optimizer_bytes[element] * model.trainable),
+            buffers=element * model.trainable if has_copies else 0,
+            activations=_activations(model, "ddp", batch),
+            step=0 if model.is_fused else element * model.trainable,
+        )
+    device: Any = "cpu" if strategy == "zero3_offload" else "none"
+    stage: Any = int(strategy.removeprefix("zero")[0])
+    zero = replace(options.deepspeed, stage=stage, offload_optimizer=device, offload_param=device, nvme_path=None)
+    return _estimate_zero(model, ranks, batch, zero, min(_FLOAT, _BYTES[bits]), options.accumulate_grad_batches)
 
 
 def _activations(model: ModelProfile, strategy: str, batch: float) -> int | None:
     measured = model.activations.get(strategy)
-    return None if measured is None else measured.of(batch)
-
-
-def _estimate_ddp(model: ModelProfile, ranks: int, batch: float, element: int, options: DDPOptions) -> MemoryEstimate:
-    copies = 1 if options.gradient_as_bucket_view or ranks == 1 else 2  # [T]
-    return MemoryEstimate(
-        weights=element * model.parameters + model.buffers,
-        gradients=element * model.trainable,
-        optimizer=round(model.state[element] * model.trainable),
-        buffers=(copies - 1) * element * model.trainable,
-        activations=_activations(model, "ddp", batch),
-        step=0 if model.is_fused else element * model.trainable,
-    )
+    return None if measured is None else measured.for_batch(batch)
 
 
 def _estimate_zero(
-    model: ModelProfile, ranks: int, batch: float, element: int, options: DeepSpeedOptions, accumulate: int
+    model: ModelProfile, ranks: int, batch: float, options: DeepSpeedOptions, element: int, accumulate: int
 ) -> MemoryEstimate:
-    json: Mapping[str, Any] = deepspeed_config(options)["zero_optimization"]
-    stage, offload = options.stage, options.offload_optimizer != "none"
-    own = -(-model.trainable // ranks)
-    optimizer = round((_FLOAT + model.state[_FLOAT]) * own)  # with master weights, also of weights that are float32 [D]
+    """Estimate the bytes of a rank with ZeRO; ``element`` is the bytes of a weight, ``accumulate`` the batches of a step."""
+    settings: Mapping[str, Any] = deepspeed_config(options)["zero_optimization"]
+    stage, is_offloaded = options.stage, options.offload_optimizer != "none"
+    shard = -(-model.trainable // ranks)
+    optimizer = round((_FLOAT + model.optimizer_bytes[_FLOAT]) * shard)  # with master weights, also of float32 weights [D]
     copies = 2 if stage < 3 and options.overlap_comm else 1
-    bucket = copies * element * min(int(json["reduce_bucket_size"]), model.trainable)
-    gradients = element * (own if stage == 3 else model.touched(ranks))  # of whole parameters, with stages 1 and 2 [D]
+    bucket = copies * element * min(int(settings["reduce_bucket_size"]), model.trainable)
+    gradients = element * (shard if stage == 3 else model.max_numel_in_shard(ranks))  # stages 1, 2: whole parameters [D]
     if stage == 1 and (accumulate > 1 or not options.overlap_comm):
-        gradients = element * model.trainable  # until the last batch of a step, each rank has all of them
-    weights, live, start = element * model.parameters, 0, 0
+        gradients = element * model.trainable  # each rank has all gradients until the last batch of a step
+    weights, gathered, startup = element * model.parameters, 0, 0
     if stage == 3:
-        threshold = int(json.get("stage3_param_persistence_threshold", 100_000))
-        small = sum(numel for numel in model.numels if numel < threshold)
-        most = int(json.get("stage3_max_live_parameters", 1_000_000_000))
-        start = weights  # DeepSpeed moves a model to the device before it shares it out
-        live = element * min(model.parameters - small, most)
-        weights = element * (-(-model.parameters // ranks) + small)
+        threshold = int(settings.get("stage3_param_persistence_threshold", 100_000))
+        persistent = sum(numel for numel in model.numels if numel < threshold)
+        max_live = int(settings.get("stage3_max_live_parameters", 1_000_000_000))
+        startup = weights  # DeepSpeed moves the whole model to the device before it shards it
+        gathered = element * min(model.parameters - persistent, max_live)
+        weights = element * (-(-model.parameters // ranks) + persistent)
     host = 0
-    if offload:
-        host = optimizer + (_FLOAT + element * (stage == 3)) * own  # with gradients in float32 [D]
+    if is_offloaded:
+        host = optimizer + (_FLOAT + element * (stage == 3)) * shard  # with float32 gradients [D]
         optimizer = gradients = 0
     if options.offload_param != "none":
         host += element * -(-model.parameters // ranks)
@@ -202,9 +207,9 @@ def _estimate_zero(
         weights=weights + model.buffers,
         gradients=gradients,
         optimizer=optimizer,
-        buffers=bucket + live,
+        buffers=bucket + gathered,
         activations=_activations(model, "zero", batch),
-        step=0 if offload else _FLOAT * own * (1 if model.is_fused else 2),  # gradients in float32 [D]
-        start=start,
+        step=0 if is_offloaded else _FLOAT * shard * (1 if model.is_fused else 2),  # float32 gradients [D]
+        startup=startup,
         host=host,
     )

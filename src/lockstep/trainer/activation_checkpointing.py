@@ -1,4 +1,4 @@
-"""Activation checkpointing: chosen parts of a module keep no activations, and are computed again in backward.
+"""Activation checkpointing: chosen submodules keep no activations and recompute them in backward.
 
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
 """
@@ -18,29 +18,29 @@ _KEY = "activation_checkpointing"
 
 
 class ActivationCheckpointing(Callback):
-    """Has every part of a module that is of one of some classes computed again in backward.
+    """Recompute every submodule of the given classes in backward.
 
     Args:
         paths: Import paths of the classes.
 
     Raises:
-        UsageError: One of them is no ``nn.Module``, or the module has no part of it.
+        UsageError: A class is not an ``nn.Module``, or the module has no submodule of it.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Now the module is complete, and nobody has computed with it yet."""
+        """Replace the submodules' ``forward``; here the module is complete and has not run yet."""
         for path in self.paths:
             cls = _import_class(path)
-            parts = [part for part in pl_module.modules() if isinstance(part, cls)]
-            if not parts:
-                names = sorted({f"{type(p).__module__}.{type(p).__name__}" for p in pl_module.modules()})
-                raise UsageError(f"{_KEY}: the module has no part that is a {path}{did_you_mean(path, names)}")
-            for part in parts:
-                # Not a wrapper around it: the names in a checkpoint stay as they are.
-                part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+            submodules = [module for module in pl_module.modules() if isinstance(module, cls)]
+            if not submodules:
+                names = sorted({f"{type(module).__module__}.{type(module).__name__}" for module in pl_module.modules()})
+                raise UsageError(f"{_KEY}: the module has no submodule of class {path}{did_you_mean(path, names)}")
+            for module in submodules:
+                # Not a wrapper module, which would change the names in a checkpoint.
+                module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def _import_class(path: str) -> Any:
@@ -50,5 +50,5 @@ def _import_class(path: str) -> Any:
     except (ImportError, ValueError, AttributeError):
         raise UsageError(f"{_KEY}: {path!r} is not the import path of a class.") from None
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise UsageError(f"{_KEY}: {path!r} is no nn.Module.")
+        raise UsageError(f"{_KEY}: {path!r} is not an nn.Module.")
     return cls

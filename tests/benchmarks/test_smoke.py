@@ -1,0 +1,70 @@
+"""Every benchmark runs with its smallest arguments and prints its table.
+
+Cheapest first: trainings in forks of this process, then a submission and a fault on a Slurm cluster.
+"""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import checkpoint
+import faults
+import memory
+import pytest
+import step
+from daemons import Cluster
+from support.runs import REPO
+
+pytestmark = pytest.mark.timeout(150)
+
+NUMBER = r"[\d.,]+"
+
+
+def run_in_fork(main: Callable[[Sequence[str]], object], *arguments: str) -> None:
+    """Run the ``main`` of a benchmark, which must succeed; this process must stay able to fork ranks."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(arguments)))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def assert_row(output: str, *cells: str) -> None:
+    """Check that a line of ``output`` has these cells, which are regular expressions."""
+    pattern = r"[\s│]+".join(cells)
+    assert re.search(pattern, output), f"{pattern} is missing in\n{output}"
+
+
+def test_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_fork(checkpoint.main, "--rounds", "1", "--megabytes", "1")
+    output = capfd.readouterr().out
+    for name in checkpoint.SAVES:
+        assert_row(output, "1 MB", re.escape(name), f"{NUMBER} ms", NUMBER)
+
+
+def test_memory(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_fork(memory.main, "--strategies", "ddp", "--ranks", "1")
+    assert_row(capfd.readouterr().out, "ddp", "1", *[rf"{NUMBER} \({NUMBER}\)"] * 3)
+
+
+def test_step(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_fork(step.main, "--rounds", "1", "--steps", str(step.WARM_UP + 1), "--networks", "tiny MLP")
+    output = capfd.readouterr().out
+    for name in step.TRAINERS:
+        assert_row(output, "tiny MLP", re.escape(name), NUMBER, NUMBER, NUMBER)
+
+
+def test_launch(cluster: Cluster) -> None:
+    command = [sys.executable, str(REPO / "benchmarks/launch.py"), "--rounds", "1"]
+    done = subprocess.run(command, env=os.environ | cluster.env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("sbatch", "ten lines of submitit", "launch/slurm.py", "a sweep of 1,000"):
+        assert_row(done.stdout, name, NUMBER, NUMBER)
+
+
+@pytest.mark.usefixtures("slurm_is_here")
+def test_faults(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_fork(faults.main, "--rows", "1", "--nodes", "1", "--step-seconds", "0.02")
+    assert_row(capfd.readouterr().out, "1", "SIGKILL of a rank", "2", NUMBER, NUMBER, "yes", "yes", "finished")
