@@ -56,8 +56,8 @@ def test_recommendation(memory: str, advice: str) -> None:
 
 
 def test_a_plan_names_what_is_unknown(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text((REPO / "tests/support/fault_callbacks.py").read_text() + _LATER)
-    own = ("--model", "mine.Own", "--data", "mine.Later", "--config", str(REPO / "configs/deepspeed_zero2.yaml"))
+    (tmp_path / "mine.py").write_text((REPO / "tests/support/toy_model.py").read_text() + _LATER)
+    own = ("--model", "mine.ToyModel", "--data", "mine.Later", "--config", str(REPO / "configs/deepspeed_zero2.yaml"))
     planned = plan(*own, cwd=tmp_path)
     assert planned.returncode == 0
     assert planned.stderr.endswith(
@@ -98,7 +98,7 @@ def test_nothing_fits_for_sure_while_activations_are_unknown() -> None:
             "activation_checkpointing: torch.nn.Linea does not exist; did you mean 'torch.nn.Linear'",
         ),
         (
-            ["--model", "support.fault_callbacks.TwoOptimizers", "--data", "support.fault_callbacks.Points"],
+            ["--model", "support.toy_model.TwoOptimizers", "--data", "support.toy_model.ToyData"],
             "--plan supports modules with one optimizer; this one has 2.",
         ),
         (["--data.batch_size", "63"], "data.batch_size: 63 is the global batch and does not divide by 2 ranks."),
