@@ -23,9 +23,9 @@ pytestmark = pytest.mark.timeout(150)
 NUMBER = r"[\d.,]+"
 
 
-def run_in_fork(main: Callable[[Sequence[str]], object], *arguments: str) -> None:
+def run_in_fork(main: Callable[[Sequence[str]], int | None], *arguments: str) -> None:
     """Run the ``main`` of a benchmark, which must succeed; this process must stay able to fork ranks."""
-    process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(arguments)))
     process.start()
     process.join()
     assert process.exitcode == 0
