@@ -120,6 +120,22 @@ def test_an_op_is_built_once(compiled: Path) -> None:
 
 
 @needs_compiler
+def test_environments_with_the_same_versions_share_an_op(
+    compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_ranks(load_on, 1, 1)
+    (tmp_path / "elsewhere").mkdir()
+    source = shutil.copy(tmp_path / "small.cpp", tmp_path / "elsewhere")
+    builder = importlib.import_module("deepspeed.ops.op_builder.cpu").CPUAdamBuilder
+    monkeypatch.setattr(builder, "sources", lambda _: [source])
+    fork_ranks(load_on, 1, 2)
+    assert len(compiled.read_text().splitlines()) == 1
+    monkeypatch.setattr("deepspeed.__version__", "0")
+    fork_ranks(load_on, 1, 2)
+    assert len(compiled.read_text().splitlines()) == 2
+
+
+@needs_compiler
 def test_an_op_that_does_not_compile_is_told_on_all_ranks(compiled: Path, tmp_path: Path) -> None:
     (tmp_path / "small.cpp").write_text("no\n")
     with pytest.raises(RankFailed) as failed:
