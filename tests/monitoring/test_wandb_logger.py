@@ -3,7 +3,6 @@ real online runs, with a server that comes and goes."""
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +13,12 @@ import pytest
 import wandb
 import yaml
 from support.faults import fault
+from support.forks import run_forked
 from support.runs import SMALL, Launch, Outcome
 from support.wandb_reader import read_history, read_records
 from support.wandb_server import WandbServer
 
+from lockstep import cli
 from lockstep.config.schema import WandbOptions
 from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
 from lockstep.monitoring.wandb_logger import wandb_mode
@@ -184,11 +185,11 @@ def test_what_a_server_has_missed_is_given_to_it_later(
     assert f"wandb sync {run.folder}/wandb/offline-run-*" in capfd.readouterr().err
     server.come()
     for _ in range(2):
-        command = [sys.executable, "-m", "lockstep.cli", "sync", str(run.folder)]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().endswith(run.folder.name)
+        done = run_forked(cli.main, "sync", str(run.folder))
+        assert done.returncode == 0 and done.stdout.strip().endswith(run.folder.name)
         assert_complete(server, run)
     server.go()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_forked(cli.main, "sync", str(run.folder))
     assert (done.returncode, "try again later" in done.stderr) == (1, True)
 
 

@@ -1,8 +1,6 @@
 """ZeRO over gloo: the losses of DDP, the same weights after a kill, from any number of ranks and stage to any other."""
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 from support.deepspeed_runs import RUN, zero
 from support.faults import fault
+from support.forks import run_forked
 from support.runs import REPO, Launch, assert_same_run, resume_run, undisturbed_run
 
+from lockstep import cli
 from lockstep.data.digits import Digits
 from lockstep.models.networks import MLP
 
@@ -95,7 +95,7 @@ def test_frozen_tied_and_forgotten_parameters(launch: Launch, tmp_path: Path) ->
     assert finished.status == 0
     assert finished.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
     out = tmp_path / "weights.safetensors"
-    subprocess.run([sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--out", str(out)], check=True)
+    assert run_forked(cli.main, "export", str(run.folder), "--out", str(out)).returncode == 0
     weights, expected = load_file(out), ddp.weights
     assert weights.keys() == expected.keys() and "tied.weight" in weights
     for name, value in expected.items():
@@ -130,8 +130,8 @@ def test_channels_last_weights(launch: Launch, tmp_path: Path) -> None:
 def test_the_exported_file_is_as_good_as_the_run(launch: Launch, tmp_path: Path) -> None:
     run = undisturbed_run(launch, *RUN, *zero(3, 2))
     out = tmp_path / "weights.safetensors"
-    command = [sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--part", "network", "--out", str(out)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith(f"{out}: ")
+    exported = run_forked(cli.main, "export", str(run.folder), "--part", "network", "--out", str(out))
+    assert exported.returncode == 0 and exported.stdout.startswith(f"{out}: ")
     network = MLP(hidden=[64, 96])
     network.load_state_dict(load_file(out))
     data = Digits()

@@ -20,8 +20,10 @@ import torch
 from safetensors.torch import load_file
 from support.deepspeed_runs import RUN, zero
 from support.faults import fault
+from support.forks import run_forked
 from support.runs import REPO, Launch, assert_same_run, resume_run
 
+from lockstep import cli
 from lockstep.core.world import World
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
 from lockstep.distributed.ranks import RankFailed, fork_ranks
@@ -238,7 +240,7 @@ def test_from_nvme_to_ddp_and_back(launch: Launch, tmp_path: Path, disk: Path) -
     assert resume_run(launch, run, *nvme(disk)).status == 0
     assert run.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
     out = tmp_path / "weights.safetensors"
-    subprocess.run([sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--out", str(out)], check=True)
+    assert run_forked(cli.main, "export", str(run.folder), "--out", str(out)).returncode == 0
     weights = load_file(out)
     assert weights.keys() == ddp.weights.keys()
     for name, value in ddp.weights.items():
