@@ -1,6 +1,6 @@
-"""Jobs that end badly, on the real one-machine cluster: the truth within seconds, the right exit status, nothing left running.
+"""Jobs that fail on the one-machine cluster: the reason within seconds, the exit status, and no process left.
 
-Cheapest first: jobs that never start, then ranks that really train and die.
+Cheapest first: jobs that never start, then ranks that train and fail.
 """
 
 import subprocess

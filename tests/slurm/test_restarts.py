@@ -1,6 +1,6 @@
-"""Jobs that are killed, requeued and run out of time, on the real one-machine cluster: they end as if nothing had happened.
+"""Jobs that are killed, requeued or out of time end with the weights of an undisturbed job.
 
-A short selection of the fault table, all of it at the same time; ``make faults`` is the whole of it.
+A short selection of the fault table, ``make faults``: first five jobs side by side, then one job on different nodes.
 """
 
 import json

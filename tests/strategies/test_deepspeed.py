@@ -1,4 +1,4 @@
-"""ZeRO over gloo: the losses of DDP, the same weights after a kill, from any number of ranks and stage to any other."""
+"""ZeRO over gloo in forked ranks: the losses of DDP, resuming bit for bit, and changes of ranks, stage and strategy."""
 
 import importlib
 from pathlib import Path
