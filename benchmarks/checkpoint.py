@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lockstep.checkpoint import CheckpointCallback
 from lockstep.core import World
+from lockstep.distributed import StopConsensus
 from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.session import train
 
@@ -84,7 +85,7 @@ class StockCheckpoint(Callback):
 def timed_save(callback: CheckpointCallback, trainer: Trainer) -> None:
     """Time ``CheckpointCallback.save``, without the save before it that may still be in the background."""
     if callback.writer is not None:
-        callback.writer.wait_until_finished(lambda number: number)
+        callback.writer.wait_until_finished(StopConsensus(World()))
         with SaveTimer():
             save(callback, trainer)
 
@@ -100,7 +101,7 @@ def measure(arguments: Sequence[str], megabytes: int, rounds: int) -> float:
             *("--model=checkpoint.LargeModel", f"--model.megabytes={megabytes}", "--data=checkpoint.RandomNumbers"),
             *(f"--trainer.max_steps={rounds}", "--wandb.mode=disabled", f"--run.root={folder}"),
         ]
-        train("fit", *parse_config([*keys, *arguments]), World())
+        train("fit", parse_config([*keys, *arguments]), World())
     return statistics.median(SaveTimer.seconds)
 
 

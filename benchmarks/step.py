@@ -182,7 +182,7 @@ def train_with_lockstep(world: World, network: str, steps: int) -> None:
     }
     keys = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in config.items()]
     with tempfile.TemporaryDirectory() as folder:
-        train("fit", *parse_config(keys), world, Run.create(Path(folder), f"bench-{world.rank}"))
+        train("fit", parse_config(keys), world, Run.create(Path(folder), f"bench-{world.rank}"))
 
 
 class NoWatchdog(Callback):

@@ -1,12 +1,11 @@
 """Every benchmark runs with its smallest arguments and prints its table.
 
-Cheapest first: trainings in forks of this process, then a submission and a fault on a Slurm cluster.
+Cheapest first: trainings in forks of this process, then a fault on a Slurm cluster. The benchmark of submissions is tested in
+``tests/slurm/test_submit.py``.
 """
 
 import multiprocessing
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,8 +14,6 @@ import faults
 import memory
 import pytest
 import step
-from daemons import Cluster
-from support.runs import REPO
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -56,14 +53,7 @@ def test_step(capfd: pytest.CaptureFixture[str]) -> None:
         assert_row(output, "tiny MLP", re.escape(name), NUMBER, NUMBER, NUMBER)
 
 
-def test_launch(cluster: Cluster) -> None:
-    command = [sys.executable, str(REPO / "benchmarks/launch.py"), "--rounds", "1"]
-    done = subprocess.run(command, env=os.environ | cluster.env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name in ("sbatch", "ten lines of submitit", "launch/slurm.py", "a sweep of 1,000"):
-        assert_row(done.stdout, name, NUMBER, NUMBER)
-
-
+@pytest.mark.timeout(300)  # three times, ranks import torch
 @pytest.mark.usefixtures("slurm_is_here")
 def test_faults(capfd: pytest.CaptureFixture[str]) -> None:
     run_in_fork(faults.main, "--rows", "1", "--nodes", "1", "--step-seconds", "0.02")

@@ -1,6 +1,8 @@
 """Saving and keeping: state that cannot be saved, then the writers of real ranks, then real runs."""
 
+import hashlib
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 import torch
 from support.runs import SMALL, Launch
 
-from lockstep.checkpoint.reader import latest_checkpoint, published_checkpoints
+from lockstep.checkpoint.manifest import Manifest, Progress
+from lockstep.checkpoint.reader import latest_checkpoint, published_checkpoints, read_checkpoint
 from lockstep.checkpoint.serialization import allow_numpy_globals, check_loadable
 from lockstep.checkpoint.writer import CheckpointWriter
+from lockstep.config.schema import CheckpointOptions
 from lockstep.core.errors import RunError
 from lockstep.core.world import World
 from lockstep.distributed.consensus import StopConsensus
@@ -44,30 +48,49 @@ def test_half_a_line_of_attempts_is_left_out(tmp_path: Path) -> None:
     assert [attempt.attempt for attempt in read_attempts(run)] == [1, 2]
 
 
-def save_three(world: World, folder: Path) -> tuple[list[str], list[str]]:
+PROGRESS = Progress(1, 0, 1, 0, 0.0, 0.0, 0.0)
+
+
+def test_a_manifest_that_lacks_a_key_or_is_foreign_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.pt").write_bytes(b"123")
+    Manifest(PROGRESS, 1, 1, 0.0, {"rank-0.pt": (3, hashlib.sha256(b"123").hexdigest())}).write(tmp_path)
+    found = read_checkpoint(tmp_path)
+    assert found is not None and found.manifest.progress == PROGRESS
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    del content["progress"]["epoch"]
+    for text in (json.dumps(content), "[]", "{}", "1", '{"files": [], "progress": 1}', "{"):
+        (tmp_path / "manifest.json").write_text(text)
+        complaints: list[str] = []
+        assert read_checkpoint(tmp_path, complaints.append) is None
+        assert complaints[0].startswith(f"checkpoint {tmp_path} is damaged and is ignored: manifest.json is not a manifest (")
+
+
+def save_three(world: World, run: Run) -> tuple[list[str], list[str]]:
     """Save thrice; the second time, rank one cannot write its part. What each rank says, and what is there each time."""
     init_process_group(world, torch.device("cpu"), timedelta(minutes=1))
-    agreement = StopConsensus(world)
-    writer = CheckpointWriter(folder, world, 1, background=True, keep=5, is_owner=lambda: True, on_wait=lambda: None)
+    consensus = StopConsensus(world)
+    writer = CheckpointWriter(run, world, 1, CheckpointOptions(async_save=True, keep_last=5))
     said, there = [], []
     for step in (1, 2, 3):
         part: Any = (lambda: 0) if step == 2 and world.rank == 1 else torch.full((1000,), step)
-        writer.save(step, {f"rank-{world.rank}.pt": part}, {"step": step}, agreement.reduce_max)
-        writer.wait_until_finished(agreement.reduce_max)
+        writer.save(replace(PROGRESS, step=step), {f"rank-{world.rank}.pt": part}, consensus)
+        writer.wait_until_finished(consensus)
         said.append(writer.error)
-        there.append(" ".join(sorted(path.name for path in folder.iterdir())))
-        agreement.reduce_max(0)  # nobody begins to save again before all have looked
+        there.append(" ".join(sorted(path.name for path in run.checkpoints.iterdir())))
+        consensus.reduce_max(0)  # nobody begins to save again before all have looked
     destroy_process_group()
     return said, there
 
 
 def test_nobody_waits_for_a_rank_that_cannot_write_its_part(tmp_path: Path) -> None:
-    (zero, there), (one, _) = fork_ranks(lambda world: save_three(world, tmp_path), ranks=2)
+    run = Run.create(tmp_path, "x")
+    assert run.begin_attempt() == 1
+    (zero, there), (one, _) = fork_ranks(lambda world: save_three(world, run), ranks=2)
     assert zero == ["", "the checkpoint of step 2 could not be written (rank 1 could not write its part; its log says why)", ""]
     assert one[0] == one[2] == "" and "the checkpoint of step 2 could not be written" in one[1]
     assert there == ["step-00000001", "step-00000001", "step-00000001 step-00000003"]
-    found = latest_checkpoint(tmp_path)
-    assert found is not None and (found.step, found.world_size) == (3, 2)
+    found = latest_checkpoint(run.checkpoints)
+    assert found is not None and (found.step, found.manifest.world_size) == (3, 2)
 
 
 def test_saved_every_so_many_minutes(launch: Launch) -> None:

@@ -1,6 +1,6 @@
-"""The shared module: metrics over ranks and uneven batches, networks, and no wait for the device between logged steps.
+"""The shared classifier: metrics over ranks and uneven batches, networks, and no wait for the device between logged steps.
 
-Numbers alone, then forked ranks, then short runs.
+Forked ranks, then single modules, then short runs.
 """
 
 import json
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from lockstep.config.schema import DDPOptions
+from lockstep.config.schema import DDPOptions, DistributedOptions
 from lockstep.core.errors import UsageError
 from lockstep.core.world import World
 from lockstep.data.sharding import DataSharding
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
 from lockstep.distributed.ranks import fork_ranks
-from lockstep.models.classifier import ClassificationMetrics, Classifier, make_torchvision_model
+from lockstep.models.classifier import ClassificationMetrics, Classifier
+from lockstep.models.networks import make_torchvision_model
 from lockstep.strategies.factory import make_strategy
 
 
 def score_in_parts(world: World) -> dict[str, float]:
-    """Loss, accuracy and counts of 13 samples that the ranks share unevenly, in batches of at most 2."""
+    """Loss, accuracy and counts of 13 samples, unevenly sharded, in batches of at most 2."""
     init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(13, 5, generator=generator), torch.randint(0, 5, (13,), generator=generator)
@@ -57,12 +58,12 @@ def test_any_torchvision_classifier_by_name(name: str) -> None:
 
 
 def test_argument_that_a_torchvision_model_does_not_take_raises_error() -> None:
-    with pytest.raises(UsageError, match=r"model.network_args: torchvision's resnet18 says: .*dropouts"):
+    with pytest.raises(UsageError, match=r"model.network_args: torchvision's resnet18 raised: .*dropouts"):
         make_torchvision_model("resnet18", 7, {"dropouts": 0.1})
 
 
 def test_network_args_with_a_module_raises_error() -> None:
-    with pytest.raises(UsageError, match=r"model.network_args goes with the name"):
+    with pytest.raises(UsageError, match=r"model.network_args is only for a torchvision model by name"):
         Classifier(network=nn.Linear(2, 2), network_args={"x": 1})
 
 
@@ -96,7 +97,7 @@ def test_ema_from_lightning_gives_other_final_weights(launch: Launch) -> None:
 
 
 class Uneven(LightningModule):
-    """A linear regression whose gradient shows how much each sample weighs."""
+    """A linear model whose gradient is the weight of each sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ def uneven_step(world: World) -> list[float]:
     """The weights after one step on a single batch of 7 samples."""
     init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
     strategy = make_strategy(
-        Namespace(strategy="ddp", ddp=DDPOptions()),  # type: ignore[no-untyped-call]
+        Namespace(strategy="ddp", ddp=DDPOptions(), distributed=DistributedOptions()),
         [torch.device("cpu")] * world.local_size,
         DataSharding(world, 1),
     )

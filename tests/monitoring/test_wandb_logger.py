@@ -172,7 +172,7 @@ def test_a_server_that_comes_only_at_the_end_gets_everything(
     when(tmp_path / "once-30", server.come)
     run = launch(*SMALL, *fault(tmp_path / "once-30", "pause", step=30))
     assert run.status == 0
-    assert "W&B cannot be reached, going on offline" in capfd.readouterr().err
+    assert "W&B cannot be reached; the run is offline" in capfd.readouterr().err
     assert_complete(server, run)
 
 

@@ -142,7 +142,7 @@ def test_an_op_that_does_not_compile_is_told_on_all_ranks(compiled: Path, tmp_pa
     (tmp_path / "small.cpp").write_text("no\n")
     with pytest.raises(RankFailed) as failed:
         fork_ranks(load_on, 1, 2)
-    assert failed.value.message and failed.value.exit_status == 2
+    assert failed.value.is_sentence and failed.value.exit_status == 2
     assert (
         "model.optimizer: 'mine' needs DeepSpeed's op cpu_adam, which cannot be compiled or loaded on " in failed.value.report
     )
@@ -178,7 +178,7 @@ def test_each_rank_looks_for_the_folder_which_a_login_node_need_not_have(
     told = ["--config", str(REPO / "configs/digits.yaml"), *NVME, "--run.root", str(tmp_path / "runs")]
     submit = [sys.executable, str(REPO / "launch/slurm.py"), *told, "--deepspeed.nvme_path", "/nowhere"]
     assert "sbatch" in subprocess.run(submit, capture_output=True, text=True, env={"PATH": "/nowhere"}).stderr
-    monkeypatch.setattr("lockstep.train.load_ops", lambda *_: None)
+    monkeypatch.setattr("lockstep.trainer.session.load_ops", lambda *_: None)
     for place, problem in (("/nowhere", "there is no folder /nowhere on "), ("/proc", "/proc cannot be written on ")):
         train = multiprocessing.get_context("fork").Process(
             target=lambda place=place: sys.exit(main([*told, "--deepspeed.nvme_path", place], {}))

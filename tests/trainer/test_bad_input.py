@@ -90,7 +90,7 @@ def folder_run(root: Path, *more: str) -> list[str]:
         (["--data.batch_size", "5000"], "batch_size=5000 is more than its 1280 samples"),
         (["--run.name", "a/b"], "run.name: 'a/b' must be letters, digits"),
         (["--trainer.max_epochs", "-1"], "model.schedule: cosine needs an end; set trainer.max_epochs"),
-        (["--ranks", "3"], "Digits: batch_size=64 is the global batch and does not divide by 3 ranks; 63 or 66 would."),
+        (["--ranks", "3"], "Digits: batch_size=64 is the global batch size and is not divisible by 3 ranks; use 63 or 66."),
     ],
 )
 def test_usage_error(launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -135,7 +135,7 @@ def test_run_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.Capture
 
 def test_missing_data_folder(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(*folder_run(tmp_path / "nothing")).status == USAGE
-    assert f"data.root: there is no folder {tmp_path / 'nothing' / 'train'}" in capfd.readouterr().err
+    assert f"data.root: {tmp_path / 'nothing' / 'train'} does not exist" in capfd.readouterr().err
 
 
 def test_empty_class_folder(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +177,7 @@ def test_truncated_jpeg_is_named(launch: Launch, tmp_path: Path, capfd: pytest.C
     broken.write_bytes(broken.read_bytes()[:200])
     assert launch(*folder_run(tmp_path / "data", "--data.num_workers", workers)).status == RUNNING
     said = capfd.readouterr().err
-    assert f"lockstep: {broken} is no whole JPEG or PNG" in said
+    assert f"lockstep: {broken} is not a complete JPEG or PNG" in said
     assert "Traceback" not in said
 
 
@@ -192,7 +192,7 @@ def test_skipped_jpeg_is_counted(launch: Launch, tmp_path: Path, capfd: pytest.C
     assert run.result["skipped_files"] == 2
     assert run.result["metrics"]["test/samples"] == 7
     assert launch("predict", *skipping, "--ckpt_path", str(run.folder)).status == RUNNING
-    assert f"{broken} cannot be decoded, and predict leaves no sample out; replace it" in capfd.readouterr().err
+    assert f"{broken} cannot be decoded, and predict skips no sample; replace the file" in capfd.readouterr().err
 
 
 class NanOnOneRank(Classifier):

@@ -1,21 +1,24 @@
-"""At each boundary of two steps: save if it is time to, stop if the ranks have agreed to, and remember which were the best."""
+"""Decide after each step whether to save and whether to stop, and remember which checkpoints score best."""
 
 import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lockstep.checkpoint.manifest import Progress
 from lockstep.checkpoint.rank_state import capture_state
 from lockstep.checkpoint.reader import MODEL_FILE
-from lockstep.checkpoint.serialization import check_loadable, to_plain_types
+from lockstep.checkpoint.serialization import State, check_loadable, to_plain_types
 from lockstep.checkpoint.writer import CheckpointWriter
+from lockstep.compat.lightning import dump_checkpoint, is_training_done
 from lockstep.config import CheckpointOptions
 from lockstep.core import Stopped, atomic_write_json
+from lockstep.data import DataSharding
 from lockstep.distributed import SignalReceiver, StopConsensus, allocation_end_time
 from lockstep.monitoring import CsvMetricsLogger, ThroughputMonitor
 from lockstep.runs import Run
@@ -24,25 +27,41 @@ log = logging.getLogger(__name__)
 
 
 _SHUTDOWN_SECONDS = 10.0
-"""What stopping takes beside a save: to agree, to close W&B, to be queued again."""
+"""Time that a stop takes besides its save: to reach consensus, to close W&B and to be requeued."""
 
 
 _RETRY_MINUTES = 1.0
-"""How soon a save that failed is tried again."""
+"""Time after which a failed save is repeated."""
+
+
+@runtime_checkable
+class SavableStrategy(Protocol):
+    """What a save needs of a strategy.
+
+    Attributes:
+        sharding: The world, and how its ranks share the data.
+        gradient_ready_order: See ``Progress``.
+    """
+
+    sharding: DataSharding
+    gradient_ready_order: list[int] | None
+
+    def shards(self) -> State | None:
+        """This rank's part of weights and optimizer state; None if Lightning's checkpoint holds them."""
 
 
 class CheckpointCallback(Callback):
-    """Saves and stops, on every rank.
+    """Saves and stops, together with all other ranks.
 
     Args:
-        run: Whose checkpoints they are.
-        options: When to save and what to keep.
-        throughput: Knows how long training has taken.
-        signals: What this rank was told.
-        writer: Writes this rank's part; None saves nothing.
+        run: The run whose checkpoints it saves.
+        options: When to save, and which checkpoints to keep.
+        throughput: Measures the time spent in training steps.
+        signals: Signals that this rank has received.
+        writer: Writes this rank's files; None if the run saves nothing.
 
     Attributes:
-        seconds_lost: Seconds that restarts have cost: from a checkpoint to the first step after it.
+        seconds_lost: Time lost to restarts: from each checkpoint to the first step after it.
     """
 
     def __init__(
@@ -55,124 +74,115 @@ class CheckpointCallback(Callback):
     ) -> None:
         self.run, self.options, self.throughput, self.signals, self.writer = run, options, throughput, signals, writer
         self.trainer: Trainer | None = None
-        self._agreement: StopConsensus | None = None
-        self._saved, self._saved_any = -1, False
-        self._saved_at = time.monotonic()
-        self._scores: dict[int, float] = _read_scores(run)
-        self._allocation_end = allocation_end_time()
         self.seconds_lost = 0.0
-        self._left_at: float | None = None
+        self._consensus: StopConsensus | None = None
+        self._saved_step, self._saved_any = -1, False
+        self._saved_at = time.monotonic()
+        self._previous_save: float | None = None
+        self._scores = self._read_scores()
+        self._allocation_end = allocation_end_time()
 
-    def resume(self, facts: Mapping[str, Any]) -> None:
-        """Count on from what a checkpoint of this run says."""
-        self.seconds_lost, self._left_at = float(facts["lost"]), float(facts["left_at"])
+    def resume(self, progress: Progress) -> None:
+        """Continue the accounting of the same run from ``progress``."""
+        self.seconds_lost, self._previous_save = progress.lost_seconds, progress.saved_at
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._left_at is not None:
-            self.seconds_lost, self._left_at = self.seconds_lost + time.time() - self._left_at, None
+        if self._previous_save is not None:
+            self.seconds_lost += time.time() - self._previous_save
+            self._previous_save = None
+        capture_state(trainer)  # fails now, not at the first save, where a private name of a library is gone
         self.trainer = trainer
-        strategy: Any = trainer.strategy
-        self._agreement = StopConsensus(strategy.sharding.world)
-        self._saved = trainer.global_step
+        self._consensus = StopConsensus(_strategy(trainer).sharding.world)
+        self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
 
     def on_step_boundary(self, validation_follows: bool) -> None:
-        """After a step, before the validation that may follow."""
-        trainer, agreement = self.trainer, self._agreement
-        assert trainer is not None and agreement is not None
-        agreed = agreement.poll(self._why_stop(trainer), self._wants_to_save(trainer))
+        """Save or stop if it is time to; called after each optimizer step, before the validation that may follow."""
+        trainer, consensus = self.trainer, self._consensus
+        assert trainer is not None and consensus is not None
+        decision = consensus.poll(self._stop_signal(trainer), self._wants_to_save(trainer))
         step, every = trainer.global_step, self.options.every_n_steps
-        due = validation_follows or agreed.save or agreed.stop or (every and step % every == 0) or _is_last_step(trainer)
-        if due and step != self._saved:
+        due = validation_follows or decision.save or decision.stop or (every and step % every == 0) or _is_last_step(trainer)
+        if due and step != self._saved_step:
             self.save(trainer)
-        if agreed.stop:
+        if decision.stop:
             if self.writer is not None:
-                self.writer.wait_until_finished(self._reduce_max)
+                self.writer.wait_until_finished(consensus)
             trainer.strategy.barrier("stop")
-            raise Stopped(agreed.stop, step, together=True)
+            raise Stopped(decision.stop, step, together=True)
 
     def save(self, trainer: Trainer) -> None:
-        """Save what is now; every rank must call."""
+        """Save the current state; every rank must call."""
         if self.writer is None:
             return
-        strategy: Any = trainer.strategy
-        step = trainer.global_step
-        whole = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        parts: dict[str, Any] = {f"rank-{trainer.global_rank}.pt": capture_state(trainer)}
+        assert self._consensus is not None
+        strategy, rank, is_rank_zero = _strategy(trainer), trainer.global_rank, trainer.is_global_zero
+        checkpoint = dump_checkpoint(trainer)  # with ZeRO every rank takes part
+        parts: dict[str, Any] = {f"rank-{rank}.pt": capture_state(trainer)}
         if (shards := strategy.shards()) is not None:
-            parts[f"shard-{trainer.global_rank}.pt"] = shards
-        if trainer.is_global_zero:
-            whole["hyper_parameters"] = to_plain_types(whole.get("hyper_parameters", {}))
-            parts[MODEL_FILE] = whole
-        facts = {
-            "step": step,
-            "epoch": _completed_epochs(trainer),
-            "batch": trainer.fit_loop.epoch_loop.batch_progress.current.completed,
-            "rows": _logged_rows(trainer),
-            "ready": strategy.gradient_ready_order,
-            "seconds": self.throughput.train_seconds,
-            "lost": self.seconds_lost,
-            "left_at": time.time(),
-        }
-        rows = [logger for logger in trainer.loggers if isinstance(logger, CsvMetricsLogger)] if trainer.is_global_zero else []
-        known_error = "" if all(logger.flush() for logger in rows) else f"{self.run.metrics.name} could not be written before"
-        self.writer.protected_steps = self._best()
+            parts[f"shard-{rank}.pt"] = shards
+        if is_rank_zero:
+            checkpoint["hyper_parameters"] = to_plain_types(checkpoint.get("hyper_parameters", {}))
+            parts[MODEL_FILE] = checkpoint
+        metrics = next((logger for logger in trainer.loggers if isinstance(logger, CsvMetricsLogger)), None)
+        progress = Progress(
+            step=trainer.global_step,
+            epoch=_completed_epochs(trainer),
+            batch=trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+            metric_rows=metrics.row_count if metrics else 0,
+            train_seconds=self.throughput.train_seconds,
+            lost_seconds=self.seconds_lost,
+            saved_at=time.time(),
+            gradient_ready_order=strategy.gradient_ready_order,
+        )
+        is_flushed = metrics is None or not is_rank_zero or metrics.flush()
+        known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written before"
         if not self._saved_any:
             for part in parts.values():
                 check_loadable(part)
             self._saved_any = True
-        self.writer.save(step, parts, facts, self._reduce_max, known_error)
-        self._saved, self._saved_at = step, time.monotonic()
+        self.writer.protected_steps = self._best_steps()
+        self.writer.save(progress, parts, self._consensus, known_error)
+        self._saved_step, self._saved_at = progress.step, time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         monitor = self.options.monitor
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._raise_if_signalled(trainer)
-        if monitor is None or not trainer.is_global_zero or trainer.global_step != self._saved:
+        if monitor is None or not trainer.is_global_zero or trainer.global_step != self._saved_step:
             return
         value = trainer.callback_metrics.get(monitor)
         if value is None:
             names = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            log.warning(
-                "checkpoint.monitor: %r is not logged, so no checkpoint is better than another; logged: %s.", monitor, names
-            )
+            log.warning("checkpoint.monitor: %r is not logged, so this checkpoint has no score; logged: %s.", monitor, names)
         elif math.isfinite(value):
             self._scores[trainer.global_step] = float(value)
             try:
-                atomic_write_json(
-                    self.run.checkpoints / "scores.json", {str(step): score for step, score in self._scores.items()}
-                )
+                atomic_write_json(self._scores_file, {str(step): score for step, score in self._scores.items()})
             except OSError as error:
-                log.warning("the scores of checkpoints could not be written (%s)", error.strerror)
+                log.warning("%s could not be written (%s)", self._scores_file, error.strerror)
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self._raise_if_signalled(trainer)
 
-    def on_test_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self._raise_if_signalled(trainer)
-
-    on_predict_batch_start = on_test_batch_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._agreement is not None:
+        if self._consensus is not None:
             if self.writer is not None:
-                self.writer.wait_until_finished(self._reduce_max)
-            self._agreement.close()
+                self.writer.wait_until_finished(self._consensus)
+            self._consensus.close()
 
     def _raise_if_signalled(self, trainer: Trainer) -> None:
-        """In an evaluation there is nothing to save, and so nothing to agree on: the boundary before it is saved."""
+        """Stop without consensus: an evaluation has no state to save, and the step before it is saved."""
         if self.signals.received is not None:
             if self.writer is not None:
                 self.writer.wait(_SHUTDOWN_SECONDS)
             raise Stopped(self.signals.received, trainer.global_step, together=False)
 
-    def _reduce_max(self, number: int) -> int:
-        """What ``Writer.wait_until_finished`` needs."""
-        assert self._agreement is not None and self.writer is not None
-        return self._agreement.reduce_max(number, self.writer.on_wait)
-
-    def _why_stop(self, trainer: Trainer) -> int:
+    def _stop_signal(self, trainer: Trainer) -> int:
+        """Number of the signal for which this rank wants to stop; 0 for none."""
         if self.signals.received is not None:
             return int(self.signals.received)
         if self._allocation_end is not None and trainer.is_global_zero:
@@ -182,23 +192,44 @@ class CheckpointCallback(Callback):
         return 0
 
     def _wants_to_save(self, trainer: Trainer) -> bool:
+        """Whether ``every_n_minutes`` have passed since the last save; rank zero decides."""
         if self.writer is None or not trainer.is_global_zero or self.writer.busy:
             return False
         minutes = math.inf if self.options.every_n_minutes is None else self.options.every_n_minutes
         return time.monotonic() - self._saved_at > 60 * (min(minutes, _RETRY_MINUTES) if self.writer.error else minutes)
 
-    def _best(self) -> set[int]:
+    def _best_steps(self) -> set[int]:
         """Steps of the checkpoints with the best scores."""
         if self.options.monitor is None:
             return set()
         ranked = sorted(self._scores, key=lambda step: (self._scores[step], step), reverse=self.options.mode == "max")
         return set(ranked[: self.options.save_top_k])
 
+    @property
+    def _scores_file(self) -> Path:
+        return self.run.checkpoints / "scores.json"
+
+    def _read_scores(self) -> dict[int, float]:
+        """Scores of this run's checkpoints so far, by step."""
+        try:
+            return {int(step): float(score) for step, score in json.loads(self._scores_file.read_text()).items()}
+        except FileNotFoundError:
+            return {}
+        except (AttributeError, OSError, TypeError, ValueError) as error:
+            log.warning("%s cannot be read (%s); scores so far are ignored", self._scores_file, error)
+            return {}
+
+
+def _strategy(trainer: Trainer) -> SavableStrategy:
+    strategy: object = trainer.strategy
+    assert isinstance(strategy, SavableStrategy)
+    return strategy
+
 
 def _is_last_step(trainer: Trainer) -> bool:
     """Whether training ends with this step."""
     loop = trainer.fit_loop
-    if not loop.epoch_loop._is_training_done:
+    if not is_training_done(trainer):
         return False
     assert loop.max_epochs is not None
     by_steps = loop.max_steps != -1 and trainer.global_step >= loop.max_steps
@@ -209,13 +240,3 @@ def _completed_epochs(trainer: Trainer) -> int:
     """Epochs whose steps are all done."""
     progress: Any = trainer.fit_loop.epoch_progress.current
     return int(progress.processed)
-
-
-def _logged_rows(trainer: Trainer) -> int:
-    """How many rows of metrics were logged."""
-    return next((logger.row_count for logger in trainer.loggers if isinstance(logger, CsvMetricsLogger)), 0)
-
-
-def _read_scores(run: Run) -> dict[int, float]:
-    path = run.checkpoints / "scores.json"
-    return {int(step): score for step, score in json.loads(path.read_text()).items()} if path.exists() else {}

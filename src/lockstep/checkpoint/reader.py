@@ -1,63 +1,77 @@
-"""Checkpoints that are there whole or not at all: how they are written, published, found again and cleaned up.
+"""Find checkpoints and verify them.
 
-``checkpoints/step-00000120/`` holds ``model.ckpt`` (lightning's own: weights, optimizer, schedule, loops, callbacks),
-``rank-0.pt`` … (what each rank alone knows, see ``state``) and ``manifest.json`` (size and SHA-256 of each file, step, epoch,
-batches, world size). Every rank writes its files into a hidden folder beside and flushes them to disk; rank zero reads all
-of them back, writes the manifest and renames the folder. Nobody needs a pointer to the newest one: it is the last whole one.
+A checkpoint is a folder such as ``checkpoints/step-00000120``, which contains:
+
+- ``model.ckpt``: Lightning's checkpoint with weights, optimizers, schedules, loops and callbacks
+- ``rank-0.pt`` …: per-rank state that Lightning omits, see ``rank_state``
+- ``shard-0.pt`` …: with ZeRO, each rank's part of weights and optimizer state, see ``sharded_state``
+- ``manifest.json``: the files with their checksums, see ``manifest``
+
+No file points to the newest checkpoint: it is the last one whose files match its manifest.
 """
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from lockstep.checkpoint.manifest import MANIFEST_FILE, Manifest
+from lockstep.checkpoint.serialization import State
 from lockstep.core import UsageError, World
+from lockstep.data import DataPosition, derive_seed
 
 log = logging.getLogger(__name__)
 
-MODEL_FILE, MANIFEST_FILE = "model.ckpt", "manifest.json"
+MODEL_FILE = "model.ckpt"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What one rank needs to resume, beside Lightning's checkpoint.
+
+    Attributes:
+        position: Position in the data.
+        states: This rank's saved state; in a world of another size those of the ranks that it replaces, perhaps none.
+        seed: Seed for the random numbers of a rank that does not have exactly one state.
+        gradient_ready_order: See ``Progress``.
+    """
+
+    position: DataPosition
+    states: Sequence[State]
+    seed: int
+    gradient_ready_order: list[int] | None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint.
-
-    Attributes:
-        folder: Where it lies.
-        facts: What its manifest says.
-    """
+    """A complete checkpoint in ``folder``, described by ``manifest``."""
 
     folder: Path
-    facts: Mapping[str, Any]
+    manifest: Manifest
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return int(self.facts["step"])
+        return self.manifest.progress.step
 
     @property
     def model(self) -> Path:
-        """lightning's checkpoint."""
+        """Lightning's checkpoint."""
         return self.folder / MODEL_FILE
 
-    @property
-    def world_size(self) -> int:
-        """Ranks that wrote it."""
-        return int(self.facts["world_size"])
-
-    def rank(self, rank: int) -> dict[str, Any]:
-        """What a rank alone knew."""
-        state: dict[str, Any] = torch.load(self.folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
-        return state
-
-    def states_for(self, world: World) -> list[dict[str, Any]]:
-        """The states that a rank of ``world`` goes on with; in another world, those of every ``size``-th rank from its own."""
-        return [self.rank(rank) for rank in range(world.rank, self.world_size, world.size)]
+    def resume_point(self, world: World, seed: int) -> ResumePoint:
+        """What a rank of ``world`` needs to resume from here; ``seed`` is the seed of the run."""
+        progress = self.manifest.progress
+        files = [self.folder / f"rank-{rank}.pt" for rank in range(world.rank, self.manifest.world_size, world.size)]
+        return ResumePoint(
+            DataPosition(progress.epoch, progress.batch),
+            [torch.load(file, map_location="cpu", weights_only=True) for file in files],
+            derive_seed(seed, self.step, world.rank) >> 1,
+            progress.gradient_ready_order,
+        )
 
 
 def published_checkpoints(checkpoints: Path) -> list[Path]:
@@ -66,36 +80,36 @@ def published_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def read_checkpoint(folder: Path, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
-    """The checkpoint in ``folder`` if every byte of it is as it was written; else a complaint."""
+    """The checkpoint in ``folder`` if every file matches its manifest; else ``complain`` gets the reason."""
     try:
-        facts = json.loads((folder / MANIFEST_FILE).read_text())
-        for name, (size, digest) in facts["files"].items():
-            if (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes instead of {size}")
+        manifest = Manifest.read(folder)
+        for name, (size, digest) in manifest.files.items():
+            if (found := (folder / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found} bytes instead of {size}")
             if file_sha256(folder / name) != digest:
-                raise ValueError(f"{name} is not as it was written")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{name} has another checksum than when it was written")
+    except (OSError, ValueError) as error:
         reason = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        complain(f"checkpoint {folder} is damaged and left out: {reason}.")
+        complain(f"checkpoint {folder} is damaged and is ignored: {reason}.")
         return None
-    return Checkpoint(folder, facts)
+    return Checkpoint(folder, manifest)
 
 
 def latest_checkpoint(checkpoints: Path, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
-    """The newest whole checkpoint of a run."""
+    """The newest complete checkpoint of a run."""
     return next((found for folder in published_checkpoints(checkpoints) if (found := read_checkpoint(folder, complain))), None)
 
 
 def find_checkpoint(place: Path, key: str) -> Checkpoint | Path:
-    """The checkpoint at ``place``: a file of lightning's, one of a run's, or the newest whole one of a run folder.
+    """The checkpoint at ``place``: a checkpoint of a run, the newest one of a run folder, or a file of Lightning's.
 
     Raises:
-        UsageError: There is none; it names ``key``, which gave the place.
+        UsageError: There is none; names ``key``, which was set to ``place``.
     """
     folder = place.parent if place.name == MODEL_FILE else place
     found = read_checkpoint(folder) if (folder / MANIFEST_FILE).exists() else latest_checkpoint(place / "checkpoints")
     if found is None and not place.is_file():
-        raise UsageError(f"{key}: {place} is no whole checkpoint, nor a run folder with one below checkpoints/.")
+        raise UsageError(f"{key}: {place} is neither a complete checkpoint nor a run folder with one in checkpoints/.")
     return found or place
 
 

@@ -1,11 +1,7 @@
-"""What of a rank lightning's checkpoint leaves out: random numbers, metrics, and what was logged but not yet reduced.
-
-Plain tensors and numbers only, so that it loads with ``weights_only``.
-"""
+"""Values that ``torch.load(weights_only=True)`` accepts, and copies of them on the CPU."""
 
 import re
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from io import BytesIO
 from typing import Any
 
@@ -19,23 +15,23 @@ State = dict[str, Any]
 
 
 def copy_to_cpu(value: Any) -> Any:
-    """A copy of ``value``, however nested, whose tensors are on the CPU and shared with nobody."""
+    """A copy of a nested ``value`` whose tensors are on the CPU and share no memory with the original."""
     return _map_tensors(value, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
-def _map_tensors(value: Any, make: Callable[[Tensor], Tensor]) -> Any:
-    """``value``, however nested, with what ``make`` makes of its tensors."""
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a nested ``value`` with ``function`` applied to each tensor."""
     if isinstance(value, Tensor):
-        return make(value)
+        return function(value)
     if isinstance(value, dict):
-        return type(value)((key, _map_tensors(item, make)) for key, item in value.items())
+        return type(value)((key, _map_tensors(item, function)) for key, item in value.items())
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_map_tensors(item, make) for item in value)
+        return type(value)(_map_tensors(item, function) for item in value)
     return value
 
 
 def to_plain_types(value: Any) -> Any:
-    """``value`` without what ``torch.load(weights_only=True)`` would refuse."""
+    """A copy of a nested ``value`` in which ``str(item)`` replaces what ``torch.load(weights_only=True)`` would refuse."""
     if value is None or isinstance(value, bool | int | float | str | Tensor | torch.dtype):
         return value
     if isinstance(value, Mapping):
@@ -46,33 +42,36 @@ def to_plain_types(value: Any) -> Any:
 
 
 def allow_numpy_globals() -> None:
-    """Let ``torch.load(weights_only=True)`` load arrays and numbers of numpy, of which states of one's own are often made."""
-    kinds = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType") and name != "ObjectDType"]
-    multiarray: Any = import_module("numpy._core.multiarray")
-    torch.serialization.add_safe_globals([np.ndarray, np.dtype, multiarray.scalar, multiarray._reconstruct, *kinds])
+    """Let ``torch.load(weights_only=True)`` load arrays and numbers of numpy, which the state of user code often contains."""
+    dtypes = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType") and name != "ObjectDType"]
+    constructors: list[Any] = [value.__reduce__()[0] for value in (np.empty(0), np.float64(0))]  # what pickle calls for them
+    torch.serialization.add_safe_globals([np.ndarray, np.dtype, *constructors, *dtypes])
 
 
 def check_loadable(state: Mapping[str, Any]) -> None:
-    """Raise a RunError if ``torch.load(weights_only=True)`` would refuse ``state``: a run must not train for what is lost."""
+    """Check before training goes on that a checkpoint with ``state`` could be loaded.
+
+    Raises:
+        RunError: ``torch.load(weights_only=True)`` would refuse it; names the place in ``state``.
+    """
     if (found := _find_unloadable(state, "")) is not None:
         place, reason = found
-        named = re.search(r"GLOBAL (\S+)", reason)
-        what = named[1] if named else " ".join(reason.split())
+        refused = re.search(r"GLOBAL (\S+)", reason)
         raise RunError(
-            f"A checkpoint cannot hold {place} ({what}): torch.load(weights_only=True) would refuse it; "
-            "give tensors, numbers, texts, lists and dicts there (in state_dict or on_save_checkpoint)."
+            f"A checkpoint cannot hold {place} ({refused[1] if refused else ' '.join(reason.split())}): torch.load(weights_only"
+            "=True) would refuse it; save tensors, numbers, strings, lists and dicts (in state_dict or on_save_checkpoint)."
         )
 
 
 def _find_unloadable(value: Any, place: str) -> tuple[str, str] | None:
-    """Where in ``value`` it is that cannot be loaded, and why; None if all of it can."""
+    """The place in ``value`` of what cannot be loaded, and the reason; None if all of it can."""
     file = BytesIO()
     try:
         torch.save(_map_tensors(value, lambda tensor: tensor.detach().to("meta")), file)
         file.seek(0)
         torch.load(file, weights_only=True)
         return None
-    except Exception as error:  # pickle raises what it likes
+    except Exception as error:  # pickle may raise anything
         if isinstance(value, dict):
             for key, item in value.items():
                 if (found := _find_unloadable(item, f"{place}[{key!r}]")) is not None:

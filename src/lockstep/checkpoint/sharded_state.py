@@ -1,12 +1,19 @@
-"""What ZeRO has shared out, saved so that it knows no ranks: slices of each weight, and of what the optimizer keeps for it.
+"""Weights and optimizer state that ZeRO has partitioned, saved so that any number of ranks, any stage and DDP can load them.
 
-A rank's ``shard-N.pt`` holds ``slices`` (by the parameter's name: ``start``, and one-dimensional float32 tensors: ``weight``,
-and what the optimizer keeps, such as ``exp_avg``), ``scalars`` (what the optimizer keeps once, such as ``step``), ``groups``
-(its options), the loss ``scaler`` and ``counters`` of the engine. Whoever reads takes what it needs from the files of all
-ranks: any number of ranks, any stage, and DDP.
+A rank's ``shard-N.pt`` is a dict of
+
+- ``slices``: for each parameter ``shape``, ``start`` and flat float32 tensors: ``weight``, and optimizer state
+  such as ``exp_avg``
+- ``aliases``: further names of tied parameters
+- ``scalars``: optimizer state that is not per element, such as ``step``
+- ``groups``: options of the parameter groups
+- ``scaler`` and ``counters``: loss scaler and counters of DeepSpeed's engine
+
+A reader maps the files of all ranks and reads only the elements that it needs.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,121 +28,134 @@ WEIGHT = "weight"
 
 
 def parameter_names(module: nn.Module) -> dict[int, str]:
-    """The names of parameters by their ``id``; the first one of those that are tied."""
+    """Names of the parameters by their ``id``; tied parameters have the first of their names."""
     return {id(p): name for name, p in module.named_parameters()}
 
 
+@dataclass
 class ShardedState:
-    """All weights and all state of the optimizer in a checkpoint, of which only what is asked for is read from disk.
+    """All weights and optimizer state of a checkpoint; files are mapped, and only the elements in use are read.
 
     Attributes:
-        shapes: Of the parameters, by name.
-        aliases: Other names of the same parameters, where some are tied.
-        keys: What the optimizer keeps of each element.
-        scalars, groups, scaler, counters: As in a shard.
+        slices: For each parameter the slices that its ranks have saved.
+        aliases, scalars, groups, scaler, counters: As in a shard, see above.
+        shapes: Shapes of the parameters, by name.
+        keys: Names of the optimizer's tensors, such as ``exp_avg``.
     """
 
-    def __init__(self, pieces: dict[str, list[State]], keys: Sequence[str], **more: Any) -> None:
-        self._pieces = pieces
-        self.shapes = {name: torch.Size(parts[0]["shape"]) for name, parts in pieces.items()}
-        self.keys = tuple(keys)
-        self.aliases: dict[str, str] = more.get("aliases", {})
-        self.scalars: State = more.get("scalars", {})
-        self.groups: list[State] = more.get("groups", [])
-        self.scaler: State = more.get("scaler", {})
-        self.counters: State = more.get("counters", {})
+    slices: dict[str, list[State]]
+    aliases: dict[str, str] = field(default_factory=dict)
+    scalars: State = field(default_factory=dict)
+    groups: list[State] = field(default_factory=list)
+    scaler: State = field(default_factory=dict)
+    counters: State = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(init=False)
+    keys: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shapes = {name: torch.Size(parts[0]["shape"]) for name, parts in self.slices.items()}
+        names = {key for parts in self.slices.values() for part in parts for key in part}
+        self.keys = sorted(names - {"start", "shape", WEIGHT})
 
     @classmethod
-    def of(cls, folder: Path) -> "ShardedState | None":
-        """What the shards in ``folder`` hold; None where there are none."""
+    def from_shards(cls, folder: Path) -> "ShardedState | None":
+        """The state in the shards of ``folder``; None if there are none."""
         files = sorted(folder.glob("shard-*.pt"), key=lambda path: int(path.stem.rpartition("-")[2]))
         shards = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
         if not shards:
             return None
-        pieces: dict[str, list[State]] = {}
+        slices: dict[str, list[State]] = {}
         for shard in shards:
-            for name, piece in shard["slices"].items():
-                pieces.setdefault(name, []).append(piece)
-        kept = {key for parts in pieces.values() for piece in parts for key in piece}
-        first = shards[0]
-        more = {name: first[name] for name in ("aliases", "scalars", "groups", "scaler", "counters")}
-        return cls(pieces, sorted(kept - {"start", "shape", WEIGHT}), **more)
+            for name, part in shard["slices"].items():
+                slices.setdefault(name, []).append(part)
+        return cls(slices, **{key: value for key, value in shards[0].items() if key != "slices"})
 
     @classmethod
     def from_full_state(
         cls, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None, names: Sequence[str]
     ) -> "ShardedState":
-        """A checkpoint of DDP.
+        """The state in a checkpoint of DDP.
 
         Args:
-            weights: Its ``state_dict``.
-            optimizer: The ``state_dict`` of its optimizer; None gives weights alone.
-            names: The parameters in the order of the optimizer.
+            weights: The ``state_dict`` of the module.
+            optimizer: The ``state_dict`` of the optimizer; None for the weights only.
+            names: Names of the parameters in the order of the optimizer.
         """
-        pieces: dict[str, list[State]] = {
-            name: [{"start": 0, "shape": value.shape, WEIGHT: value.reshape(-1)}] for name, value in weights.items()
-        }
-        kept = optimizer["state"] if optimizer is not None else {}
-        first: State = next(iter(kept.values()), {})
+        full = cls({})
+        full.include(weights)
+        if optimizer is None:
+            return full
+        states: Mapping[int, State] = optimizer["state"]
+        first: State = next(iter(states.values()), {})
         keys = [key for key, value in first.items() if isinstance(value, Tensor) and value.dim() > 0]
-        for index, state in kept.items():
-            pieces[names[index]][0].update({key: state[key].reshape(-1) for key in keys if key in state})
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]] if optimizer else []
-        return cls(pieces, keys, scalars={k: v for k, v in first.items() if k not in keys}, groups=groups)
+        for index, state in states.items():
+            full.slices[names[index]][0].update({key: state[key].reshape(-1) for key in keys if key in state})
+        scalars = {key: value for key, value in first.items() if key not in keys}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
+        return cls(full.slices, scalars=scalars, groups=groups)
 
     def slice(self, name: str, key: str, start: int, size: int) -> Tensor:
-        """Elements ``start`` to ``start + size`` of one tensor of a parameter; zeros of what the optimizer has not kept yet.
+        """Elements ``start`` to ``start + size`` of a flattened tensor of parameter ``name``.
+
+        Returns:
+            float32 (size,); zeros where the optimizer has no state yet.
 
         Raises:
-            UsageError: The parameter is not in the checkpoint.
+            UsageError: The checkpoint lacks the parameter, or elements of it.
         """
         found = torch.zeros(size, dtype=torch.float32)
         missing = size
-        for piece in self._pieces.get(name, ()):
-            first = max(start, piece["start"])
-            last = min(start + size, piece["start"] + piece[WEIGHT].numel())
+        for part in self.slices.get(name, ()):
+            first = max(start, part["start"])
+            last = min(start + size, part["start"] + part[WEIGHT].numel())
             if first < last:
-                if key in piece:
-                    found[first - start : last - start] = piece[key][first - piece["start"] : last - piece["start"]]
+                if key in part:
+                    found[first - start : last - start] = part[key][first - part["start"] : last - part["start"]]
                 missing -= last - first
         if missing:
             raise UsageError(f"The checkpoint is of another model: it lacks {missing} of {size} elements of {name}.")
         return found
 
     def check_same_model(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raise UsageError, which names the first parameters that differ, if these are not those of ``shapes``."""
+        """Check that the checkpoint has the parameters in ``shapes``, and no others.
+
+        Raises:
+            UsageError: It does not; names the first parameters that differ.
+        """
         wrong = [
-            f"{name} is {list(shape)} here and {list(self.shapes[name]) if name in self.shapes else 'not'} there"
+            f"{name} is {list(shape)} in the model and {list(self.shapes[name])} in the checkpoint"
+            if name in self.shapes
+            else f"{name} is not in the checkpoint"
             for name, shape in shapes.items()
             if self.shapes.get(name) != shape
         ]
-        wrong += [f"{name} is {list(shape)} there and not here" for name, shape in self.shapes.items() if name not in shapes]
+        wrong += [f"{name} is not in the model" for name in self.shapes if name not in shapes]
         if wrong:
             more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UsageError(f"The checkpoint is of another model: {'; '.join(wrong[:3])}{more}.")
 
     def include(self, weights: Mapping[str, Tensor]) -> None:
-        """Add whole weights that are not shared out, such as frozen ones."""
+        """Add weights that are not partitioned, such as frozen ones."""
         for name, value in weights.items():
             if name not in self.shapes:
-                self._pieces[name] = [{"start": 0, "shape": value.shape, WEIGHT: value.reshape(-1)}]
+                self.slices[name] = [{"start": 0, "shape": value.shape, WEIGHT: value.reshape(-1)}]
                 self.shapes[name] = value.shape
 
-    def weights(self) -> dict[str, Tensor]:
-        """The whole weights, in float32; tied ones under each of their names."""
-        whole = {name: self.whole(name) for name in self.shapes}
-        return whole | {alias: whole[name] for alias, name in self.aliases.items()}
+    def full_weights(self) -> dict[str, Tensor]:
+        """All weights in float32; a tied one under each of its names."""
+        weights = {name: self.full_weight(name) for name in self.shapes}
+        return weights | {alias: weights[name] for alias, name in self.aliases.items()}
 
-    def whole(self, name: str) -> Tensor:
-        """One whole weight, in float32."""
+    def full_weight(self, name: str) -> Tensor:
+        """One weight in float32."""
         return self.slice(name, WEIGHT, 0, self.shapes[name].numel()).reshape(self.shapes[name])
 
     def optimizer_state(self, optimizer: Optimizer, names: Mapping[int, str]) -> State:
-        """The ``state_dict`` of ``optimizer`` as DDP has it.
+        """The ``state_dict`` that ``optimizer`` would have under DDP.
 
         Args:
-            optimizer: One that has the parameters themselves.
-            names: Of the parameters, by ``id``.
+            optimizer: The optimizer of the module's own parameters.
+            names: Names of the parameters by ``id``.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state = {
@@ -144,10 +164,11 @@ class ShardedState:
                 **{key: self.slice(names[id(p)], key, 0, p.numel()).reshape(p.shape) for key in self.keys},
             }
             for index, p in enumerate(parameters)
-            if p.requires_grad  # a frozen one's step would stay behind, and stand for all when ZeRO takes over again
+            # A frozen parameter's step would not grow, but ZeRO would take it for that of all parameters.
+            if p.requires_grad
         }
-        groups, at = [], 0
+        groups, first = [], 0
         for group, options in zip(optimizer.param_groups, self.groups, strict=True):
-            groups.append({**options, "params": list(range(at, at + len(group["params"])))})
-            at += len(group["params"])
+            groups.append({**options, "params": list(range(first, first + len(group["params"])))})
+            first += len(group["params"])
         return {"state": state, "param_groups": groups}

@@ -1,9 +1,7 @@
-"""Checkpoints that are there whole or not at all: how they are written, published, found again and cleaned up.
+"""Write checkpoints atomically, in the background, and remove old ones.
 
-``checkpoints/step-00000120/`` holds ``model.ckpt`` (lightning's own: weights, optimizer, schedule, loops, callbacks),
-``rank-0.pt`` … (what each rank alone knows, see ``state``) and ``manifest.json`` (size and SHA-256 of each file, step, epoch,
-batches, world size). Every rank writes its files into a hidden folder beside and flushes them to disk; rank zero reads all
-of them back, writes the manifest and renames the folder. Nobody needs a pointer to the newest one: it is the last whole one.
+Every rank writes its files into a hidden folder and flushes them to disk. Rank zero reads all of them back, writes the
+manifest and renames the folder, which publishes the checkpoint. What a checkpoint contains is described in ``reader``.
 """
 
 import hashlib
@@ -19,9 +17,13 @@ from typing import IO, Any, cast
 
 import torch
 
-from lockstep.checkpoint.reader import MANIFEST_FILE, file_sha256, published_checkpoints
+from lockstep.checkpoint.manifest import Manifest, Progress
+from lockstep.checkpoint.reader import file_sha256, published_checkpoints
 from lockstep.checkpoint.serialization import copy_to_cpu
+from lockstep.config import CheckpointOptions
 from lockstep.core import World, atomic_write_json, fsync
+from lockstep.distributed import StopConsensus
+from lockstep.runs import Run
 
 log = logging.getLogger(__name__)
 
@@ -31,172 +33,141 @@ _PART_TIMEOUT_SECONDS = 600.0
 
 
 class CheckpointWriter:
-    """Saves what one rank has, in the background if it may; at reduce_max one save at a time.
+    """Writes the files of one rank, one checkpoint at a time.
 
     Args:
-        checkpoints: Folder of all checkpoints of the run.
-        world: Who saves together.
-        attempt: Number of this start of the run.
-        background: Whether training goes on while the files are written.
-        keep: How many of the newest stay.
-        is_owner: Whether this attempt is still the one that may write.
-        on_wait: Called about ten times a second while something is waited for.
+        run: The run whose checkpoints it writes.
+        world: The ranks that save together.
+        attempt: Number of this attempt; a newer attempt prevents publication.
+        options: Whether to write in the background, and how many checkpoints to keep.
+        on_wait: Called about ten times a second during a wait.
 
     Attributes:
-        seconds: Time that the last save took, from the first byte to its publication; 0 before the first.
-        failure: What was wrong with the last save; empty if nothing.
-        kept: Steps that are kept beside the newest.
+        seconds: Duration of the last save, up to its publication; 0 before the first.
+        error: Why the last save failed on this rank; empty if it did not.
+        protected_steps: Steps whose checkpoints are kept in addition to the newest ones.
     """
 
     def __init__(
-        self,
-        checkpoints: Path,
-        world: World,
-        attempt: int,
-        background: bool,
-        keep: int,
-        is_owner: Callable[[], bool],
-        on_wait: Callable[[], None],
+        self, run: Run, world: World, attempt: int, options: CheckpointOptions, on_wait: Callable[[], None] = lambda: None
     ) -> None:
-        self.checkpoints, self.world, self.attempt, self.background, self.keep = checkpoints, world, attempt, background, keep
-        self.is_owner, self.on_wait = is_owner, on_wait
+        self.run, self.world, self.attempt, self.options, self.on_wait = run, world, attempt, options, on_wait
         self.seconds, self.error = 0.0, ""
         self.protected_steps: set[int] = set()
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
-        self._missing: int | None = None
+        self._failed_rank: int | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a save is going on."""
+        """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of a step will be."""
-        return self.checkpoints / f"step-{step:08}"
+    def save(self, progress: Progress, parts: Mapping[str, Any], consensus: StopConsensus, known_error: str = "") -> None:
+        """Save ``parts`` as this rank's files of a checkpoint; every rank must call.
 
-    def save(
-        self,
-        step: int,
-        parts: Mapping[str, Any],
-        facts: Mapping[str, Any],
-        reduce_max: Callable[[int], int],
-        known_error: str = "",
-    ) -> None:
-        """Save ``parts``, by file name, as this rank's share of the checkpoint of ``step``; every rank must call.
-
-        Returns when the parts have been copied, or without a background when they are published. Errors do not end the
-        run: they are in ``failure``, and the log.
+        Returns once the parts are copied; without ``async_save``, once the checkpoint is published. A failure does not end
+        the run: it is logged, and in ``error``.
 
         Args:
-            step: Optimizer steps done.
-            parts: What goes into files of their own.
-            facts: What goes into the manifest.
-            reduce_max: As for ``settle``.
-            known_error: Why this rank knows already that it cannot save; empty if it may.
+            progress: How far the run has come.
+            parts: Content of each file, by its name.
+            consensus: Tells all ranks which one has failed.
+            known_error: Reason for which this rank cannot save; empty if it can.
         """
-        self.wait_until_finished(reduce_max)
-        if self.background:
+        self.wait_until_finished(consensus)
+        if self.options.async_save:
             parts = copy_to_cpu(dict(parts))
         self._written.clear()
-        self._missing = None
-        self._thread = threading.Thread(
-            target=self._save, args=(step, parts, facts, known_error), name="checkpoint", daemon=True
-        )
+        self._failed_rank = None
+        self._thread = threading.Thread(target=self._save, args=(progress, parts, known_error), name="checkpoint", daemon=True)
         self._thread.start()
-        if not self.background:
-            self.wait_until_finished(reduce_max)
+        if not self.options.async_save:
+            self.wait_until_finished(consensus)
 
-    def wait_until_finished(self, reduce_max: Callable[[int], int]) -> None:
-        """Wait until nothing is being saved; every rank must call.
-
-        Args:
-            reduce_max: Gives all ranks the largest number that one of them has given: nobody waits for the part of a rank that
-                could not write it.
-        """
+    def wait_until_finished(self, consensus: StopConsensus) -> None:
+        """Wait until the save in progress is published or has failed; every rank must call."""
         if self._thread is None:
             return
         while not self._written.wait(0.1):
             self.on_wait()
-        if (rank := reduce_max(self.world.rank if self.error else -1)) != -1:
-            self._missing = rank
+        # Rank zero must not wait for the files of a rank that could not write them.
+        if (rank := consensus.reduce_max(self.world.rank if self.error else -1, self.on_wait)) != -1:
+            self._failed_rank = rank
         while self.busy:
             self.wait(0.1)
             self.on_wait()
-        reduce_max(-1)  # the others wait for the publication here, where that is no hang
+        consensus.reduce_max(-1, self.on_wait)  # the others wait for the publication here, where the watchdog is reset
         self._thread = None
 
     def wait(self, seconds: float) -> None:
-        """Wait until this rank saves nothing, but no longer than that."""
+        """Wait up to ``seconds`` for this rank's save to finish."""
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def _save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], known_error: str) -> None:
-        began = time.monotonic()
-        final = self.path(step)
-        beside = self.checkpoints / f".{final.name}.{self.attempt}"
+    def _save(self, progress: Progress, parts: Mapping[str, Any], known_error: str) -> None:
+        start = time.monotonic()
+        final = self.run.checkpoints / f"step-{progress.step:08}"
+        hidden = final.with_name(f".{final.name}.{self.attempt}")
         try:
             if known_error:
                 raise RuntimeError(known_error)
-            beside.mkdir(exist_ok=True)
-            files = {name: _write_part(beside / name, part) for name, part in parts.items()}
-            atomic_write_json(beside / f"{self.world.rank}.json", files)
+            hidden.mkdir(exist_ok=True)
+            files = {name: _write_part(hidden / name, part) for name, part in parts.items()}
+            atomic_write_json(hidden / f"{self.world.rank}.json", files)
             self.error = ""
             self._written.set()
             if self.world.is_rank_zero:
-                self._publish(beside, final, facts)
-        except Exception as error:  # a user's own state may fail in any way, and a run does not end because of a save
+                self._publish(hidden, final, progress)
+        except Exception as error:  # state of a user's class may fail in any way
             reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-            self.error = f"the checkpoint of step {step} could not be written ({reason})"
+            self.error = f"the checkpoint of step {progress.step} could not be written ({reason})"
             self._written.set()
-            log.warning("%s; training goes on, and the last whole checkpoint is kept.", self.error)
+            log.warning("%s; training continues, and the last complete checkpoint is kept.", self.error)
             if self.world.is_rank_zero:
-                shutil.rmtree(beside, ignore_errors=True)
-        self.seconds = time.monotonic() - began
+                shutil.rmtree(hidden, ignore_errors=True)
+        self.seconds = time.monotonic() - start
 
-    def _publish(self, beside: Path, final: Path, facts: Mapping[str, Any]) -> None:
-        """Wait for all ranks, read everything back, and make the checkpoint appear."""
+    def _publish(self, hidden: Path, final: Path, progress: Progress) -> None:
+        """Wait for the files of all ranks, verify them and rename the folder."""
         deadline = time.monotonic() + _PART_TIMEOUT_SECONDS
-        files: dict[str, Any] = {}
+        files: dict[str, tuple[int, str]] = {}
         for rank in range(self.world.size):
-            told = beside / f"{rank}.json"
-            while not told.exists():
-                if self._missing is not None:
-                    raise RuntimeError(f"rank {self._missing} could not write its part; its log says why")
+            written = hidden / f"{rank}.json"
+            while not written.exists():
+                if self._failed_rank is not None:
+                    raise RuntimeError(f"rank {self._failed_rank} could not write its part; its log says why")
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"rank {rank} has not written its part")
+                    raise RuntimeError(f"rank {rank} has not written its part in {_PART_TIMEOUT_SECONDS:g} seconds")
                 time.sleep(0.01)
-            files |= json.loads(told.read_text())
+            files |= json.loads(written.read_text())
+            written.unlink()
         for name, (_, digest) in files.items():
-            if file_sha256(beside / name) != digest:
-                raise RuntimeError(f"{name} reads back otherwise than it was written")
-        for rank in range(self.world.size):
-            (beside / f"{rank}.json").unlink()
-        manifest = {**facts, "world_size": self.world.size, "attempt": self.attempt, "time": time.time(), "files": files}
-        atomic_write_json(beside / MANIFEST_FILE, manifest)
-        fsync(beside)
-        if not self.is_owner():
+            if file_sha256(hidden / name) != digest:
+                raise RuntimeError(f"{name}: checksum mismatch after write")
+        Manifest(progress, self.world.size, self.attempt, time.time(), files).write(hidden)
+        fsync(hidden)
+        if self.run.newest_attempt != self.attempt:  # an older attempt may live on, on a node that Slurm has given up
             raise RuntimeError("another attempt of this run has begun")
-        if final.exists():  # damaged, or it would have been gone on from
+        if final.exists():  # damaged, or the run would have resumed from it
             shutil.rmtree(final)
-        beside.rename(final)
-        fsync(self.checkpoints)
+        hidden.rename(final)
+        fsync(self.run.checkpoints)
         try:
-            self._clean_up(int(facts["step"]))
+            self._remove_old(progress.step)
         except OSError as error:
-            log.warning("old checkpoints in %s could not be removed (%s)", self.checkpoints, error.strerror)
+            log.warning("old checkpoints in %s could not be removed (%s)", self.run.checkpoints, error.strerror)
 
-    def _clean_up(self, done: int) -> None:
-        """Remove what is neither among the newest nor kept for its score, and what was left half-written before ``done``."""
-        published = published_checkpoints(self.checkpoints)
-        for path in published[self.keep :]:
+    def _remove_old(self, step: int) -> None:
+        """Remove checkpoints that are neither among the newest nor protected, and what failed saves up to ``step`` left."""
+        for path in published_checkpoints(self.run.checkpoints)[self.options.keep_last :]:
             if int(path.name.removeprefix("step-")) not in self.protected_steps:
-                gone = path.rename(path.with_name(f".{path.name}.gone"))  # at once no checkpoint any more
-                shutil.rmtree(gone, ignore_errors=True)
-        for path in self.checkpoints.glob(".step-*"):
-            _, step, attempt = path.name.rsplit(".", 2)
-            # Not what another rank, ahead of this one, has begun to write for the next checkpoint.
-            if attempt == "gone" or int(attempt) < self.attempt or int(step.removeprefix("step-")) <= done:
+                removed = path.rename(path.with_name(f".{path.name}.gone"))  # atomically: half a checkpoint is never visible
+                shutil.rmtree(removed, ignore_errors=True)
+        for path in self.run.checkpoints.glob(".step-*"):
+            _, name, attempt = path.name.rsplit(".", 2)
+            # Another rank may already be writing the next checkpoint.
+            if attempt == "gone" or int(attempt) < self.attempt or int(name.removeprefix("step-")) <= step:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -211,7 +182,7 @@ def _write_part(path: Path, content: Any) -> tuple[int, str]:
 
 
 class _HashingFile:
-    """A file that is hashed while it is written."""
+    """A file whose checksum is computed while it is written."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.size, self.digest = file, 0, hashlib.sha256()

@@ -5,12 +5,19 @@ Import the module of a library, not this room: the launcher must not import torc
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lockstep.core import LockstepError
+from lockstep.core import LockstepError, UsageError
 
-TESTED = {"deepspeed": "0.19.8", "lightning": "2.6.6", "submitit": "1.5.4", "torch": "2.15.0", "wandb": "0.31.0"}
+TESTED = {
+    "deepspeed": "0.19.8",
+    "lightning": "2.6.6",
+    "submitit": "1.5.4",
+    "torch": "2.15.0",
+    "torchmetrics": "1.9.0",
+    "wandb": "0.31.0",
+}
 """The versions whose private names were verified."""
 
 
@@ -55,3 +62,20 @@ def patch(library: str, owner: Any, name: str, new: Any) -> None:
     """
     private(library, owner, name)
     setattr(owner, name, new)
+
+
+def check_tested_version(library: str, feature: str) -> None:
+    """Check that the installed version of ``library`` is the tested one; without the library there is nothing to check.
+
+    Raises:
+        UsageError: Another version is installed; names ``feature`` (a key and its value) and both versions.
+    """
+    try:
+        installed = version(library)
+    except PackageNotFoundError:  # as on a login node
+        return
+    if installed != TESTED[library]:
+        raise UsageError(
+            f"{feature} needs {library} {TESTED[library]}, the only version it was tested with; {installed} is installed: "
+            f"pip install {library}=={TESTED[library]}"
+        )

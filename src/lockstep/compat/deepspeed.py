@@ -1,56 +1,264 @@
-"""What DeepSpeed 0.19.8 gets wrong with NVMe, put right. Each would train on, with other numbers or none.
+"""Private names of DeepSpeed: the tensors that ZeRO partitions, its start on a CPU, and corrections of its NVMe offload."""
 
-Its code for NVMe never looks at what became of a read or a write.
-"""
-
-import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lockstep.core import RunError
+from lockstep.compat import patch, private
+from lockstep.core import RunError, UsageError
 
-_ALIGNED = 512
-"""Bytes that the address of memory must be a multiple of, for a read past the kernel's cache."""
+_READ_ALIGNMENT = 512
+"""Memory addresses that a direct read fills must be multiples of so many bytes."""
+
+_ZERO_NAMES = ("optimizer", "loss_scaler")
+_STAGE_3_NAMES = (
+    "optimizer_swapper",
+    "grad_position",
+    "get_param_id",
+    "_swappable_optimizer_subgroup",
+    "_optimizer_states_and_gradient_swap_in",
+    "_optimizer_states_and_gradient_swap_out",
+    "_reassign_or_swap_out_partitioned_parameters",
+)
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def prepare_cpu() -> None:
+    """Let DeepSpeed train on a CPU without compiling an op, and in float16.
+
+    A CPU run needs no op, but testing which ones would compile takes a compiler and half a minute. DeepSpeed allows float16
+    only on CPUs with instructions for it; torch computes in float16 without them, slowly.
+    """
+    patch("deepspeed", import_module("deepspeed.ops"), "_probe_compatible_ops", dict)
+    patch("deepspeed", import_module("deepspeed.accelerator").get_accelerator(), "is_fp16_supported", lambda: True)
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether each rank holds only a part of ``parameter``, as in stage 3."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    """The shape of the whole parameter, which may be partitioned."""
+    return torch.Size(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+
+
+def gathered(parameter: Any, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+    """Gather a partitioned parameter on every rank; ``modifier_rank`` is the rank whose changes all ranks take over."""
+    if not is_partitioned(parameter):
+        return nullcontext()
+    gather: AbstractContextManager[Any] = import_module("deepspeed").zero.GatheredParameters(
+        [parameter], modifier_rank=modifier_rank
+    )
+    return gather
+
+
+class ZeroOptimizer:
+    """The optimizer of a DeepSpeed engine in ZeRO stage 1, 2 or 3, and the state that it partitions.
+
+    Args:
+        engine: DeepSpeed's engine, set up for training.
+
+    Attributes:
+        inner: The optimizer of the module, which steps flat tensors instead of parameters.
+
+    Raises:
+        LockstepError: The installed DeepSpeed lacks a private name.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._zero: Any = engine.optimizer
+        self._is_stage_3 = hasattr(self._zero, "fp32_partitioned_groups_flat")
+        names = _STAGE_3_NAMES if self._is_stage_3 else ("single_partition_of_fp32_groups", "update_lp_params")
+        for owner, needed in ((self._zero, (*_ZERO_NAMES, *names)), (engine, _COUNTERS)):
+            for name in needed:
+                private("deepspeed", owner, name)
+        self.inner: Optimizer = self._zero.optimizer
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """The tensors that ``inner`` steps: for each group, or part of one, this rank's elements of all its parameters."""
+        zero = self._zero
+        return list(zero.fp32_partitioned_groups_flat if self._is_stage_3 else zero.single_partition_of_fp32_groups)
+
+    def capture_counters(self) -> dict[str, dict[str, Any]]:
+        """State of the loss ``scaler``, and ``counters`` of steps, samples and batches."""
+        scaler = vars(self._zero.loss_scaler).items()
+        return {
+            "scaler": {key: value for key, value in scaler if isinstance(value, bool | int | float | str | None)},
+            "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
+        }
+
+    def restore_counters(self, scaler: dict[str, Any], counters: dict[str, int]) -> None:
+        """Restore what ``capture_counters`` returned."""
+        for owner, values in ((self._zero.loss_scaler, scaler), (self._engine, counters)):
+            for name, value in values.items():
+                setattr(owner, name, value)
+
+    def update_model_weights(self) -> None:
+        """Copy the weights that the optimizer steps to those of the model; stage 3 does so at the end of ``in_memory``."""
+        if not self._is_stage_3:
+            self._zero.update_lp_params()
+
+    @contextmanager
+    def in_memory(self, index: int) -> Iterator[None]:
+        """Keep flat tensor ``index`` and its optimizer state in memory, then write them back to where they are offloaded."""
+        if not self._is_stage_3:
+            yield
+            return
+        is_swapped = self._zero._swappable_optimizer_subgroup(index)
+        if is_swapped:
+            self._zero._optimizer_states_and_gradient_swap_in(index)
+        yield
+        self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        if is_swapped:
+            self._zero._optimizer_states_and_gradient_swap_out(index)
+
+    def fragments(self, module: nn.Module) -> "Iterator[Fragment]":
+        """This rank's part of each parameter that ZeRO partitions."""
+        for name, parameter in module.named_parameters():
+            p: Any = parameter
+            if is_partitioned(p):
+                padded = p.ds_tensor.ds_numel
+                start = min(padded * self._engine.global_rank, p.ds_numel)
+                position = self._zero.grad_position.get(self._zero.get_param_id(p)) if p.requires_grad else None
+                flat, offset = position[:2] if position else (None, 0)
+                size = min(padded, p.ds_numel - start)
+                yield Fragment(self, p, name, list(p.ds_shape), start, size, padded, flat, offset)
+            elif (mapping := getattr(p, "_hp_mapping", None)) is not None:
+                part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+                flat, size = mapping.param_group_index, place.numel
+                yield Fragment(self, p, name, list(p.shape), part.start, size, size, flat, place.start)
+
+    def flat_state(self, index: int, key: str | None) -> Tensor:
+        """Flat tensor ``index``, or what the optimizer keeps for it under ``key``."""
+        found: Tensor = self.flats[index] if key is None else self.inner.state[self.flats[index]][key]
+        return found
+
+    def map_from_nvme(self, index: int, tensor: Tensor) -> Tensor:
+        """Return the content of ``tensor``, of flat tensor ``index``, which is empty while it is offloaded to NVMe.
+
+        The file is mapped: an offloaded state need not fit into memory. Between two steps nothing writes to the file.
+        """
+        swapper: Any = self._zero.optimizer_swapper if self._is_stage_3 else None
+        swapped: Any = swapper and swapper.swap_params_info.get(swapper.parameter_id(self.flats[index]))
+        for one in swapped.tensors if swapped else ():
+            if one.compute_tensor is tensor:
+                return torch.from_file(one.swap_path, size=swapped.numel(), dtype=swapped.dtype())
+        return tensor
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of a parameter.
+
+    Attributes:
+        name: Name of the parameter.
+        shape: Shape of the whole parameter.
+        start, size: First element and number of elements, in the flattened parameter.
+        padded: Number of elements with padding, which the last rank of stage 3 may have.
+        flat: Index of the flat tensor that contains it; None if the optimizer does not step the parameter.
+        offset: First element in the flat tensor.
+    """
+
+    zero: ZeroOptimizer
+    parameter: Any
+    name: str
+    shape: list[int]
+    start: int
+    size: int
+    padded: int
+    flat: int | None
+    offset: int
+
+    def read(self, key: str | None = None) -> Tensor:
+        """The weight, or what the optimizer keeps for it under ``key``: float32 (size,), live or mapped from NVMe."""
+        # Not DeepSpeed's mapping.optim_fragment: for all groups but the first it is made before there is a state.
+        if self.flat is not None:
+            return self.zero.map_from_nvme(self.flat, self.zero.flat_state(self.flat, key)).narrow(0, self.offset, self.size)
+        part = self.parameter.ds_tensor
+        if part.status.name == "AVAILABLE":
+            return torch.as_tensor(part).narrow(0, 0, self.size)
+        swapper = self.parameter.nvme_swapper
+        path = swapper.get_path(self.parameter, must_exist=True)
+        return torch.from_file(path, size=part.ds_numel, dtype=swapper.dtype).narrow(0, 0, self.size)
+
+    def write(self, key: str | None, value: Tensor) -> None:
+        """Replace what ``read`` returns by ``value``, inside ``ZeroOptimizer.in_memory``."""
+        assert self.flat is not None
+        target = self.zero.flat_state(self.flat, key).narrow(0, self.offset, self.padded)
+        target.copy_(nn.functional.pad(value, (0, self.padded - self.size)))
 
 
 @cache
 def patch_nvme() -> None:
-    """Put it right, once in a process."""
-    folder = "deepspeed.runtime.swap_tensor"
-    parameters = importlib.import_module(f"{folder}.partitioned_param_swapper")
-    optimizer = importlib.import_module(f"{folder}.partitioned_optimizer_swapper")
-    others = [importlib.import_module(f"{folder}.{name}") for name in ("optimizer_utils", "async_swapper", "utils")]
-    init = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
-    set_dtype, swap_in = init._set_dtype, parameters.AsyncPartitionedParameterSwapper.swap_in
-    # Where float16 is not supported, as on CPUs, parameters would go through bfloat16, whatever they are. The config knows.
-    init._set_dtype = lambda self, config, dtype: set_dtype(self, config, dtype if config is None else None)
-    # One that forward and then backward need next is asked for twice, which fails.
-    parameters.AsyncPartitionedParameterSwapper.swap_in = lambda self, wanted, *more, **named: swap_in(
-        self, list(dict.fromkeys(wanted)), *more, **named
-    )
-    optimizer.PartitionedOptimizerSwapper._swap_in_pinned_gradients = _read_gradients
-    for module in (parameters, optimizer, importlib.import_module(f"{folder}.pipelined_optimizer_swapper"), *others):
-        vars(module).update(swap_in_tensors=_start_read, swap_out_tensors=_start_write)
+    """Correct DeepSpeed's NVMe offload, once per process: it ignores failed reads and writes, and so trains on wrong numbers.
+
+    Raises:
+        UsageError: Python runs without assert statements, in which DeepSpeed waits for its reads and writes.
+        LockstepError: The installed DeepSpeed lacks a private name.
+    """
+    if not __debug__:
+        raise UsageError(
+            "deepspeed.nvme_path: offload to NVMe does not work under python -O, because DeepSpeed waits for reads and writes "
+            "inside assert statements; run without -O and PYTHONOPTIMIZE."
+        )
+    modules = {
+        name: import_module(f"deepspeed.runtime.swap_tensor.{name}")
+        for name in (
+            "partitioned_param_swapper",
+            "partitioned_optimizer_swapper",
+            "pipelined_optimizer_swapper",
+            "optimizer_utils",
+            "utils",
+            "async_swapper",
+        )
+    }
+    for name, module in modules.items():
+        patch("deepspeed", module, "swap_out_tensors", _start_write)
+        if name != "async_swapper":
+            patch("deepspeed", module, "swap_in_tensors", _start_read)
+    swapper = modules["partitioned_optimizer_swapper"].PartitionedOptimizerSwapper
+    patch("deepspeed", swapper, "_swap_in_pinned_gradients", _read_gradients)
+    swapper = modules["partitioned_param_swapper"].AsyncPartitionedParameterSwapper
+    swap_in = private("deepspeed", swapper, "swap_in")
+    init = import_module("deepspeed.runtime.zero.partition_parameters").Init
+    set_dtype = private("deepspeed", init, "_set_dtype")
+
+    def swap_in_once(self: Any, parameters: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """Swap in each parameter once: one that forward and then backward need next is requested twice, which fails."""
+        return swap_in(self, list(dict.fromkeys(parameters)), *args, **kwargs)
+
+    def set_dtype_of_config(self: Any, config: Any, dtype: Any) -> None:
+        """Prefer the type in the config: without support for float16, as on CPUs, the other one is always bfloat16."""
+        set_dtype(self, config, dtype if config is None else None)
+
+    patch("deepspeed", swapper, "swap_in", swap_in_once)
+    patch("deepspeed", init, "_set_dtype", set_dtype_of_config)
 
 
 def _start_read(handle: Any, tensors: Sequence[Tensor], paths: Sequence[str]) -> None:
-    """Begin to read each file into its tensor; one whose address does not allow that would silently stay as it is."""
+    """Start to read each file into its tensor; DeepSpeed would leave a tensor at an unaligned address unchanged."""
     for tensor, path in zip(tensors, paths, strict=True):
-        if handle.is_pinned(tensor) and tensor.data_ptr() % _ALIGNED:
+        if handle.is_pinned(tensor) and tensor.data_ptr() % _READ_ALIGNMENT:
             raise RunError(
-                f"deepspeed.config: DeepSpeed cannot read {path} as the file wants it to; take out pipeline_read and such."
+                f"deepspeed.config: DeepSpeed would read {path} to an unaligned address; remove options such as pipeline_read."
             )
         if handle.async_pread(tensor, path, 0) != 0:
-            raise RunError(f"deepspeed.nvme_path: {path} cannot be read.")
+            raise RunError(f"deepspeed.nvme_path: {path} cannot be read; check the disk, and restart the run.")
 
 
 def _start_write(handle: Any, tensors: Sequence[Tensor], paths: Sequence[str]) -> None:
-    """Begin to write each tensor into its file; the space is taken first, since a full disk would lose it silently."""
+    """Start to write each tensor to its file; the space is allocated first, because on a full disk writes fail silently."""
     for tensor, path in zip(tensors, paths, strict=True):
         try:
             file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -60,16 +268,22 @@ def _start_write(handle: Any, tensors: Sequence[Tensor], paths: Sequence[str]) -
             finally:
                 os.close(file)
         except OSError as error:
-            raise RunError(f"deepspeed.nvme_path: {path} cannot be written ({error.strerror}); make room, and go on.") from None
+            raise RunError(
+                f"deepspeed.nvme_path: {path} cannot be written ({error.strerror}); free space, and restart the run."
+            ) from None
         if handle.async_pwrite(tensor, path, 0) != 0:
-            raise RunError(f"deepspeed.nvme_path: {path} cannot be written.")
+            raise RunError(f"deepspeed.nvme_path: {path} cannot be written; check the disk, and restart the run.")
 
 
 def _read_gradients(swapper: Any, aio_handle: Any, parameter: Any, gradient_tensor: Tensor) -> None:
-    """Read gradients by way of memory of their own: where one begins in ``gradient_tensor`` depends on those before it."""
+    """Read gradients into separate memory, then copy them: their offsets in ``gradient_tensor`` are not aligned."""
     gradients = list(swapper.swap_params_info[swapper.parameter_id(parameter)].swapped_gradients.values())
     tensors = [torch.empty(gradient.length, dtype=gradient_tensor.dtype) for gradient in gradients]
     _start_read(aio_handle, tensors, [gradient.path for gradient in gradients])
-    assert aio_handle.wait() == len(gradients)
+    finished = aio_handle.wait()  # not in an assert, which python -O removes
+    if finished != len(gradients):
+        raise RunError(
+            f"deepspeed.nvme_path: {finished} of {len(gradients)} gradients were read; check the disk, and restart the run."
+        )
     for gradient, tensor in zip(gradients, tensors, strict=True):
         gradient_tensor.narrow(0, gradient.offset, gradient.length).copy_(tensor)

@@ -2,7 +2,7 @@
 
 from lockstep.config.arguments import split_arguments
 from lockstep.config.checks import check_checkpoint_path, check_deepspeed, check_nvme_path, check_run_root
-from lockstep.config.deepspeed import deepspeed_config, missing_nvme_folder
+from lockstep.config.deepspeed import check_offload, deepspeed_config, missing_nvme_folder
 from lockstep.config.messages import (
     class_not_set,
     expected_mapping,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lockstep.compat import check_tested_version
 from lockstep.config.schema import DeepSpeedOptions
 from lockstep.core import UsageError, did_you_mean
 
@@ -81,6 +82,7 @@ def check_offload(options: DeepSpeedOptions) -> None:
     """Raise UsageError about an offload that the stage does not allow, or that has no place to go to."""
     nvme = [name for name in ("offload_optimizer", "offload_param") if getattr(options, name) == "nvme"]
     for name in nvme:
+        check_tested_version("deepspeed", f"deepspeed.{name}: 'nvme'")
         if options.nvme_path is None:
             raise UsageError(
                 f"deepspeed.nvme_path: must be set for deepspeed.{name}: nvme; give a folder on a disk of each node."

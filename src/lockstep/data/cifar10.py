@@ -1,4 +1,4 @@
-"""CIFAR-10: 60,000 colour images of 32×32. Download, checksums and the batch format are torchvision's."""
+"""CIFAR-10: 60,000 colour images of 32×32. torchvision downloads, verifies and reads the batch files."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from lockstep.data.downloaded import DownloadedData
 
 
 class CIFAR10(DownloadedData):
-    """Ten kinds of things as images (3, 32, 32): 45,000 for training, 5,000 for validation, 10,000 for testing.
+    """Ten classes of objects as images (3, 32, 32): 45,000 for training, 5,000 for validation, 10,000 for testing.
 
-    ``<root>/cifar10/cifar-10-batches-py`` holds the batch files. ``augment`` mirrors an image at random and shifts it by up
-    to four pixels.
+    ``<root>/cifar10/cifar-10-batches-py`` holds the batch files. ``augment`` flips an image at random and shifts it, by four
+    pixels at most.
     """
 
     num_classes = 10

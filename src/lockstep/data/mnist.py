@@ -1,4 +1,4 @@
-"""MNIST: 70,000 grey images of 28×28. Download, checksums and the idx format are torchvision's."""
+"""MNIST: 70,000 grey images of 28×28. torchvision downloads, verifies and reads the idx files."""
 
 from typing import Any
 
@@ -12,7 +12,8 @@ from lockstep.data.downloaded import DownloadedData
 class MNIST(DownloadedData):
     """Handwritten digits as images (1, 28, 28): 55,000 for training, 5,000 for validation, 10,000 for testing.
 
-    ``<root>/mnist/MNIST/raw`` holds the four idx files. ``augment`` shifts an image by up to two pixels.
+    ``<root>/mnist/MNIST/raw`` holds the four idx files. ``augment`` shifts an image at random, by two pixels
+    at most.
     """
 
     num_classes = 10

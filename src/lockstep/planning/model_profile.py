@@ -155,7 +155,7 @@ def batch_source(data: LightningDataModule) -> BatchSource | None:
         shape, per_rank = data.image_shape, data.batch_size_per_rank
         return BatchSource(
             lambda size: data.collate([(torch.zeros(shape, dtype=torch.uint8), 0)] * size),
-            None if per_rank else data.global_batch,
+            None if per_rank else data.global_batch_size,
             per_rank,
         )
     try:

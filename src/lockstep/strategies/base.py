@@ -1,95 +1,111 @@
-"""What every strategy does with data: its order, where a resumed run begins, and the weight of an uneven last batch."""
+"""What all strategies share: sharding of the data, the weight of an uneven last batch, and where a resumed run begins."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lockstep.checkpoint import ShardedState, State, parameter_names
-from lockstep.data import DataPosition, DataSharding, GlobalBatchSampler, SkipFirstBatches, derive_seed
+from lockstep.checkpoint import ResumePoint, ShardedState, State, parameter_names
+from lockstep.data import DataSharding, GlobalBatchSampler, SkipFirstBatches, derive_seed
 
 
 class LockstepStrategy(Strategy):
-    """What every lockstep strategy does with data: each loader goes in the run's order, and an uneven last batch counts
-    each of its samples alike."""
+    """Base of all strategies: shards every DataLoader, and gives each sample of an uneven last batch the same weight.
+
+    Attributes:
+        sharding: The world, and how its ranks share the data.
+        gradient_ready_order: See ``Progress``; None without DDP.
+    """
 
     sharding: DataSharding
-    position: DataPosition | None = None
     gradient_ready_order: list[int] | None = None
-    saved: ShardedState | None = None
+    _resume_point: ResumePoint | None = None
+    _sharded_state: ShardedState | None = None
+
+    @property
+    def module(self) -> LightningModule:
+        """The module that the Trainer trains."""
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def resume_from(self, point: ResumePoint) -> None:
+        """Begin the fit at ``point``; training DataLoaders start there until ``finish_resume``."""
+        self._resume_point = point
+        self.gradient_ready_order = point.gradient_ready_order
+
+    def finish_resume(self) -> None:
+        """Start the DataLoaders of all further epochs at their first batch."""
+        self._resume_point = None
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        # All ranks have drawn the same weights; from here on each draws its own dropout. Not earlier: setting up the process
-        # group, lightning seeds every rank alike.
+        # All ranks have drawn the same weights; from now on each draws its own dropout. Not earlier: Lightning gives all
+        # ranks the same seed when it sets up the process group.
         torch.manual_seed(derive_seed(self.sharding.seed, self.sharding.world.rank) >> 1)
 
     def shards(self) -> State | None:
-        """What this rank has of weights and optimizer where they are shared out; None where rank zero has all."""
+        """This rank's part of weights and optimizer state; None if Lightning's checkpoint holds them."""
         return None
 
     def global_grad_norm(self) -> Tensor | float | None:
-        """The gradient's 2-norm before clipping at the newest step, where the strategy alone knows it."""
+        """The gradient's 2-norm before clipping in the newest step; None if the strategy does not compute it."""
         return None
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The module's ``state_dict``, one by one in the order of the names; every rank must go through all of it."""
-        assert self.lightning_module is not None
-        yield from sorted(self.lightning_module.state_dict().items())
+        """Entries of the module's ``state_dict``, sorted by name; every rank must iterate over all of them."""
+        yield from sorted(self.module.state_dict().items())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-        self.saved = ShardedState.of(Path(checkpoint_path).parent)
-        if self.saved is not None:  # written by ZeRO
-            assert self.lightning_module is not None
-            parameters = dict(self.lightning_module.named_parameters())
-            self.saved.include({name: value for name, value in checkpoint["state_dict"].items() if name in parameters})
-            self.saved.check_same_model({name: p.shape for name, p in parameters.items()})
-            checkpoint["state_dict"] |= self.saved.weights()
+        self._sharded_state = saved = ShardedState.from_shards(Path(checkpoint_path).parent)
+        if saved is not None:  # ZeRO has saved it
+            parameters = dict(self.module.named_parameters())
+            saved.include({name: value for name, value in checkpoint["state_dict"].items() if name in parameters})
+            saved.check_same_model({name: p.shape for name, p in parameters.items()})
+            checkpoint["state_dict"] |= saved.full_weights()
         return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if self.saved is not None:
-            assert self.lightning_module is not None
-            state = self.saved.optimizer_state(self.optimizers[0], parameter_names(self.lightning_module))
+        if self._sharded_state is not None:
+            state = self._sharded_state.optimizer_state(self.optimizers[0], parameter_names(self.module))
             checkpoint = {**checkpoint, "optimizer_states": [state]}
         super().load_optimizer_state_dict(checkpoint)
         for optimizer in self.optimizers:
-            for parameter, kept in optimizer.state.items():
-                for key, value in kept.items():
-                    # A fused step goes through memory as it lies: what is kept must lie as its parameter does.
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    # A fused step ignores strides, so the state must have the memory layout of its parameter.
                     if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                        kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                        state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         owner = type(getattr(trainer, "datamodule", None) or self.lightning_module).__name__
-        ordered = self.sharding.shard(dataloader, owner, whole=trainer is not None and trainer.predicting)
-        position = self.position
-        if not (isinstance(ordered, DataLoader) and isinstance(ordered.batch_sampler, GlobalBatchSampler)):
-            return SkipFirstBatches(ordered, position.batch) if position else ordered
-        # Now: lightning tells the epoch only after workers have begun to fetch.
-        if position:
-            ordered.batch_sampler.order.set_epoch(position.epoch)
-            ordered.batch_sampler.start = (position.epoch, position.batch)
+        loader = self.sharding.shard(dataloader, owner, whole=trainer is not None and trainer.predicting)
+        point = self._resume_point if trainer is not None and trainer.training else None
+        if not (isinstance(loader, DataLoader) and isinstance(loader.batch_sampler, GlobalBatchSampler)):
+            return SkipFirstBatches(loader, point.position.batch) if point else loader
+        # Set the epoch now: Lightning does so only after the workers have begun to fetch.
+        if point:
+            loader.batch_sampler.epoch_sampler.set_epoch(point.position.epoch)
+            loader.batch_sampler.start = point.position
         elif trainer is not None:
-            ordered.batch_sampler.order.set_epoch(trainer.current_epoch)
-        return ordered
+            loader.batch_sampler.epoch_sampler.set_epoch(trainer.current_epoch)
+        return loader
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         weight = self._batch_weight()
         return super().backward(closure_loss if weight == 1 else closure_loss * weight, optimizer, *args, **kwargs)
 
     def _batch_weight(self) -> float:
-        module = self.lightning_module
-        if module is None or self.sharding.world.size == 1:
+        """Factor of this rank's loss that makes the mean over ranks the mean over samples."""
+        if self.lightning_module is None or self.sharding.world.size == 1:
             return 1.0
-        loader = module.trainer.train_dataloader
-        batches = getattr(loader, "batch_sampler", None)
-        return batches.weight(module.trainer.fit_loop.batch_idx) if isinstance(batches, GlobalBatchSampler) else 1.0
+        trainer = self.lightning_module.trainer
+        batches = getattr(trainer.train_dataloader, "batch_sampler", None)
+        return batches.rank_weight(trainer.fit_loop.batch_idx) if isinstance(batches, GlobalBatchSampler) else 1.0

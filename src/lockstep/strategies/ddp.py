@@ -1,8 +1,8 @@
-"""``strategy: ddp``: every rank has the whole model; and a single rank, which needs nobody."""
+"""``strategy: ddp``: every rank holds the whole model; a single rank trains without a process group."""
 
-import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +11,22 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parallel.distributed import _DDPSink
 
+from lockstep.compat.torch import replay_backward
 from lockstep.config import DDPOptions
 from lockstep.data import DataSharding
 from lockstep.distributed import WorldEnvironment
 from lockstep.strategies.base import LockstepStrategy
 
+_COMPRESSION_HOOKS: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "bf16": default_hooks.bf16_compress_hook,
+    "fp16": default_hooks.fp16_compress_hook,
+}
+
 
 class SingleDevice(LockstepStrategy, SingleDeviceStrategy):
-    """One process: no process group, no wrapper."""
+    """One rank: no process group, no wrapper around the module."""
 
     def __init__(self, device: torch.device, sharding: DataSharding) -> None:
         super().__init__(device=device)
@@ -28,14 +34,9 @@ class SingleDevice(LockstepStrategy, SingleDeviceStrategy):
 
 
 class DDP(LockstepStrategy, DDPStrategy):
-    """Distributed data parallel: every rank has the whole model, gradients are averaged while backward goes on."""
+    """Distributed data parallel: every rank holds the whole model; gradients are averaged during backward."""
 
     def __init__(self, devices: list[torch.device], sharding: DataSharding, options: DDPOptions, timeout: timedelta) -> None:
-        hooks: dict[str, Callable[..., Any] | None] = {
-            "none": None,
-            "bf16": default_hooks.bf16_compress_hook,
-            "fp16": default_hooks.fp16_compress_hook,
-        }
         super().__init__(
             parallel_devices=devices,
             cluster_environment=WorldEnvironment(sharding.world),
@@ -45,7 +46,7 @@ class DDP(LockstepStrategy, DDPStrategy):
             bucket_cap_mb=options.bucket_cap_mb,
             gradient_as_bucket_view=options.gradient_as_bucket_view,
         )
-        self._hook = hooks[options.gradient_compression]
+        self._hook = _COMPRESSION_HOOKS[options.gradient_compression]
         self._rebuckets = not options.find_unused_parameters
         self.sharding = sharding
 
@@ -57,40 +58,35 @@ class DDP(LockstepStrategy, DDPStrategy):
     def _restore_bucket_order(self, trainer: Trainer) -> None:
         """Sum gradients in the same order after a restart as before it.
 
-        After its first backward, DDP puts gradients into buckets in the order in which they became ready, and so sums them in
-        another order from the second step on. That order is noted, saved, and after a restart shown to DDP with gradients of
-        zero, so that the first step is already summed as the later ones are.
+        After its first backward pass, DDP sorts gradients into buckets by the order in which they became ready, which changes
+        the order of summation from the second step on. That order is recorded and saved. After a restart a backward pass of
+        zeros repeats it, so that the first step already uses the final buckets.
         """
-        model = self.model
-        assert isinstance(model, DistributedDataParallel)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        assert isinstance(self.model, DistributedDataParallel)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.gradient_ready_order is None:
-            ready: list[int] = []
-
-            def note(index: int, hook: list[Any]) -> Callable[[Tensor], None]:
-                def noted(_: Tensor) -> None:
-                    ready.append(index)
-                    hook.pop().remove()
-
-                return noted
-
-            for index, parameter in enumerate(parameters):
-                hook: list[Any] = []
-                hook.append(parameter.register_post_accumulate_grad_hook(note(index, hook)))  # type: ignore[no-untyped-call]
-            self.gradient_ready_order = ready
+            self.gradient_ready_order = _record_ready_order(parameters)
         elif sorted(self.gradient_ready_order) == list(range(len(parameters))):
-            for _ in range(2 if model.static_graph else 1):  # a static graph is looked at once before
-                model.reducer.prepare_for_forward()
-                model.reducer.prepare_for_backward([])
-                nothing = torch.zeros((), device=self.root_device)
-                for index in reversed(self.gradient_ready_order):  # what was added last has its gradient first
-                    nothing = nothing + parameters[index].reshape(-1)[:1].sum() * 0
-                (nothing,) = _DDPSink.apply(weakref.ref(model), nothing)
-                nothing.backward()
+            replay_backward(self.model, [parameters[index] for index in self.gradient_ready_order])
             trainer.lightning_module.zero_grad(set_to_none=True)
 
-    def _register_ddp_hooks(self) -> None:
-        # lightning registers hooks on GPUs only; gloo takes them as well.
-        if self._hook is not None:
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        if self._hook is not None:  # not ``ddp_comm_hook=``, which Lightning ignores on CPUs
             assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(None, self._hook)
+
+
+def _record_ready_order(parameters: list[torch.nn.Parameter]) -> list[int]:
+    """A list to which the next backward pass appends the indices of ``parameters``, as their gradients become ready."""
+    order: list[int] = []
+    handles: dict[int, Any] = {}
+
+    def record(index: int, _: Tensor) -> None:
+        order.append(index)
+        handles.pop(index).remove()
+
+    for index, parameter in enumerate(parameters):
+        hook = partial(record, index)
+        handles[index] = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return order

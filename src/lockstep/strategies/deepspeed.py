@@ -1,7 +1,7 @@
-"""``strategy: deepspeed``: ZeRO, through lightning's strategy on GPUs, and on CPUs over gloo to test and debug."""
+"""``strategy: deepspeed``: ZeRO through Lightning's strategy, on GPUs, and over gloo on CPUs for tests and debugging."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lockstep.checkpoint import ShardedState, State, parameter_names
-from lockstep.compat.deepspeed import patch_nvme
+from lockstep.compat.deepspeed import ZeroOptimizer, full_shape, gathered, is_partitioned, patch_nvme, prepare_cpu
+from lockstep.compat.lightning import LightningDeepSpeedStrategy, is_accumulating
 from lockstep.config import DeepSpeedOptions, deepspeed_config
 from lockstep.core import UsageError
 from lockstep.data import DataSharding
@@ -27,15 +28,15 @@ from lockstep.strategies.deepspeed_ops import select_accelerator
 from lockstep.strategies.deepspeed_state import capture_shards, restore_shards
 
 
-class DeepSpeed(LockstepStrategy, DeepSpeedStrategy):
-    """ZeRO over the ranks of the world, also over a single one.
+class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
+    """ZeRO over all ranks of the world, which may be a single one.
 
     Args:
-        devices: Of the ranks of this node.
-        sharding: The world, and the order of its data.
-        options: What is shared out, and where it is kept.
-        timeout: How long a collective waits.
-        folder: Of this rank's own, below ``options.nvme_path``; None where nothing is offloaded to NVMe.
+        devices: Devices of the ranks of this node.
+        sharding: The world, and how its ranks share the data.
+        options: What ZeRO partitions, and what it offloads.
+        timeout: How long a collective waits for a rank.
+        folder: This rank's folder in ``options.nvme_path``; None without offload to NVMe.
     """
 
     def __init__(
@@ -60,24 +61,18 @@ class DeepSpeed(LockstepStrategy, DeepSpeedStrategy):
         self._names: list[str] = []
 
     def setup_environment(self) -> None:
-        # lightning's own refuses the CPU; everything else of it works there.
-        super(DeepSpeedStrategy, self).setup_environment()
+        super(DeepSpeedStrategy, self).setup_environment()  # Lightning's own refuses CPUs
 
     def setup_distributed(self) -> None:
-        import deepspeed
-
         if not self.on_gpu:
-            # Which ops could be built: none is needed, and one for inference would take a compiler and half a minute.
-            vars(deepspeed.ops)["__compatible_ops__"] = {}
-            # DeepSpeed asks whether the CPU has instructions for float16; torch computes with it without them, slowly.
-            vars(deepspeed.get_accelerator())["is_fp16_supported"] = lambda: True
+            prepare_cpu()
         if self.folder is not None:
             patch_nvme()
         reset_seed()
         self.set_world_ranks()
-        self._init_deepspeed_distributed()
+        self.init_process_group()
         if self.on_gpu:
-            # DeepSpeed takes the GPU of that number; where Slurm shows each rank its own alone, that is 0.
+            # DeepSpeed uses the GPU of this number: 0 where Slurm shows each rank only its own GPU.
             os.environ["LOCAL_RANK"] = str(self.root_device.index)
 
     @property
@@ -85,32 +80,30 @@ class DeepSpeed(LockstepStrategy, DeepSpeedStrategy):
         return super().root_device if self.on_gpu else torch.device("cpu", 0)
 
     def shards(self) -> State | None:
-        assert self.lightning_module is not None
-        return capture_shards(self.deepspeed_engine, self.lightning_module)
+        return capture_shards(ZeroOptimizer(self.deepspeed_engine), self.module)
 
-    def _format_config(self) -> None:
-        super()._format_config()
+    def format_config(self) -> None:
+        super().format_config()
         assert isinstance(self.config, dict)
-        # lightning leaves a section of a user's own as it is, and so off.
+        # Lightning does not enable a section that the user's JSON contains.
         for section, precisions in (("fp16", ("16-mixed", "16-true")), ("bf16", ("bf16-mixed", "bf16-true"))):
             if section in self.config:
                 self.config[section]["enabled"] = self.precision_plugin.precision in precisions
 
     @property
     def handles_gradient_accumulation(self) -> bool:
-        """No: DeepSpeed counts batches over the whole run, lightning in each epoch, and takes a step with what is left over."""
+        """False: DeepSpeed counts batches over the whole run; Lightning counts per epoch and steps with the remainder."""
         return False
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Nothing: ``backward`` tells DeepSpeed what to do with the gradients of a batch; stages 2 and 3 take no other way."""
+        """Do nothing: ``backward`` tells DeepSpeed when to accumulate; stages 2 and 3 allow no other way."""
         yield
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        self.deepspeed_engine.set_gradient_accumulation_boundary(not trainer.fit_loop._should_accumulate())
-        # lightning divides the loss by the batches that are accumulated, and DeepSpeed does it once more.
+        trainer = self.module.trainer
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not is_accumulating(trainer))
+        # Lightning divides the loss by the number of accumulated batches, and DeepSpeed does so again.
         batches = trainer.accumulate_grad_batches
         return super().backward(closure_loss if batches == 1 else closure_loss * batches, optimizer, *args, **kwargs)
 
@@ -119,105 +112,84 @@ class DeepSpeed(LockstepStrategy, DeepSpeedStrategy):
         return norm
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        import deepspeed
-
-        assert self.lightning_module is not None
-        parameters = dict(self.lightning_module.named_parameters(remove_duplicate=False))
-        for name, value in sorted(self.lightning_module.state_dict().items()):
-            if hasattr(parameters.get(name), "ds_tensor"):
-                with deepspeed.zero.GatheredParameters([parameters[name]]):
-                    yield name, parameters[name].detach()
-            else:
-                yield name, value
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        for name, value in sorted(self.module.state_dict().items()):
+            parameter = parameters.get(name)
+            with gathered(parameter):
+                yield name, parameter.detach() if parameter is not None and is_partitioned(parameter) else value
 
     def init_deepspeed(self) -> None:
-        assert self.lightning_module is not None
-        for parameter in self.lightning_module.parameters():
-            # DeepSpeed takes no other order in memory, such as channels-last; images and activations keep theirs.
+        for parameter in self.module.parameters():
+            # DeepSpeed supports no other memory layout, such as channels-last; images and activations keep theirs.
             parameter.data = parameter.data.contiguous()
-        super().init_deepspeed()
-
-    def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super()._setup_model_and_optimizer(*args, **kwargs)
+            super().init_deepspeed()
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             raise UsageError(
-                f"deepspeed.config: DeepSpeed does not take {name} ({first['input']!r}) in {error.title}: {first['msg']}."
+                f"deepspeed.config: DeepSpeed rejects {name} ({first['input']!r}) in {error.title}: {first['msg']}."
             ) from None
+        if self.module.trainer.training:
+            ZeroOptimizer(self.deepspeed_engine)  # fails now, not at the first save, where a private name is gone
 
-    def _init_optimizers(self) -> Any:
-        assert self.lightning_module is not None
+    def make_optimizer(self) -> tuple[Optimizer, Any]:
         try:
-            optimizer, schedule = super()._init_optimizers()
+            optimizer, schedule = super().make_optimizer()
         except (MisconfigurationException, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "multiple optimizers" not in str(error):
                 raise
-            name = type(self.lightning_module).__name__
+            name = type(self.module).__name__
             raise UsageError(
-                f"model: {name} has several optimizers or schedules, and ZeRO takes one; use strategy ddp."
+                f"model: {name} has several optimizers or schedules, and ZeRO supports one; use strategy ddp."
             ) from None
-        names = parameter_names(self.lightning_module)
+        names = parameter_names(self.module)
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         self._names = [names[id(p)] for p in stepped]
         assert isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
-        # DeepSpeed takes a whole bucket of memory, or two, however small the model is.
-        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], sum(getattr(p, "ds_numel", p.numel()) for p in stepped))
+        # DeepSpeed allocates one bucket or two of the full size, however small the model is.
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], sum(full_shape(p).numel() for p in stepped))
         return optimizer, schedule
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Nothing: it is in the shards."""
+        """Empty, as the shards hold the state."""
         return {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is not in the shards: buffers, and parameters that are neither shared out nor stepped."""
-        assert self.lightning_module is not None
-        stepped = self._stepped()
-        parameters = self.lightning_module.named_parameters(remove_duplicate=False)
-        first = parameter_names(self.lightning_module)
-        in_shards = {name for name, p in parameters if first[id(p)] in stepped or hasattr(p, "ds_tensor")}
-        return {name: value for name, value in self.lightning_module.state_dict().items() if name not in in_shards}
+        """What the shards omit: buffers, and parameters that are neither partitioned nor stepped."""
+        stepped, first = self._stepped(), parameter_names(self.module)
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        in_shards = {name for name, p in parameters if first[id(p)] in stepped or is_partitioned(p)}
+        return {name: value for name, value in self.module.state_dict().items() if name not in in_shards}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        module = self.lightning_module
+        module = self.module
         checkpoint: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
-        parameters: dict[str, Any] = dict(module.named_parameters())
+        parameters = dict(module.named_parameters())
         names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        whole = {name: value for name, value in checkpoint["state_dict"].items() if name in parameters}
+        weights = {name: value for name, value in checkpoint["state_dict"].items() if name in parameters}
         is_fitting = module.trainer.state.fn == TrainerFn.FITTING
-        saved = ShardedState.of(Path(checkpoint_path).parent)
+        saved = ShardedState.from_shards(Path(checkpoint_path).parent)
         if saved is None:
-            states = (checkpoint.get("optimizer_states") or [None]) if is_fitting else [None]
-            saved = ShardedState.from_full_state(whole, states[0], self._names)
-        saved.include(whole)
-        saved.check_same_model({name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()})
+            states = checkpoint.get("optimizer_states") if is_fitting else None
+            saved = ShardedState.from_full_state(weights, states[0] if states else None, self._names)
+        saved.include(weights)
+        saved.check_same_model({name: full_shape(p) for name, p in parameters.items()})
         if is_fitting:
-            restore_shards(self.deepspeed_engine, module, saved)
-            self._put_weights(saved, [name for name in parameters if name not in self._stepped()])
-        else:
-            self._put_weights(saved, list(parameters))
+            restore_shards(ZeroOptimizer(self.deepspeed_engine), module, saved)
+        loaded = self._stepped() if is_fitting else set()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if name not in loaded:
+                    with gathered(parameter, modifier_rank=0):
+                        parameter.copy_(saved.full_weight(name))
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in names}
         return checkpoint
 
     def _stepped(self) -> set[str]:
-        """Names of the parameters that the optimizer steps; it may have been given frozen ones too."""
-        assert self.lightning_module is not None
-        return {name for name, p in self.lightning_module.named_parameters() if p.requires_grad} & set(self._names)
-
-    def _put_weights(self, saved: ShardedState, names: Sequence[str]) -> None:
-        import deepspeed
-
-        assert self.lightning_module is not None
-        parameters = dict(self.lightning_module.named_parameters())
-        with torch.no_grad():
-            for name in names:
-                gathered = [parameters[name]] if hasattr(parameters[name], "ds_tensor") else []
-                with deepspeed.zero.GatheredParameters(gathered, modifier_rank=0):
-                    parameters[name].copy_(saved.whole(name))
+        """Names of the parameters that the optimizer steps; it may also have frozen ones."""
+        return {name for name, p in self.module.named_parameters() if p.requires_grad} & set(self._names)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=False)
+        self.module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -1,4 +1,4 @@
-"""A rank's own folder on NVMe, for what DeepSpeed offloads: gone with the rank, or found and removed by the next one."""
+"""A private folder for each rank's offload to NVMe, which disappears with its rank or is removed by a later one."""
 
 import errno
 import fcntl
@@ -16,62 +16,67 @@ from lockstep.config import missing_nvme_folder
 from lockstep.core import UsageError, World
 from lockstep.distributed import all_gather
 
-_NAME, _LOCK = "lockstep-", "lock"
+_PREFIX, _LOCK = "lockstep-", "lock"
 
 
-_NEW_SECONDS = 5.0
-"""A folder that is as new as this may not have been locked yet."""
+_LOCKING_SECONDS = 5.0
+"""A rank may not have locked its folder yet while the folder is newer than this."""
 
 
 @contextmanager
 def private_folder(place: Path | None, world: World) -> Iterator[Path | None]:
-    """A folder in ``place`` that no other rank, run or attempt has, removed at the end; every rank must call.
+    """Make a folder in ``place`` for this rank alone, and remove it at the end; every rank must call.
 
-    DeepSpeed numbers its files by rank alone, so two runs in one place would overwrite each other's. What killed ranks have
-    left there is removed first: a rank holds a lock in its folder as long as it lives.
+    DeepSpeed names its files by rank only, so two runs in one folder would overwrite each other's. A rank holds a lock in its
+    folder as long as it lives; folders of killed ranks are removed first.
 
     Raises:
-        UsageError: On all ranks, if ``place`` will not do on one of them.
+        UsageError: On all ranks, if one of them cannot use ``place``.
     """
     if place is None:
         yield None
         return
-    with ExitStack() as held:
-        folder, reason = None, ""
+    with ExitStack() as stack:
+        folder, problem = None, ""
         try:
             if not place.is_dir():
                 raise UsageError(missing_nvme_folder(place, f" on {platform.node()}"))
             _remove_abandoned(place)
-            folder = Path(mkdtemp(prefix=_NAME, dir=place))
-            held.callback(shutil.rmtree, folder, ignore_errors=True)
-            lock = held.enter_context((folder / _LOCK).open("w"))
-            # Not flock: a DataLoader's worker would inherit it, and may outlive its rank for a while.
+            folder = Path(mkdtemp(prefix=_PREFIX, dir=place))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            lock = stack.enter_context((folder / _LOCK).open("w"))
+            # Not flock, which DataLoader workers would inherit: they may outlive their rank.
             fcntl.lockf(lock, fcntl.LOCK_EX)
             _check_direct_io(folder)
         except UsageError as error:
-            reason = error.message
+            problem = error.message
         except OSError as error:
-            there = f"{place} cannot be written on {platform.node()} ({error.strerror})"
-            reason = f"deepspeed.nvme_path: {there}; choose another folder."
-        for told in filter(None, all_gather(reason, world)):
-            raise UsageError(told)
+            where = f"{place} cannot be written on {platform.node()} ({error.strerror})"
+            problem = f"deepspeed.nvme_path: {where}; choose another folder."
+        for first in filter(None, all_gather(problem, world)):
+            raise UsageError(first)
         yield folder
 
 
 def _remove_abandoned(place: Path) -> None:
-    for folder in place.glob(f"{_NAME}*"):
+    """Remove the folders of ranks that have died."""
+    for folder in place.glob(f"{_PREFIX}*"):
         try:
-            if time.time() - folder.stat().st_mtime < _NEW_SECONDS:
+            if time.time() - folder.stat().st_mtime < _LOCKING_SECONDS:
                 continue
             with (folder / _LOCK).open("a") as lock:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)
-        except OSError:  # its rank lives, it is somebody else's, or another rank was faster
+        except OSError:  # its rank lives, another user owns it, or another rank was faster
             continue
 
 
 def _check_direct_io(folder: Path) -> None:
-    """Raise UsageError where files cannot be written as DeepSpeed writes them: past the cache, in steps of 1024 bytes."""
+    """Check that files in ``folder`` can be written as DeepSpeed writes them: past the cache, in blocks of 1024 bytes.
+
+    Raises:
+        UsageError: The file system does not support it.
+    """
     try:
         file = os.open(folder / "direct", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
         try:
@@ -82,6 +87,6 @@ def _check_direct_io(folder: Path) -> None:
         if error.errno != errno.EINVAL:
             raise
         raise UsageError(
-            f"deepspeed.nvme_path: {folder.parent} on {platform.node()} takes no direct I/O in blocks of 1024 bytes, as a disk "
-            "in memory does not; choose a folder on another disk."
+            f"deepspeed.nvme_path: {folder.parent} on {platform.node()} does not support direct I/O in blocks of 1024 bytes, "
+            "for example because it is in memory; choose a folder on another disk."
         ) from None

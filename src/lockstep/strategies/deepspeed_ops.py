@@ -1,7 +1,7 @@
-"""DeepSpeed's ops, which are compiled at first use: by one rank of each node, and only then loaded by all.
+"""Compile the DeepSpeed ops that a config needs: on one rank of each node, before all ranks load them.
 
-torch keeps compiled ops in TORCH_EXTENSIONS_DIR. If it is not set, they are in ~/.cache/torch_extensions, and all environments
-with the same versions share them.
+torch keeps compiled ops in TORCH_EXTENSIONS_DIR. If it is not set, each environment gets its own folder in
+~/.cache/torch_extensions; in a shared one, two environments would recompile each other's ops again and again.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from lockstep.compat import patch, private
-from lockstep.core import UsageError, World, atomic_write_text
+from lockstep.config import check_offload
+from lockstep.core import UsageError, World
 from lockstep.distributed import all_gather
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _OPTIMIZERS = {
     "FusedLamb": "FusedLambBuilder",
     "FusedLion": "FusedLionBuilder",
 }
-"""Builders of ``deepspeed.ops.op_builder``, by the class that loads what they build."""
+"""Builder classes in ``deepspeed.ops.op_builder``, by the optimizer that loads their op."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,27 @@ class Op:
     """An op that a config needs.
 
     Attributes:
-        builder: Class in ``deepspeed.ops.op_builder``.
+        builder: Name of its class in ``deepspeed.ops.op_builder``.
         reason: Key and value that need it.
-        instead: What would not.
-        packages: Debian's, with which it compiles.
+        remedy: How to do without it.
+        packages: Debian packages that it takes to compile it.
     """
 
     builder: str
     reason: str
-    instead: str
+    remedy: str
     packages: str = "g++"
 
 
 def required_ops(config: Namespace) -> list[Op]:
-    """The ops that a config needs."""
+    """The ops that a config needs.
+
+    Raises:
+        UsageError: The options for offload contradict each other.
+    """
     ops = []
     if config.strategy == "deepspeed":
+        check_offload(config.deepspeed)
         for key in ("offload_optimizer", "offload_param"):
             if config.deepspeed[key] == "nvme":
                 ops.append(Op("AsyncIOBuilder", f"deepspeed.{key}: 'nvme'", "use cpu", "g++ libaio-dev"))
@@ -75,45 +80,38 @@ def required_ops(config: Namespace) -> list[Op]:
 
 
 def select_accelerator(device: torch.device) -> None:
-    """Tell DeepSpeed which kind of device it is for; to be called before it is imported."""
+    """Select the kind of device that DeepSpeed uses; must be called before DeepSpeed is imported."""
     if device.type != "cuda":
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def load_ops(ops: Sequence[Op], world: World, device: torch.device) -> None:
-    """Compile ``ops`` on the first rank of each node, if they are not yet, and load them on all; every rank must call.
+    """Load ``ops`` on all ranks; the first rank of each node compiles them if necessary. Every rank must call.
 
     Raises:
-        UsageError: On all ranks, if one of them cannot.
+        UsageError: On all ranks, if one of them cannot load them.
     """
     if not ops:
         return
     select_accelerator(device)
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions" / _build_id()))
-    _share_compiled_ops()
-    for is_first in (True, False):
-        found: list[str] = []
-        loading = Thread(target=lambda found=found: found.append(_load_all(ops)), daemon=True)
-        if is_first == (world.local_rank == 0):
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions" / _environment_id()))
+    for first_rank_loads in (True, False):
+        own: list[str] = []
+        loading = Thread(target=lambda own=own: own.append(_load_all(ops)), daemon=True)
+        if first_rank_loads == (world.local_rank == 0):
             loading.start()
         else:
-            found.append("")
-        # Asked again and again: compiling may take longer than a collective may wait.
-        while None in (told := all_gather(found[0] if found else None, world)):
+            own.append("")
+        # Poll, because compiling may take longer than the timeout of a collective.
+        while None in (problems := all_gather(own[0] if own else None, world)):
             time.sleep(0.2)
-        for problem in filter(None, told):
+        for problem in filter(None, problems):
             raise UsageError(problem)
 
 
-def _build_id() -> str:
-    """A name for what decides the machine code of an op: versions, ABI, and the processor (-march=native)."""
-    cpu = Path("/proc/cpuinfo")
-    flags = re.search(r"^(flags|Features).*", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
-    facts = (
-        *(torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi(), import_module("deepspeed").__version__),
-        *(sysconfig.get_config_var("EXT_SUFFIX"), platform.machine(), flags and flags[0]),
-        *(torch.cuda.get_device_capability() if torch.cuda.is_available() else ()),
-    )
+def _environment_id() -> str:
+    """A name for the installed torch and DeepSpeed, against which ops are compiled."""
+    facts = (torch.__version__, torch.__file__, str(import_module("deepspeed").__file__), platform.machine())
     return f"lockstep-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
@@ -158,7 +156,7 @@ def _share_compiled_ops() -> None:
 
 
 def _load_all(ops: Sequence[Op]) -> str:
-    """Load ``ops``, compiling them if need be; the sentence about the first that does not load, else nothing."""
+    """Load ``ops`` and return the message about the first one that fails, else an empty string."""
     return next(filter(None, map(_load, ops)), "")
 
 
@@ -171,33 +169,33 @@ def _load(op: Op) -> str:
             if missing := _missing_tool(builder):
                 return (
                     f"{op.reason} needs DeepSpeed's op {name}, which is compiled at first use, and {missing} is missing on "
-                    f"{platform.node()}; install it (apt-get install {op.packages}), or {op.instead}."
+                    f"{platform.node()}; install it (apt-get install {op.packages}), or {op.remedy}."
                 )
-            if not _library(name).exists():
-                log.info("building %s, once for this node, which takes minutes: %s needs it", name, op.reason)
+            if not (Path(os.environ["TORCH_EXTENSIONS_DIR"]) / name / f"{name}.so").exists():
+                log.info("compiling %s for this node, which takes minutes: %s needs it", name, op.reason)
         builder.load(verbose=False)
         return ""
-    except Exception as error:  # compilers fail in many ways
+    except Exception as error:  # compilers and linkers may fail in any way
         log.error("%s cannot be loaded:\n%s", name, error)
         reason = next((line.strip() for line in str(error).splitlines() if "error:" in line), str(error).partition("\n")[0])
         return (
             f"{op.reason} needs DeepSpeed's op {name}, which cannot be compiled or loaded on {platform.node()} ({reason}); "
-            f"the log says more, or {op.instead}."
+            f"see the log, or {op.remedy}."
         )
 
 
 def _is_installed(name: str) -> bool:
-    """Whether DeepSpeed itself was installed with the op compiled, for this kind of device."""
-    about: Any = import_module("deepspeed.git_version_info")
-    accelerator: Any = import_module("deepspeed.accelerator").get_accelerator()
-    return bool(about.installed_ops.get(name)) and about.accelerator_name == accelerator._name
+    """Whether DeepSpeed was installed with the op precompiled for this kind of device."""
+    build: Any = import_module("deepspeed.git_version_info")
+    device = import_module("deepspeed.accelerator").get_accelerator().device_name()
+    return bool(build.installed_ops.get(name)) and build.accelerator_name == device
 
 
 def _missing_tool(builder: Any) -> str:
-    """What is not here of that which compiles; nothing if all of it is."""
-    if shutil.which("ninja") is None:  # it is beside this Python, which need not be an activated environment's
+    """The first tool or library for compiling that is missing; an empty string if none is."""
+    if shutil.which("ninja") is None:  # pip installs it beside Python, which is in PATH only in an activated environment
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
-    # torch takes the first, DeepSpeed's own checks the second.
+    # torch uses the first, DeepSpeed's own checks use the second.
     compilers = os.environ.get("CXX", "c++"), os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
     for program in ("ninja", *(shlex.split(compiler)[0] for compiler in compilers)):
         if shutil.which(program) is None:

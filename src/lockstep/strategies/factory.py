@@ -1,4 +1,4 @@
-"""The strategy that a config names."""
+"""Make the strategy that a config selects."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +16,13 @@ AnyStrategy = SingleDevice | DDP | DeepSpeed
 def make_strategy(
     config: Namespace, devices: list[torch.device], sharding: DataSharding, folder: Path | None = None
 ) -> AnyStrategy:
-    """The strategy of a config, for this rank.
+    """Make this rank's strategy; a single rank needs no DDP, but may use ZeRO for its offload.
 
-    A world of one needs no DDP: it trains on its one device. ZeRO is of use to it too, for what is offloaded: ``folder`` is
-    this rank's on NVMe, if anything goes there.
+    Args:
+        config: The parsed config.
+        devices: Devices of the ranks of this node.
+        sharding: The world, and how its ranks share the data.
+        folder: This rank's folder for offload to NVMe, if any.
     """
     timeout = timedelta(minutes=config.distributed.timeout_minutes)
     if config.strategy == "deepspeed":

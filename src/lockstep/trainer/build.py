@@ -74,16 +74,7 @@ def build_trainer(
     bar = given.pop("enable_progress_bar")
     bar = has_own_bar or is_interactive() if bar is None else bar
     watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds)
-    writer = CheckpointWriter(
-        run.checkpoints,
-        context.world,
-        context.attempt,
-        options.async_save,
-        options.keep_last,
-        # An older attempt may survive on a node that Slurm has given up: only the newest one writes.
-        is_owner=lambda: run.newest_attempt == context.attempt,
-        on_wait=watchdog.reset,
-    )
+    writer = CheckpointWriter(run, context.world, context.attempt, options, on_wait=watchdog.reset)
     saves = given["enable_checkpointing"] is not False
     checkpoints = CheckpointCallback(run, options, throughput, signals, writer if saves else None)
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning's own

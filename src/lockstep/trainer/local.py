@@ -55,7 +55,7 @@ def run_locally(
         # The watchdog of a rank may have recorded that another one hangs.
         place = failed.world.rank, failed.world.size, failed.world.node_rank, ""
         failure = read_first_failure(run, attempt) or Failure(
-            *place, failed.report, failed.exit_status, is_permanent=failed.message
+            *place, failed.report, failed.exit_status, is_permanent=failed.is_sentence
         )
         if not run.result.exists():  # rank zero had no time to write it
             write_failed_result(run, attempt, failure)

@@ -9,13 +9,11 @@ Differences from Lightning:
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 from lightning.pytorch import Trainer
 
-from lockstep.checkpoint import State, restore_state
+from lockstep.checkpoint import ResumePoint, restore_state
 from lockstep.compat.lightning import (
     DataFetcher,
     LightningEpochLoop,
@@ -25,22 +23,7 @@ from lockstep.compat.lightning import (
     keep_dataloaders,
     set_sampler_epoch,
 )
-from lockstep.data import DataPosition
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """The boundary at which a run resumes.
-
-    Attributes:
-        position: Epoch and batch.
-        states: States of the saved ranks that this rank replaces, see ``capture_state``.
-        seed: Seed of random number generators that ``states`` do not cover.
-    """
-
-    position: DataPosition
-    states: Sequence[State]
-    seed: int
+from lockstep.strategies import LockstepStrategy
 
 
 class EpochLoop(LightningEpochLoop):
@@ -94,12 +77,6 @@ class FitLoop(LightningFitLoop):
     def done(self) -> bool:
         return not self.epoch_loop.is_at_boundary and super().done
 
-    def setup_data(self) -> None:
-        strategy: Any = self.trainer.strategy
-        strategy.position = self.resume_point.position if self.resume_point else None
-        super().setup_data()
-        strategy.position = None
-
     def run(self) -> None:
         if self.resume_point is not None:
             self.clear_restarting()  # a restart in Lightning's sense would derive the position from the counters
@@ -117,6 +94,8 @@ class FitLoop(LightningFitLoop):
         # Callbacks may allocate what they need here; the restored state undoes what they draw, count or log.
         call_hooks(self.trainer, "on_train_epoch_start")
         restore_state(self.trainer, point.states, point.seed)
+        assert isinstance(self.trainer.strategy, LockstepStrategy)
+        self.trainer.strategy.finish_resume()
         self.resume_point = None
 
 

@@ -25,7 +25,7 @@ from lockstep.core import (
     atomic_write_text,
     setup_logging,
 )
-from lockstep.data import DataPosition, DataSharding, derive_seed
+from lockstep.data import DataSharding
 from lockstep.distributed import SignalReceiver, all_gather, broadcast_from_rank_zero, destroy_process_group
 from lockstep.monitoring import (
     CsvMetricsLogger,
@@ -53,7 +53,7 @@ from lockstep.strategies import AnyStrategy, load_ops, make_strategy, private_fo
 from lockstep.trainer.build import build_trainer, check_callbacks
 from lockstep.trainer.config_parser import dump_config, instantiate, parse_config, split_command
 from lockstep.trainer.context import RunContext
-from lockstep.trainer.loops import FitLoop, ResumePoint
+from lockstep.trainer.loops import FitLoop
 from lockstep.trainer.predictions import run_prediction
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class TrainingSession:
         self._write(result)
         if context.world.is_rank_zero:
             draw_report(context.run)
-            for line in summary_lines(context.run, result.as_dict(), self._wandb_location()):
+            for line in summary_lines(context.run, result, self._wandb_location()):
                 log.info(line)
         destroy_process_group()
         return result
@@ -170,20 +170,19 @@ class TrainingSession:
 
     def _resume(self, strategy: AnyStrategy, checkpoint: Checkpoint, is_same_run: bool) -> None:
         """Continue where ``checkpoint`` was saved; within a run, rows that are logged again are not written again."""
-        trainer, world, facts = self.trainer, self.context.world, checkpoint.facts
+        trainer, progress = self.trainer, checkpoint.manifest.progress
         assert trainer is not None and isinstance(trainer.fit_loop, FitLoop)
-        strategy.gradient_ready_order = facts["ready"]
-        seed = derive_seed(strategy.sharding.seed, checkpoint.step, world.rank) >> 1
-        position = DataPosition(int(facts["epoch"]), int(facts["batch"]))
-        trainer.fit_loop.resume_point = ResumePoint(position, checkpoint.states_for(world), seed)
+        point = checkpoint.resume_point(self.context.world, self.context.config.seed_everything)
+        strategy.resume_from(point)
+        trainer.fit_loop.resume_point = point
         if is_same_run:
-            self.throughput.train_seconds = float(facts["seconds"])
+            self.throughput.train_seconds = progress.train_seconds
             for part in (*trainer.loggers, *_callbacks(trainer)):
                 if isinstance(part, CsvMetricsLogger | WandbRunLogger):
-                    part.row_count = int(facts["rows"])
+                    part.row_count = progress.metric_rows
                 elif isinstance(part, CheckpointCallback):
-                    part.resume(facts)
-        log.info("resuming from step %d (epoch %d, batch %d)", checkpoint.step, position.epoch, position.batch)
+                    part.resume(progress)
+        log.info("resuming from step %d (epoch %d, batch %d)", progress.step, progress.epoch, progress.batch)
 
     def _fit_or_evaluate(
         self, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None

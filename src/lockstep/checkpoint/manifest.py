@@ -1,0 +1,73 @@
+"""The manifest of a checkpoint: how far the run had come, and the size and SHA-256 of every file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lockstep.core import atomic_write_json
+
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come when it saves.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Epochs done.
+        batch: Batches used of the current epoch.
+        metric_rows: Rows written to ``metrics.csv``.
+        train_seconds: Time spent in training steps, over all attempts.
+        lost_seconds: Time lost to restarts: from each checkpoint to the first step after it.
+        saved_at: When the save began, in seconds since 1970.
+        gradient_ready_order: Indices of the parameters in the order in which DDP reduces their gradients; None without DDP.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    metric_rows: int
+    train_seconds: float
+    lost_seconds: float
+    saved_at: float
+    gradient_ready_order: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``manifest.json`` records.
+
+    Attributes:
+        progress: State of the run.
+        world_size: Number of ranks that saved.
+        attempt: Number of the attempt that saved.
+        published_at: When the checkpoint was complete, in seconds since 1970.
+        files: Size in bytes and SHA-256 of each file, by name.
+    """
+
+    progress: Progress
+    world_size: int
+    attempt: int
+    published_at: float
+    files: Mapping[str, tuple[int, str]]
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``."""
+        atomic_write_json(folder / MANIFEST_FILE, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest in ``folder``.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It is damaged, or another program has written it.
+        """
+        try:
+            content = json.loads((folder / MANIFEST_FILE).read_text())
+            files = {name: (int(size), str(digest)) for name, (size, digest) in content.pop("files").items()}
+            return cls(Progress(**content.pop("progress")), files=files, **content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{MANIFEST_FILE} is not a manifest ({type(error).__name__}: {error})") from None

@@ -1,0 +1,39 @@
+"""Private names of torchmetrics: the state that a metric accumulates on this rank."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, SumMetric
+
+from lockstep.compat import private
+
+for _name in ("_update_count", "_defaults", "_reductions", "_computed"):
+    private("torchmetrics", SumMetric(), _name)
+
+
+def capture_metric(metric: Metric) -> dict[str, Any]:
+    """Number of updates and state of ``metric`` on this rank: live tensors, or lists of them, by name."""
+    return {"count": metric._update_count, "values": {name: getattr(metric, name) for name in metric._defaults}}
+
+
+def merge_metric(metric: Metric, saved: Mapping[str, Any], reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Add the updates in ``saved``, from ``capture_metric``, to those that ``metric`` has accumulated.
+
+    Args:
+        metric: A metric of the same kind; without updates it takes over the state.
+        saved: The state of another rank or another attempt.
+        reduce: Combines the stacked states, shape (2, *state); None takes the metric's own reductions.
+    """
+    is_new = metric._update_count == 0
+    for name, value in saved["values"].items():
+        own = getattr(metric, name)
+        if isinstance(value, list):
+            setattr(metric, name, [*own, *(item.to(metric.device) for item in value)])
+            continue
+        value = value.to(metric.device)
+        combine: Any = reduce or metric._reductions[name]
+        setattr(metric, name, value if is_new or combine is None else combine(torch.stack([own, value])))
+    metric._update_count += saved["count"]
+    metric._computed = None
