@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
     found = latest_checkpoint(killed.folder / "checkpoints", lambda _: None)
     assert found is not None and found.folder == before
     capfd.readouterr()
-    assert_same(go_on(launch, killed), undisturbed)
+    assert_same_run(resume_run(launch, killed), undisturbed)
     assert f"checkpoint {damaged} is damaged and is ignored: model.ckpt" in capfd.readouterr().err
 
 
@@ -148,7 +148,7 @@ def test_a_rank_that_is_stopped_is_named_and_ended(launch: Launch, tmp_path: Pat
     said = capfd.readouterr().err
     assert "rank 1 does not answer" in said and "rank 0 has made no progress for" in said
     assert "File " in said.split("its stacks:")[1]  # its stack
-    assert_same(go_on(launch, stuck), undisturbed)
+    assert_same_run(resume_run(launch, stuck), undisturbed)
 
 
 def test_the_same_run_is_not_trained_twice_at_once(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from lockstep.distributed.consensus import StopConsensus
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
 from lockstep.distributed.ranks import fork_ranks
 from lockstep.runs.attempts import Attempt, append_attempt, read_attempts
-from lockstep.runs.run import Run
+from lockstep.runs.run import Owner, Run
 
 
 class Thing:
@@ -84,7 +84,7 @@ def save_three(world: World, run: Run) -> tuple[list[str], list[str]]:
 
 def test_nobody_waits_for_a_rank_that_cannot_write_its_part(tmp_path: Path) -> None:
     run = Run.create(tmp_path, "x")
-    assert run.begin_attempt() == 1
+    assert run.claim_attempt(Owner(job="7")) == 1
     (zero, there), (one, _) = fork_ranks(lambda world: save_three(world, run), ranks=2)
     assert zero == ["", "the checkpoint of step 2 could not be written (rank 1 could not write its part; its log says why)", ""]
     assert one[0] == one[2] == "" and "the checkpoint of step 2 could not be written" in one[1]

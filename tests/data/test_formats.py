@@ -78,7 +78,8 @@ def test_mnist_is_downloaded_verified_and_split(server: tuple[Path, str], tmp_pa
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
-    assert [len(data._datasets[part]) for part in ("train", "val", "test")] == [50, 10, 20]
+    datasets: dict[Any, Any] = data._datasets
+    assert [len(datasets[part]) for part in ("train", "val", "test")] == [50, 10, 20]
     images, labels = next(iter(data.train_dataloader()))
     assert (images.shape, images.dtype, labels.dtype) == ((25, 1, 28, 28), torch.uint8, torch.int64)
     shutil.rmtree(server[0])
@@ -203,7 +204,8 @@ def test_digits_are_complete_and_their_test_set_is_the_same_for_every_seed() -> 
         data = Digits(seed=seed)
         data.setup("fit")
         data.setup("test")
-        images[seed] = {split: dataset.images for split, dataset in data._datasets.items()}
+        datasets: dict[Any, Any] = data._datasets
+        images[seed] = {split: dataset.images for split, dataset in datasets.items()}
     assert [len(images[1][split]) for split in ("train", "val", "test")] == [1280, 157, 360]
     assert torch.equal(images[1]["test"], images[2]["test"])
     assert not torch.equal(images[1]["val"], images[2]["val"])

@@ -114,7 +114,7 @@ def uneven_step(world: World) -> list[float]:
     """The weights after one step on a single batch of 7 samples."""
     init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
     strategy = make_strategy(
-        Namespace(strategy="ddp", ddp=DDPOptions(), distributed=DistributedOptions()),
+        Namespace(strategy="ddp", ddp=DDPOptions(), distributed=DistributedOptions()),  # type: ignore[no-untyped-call]
         [torch.device("cpu")] * world.local_size,
         DataSharding(world, 1),
     )

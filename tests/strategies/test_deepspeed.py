@@ -180,7 +180,7 @@ def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.
             "trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.",
         ),
         (
-            ["--model", "support.fault_callbacks.TwoOptimizers", "--data", "support.fault_callbacks.Points"],
+            ["--model", "support.toy_model.TwoOptimizers", "--data", "support.toy_model.ToyData"],
             "model: TwoOptimizers has several optimizers or schedules, and ZeRO supports one; use strategy ddp.",
         ),
     ],
