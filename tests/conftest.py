@@ -1,10 +1,10 @@
-"""What tests share: runs in a temporary folder, W&B offline, and one way to start a run."""
+"""Environment of all tests, and the fixture that starts a run."""
 
 import os
 
-# The ranks are forked from this process, and a thread pool does not survive a fork: torch must not make one.
+# Ranks are forked from this process, and a thread pool does not survive a fork: torch must not create one.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on CPUs, whatever the machine has
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks use gloo on CPUs
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import multiprocessing
@@ -22,15 +22,26 @@ pytest_plugins = ["support.slurm_cluster"]  # the fixtures of tests/slurm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that use a cluster one after the other: they wait more than they compute, and run beside the others."""
-    for item in items:
-        if "slurm_is_here" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
+    """Give the tests of a cluster and those of DeepSpeed to one worker each, first; all others go where a worker is free.
+
+    The former share a cluster, and wait more than they compute. The latter share the import of DeepSpeed and undisturbed runs.
+    """
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: ("slurm", "deepspeed", "").index(groups[item]))
+
+
+def _group(item: pytest.Item) -> str:
+    if "slurm_is_here" in getattr(item, "fixturenames", ()):
+        return "slurm"
+    return "deepspeed" if "strategies" in item.path.parts else ""
 
 
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No key, no server, no variables of a cluster; W&B off unless a test asks for it."""
+    """Remove keys and variables of a launcher, and disable W&B unless a test enables it."""
     for name in ("WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -41,9 +52,9 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Call ``launch/local.py``'s main: ``launch("--ranks", "2", …)``, in a run folder below ``tmp_path``.
+    """Run ``launch/local.py`` with some arguments: ``launch("--ranks", "2", …)``. The run folder is below ``tmp_path``.
 
-    In a fork: a process that has once run backward cannot fork ranks any more, and pytest's must be able to.
+    It runs in a fork, because a process that has run backward cannot fork ranks.
     """
 
     def start(*arguments: str) -> Outcome:

@@ -7,12 +7,12 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.runs import REPO, Launch, Outcome, assert_same, go_on, left_alone, rows, trouble
+from support.faults import fault
+from support.runs import REPO, Launch, assert_same_run, metric_rows, resume_run, undisturbed_run
+from support.wandb_reader import read_history
 
 from lockstep.checkpoint.reader import latest_checkpoint, published_checkpoints
 
@@ -25,9 +25,9 @@ DIGITS = (
 OWN = (
     *(
         "--model",
-        "support.fault_callbacks.Own",
+        "support.toy_model.ToyModel",
         "--data",
-        "support.fault_callbacks.Points",
+        "support.toy_model.ToyData",
         "--trainer.max_epochs",
         "4",
         "--trainer.log_every_n_steps",
@@ -41,10 +41,10 @@ OWN = (
 @pytest.mark.parametrize("where", ["on_train_start", "on_validation_batch_start", "on_test_batch_start", "on_train_epoch_end"])
 @pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM"])
 def test_one_rank_anywhere(launch: Launch, tmp_path: Path, what: str, where: str) -> None:
-    undisturbed = left_alone(launch, *DIGITS)
-    killed = launch(*DIGITS, *trouble(tmp_path / "once", what, where=where, step=0 if where == "on_train_start" else 40))
+    undisturbed = undisturbed_run(launch, *DIGITS)
+    killed = launch(*DIGITS, *fault(tmp_path / "once", what, hook=where, step=0 if where == "on_train_start" else 40))
     assert killed.status != 0
-    assert_same(go_on(launch, killed), undisturbed)
+    assert_same_run(resume_run(launch, killed), undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,13 @@ def test_one_rank_anywhere(launch: Launch, tmp_path: Path, what: str, where: str
     ],
 )
 def test_in_the_middle_of_an_epoch(launch: Launch, tmp_path: Path, ranks: str, what: str, static: str) -> None:
-    small_buckets = ("--ranks", ranks, *DIGITS, "--ddp.bucket_cap_mb", "1", "--model.network.hidden", "[300,700,300]")
-    small_buckets = (*small_buckets, "--ddp.static_graph", static)
-    undisturbed = left_alone(launch, *small_buckets)
-    killed = launch(*small_buckets, *trouble(tmp_path / "once", what, step=27, rank=int(ranks) - 1))
+    wide = (*DIGITS, "--model.network.hidden", "[300,700,300]")
+    small_buckets = ("--ranks", ranks, *wide, "--ddp.bucket_cap_mb", "1", "--ddp.static_graph", static)
+    undisturbed = undisturbed_run(launch, *small_buckets)
+    killed = launch(*small_buckets, *fault(tmp_path / "once", what, step=27, rank=int(ranks) - 1))
     assert killed.status != 0
-    resumed = go_on(launch, killed)
-    assert_same(resumed, undisturbed)
+    resumed = resume_run(launch, killed)
+    assert_same_run(resumed, undisturbed)
     assert resumed.result["attempts"] == 2 and resumed.result["seconds"]["lost"] > 0
 
 
@@ -78,41 +78,41 @@ def test_in_the_middle_of_an_epoch(launch: Launch, tmp_path: Path, ranks: str, w
 )
 def test_limited_epochs_accumulation_and_runs_in_steps(launch: Launch, tmp_path: Path, options: tuple[str, ...]) -> None:
     arguments = (*DIGITS, *options, "--checkpoint.every_n_steps", "4")
-    undisturbed = left_alone(launch, *arguments)
+    undisturbed = undisturbed_run(launch, *arguments)
     steps = undisturbed.result["global_step"]
     where = ["on_validation_batch_start", "on_train_batch_end", "on_validation_batch_start"]
-    run = launch(*arguments, *trouble(tmp_path / "0", "SIGKILL", where=where[0], step=steps // 4))
+    run = launch(*arguments, *fault(tmp_path / "0", "SIGKILL", hook=where[0], step=steps // 4))
     for number in (1, 2):
-        more = trouble(tmp_path / str(number), "SIGKILL", where=where[number], step=(number + 1) * steps // 4)
-        assert go_on(launch, run, *more).status != 0
-    assert_same(go_on(launch, run), undisturbed)
+        more = fault(tmp_path / str(number), "SIGKILL", hook=where[number], step=(number + 1) * steps // 4)
+        assert resume_run(launch, run, *more).status != 0
+    assert_same_run(resume_run(launch, run), undisturbed)
 
 
 def test_twice_in_one_epoch_and_in_its_last_step(launch: Launch, tmp_path: Path) -> None:
-    undisturbed = left_alone(launch, "--ranks", "2", *DIGITS)
-    run = launch("--ranks", "2", *DIGITS, *trouble(tmp_path / "1", "SIGKILL", step=29))
+    undisturbed = undisturbed_run(launch, "--ranks", "2", *DIGITS)
+    run = launch("--ranks", "2", *DIGITS, *fault(tmp_path / "1", "SIGKILL", step=29))
     for number, step in ((2, 36), (3, 40)):
-        more = trouble(tmp_path / str(number), "SIGKILL", step=step, rank=1)
-        assert go_on(launch, run, *more).status == 1
-    assert_same(go_on(launch, run), undisturbed)
+        more = fault(tmp_path / str(number), "SIGKILL", step=step, rank=1)
+        assert resume_run(launch, run, *more).status == 1
+    assert_same_run(resume_run(launch, run), undisturbed)
     assert run.result["attempts"] == 4
 
 
 def test_a_user_module_needs_no_extra_methods(launch: Launch, tmp_path: Path) -> None:
     own = ("--ranks", "2", *OWN, "--checkpoint.async_save", "false")
-    undisturbed = left_alone(launch, *own)
-    killed = launch(*own, *trouble(tmp_path / "once", "SIGKILL", step=33))
+    undisturbed = undisturbed_run(launch, *own)
+    killed = launch(*own, *fault(tmp_path / "once", "SIGKILL", step=33))
     assert killed.status == 1
-    assert_same(go_on(launch, killed), undisturbed)
+    assert_same_run(resume_run(launch, killed), undisturbed)
     assert len(undisturbed.series("train/mean")) == len(undisturbed.series("train/most")) == 4
 
 
 def test_the_losses_continue_on_another_number_of_ranks(launch: Launch, tmp_path: Path) -> None:
-    undisturbed = left_alone(launch, "--ranks", "4", *DIGITS, "--model.schedule", "constant")
-    run = launch("--ranks", "4", *DIGITS, "--model.schedule", "constant", *trouble(tmp_path / "1", "SIGKILL", step=16))
-    more = trouble(tmp_path / "2", "SIGKILL", step=37)
-    assert go_on(launch, run, "--ranks", "2", *more).status == 1
-    finished = go_on(launch, run, "--ranks", "4")
+    undisturbed = undisturbed_run(launch, "--ranks", "4", *DIGITS, "--model.schedule", "constant")
+    run = launch("--ranks", "4", *DIGITS, "--model.schedule", "constant", *fault(tmp_path / "1", "SIGKILL", step=16))
+    more = fault(tmp_path / "2", "SIGKILL", step=37)
+    assert resume_run(launch, run, "--ranks", "2", *more).status == 1
+    finished = resume_run(launch, run, "--ranks", "4")
     assert finished.status == 0
     assert finished.series("train/loss") == pytest.approx(undisturbed.series("train/loss"), abs=1e-4)
     assert finished.result["metrics"]["test/samples"] == 360
@@ -122,8 +122,8 @@ def test_the_losses_continue_on_another_number_of_ranks(launch: Launch, tmp_path
 def test_a_damaged_checkpoint_is_named_and_ignored(
     launch: Launch, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    undisturbed = left_alone(launch, *DIGITS)
-    killed = launch(*DIGITS, *trouble(tmp_path / "once", "SIGKILL", step=38))
+    undisturbed = undisturbed_run(launch, *DIGITS)
+    killed = launch(*DIGITS, *fault(tmp_path / "once", "SIGKILL", step=38))
     damaged, before, *_ = published_checkpoints(killed.folder / "checkpoints")
     file = damaged / "model.ckpt"
     content = bytearray(file.read_bytes())
@@ -135,26 +135,26 @@ def test_a_damaged_checkpoint_is_named_and_ignored(
     found = latest_checkpoint(killed.folder / "checkpoints", lambda _: None)
     assert found is not None and found.folder == before
     capfd.readouterr()
-    assert_same(go_on(launch, killed), undisturbed)
+    assert_same_run(resume_run(launch, killed), undisturbed)
     assert f"checkpoint {damaged} is damaged and is ignored: model.ckpt" in capfd.readouterr().err
 
 
 def test_a_rank_that_is_stopped_is_named_and_ended(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    undisturbed = left_alone(launch, "--ranks", "2", *DIGITS)
+    undisturbed = undisturbed_run(launch, "--ranks", "2", *DIGITS)
     stuck = launch(
-        "--ranks", "2", *DIGITS, "--run.hang_timeout_seconds", "2", *trouble(tmp_path / "once", "SIGSTOP", step=30, rank=1)
+        "--ranks", "2", *DIGITS, "--run.hang_timeout_seconds", "2", *fault(tmp_path / "once", "SIGSTOP", step=30, rank=1)
     )
     assert stuck.status == 1
     said = capfd.readouterr().err
     assert "rank 1 does not answer" in said and "rank 0 has made no progress for" in said
     assert "File " in said.split("its stacks:")[1]  # its stack
-    assert_same(go_on(launch, stuck), undisturbed)
+    assert_same_run(resume_run(launch, stuck), undisturbed)
 
 
 def test_the_same_run_is_not_trained_twice_at_once(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run = launch(*DIGITS, *trouble(tmp_path / "once", "SIGKILL", step=30))
+    run = launch(*DIGITS, *fault(tmp_path / "once", "SIGKILL", step=30))
     (run.folder / "owner.json").write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}))
-    assert go_on(launch, run).status == 2
+    assert resume_run(launch, run).status == 2
     assert f"is being trained by host {platform.node()}, pid {os.getpid()}; end that first" in capfd.readouterr().err
     assert sorted(path.name for path in (run.folder / "logs").iterdir()) == ["1"]
 
@@ -162,22 +162,11 @@ def test_the_same_run_is_not_trained_twice_at_once(launch: Launch, tmp_path: Pat
 def test_checkpoints_that_cannot_be_written_do_not_end_the_run(
     launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = launch(*DIGITS, *trouble(tmp_path / "once", "vanish", step=30))
+    run = launch(*DIGITS, *fault(tmp_path / "once", "vanish", step=30))
     assert run.status == 0
     said = capfd.readouterr().err
     assert "the checkpoint of step 35 could not be written (No such file or directory); training continues" in said
     assert "could not be written" in json.loads((run.folder / "status.json").read_text())["warning"]
-
-
-def history(run: Outcome) -> list[dict[str, Any]]:
-    """The W&B history of all offline parts, in order."""
-    found = []
-    for file in sorted(run.folder.glob("wandb/offline-run-*/*.wandb")):
-        reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        for line in subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines():
-            if (record := json.loads(line))["type"] == "history":
-                found.append(record["history"]["item"])
-    return found
 
 
 def test_wandb_gets_the_rows_that_a_full_disk_refused(launch: Launch, tmp_path: Path) -> None:
@@ -186,10 +175,10 @@ def test_wandb_gets_the_rows_that_a_full_disk_refused(launch: Launch, tmp_path: 
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(root)], capture_output=True).returncode:
         pytest.skip("only root may mount a small file system")
     try:
-        full, empty = trouble(tmp_path / "1", "fill", step=13), trouble(tmp_path / "2", "empty", step=48)
+        full, empty = fault(tmp_path / "1", "fill", step=13), fault(tmp_path / "2", "empty", step=48)
         run = launch(*DIGITS, "--wandb.mode", "offline", "--trainer.log_every_n_steps", "1", *full, *empty)
         assert run.status == 0
-        assert [row["_step"] for row in history(run)] == list(range(1, len(rows(run)) + 1))
+        assert [row["_step"] for row in read_history(run.folder)] == list(range(1, len(metric_rows(run)) + 1))
     finally:
         subprocess.run(["umount", "--lazy", str(root)], check=True)
 
@@ -197,18 +186,18 @@ def test_wandb_gets_the_rows_that_a_full_disk_refused(launch: Launch, tmp_path: 
 @pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM"])
 def test_wandb_gets_every_row_once(launch: Launch, tmp_path: Path, what: str) -> None:
     offline = (*DIGITS, "--ranks", "2", "--wandb.mode", "offline")
-    run = launch(*offline, *trouble(tmp_path / "once", what, step=33))
-    assert go_on(launch, run).status == 0
-    found = history(run)
-    assert [row["_step"] for row in found] == list(range(1, len(rows(run)) + 1))
-    assert [row["trainer/global_step"] for row in found] == [int(row["step"]) for row in rows(run)]
+    run = launch(*offline, *fault(tmp_path / "once", what, step=33))
+    assert resume_run(launch, run).status == 0
+    found = read_history(run.folder)
+    assert [row["_step"] for row in found] == list(range(1, len(metric_rows(run)) + 1))
+    assert [row["trainer/global_step"] for row in found] == [int(row["step"]) for row in metric_rows(run)]
     losses = [row["train/loss"] for row in found if "train/loss" in row]
     assert losses == pytest.approx(run.series("train/loss"))
 
 
 def test_wandb_may_die_and_gets_the_rest_at_the_end(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run = launch(*DIGITS, "--wandb.mode", "offline", *trouble(tmp_path / "once", "wandb", step=33))
+    run = launch(*DIGITS, "--wandb.mode", "offline", *fault(tmp_path / "once", "wandb", step=33))
     assert run.status == 0
     assert "W&B failed (ConnectionResetError" in capfd.readouterr().err
     assert len(list(run.folder.glob("wandb/offline-run-*"))) > 1
-    assert [row["_step"] for row in history(run)] == list(range(1, len(rows(run)) + 1))
+    assert [row["_step"] for row in read_history(run.folder)] == list(range(1, len(metric_rows(run)) + 1))

@@ -1,4 +1,4 @@
-"""A private name that is gone is named with its library and the version that was tested."""
+"""A missing private name is reported with its library and the tested version."""
 
 from types import SimpleNamespace
 

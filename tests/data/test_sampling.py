@@ -203,7 +203,7 @@ def test_other_objects_are_returned_unchanged() -> None:
 
 def test_attributes_of_the_dataset_are_available() -> None:
     data = Noisy()
-    data.classes = ["a"]
+    vars(data)["classes"] = ["a"]
     assert SeededDataset(data, 1).classes == ["a"]
     with pytest.raises(AttributeError):
         _ = SeededDataset(data, 1).nothing

@@ -1,4 +1,4 @@
-"""The launcher as a person types it: processes of their own, so each test pays the import of torch once."""
+"""launch/local.py as a user runs it: usage errors in this process, then new processes, which import torch."""
 
 import json
 import os

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +11,13 @@ from typing import Any
 import pytest
 import wandb
 import yaml
+from support.faults import fault
+from support.forks import run_forked
 from support.runs import SMALL, Launch, Outcome
-from support.wandb_files import wandb_records
+from support.wandb_reader import read_history, read_records
 from support.wandb_server import WandbServer
 
+from lockstep import cli
 from lockstep.config.schema import WandbOptions
 from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
 from lockstep.monitoring.wandb_logger import wandb_mode
@@ -65,7 +67,7 @@ def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: L
     run = launch("--nodes", "2", "--ranks", "2", *SMALL, "--wandb.mode", "offline", *tags)
     assert run.status == 0
     assert len(list(run.folder.glob("wandb/*run-*"))) == 1
-    records = wandb_records(run.folder)
+    records = read_records(run.folder)
     found = {kind: [record[kind] for record in records if record["type"] == kind] for kind in ("run", "history", "exit")}
     (started,) = found["run"]
     assert (started["run_id"], started["run_group"], started["tags"]) == (run.folder.name, "trial", ["small", "quick"])
@@ -88,7 +90,7 @@ def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: L
 def test_a_failed_run_is_marked_as_failed(launch: Launch) -> None:
     run = launch("--ranks", "2", *SMALL, "--wandb.mode", "offline", "--model.num_classes", "12")
     assert run.status == 2
-    assert [record["exit"]["exit_code"] for record in wandb_records(run.folder) if record["type"] == "exit"] == [1]
+    assert [record["exit"]["exit_code"] for record in read_records(run.folder) if record["type"] == "exit"] == [1]
 
 
 def test_disabled_writes_no_wandb_folder(launch: Launch) -> None:
@@ -112,7 +114,7 @@ def test_an_unreachable_server_does_not_end_the_run(launch: Launch, monkeypatch:
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
     run = launch(*SMALL, "--wandb.mode", "online")
     assert run.status == 0
-    assert any(record["type"] == "history" for record in wandb_records(run.folder))
+    assert any(record["type"] == "history" for record in read_records(run.folder))
 
 
 @pytest.fixture
@@ -122,15 +124,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         yield server
-
-
-def at_step(tmp_path: Path, what: str, step: int, rank: int = 0) -> list[str]:
-    """Arguments that inject a fault once."""
-    options = {"what": what, "once": tmp_path / f"once-{step}", "step": step, "rank": rank}
-    return [
-        "--trainer.callbacks+=support.fault_callbacks.FaultCallback",
-        *(f"--trainer.callbacks.{name}={value}" for name, value in options.items()),
-    ]
 
 
 def call_when_paused(paused: Path, act: Callable[[], None]) -> None:
@@ -154,7 +147,7 @@ def assert_complete(server: WandbServer, run: Outcome) -> None:
 
 @pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM"])
 def test_attempts_are_one_online_run(launch: Launch, tmp_path: Path, server: WandbServer, what: str) -> None:
-    run = launch("--ranks", "2", *SMALL, *at_step(tmp_path, what, 27))
+    run = launch("--ranks", "2", *SMALL, *fault(tmp_path / "once", what, step=27))
     assert run.status != 0
     assert launch("--resume", str(run.folder)).status == 0
     assert_complete(server, run)
@@ -166,7 +159,7 @@ def test_attempts_are_one_online_run(launch: Launch, tmp_path: Path, server: Wan
 def test_a_server_outage_during_a_run_loses_no_rows(launch: Launch, tmp_path: Path, server: WandbServer) -> None:
     call_when_paused(tmp_path / "once-10", server.go)
     call_when_paused(tmp_path / "once-30", server.come)
-    run = launch(*SMALL, *at_step(tmp_path, "pause", 10), *at_step(tmp_path, "pause", 30))
+    run = launch(*SMALL, *fault(tmp_path / "once-10", "pause", step=10), *fault(tmp_path / "once-30", "pause", step=30))
     assert run.status == 0
     assert_complete(server, run)
 
@@ -176,7 +169,7 @@ def test_a_server_that_starts_late_gets_every_row_at_the_end(
 ) -> None:
     server.go()
     call_when_paused(tmp_path / "once-30", server.come)
-    run = launch(*SMALL, *at_step(tmp_path, "pause", 30))
+    run = launch(*SMALL, *fault(tmp_path / "once-30", "pause", step=30))
     assert run.status == 0
     assert "W&B cannot be reached; the run is offline" in capfd.readouterr().err
     assert_complete(server, run)
@@ -191,11 +184,11 @@ def test_sync_sends_missing_rows_once(
     assert f"wandb sync {run.folder}/wandb/offline-run-*" in capfd.readouterr().err
     server.come()
     for _ in range(2):
-        command = [sys.executable, "-m", "lockstep.cli", "sync", str(run.folder)]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().endswith(run.folder.name)
+        done = run_forked(cli.main, "sync", str(run.folder))
+        assert done.returncode == 0 and done.stdout.strip().endswith(run.folder.name)
         assert_complete(server, run)
     server.go()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_forked(cli.main, "sync", str(run.folder))
     assert (done.returncode, "try again later" in done.stderr) == (1, True)
 
 
@@ -225,5 +218,5 @@ def test_a_wandb_service_that_dies_at_its_first_start_gets_every_row(launch: Lau
 
     monkeypatch.setattr(wandb, "init", dying_once)
     run = launch(*SMALL, "--wandb.mode", "offline")
-    steps = [record["history"]["item"]["_step"] for record in wandb_records(run.folder) if record["type"] == "history"]
-    assert steps == list(range(1, 1 + len(read_metrics(run.folder / "metrics.csv"))))
+    rows = read_metrics(run.folder / "metrics.csv")
+    assert [row["_step"] for row in read_history(run.folder)] == list(range(1, len(rows) + 1))

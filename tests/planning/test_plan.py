@@ -4,26 +4,47 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import memory
 import pytest
 import torch
+from support.forks import run_forked
 from support.runs import REPO, Launch
 
+import slurm
+from lockstep import cli
 from lockstep.core.errors import UsageError
 from lockstep.models.networks import MLP
 from lockstep.planning.memory import ModelProfile, TrainingOptions
 from lockstep.planning.model_profile import profile_model
 from lockstep.planning.table import Plan, Resources, format_bytes
+from lockstep.slurm.submission import preflight
 from lockstep.slurm.submission.profile import parse_size
 from lockstep.trainer.config_parser import parse_config
+
+PLAN = ("--plan", "--gpus-per-node", "2")
 
 
 def plan(*arguments: str, cwd: Path = REPO) -> "subprocess.CompletedProcess[str]":
     """Run ``launch/slurm.py --plan`` for one node of two GPUs."""
-    command = [sys.executable, str(REPO / "launch/slurm.py"), "--plan", "--gpus-per-node", "2", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, str(REPO / "launch/slurm.py"), *PLAN, *arguments], capture_output=True, text=True, cwd=cwd
+    )
+
+
+def plan_forked(*arguments: str, cwd: Path = REPO) -> "subprocess.CompletedProcess[str]":
+    """The same, but what the launcher runs in a new process runs in a fork, which need not import torch."""
+
+    def run_module(command: list[str], env: Mapping[str, str], **_: object) -> "subprocess.CompletedProcess[str]":
+        assert command[:3] == [sys.executable, "-m", "lockstep.cli"]
+        return run_forked(cli.main, *command[3:], cwd=cwd, env=env)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "subprocess", SimpleNamespace(run=run_module))
+        return run_forked(slurm.main, *PLAN, *arguments, cwd=cwd)
 
 
 def test_sizes() -> None:
@@ -49,15 +70,15 @@ LARGE = ("--model.network", "lockstep.models.MLP", "--model.network.hidden", "[4
     ],
 )
 def test_recommendation(memory: str, advice: str) -> None:
-    planned = plan("--gpu-memory", memory, "--mem", "500M", *LARGE)
+    planned = plan_forked("--gpu-memory", memory, "--mem", "500M", *LARGE)
     assert planned.returncode == 0 and planned.stderr == ""
     assert planned.stdout.startswith("33,869,834 parameters, 33,869,834 of them trained, in bf16-mixed")
     assert advice in planned.stdout
 
 
 def test_a_plan_names_what_is_unknown(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text((REPO / "tests/support/fault_callbacks.py").read_text() + _LATER)
-    own = ("--model", "mine.Own", "--data", "mine.Later", "--config", str(REPO / "configs/deepspeed_zero2.yaml"))
+    (tmp_path / "mine.py").write_text((REPO / "tests/support/toy_model.py").read_text() + _LATER)
+    own = ("--model", "mine.ToyModel", "--data", "mine.Later", "--config", str(REPO / "configs/deepspeed_zero2.yaml"))
     planned = plan(*own, cwd=tmp_path)
     assert planned.returncode == 0
     assert planned.stderr.endswith(
@@ -68,7 +89,7 @@ def test_a_plan_names_what_is_unknown(tmp_path: Path) -> None:
 
 
 _LATER = """
-class Later(Points):
+class Later(ToyData):
     def setup(self, stage):
         raise FileNotFoundError("not there yet")
 """
@@ -101,14 +122,14 @@ def test_nothing_fits_for_sure_while_activations_are_unknown() -> None:
             "activation_checkpointing: torch.nn.Linea does not exist; did you mean 'torch.nn.Linear'",
         ),
         (
-            ["--model", "support.fault_callbacks.TwoOptimizers", "--data", "support.fault_callbacks.Points"],
+            ["--model", "support.toy_model.TwoOptimizers", "--data", "support.toy_model.ToyData"],
             "--plan supports modules with one optimizer; this one has 2.",
         ),
         (["--data.batch_size", "63"], "data.batch_size: the global batch size 63 is not divisible by 2 ranks."),
     ],
 )
 def test_plans_that_are_refused(arguments: list[str], message: str) -> None:
-    planned = plan(*arguments, cwd=REPO / "tests")
+    planned = plan_forked(*arguments, cwd=REPO / "tests")
     assert planned.returncode == 2 and planned.stdout == ""
     assert planned.stderr.startswith(f"lockstep: {message}") and planned.stderr.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""Why an attempt has ended, from what srun says. Text alone."""
+"""The reason for the end of an attempt, from the output of srun as text."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Records of a run folder: what is written is read back, and a damaged file is named and ignored. Files alone."""
+"""Records of a run folder are read back, and a damaged file is named and ignored; files alone."""
 
 import logging
 from pathlib import Path

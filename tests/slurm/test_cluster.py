@@ -8,14 +8,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import daemons
 import pytest
 from conf import ClusterError, free_ports
 from daemons import Cluster
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("slurm_is_here")
 SCRIPT = Path(daemons.__file__).with_name("cluster.py")
@@ -38,13 +38,6 @@ def cli(*argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run the script as a person does."""
     command = [sys.executable, str(SCRIPT), *argv]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=50)
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not true after {seconds} s"
-        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:

@@ -1,14 +1,17 @@
-"""Jobs that end badly, on the real one-machine cluster: the truth within seconds, the right exit status, nothing left running.
+"""Jobs that fail on the one-machine cluster: the reason within seconds, the exit status, and no process left.
 
-Cheapest first: jobs that never start, then ranks that really train and die.
+Cheapest first: jobs that never start, then ranks that train and fail.
 """
 
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.slurm_cluster import Job, Shell
+from support.faults import fault
+from support.slurm_jobs import Job, Shell
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(150)
 SOON = 15.0
@@ -18,14 +21,19 @@ SOON = 15.0
 ENDLESS = ("--config", "toy_model.yaml", "--trainer.max_epochs", "100000")
 
 
+def toy_fault(action: str, rank: int = 1) -> list[str]:
+    """Arguments for a fault at step 3 of every attempt; the file ``fault`` has the time of the newest."""
+    return fault("fault", action, "fault_callbacks", hook="on_train_batch_start", step=3, rank=rank, repeat=True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def late(long_shell: Shell) -> Job:
     """A job that does not stop in time; it runs beside the other tests, as Slurm looks for such jobs every 30 seconds only."""
-    stuck = ("--model.trouble", "sleep", "--model.rank", "0")
+    stuck = toy_fault("sleep", rank=0)
     return long_shell.submit("--time", "1", "--nodelist", "n2", *ENDLESS, *stuck)
 
 
-def told(job: Job) -> dict[str, object]:
+def told(job: Job) -> dict[str, Any]:
     """The status of a job that is about to end, which must be told soon; no process of it may be left."""
     status = job.wait(seconds=SOON)
     nothing_is_left(job)
@@ -34,10 +42,11 @@ def told(job: Job) -> dict[str, object]:
 
 def nothing_is_left(job: Job) -> None:
     """No node has a process of this job any more."""
-    deadline = time.monotonic() + SOON
-    while left := [pid for pid in job.shell.cluster.job_processes() if job.id in jobs_of(pid)]:
-        assert time.monotonic() < deadline, f"processes are left: {left}"
-        time.sleep(0.2)
+
+    def left() -> list[int]:
+        return [pid for pid in job.shell.cluster.job_processes() if job.id in jobs_of(pid)]
+
+    wait_until(lambda: not left(), SOON, left)
 
 
 def jobs_of(pid: int) -> list[str]:
@@ -64,28 +73,28 @@ def test_a_job_that_waits_for_ever_says_what_for(shell: Shell) -> None:
 
 
 def followed(job: Job) -> "subprocess.CompletedProcess[str]":
-    """``logs -f`` until the end, which must be told soon after the trouble began."""
+    """``logs -f`` until the end, which must be told soon after the fault."""
     done = job.shell("launch/jobs.py", "logs", "-f", job.id)
-    began = (job.shell.project / f"trouble-{job.id}").stat().st_mtime
+    began = (job.shell.project / "fault").stat().st_mtime
     assert time.time() - began < SOON, done.stdout
     return done
 
 
 def test_a_raised_exception_is_told_with_its_rank_and_traceback(shell: Shell) -> None:
-    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", "--model.trouble", "raise")
+    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", *toy_fault("raise"))
     shown = followed(job)
     assert shown.returncode == 1
     status = told(job)
     assert (status["exit"], status["state"]) == (1, "failed")
-    assert "rank 1 (node 1," in status["message"] and "ValueError: the model was told to fail" in status["message"]
+    assert "rank 1 (node 1," in status["message"] and "ValueError: injected fault" in status["message"]
     log = job.log()
     assert "rank 1 of 2 (node 1" in log and log.count("Traceback") == 1, log
     assert f"job {job.id}: failed." in shown.stdout and "Traceback" in shown.stdout
-    assert "the model was told to fail" in job.result["reason"]
+    assert "injected fault" in job.result["reason"]
 
 
 def test_a_killed_rank_is_told(shell: Shell) -> None:
-    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", "--model.trouble", "kill", "--run.max_restarts", "0")
+    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", *toy_fault("SIGKILL"), "--run.max_restarts", "0")
     shown = followed(job)
     status = told(job)
     assert (shown.returncode, status["exit"], status["state"]) == (1, 1, "failed")
@@ -93,14 +102,14 @@ def test_a_killed_rank_is_told(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "message"),
+    ("action", "message"),
     [
         ("leave", "rank 1 on n2 ended with exit status 9 and without a report."),
         ("exit", "The run was ended by sys.exit('there are no data')."),
     ],
 )
-def test_a_rank_that_leaves_by_itself_is_told(shell: Shell, trouble: str, message: str) -> None:
-    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", "--model.trouble", trouble)
+def test_a_rank_that_leaves_by_itself_is_told(shell: Shell, action: str, message: str) -> None:
+    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", *toy_fault(action))
     shown = followed(job)
     status = told(job)
     assert (shown.returncode, status["exit"], status["state"]) == (1, 1, "failed"), status
@@ -108,7 +117,7 @@ def test_a_rank_that_leaves_by_itself_is_told(shell: Shell, trouble: str, messag
 
 
 def test_a_rank_that_eats_too_much_memory_is_told(shell: Shell) -> None:
-    job = shell.submit("--nodes", "2", "--mem", "2G", "--config", "toy_model.yaml", "--model.trouble", "eat")
+    job = shell.submit("--nodes", "2", "--mem", "2G", "--config", "toy_model.yaml", *toy_fault("allocate"))
     shown = followed(job)
     status = told(job)
     assert (shown.returncode, status["exit"], status["state"]) == (6, 6, "out of memory"), status

@@ -1,4 +1,4 @@
-"""What became of a job that Slurm has forgotten: from what its run folder holds alone. No Slurm and no torch."""
+"""The status of jobs that Slurm no longer knows, from files of the run folder alone."""
 
 import json
 from pathlib import Path

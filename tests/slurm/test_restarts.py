@@ -1,17 +1,14 @@
-"""Jobs that are killed, requeued and run out of time, on the real one-machine cluster: they end as if nothing had happened.
+"""Jobs that are killed, requeued or out of time end with the weights of an undisturbed job.
 
-A short selection of the fault table, all of it at the same time; ``make faults`` is the whole of it.
+A short selection of the fault table, ``make faults``: first five jobs side by side, then one job on different nodes.
 """
 
 import json
-import shutil
-import time
-from pathlib import Path
-from typing import Any
 
 import pytest
-from support import fault_callbacks
-from support.slurm_cluster import Job, Shell
+from support.faults import fault
+from support.slurm_jobs import Job, Shell
+from support.waiting import wait_until
 
 RUN = (
     *("--ranks-per-node", "2", "--cpus-per-rank", "1", "--config", "toy_model.yaml", "--trainer.max_epochs", "5"),
@@ -22,17 +19,12 @@ RUN = (
 
 def start(shell: Shell, node: str, seconds: float, *arguments: str) -> Job:
     """A run that anything may happen to."""
-    shutil.copy(Path(fault_callbacks.__file__), shell.project)
     return shell.submit(*RUN, str(seconds), "--nodelist", node, *arguments)
 
 
-def once(what: str) -> list[str]:
-    """Something goes wrong on rank one after step 22, once."""
-    given: dict[str, Any] = {"what": what, "once": what, "step": 22, "rank": 1}
-    return [
-        "--trainer.callbacks+=fault_callbacks.FaultCallback",
-        *(f"--trainer.callbacks.{name}={value}" for name, value in given.items()),
-    ]
+def once(action: str) -> list[str]:
+    """Arguments for one fault on rank one after step 22."""
+    return fault(action, action, "fault_callbacks", step=22, rank=1)
 
 
 @pytest.mark.timeout(200)
@@ -66,10 +58,7 @@ def test_a_run_goes_on_with_more_or_fewer_nodes_and_never_twice_at_once(shell: S
     shell.cluster.command("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=maintenance")
     try:
         shell.cluster.command("scontrol", "requeue", job.id)
-        deadline = time.monotonic() + 60
-        while json.loads((job.folder / "status.json").read_text())["world_size"] != 1:
-            assert time.monotonic() < deadline, job.log()
-            time.sleep(0.2)
+        wait_until(lambda: json.loads((job.folder / "status.json").read_text())["world_size"] == 1, 60, job.log)
         shell("launch/jobs.py", "cancel", job.id)
     finally:
         shell.cluster.command("scontrol", "update", "NodeName=n4", "State=RESUME")

@@ -1,16 +1,17 @@
-"""ZeRO over gloo: the losses of DDP, the same weights after a kill, from any number of ranks and stage to any other."""
+"""ZeRO over gloo in forked ranks: the losses of DDP, resuming bit for bit, and changes of ranks, stage and strategy."""
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.deepspeed_runs import RUN, zero
-from support.runs import REPO, Launch, assert_same, go_on, left_alone, trouble
+from support.faults import fault
+from support.forks import run_forked
+from support.runs import REPO, Launch, assert_same_run, resume_run, undisturbed_run
 
+from lockstep import cli
 from lockstep.data.digits import Digits
 from lockstep.models.networks import MLP
 
@@ -27,7 +28,7 @@ DDP = ["--strategy", "ddp", "--ranks", "2"]
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_losses_are_those_of_ddp(launch: Launch, stage: int, ranks: int) -> None:
-    ddp = left_alone(launch, *RUN)
+    ddp = undisturbed_run(launch, *RUN)
     run = launch(*RUN, *zero(stage, ranks))
     assert run.status == 0
     assert run.series("train/loss")[:50] == pytest.approx(ddp.series("train/loss")[:50], abs=1e-5)
@@ -38,10 +39,10 @@ def test_losses_are_those_of_ddp(launch: Launch, stage: int, ranks: int) -> None
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_weights(launch: Launch, tmp_path: Path, stage: int) -> None:
     told = (*RUN, *zero(stage, 2))
-    undisturbed = left_alone(launch, *told)
-    killed = launch(*told, *trouble(tmp_path / "once", "SIGKILL", step=33, rank=1))
+    undisturbed = undisturbed_run(launch, *told)
+    killed = launch(*told, *fault(tmp_path / "once", "SIGKILL", step=33, rank=1))
     assert killed.status == 1
-    assert_same(go_on(launch, killed), undisturbed)
+    assert_same_run(resume_run(launch, killed), undisturbed)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -49,20 +50,20 @@ def test_accumulated_gradients_equal_those_of_ddp_also_at_the_end_of_an_epoch(
     launch: Launch, tmp_path: Path, stage: int
 ) -> None:
     accumulated = (*RUN, "--trainer.accumulate_grad_batches", "3")
-    ddp, undisturbed = left_alone(launch, *accumulated), launch(*accumulated, *zero(stage, 2))
+    ddp, undisturbed = undisturbed_run(launch, *accumulated), launch(*accumulated, *zero(stage, 2))
     assert undisturbed.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
     assert undisturbed.result["global_step"] == ddp.result["global_step"] == 21
-    killed = launch(*accumulated, *zero(stage, 2), *trouble(tmp_path / "once", "SIGKILL", step=12, rank=1))
-    assert_same(go_on(launch, killed), undisturbed)
+    killed = launch(*accumulated, *zero(stage, 2), *fault(tmp_path / "once", "SIGKILL", step=12, rank=1))
+    assert_same_run(resume_run(launch, killed), undisturbed)
 
 
 def test_a_user_module(launch: Launch, tmp_path: Path) -> None:
     own = (
         *(
             "--model",
-            "support.fault_callbacks.Own",
+            "support.toy_model.ToyModel",
             "--data",
-            "support.fault_callbacks.Points",
+            "support.toy_model.ToyData",
             "--trainer.max_epochs",
             "4",
             "--trainer.log_every_n_steps",
@@ -72,67 +73,67 @@ def test_a_user_module(launch: Launch, tmp_path: Path) -> None:
         *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.patience=9"),
     )
     undisturbed = launch(*own)
-    killed = launch(*own, *trouble(tmp_path / "once", "SIGKILL", step=33))
-    assert_same(go_on(launch, killed), undisturbed)
+    killed = launch(*own, *fault(tmp_path / "once", "SIGKILL", step=33))
+    assert_same_run(resume_run(launch, killed), undisturbed)
 
 
 @pytest.mark.timeout(150)  # seven runs
 def test_frozen_tied_and_unused_parameters(launch: Launch, tmp_path: Path) -> None:
     odd = (
         "--model",
-        "support.fault_callbacks.Odd",
+        "support.toy_model.TiedAndFrozen",
         "--data",
-        "support.fault_callbacks.Points",
+        "support.toy_model.ToyData",
         "--trainer.max_epochs",
         "3",
         "--checkpoint.every_n_steps",
         "6",
     )
     ddp = launch(*odd, "--ranks", "2")
-    run = launch(*odd, *zero(3, 2), *trouble(tmp_path / "0", "SIGTERM", step=10))
+    run = launch(*odd, *zero(3, 2), *fault(tmp_path / "0", "SIGTERM", step=10))
     for number, told in enumerate((zero(1, 2), zero(3, 2), ["--strategy", "ddp"], zero(3, 1)), start=1):
-        go_on(launch, run, *told, *trouble(tmp_path / str(number), "SIGTERM", step=10 + 8 * number))
-    finished = go_on(launch, run, *zero(2, 2))
+        resume_run(launch, run, *told, *fault(tmp_path / str(number), "SIGTERM", step=10 + 8 * number))
+    finished = resume_run(launch, run, *zero(2, 2))
     assert finished.status == 0
     assert finished.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
     out = tmp_path / "weights.safetensors"
-    subprocess.run([sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--out", str(out)], check=True)
+    assert run_forked(cli.main, "export", str(run.folder), "--out", str(out)).returncode == 0
     weights, expected = load_file(out), ddp.weights
-    assert weights.keys() == expected.keys() and "again.weight" in weights
+    assert weights.keys() == expected.keys() and "tied.weight" in weights
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
 
 
 def test_from_any_strategy_and_number_of_ranks_to_any_other(launch: Launch, tmp_path: Path) -> None:
-    ddp = left_alone(launch, *RUN)
-    run = launch(*RUN, *zero(3, 4), *trouble(tmp_path / "0", "SIGTERM", step=10))
+    ddp = undisturbed_run(launch, *RUN)
+    run = launch(*RUN, *zero(3, 4), *fault(tmp_path / "0", "SIGTERM", step=10))
     chain = [["--strategy", "ddp", "--ranks", "2"], zero(1, 2), zero(3, 1), zero(2, 4)]
     for number, told in enumerate(chain, start=1):
-        go_on(launch, run, *told, *trouble(tmp_path / str(number), "SIGTERM", step=10 + 10 * number))
-    assert go_on(launch, run, *zero(1, 4)).status == 0
+        resume_run(launch, run, *told, *fault(tmp_path / str(number), "SIGTERM", step=10 + 10 * number))
+    assert resume_run(launch, run, *zero(1, 4)).status == 0
     assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
 
 
 def test_channels_last_weights(launch: Launch, tmp_path: Path) -> None:
-    told = ("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1")
-    told = (*told, "--model.network.widths", "[8,16]", "--model.channels_last", "true")
+    digits = ("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1")
+    told = (*digits, "--model.network.widths", "[8,16]", "--model.channels_last", "true")
     ddp = launch(*told, "--ranks", "2")
-    run = launch(*told, *zero(3, 2), *trouble(tmp_path / "0", "SIGTERM", step=10))
+    run = launch(*told, *zero(3, 2), *fault(tmp_path / "0", "SIGTERM", step=10))
     for number, last in ((1, "true"), (2, "false")):
-        go_on(
-            launch, run, *DDP, "--model.channels_last", last, *trouble(tmp_path / str(number), "SIGTERM", step=12 + 8 * number)
+        resume_run(
+            launch, run, *DDP, "--model.channels_last", last, *fault(tmp_path / str(number), "SIGTERM", step=12 + 8 * number)
         )
-    assert go_on(launch, run, *zero(1, 2), "--model.channels_last", "true").status == 0
+    assert resume_run(launch, run, *zero(1, 2), "--model.channels_last", "true").status == 0
     assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
     tested = launch("test", *told, *zero(3, 2), "--ckpt_path", str(run.folder))
     assert tested.result["metrics"]["test/correct"] == run.result["metrics"]["test/correct"]
 
 
 def test_the_exported_file_is_as_good_as_the_run(launch: Launch, tmp_path: Path) -> None:
-    run = left_alone(launch, *RUN, *zero(3, 2))
+    run = undisturbed_run(launch, *RUN, *zero(3, 2))
     out = tmp_path / "weights.safetensors"
-    command = [sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--part", "network", "--out", str(out)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith(f"{out}: ")
+    exported = run_forked(cli.main, "export", str(run.folder), "--part", "network", "--out", str(out))
+    assert exported.returncode == 0 and exported.stdout.startswith(f"{out}: ")
     network = MLP(hidden=[64, 96])
     network.load_state_dict(load_file(out))
     data = Digits()
@@ -145,7 +146,7 @@ def test_the_exported_file_is_as_good_as_the_run(launch: Launch, tmp_path: Path)
     ("trained", "told"), [(zero(3, 2), DDP), (zero(3, 2), zero(3, 2)), (DDP, zero(1, 2)), (DDP, zero(3, 2))]
 )
 def test_a_run_is_evaluated_by_any_strategy(launch: Launch, trained: list[str], told: list[str]) -> None:
-    run = left_alone(launch, *RUN, *trained)
+    run = undisturbed_run(launch, *RUN, *trained)
     tested = launch("test", *RUN, *told, "--ckpt_path", str(run.folder))
     assert tested.status == 0
     assert tested.result["metrics"]["test/correct"] == run.result["metrics"]["test/correct"]
@@ -154,7 +155,7 @@ def test_a_run_is_evaluated_by_any_strategy(launch: Launch, trained: list[str], 
 @pytest.mark.parametrize("told", [DDP, zero(3, 2)])
 def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.CaptureFixture[str], told: list[str]) -> None:
     run = launch(*RUN, *told, "--activation_checkpointing", "[torch.nn.Linear]")
-    assert run.series("train/loss") == left_alone(launch, *RUN, *told).series("train/loss")
+    assert run.series("train/loss") == undisturbed_run(launch, *RUN, *told).series("train/loss")
     wrong = launch(*RUN, *told, "--activation_checkpointing", "[torch.nn.Conv2d]")
     assert wrong.status == 2
     assert "activation_checkpointing: the module has no submodule of class torch.nn.Conv2d" in capfd.readouterr().err
@@ -181,7 +182,7 @@ def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.
             "trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.",
         ),
         (
-            ["--model", "support.fault_callbacks.TwoOptimizers", "--data", "support.fault_callbacks.Points"],
+            ["--model", "support.toy_model.TwoOptimizers", "--data", "support.toy_model.ToyData"],
             "model: TwoOptimizers has several optimizers or schedules, and ZeRO supports one; use strategy ddp.",
         ),
     ],
@@ -226,7 +227,7 @@ def test_keys_of_the_json_that_other_keys_decide_are_refused(
 
 
 def test_a_checkpoint_of_another_model_names_what_differs(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
-    run = left_alone(launch, *RUN, *zero(1, 2))
+    run = undisturbed_run(launch, *RUN, *zero(1, 2))
     for told in (["--strategy", "ddp"], zero(2, 2)):
         other = launch(*RUN, *told, "--model.network.hidden", "[64,32]", "--ckpt_path", str(run.folder))
         assert other.status == 2
@@ -251,7 +252,7 @@ def test_offload_and_half_precision_resume_bit_for_bit(
     # The loss scale grows until gradients overflow, repeatedly.
     Path("scale.json").write_text('{"fp16": {"initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}}')
     told = (*RUN, *zero(3, 2), *more, "--trainer.gradient_clip_val", "1", "--trainer.max_epochs", "2")
-    undisturbed = left_alone(launch, *told)
+    undisturbed = undisturbed_run(launch, *told)
     assert undisturbed.result["metrics"]["test/accuracy"] > 0.8
-    killed = launch(*told, *trouble(tmp_path / "once", "SIGKILL", step=17, rank=1))
-    assert_same(go_on(launch, killed), undisturbed)
+    killed = launch(*told, *fault(tmp_path / "once", "SIGKILL", step=17, rank=1))
+    assert_same_run(resume_run(launch, killed), undisturbed)

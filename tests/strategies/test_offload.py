@@ -19,8 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.deepspeed_runs import RUN, zero
-from support.runs import REPO, Launch, assert_same, go_on, trouble
+from support.faults import fault
+from support.forks import run_forked
+from support.runs import REPO, Launch, assert_same_run, resume_run
 
+from lockstep import cli
 from lockstep.core.world import World
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
 from lockstep.distributed.ranks import RankFailed, fork_ranks
@@ -119,6 +122,22 @@ def test_an_op_is_built_once(compiled: Path) -> None:
 
 
 @needs_compiler
+def test_environments_with_the_same_versions_share_an_op(
+    compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_ranks(load_on, 1, 1)
+    (tmp_path / "elsewhere").mkdir()
+    source = shutil.copy(tmp_path / "small.cpp", tmp_path / "elsewhere")
+    builder = importlib.import_module("deepspeed.ops.op_builder.cpu").CPUAdamBuilder
+    monkeypatch.setattr(builder, "sources", lambda _: [source])
+    fork_ranks(load_on, 1, 2)
+    assert len(compiled.read_text().splitlines()) == 1
+    monkeypatch.setattr("deepspeed.__version__", "0")
+    fork_ranks(load_on, 1, 2)
+    assert len(compiled.read_text().splitlines()) == 2
+
+
+@needs_compiler
 def test_all_ranks_report_an_op_that_does_not_compile(compiled: Path, tmp_path: Path) -> None:
     (tmp_path / "small.cpp").write_text("no\n")
     with pytest.raises(RankFailed) as failed:
@@ -195,12 +214,12 @@ def test_offload_to_nvme_resumes_bit_for_bit(
 ) -> None:
     in_memory = ["--deepspeed.offload_optimizer", "cpu", "--deepspeed.config", str(disk.with_suffix(".json"))]
     undisturbed = launch(*WIDE, *zero(3, 2), *more, *in_memory)
-    run = launch(*WIDE, *nvme(disk, parameters), *more, *trouble(tmp_path / "once", "SIGKILL", step=17, rank=1))
+    run = launch(*WIDE, *nvme(disk, parameters), *more, *fault(tmp_path / "once", "SIGKILL", step=17, rank=1))
     assert run.status == 1
     left = {file.name for file in disk.glob("lockstep-*/zero_stage_3/**/*.swp")}  # of the killed rank
     assert {"exp_avg-0_2.tensor.swp", "0_2.tensor.swp"} <= left
     assert ("2_param.tensor.swp" in left) == (parameters == "nvme")
-    assert_same(go_on(launch, run), undisturbed)
+    assert_same_run(resume_run(launch, run), undisturbed)
     assert list(disk.iterdir()) == []
 
 
@@ -208,21 +227,21 @@ def test_offload_to_nvme_resumes_bit_for_bit(
 def test_from_nvme_to_ddp_and_back(launch: Launch, tmp_path: Path, disk: Path) -> None:
     wide = (
         "--model",
-        "support.fault_callbacks.Wide",
+        "support.toy_model.WideAndFrozen",
         "--data",
-        "support.fault_callbacks.Points",
+        "support.toy_model.ToyData",
         "--trainer.max_epochs",
         "3",
         "--checkpoint.every_n_steps",
         "6",
     )
     ddp = launch(*wide, "--ranks", "2")
-    run = launch(*wide, *nvme(disk), *trouble(tmp_path / "0", "SIGTERM", step=10))
-    go_on(launch, run, "--strategy", "ddp", *trouble(tmp_path / "1", "SIGTERM", step=18))
-    assert go_on(launch, run, *nvme(disk)).status == 0
+    run = launch(*wide, *nvme(disk), *fault(tmp_path / "0", "SIGTERM", step=10))
+    resume_run(launch, run, "--strategy", "ddp", *fault(tmp_path / "1", "SIGTERM", step=18))
+    assert resume_run(launch, run, *nvme(disk)).status == 0
     assert run.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
     out = tmp_path / "weights.safetensors"
-    subprocess.run([sys.executable, "-m", "lockstep.cli", "export", str(run.folder), "--out", str(out)], check=True)
+    assert run_forked(cli.main, "export", str(run.folder), "--out", str(out)).returncode == 0
     weights = load_file(out)
     assert weights.keys() == ddp.weights.keys()
     for name, value in ddp.weights.items():

@@ -9,5 +9,5 @@ RUN = (
 
 
 def zero(stage: int, ranks: int) -> list[str]:
-    """Arguments for a stage and a number of ranks."""
+    """Arguments for a ZeRO stage and a number of ranks."""
     return ["--strategy", "deepspeed", "--deepspeed.stage", str(stage), "--ranks", str(ranks)]

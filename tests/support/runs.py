@@ -1,4 +1,4 @@
-"""Start, fault, resume and compare runs."""
+"""Start, resume and compare runs."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ REPO = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind."""
+    """Exit status and folder of a run that has ended."""
 
     status: int
     folder: Path
@@ -24,19 +24,21 @@ class Outcome:
     @property
     def result(self) -> dict[str, Any]:
         """``result.json``."""
-        return json.loads((self.folder / "result.json").read_text())
+        result: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
+        return result
 
     @property
     def newest(self) -> Checkpoint:
-        """The newest whole checkpoint."""
+        """The newest intact checkpoint."""
         found = latest_checkpoint(self.folder / "checkpoints")
         assert found is not None
         return found
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """Those of the newest checkpoint."""
-        return torch.load(self.newest.model, weights_only=True)["state_dict"]
+        """The weights in the newest checkpoint."""
+        weights: dict[str, torch.Tensor] = torch.load(self.newest.model, weights_only=True)["state_dict"]
+        return weights
 
     def series(self, metric: str) -> list[float]:
         """All values of a metric in ``metrics.csv``."""
@@ -51,42 +53,35 @@ SMALL = ("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "5")
 """A short run of the default config."""
 
 
-def trouble(once: Path, what: str, **more: Any) -> list[str]:
-    """Arguments that make something go wrong once."""
-    given = {"what": what, "once": once, **more}
-    return [
-        "--trainer.callbacks+=support.fault_callbacks.FaultCallback",
-        *(f"--trainer.callbacks.{name}={value}" for name, value in given.items()),
-    ]
-
-
-def rows(run: Outcome) -> list[dict[str, str]]:
-    """All rows of metrics, without those that measure time."""
+def metric_rows(run: Outcome) -> list[dict[str, str]]:
+    """All rows of ``metrics.csv``, without the columns that measure time."""
     with (run.folder / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if not name.startswith("rate/")} for row in csv.DictReader(file)]
+        return [_without_rates(row) for row in csv.DictReader(file)]
+
+
+def _without_rates(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if not name.startswith("rate/")}
 
 
 _undisturbed: dict[tuple[str, ...], Outcome] = {}
 
 
-def left_alone(launch: Launch, *arguments: str) -> Outcome:
-    """The same run undisturbed; it is done once."""
+def undisturbed_run(launch: Launch, *arguments: str) -> Outcome:
+    """The run with these arguments and without a fault. Each process of pytest does it once."""
     if arguments not in _undisturbed:
         _undisturbed[arguments] = launch(*arguments)
     return _undisturbed[arguments]
 
 
-def go_on(launch: Launch, run: Outcome, *arguments: str) -> Outcome:
+def resume_run(launch: Launch, run: Outcome, *arguments: str) -> Outcome:
     """Resume a run."""
     return Outcome(launch("--resume", str(run.folder), *arguments).status, run.folder)
 
 
-def assert_same(run: Outcome, undisturbed: Outcome) -> None:
-    """Weights, metrics and counts are those of the undisturbed run."""
+def assert_same_run(run: Outcome, undisturbed: Outcome) -> None:
+    """Check that a run finished with the weights, metrics and step of the undisturbed run."""
     assert run.status == 0 and run.result["status"] == "finished"
     assert run.result["weights_sha256"] == undisturbed.result["weights_sha256"]
-    assert rows(run) == rows(undisturbed)
-    assert {n: v for n, v in run.result["metrics"].items() if not n.startswith("rate/")} == {
-        n: v for n, v in undisturbed.result["metrics"].items() if not n.startswith("rate/")
-    }
+    assert metric_rows(run) == metric_rows(undisturbed)
+    assert _without_rates(run.result["metrics"]) == _without_rates(undisturbed.result["metrics"])
     assert run.result["global_step"] == undisturbed.result["global_step"]

@@ -1,75 +1,129 @@
-"""What the tests train: a tiny module that can fail in every way, and data that write down who prepared and set them up."""
+"""Tiny modules and data that do not import lockstep. A job imports a copy of this file from its own folder."""
 
 import os
-import signal
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 VERSION = "as submitted"
 
 
 class ToyModel(LightningModule):
-    """A line; at ``step``, the rank ``rank`` does what ``trouble`` says."""
+    """A regression with dropout, a metric object, means and maxima over epochs, and a plateau schedule.
 
-    def __init__(self, trouble: str = "none", rank: int = 1, step: int = 3, seconds: float = 0.02, word: str = "") -> None:
+    Args:
+        seconds: Time added to each step.
+        word: Text that each rank prints, with its place, before it trains.
+    """
+
+    def __init__(self, seconds: float = 0.0, word: str = "") -> None:
         super().__init__()
-        self.trouble, self.rank, self.step, self.seconds, self.word = trouble, rank, step, seconds, word
-        self.layer = torch.nn.Linear(1, 1)
+        self.seconds, self.word = seconds, word
+        self.layers = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 1))
+        self.mean = MeanMetric()
 
     def on_fit_start(self) -> None:
-        node = getattr(self.trainer.strategy, "node_rank", 0)  # a single device has none
-        place = f"{VERSION}: rank {self.global_rank} node {node} local {self.local_rank}"
-        print(f"{place} on {os.environ['SLURMD_NODENAME']} says {self.word!r}", flush=True)
+        if self.word:
+            node = getattr(self.trainer.strategy, "node_rank", 0)  # a single device has none
+            place = f"{VERSION}: rank {self.global_rank} node {node} local {self.local_rank}"
+            print(f"{place} on {os.environ['SLURMD_NODENAME']} says {self.word!r}", flush=True)
 
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         time.sleep(self.seconds)
-        if self.global_rank == self.rank and self.global_step == self.step:
-            if self.trouble != "none":
-                Path(f"trouble-{os.environ['SLURM_JOB_ID']}").touch()
-            if self.trouble == "raise":
-                raise ValueError("the model was told to fail")
-            if self.trouble == "sleep":
-                time.sleep(1000)
-            if self.trouble == "leave":
-                os._exit(9)
-            if self.trouble == "exit":
-                sys.exit("there are no data")
-            if self.trouble == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if self.trouble == "eat":
-                self.eaten = [bytearray(os.urandom(2**20)) * 50 for _ in range(1000) if not time.sleep(0.02)]
-        x, y = batch
-        loss = ((self.layer(x) - y) ** 2).mean()
-        self.log("train/loss", loss)
+        loss = self._loss(batch)
+        self.mean(loss.detach())
+        self.log("train/mean", self.mean, on_step=False, on_epoch=True)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("train/most", loss, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self._loss(batch), sync_dist=True)
+
+    def _loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self.layers(x), y)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss"}}
+
+
+class TwoOptimizers(ToyModel):
+    """One optimizer per layer."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.layers[0], self.layers[3])]
+
+
+class TiedAndFrozen(ToyModel):
+    """A frozen layer in the optimizer, a tied layer, no dropout, and a parameter outside the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0].requires_grad_(False)
+        self.layers[2] = nn.Identity()
+        self.tied = self.layers[3]
+        self.not_optimized = nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0 * self.not_optimized.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([*self.layers[0].parameters(), *self.layers[3].parameters()], lr=0.02, eps=1e-4)
+
+
+class WideAndFrozen(ToyModel):
+    """A large layer, and a large frozen layer in the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 700), nn.Linear(700, 800), nn.Linear(800, 1))
+        self.layers[2].requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4, eps=1e-4)
 
 
 class ToyData(LightningDataModule):
-    """Points of a line."""
+    """Random points with four coordinates, and the sum of these as target; the global batch size is 12.
 
-    def __init__(self, diary: str | None = None) -> None:
+    Args:
+        samples: Samples for training, and as many for validation.
+        workers: Workers of each DataLoader.
+        diary: Folder that gets a file per call of prepare_data and setup.
+    """
+
+    def __init__(self, samples: int = 240, workers: int = 1, diary: str | None = None) -> None:
         super().__init__()
-        self.diary = diary
+        self.samples, self.workers, self.diary = samples, workers, diary
 
-    def _note(self, what: str) -> None:
+    def _record(self, call: str) -> None:
         if self.diary is not None:
             Path(self.diary).mkdir(exist_ok=True)
-            (Path(self.diary) / f"{what}-{os.environ['SLURM_PROCID']}-{time.time_ns()}").touch()
+            (Path(self.diary) / f"{call}-{os.environ['SLURM_PROCID']}-{time.time_ns()}").touch()
 
     def prepare_data(self) -> None:
-        self._note("prepare")
+        self._record("prepare")
 
     def setup(self, stage: str) -> None:
-        self._note("setup")
+        self._record("setup")
 
-    def train_dataloader(self) -> DataLoader:
-        x = torch.linspace(-1, 1, 64)[:, None]
-        return DataLoader(TensorDataset(x, 3 * x + 1), batch_size=8, shuffle=True)
+    def _loader(self, seed: int, shuffle: bool) -> DataLoader[Any]:
+        x = torch.randn(self.samples, 4, generator=torch.Generator().manual_seed(seed))
+        return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=12, shuffle=shuffle, num_workers=self.workers)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(1, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader(2, shuffle=False)

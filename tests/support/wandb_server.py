@@ -1,4 +1,4 @@
-"""As much of a W&B server as one run needs: it keeps history by run, can go away and come back, and remembers meanwhile."""
+"""A W&B server that stores the history of runs, and can be stopped and started again."""
 
 import gzip
 import json
@@ -14,8 +14,8 @@ class WandbServer:
     """A server on a loopback port.
 
     Attributes:
-        lines: By run, what was sent as history, by its place.
-        ends: By run, what its ends have said: exit codes, and whether it was marked as preempting.
+        lines: Rows of history, by run and index.
+        ends: Exit codes and marks as preempting that were sent, by run.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class WandbServer:
         self.ends: dict[str, list[dict[str, Any]]] = {}
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
-        os.register_at_fork(after_in_child=self._close)  # else a forked rank would hold the port, and nobody would answer
+        os.register_at_fork(after_in_child=self._close)  # or a forked rank would hold the port without answering
 
     def __enter__(self) -> "WandbServer":
         self.come()
@@ -34,17 +34,17 @@ class WandbServer:
 
     @property
     def env(self) -> dict[str, str]:
-        """What leads W&B here."""
+        """Environment variables that make W&B use this server."""
         return {"WANDB_BASE_URL": f"http://127.0.0.1:{self._port}", "WANDB_API_KEY": _KEY, "WANDB_MODE": "online"}
 
     def come(self) -> None:
-        """Begin to answer; on the port of before."""
+        """Start answering, on the same port each time."""
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), _handler(self))
         self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def go(self) -> None:
-        """Answer no more."""
+        """Stop answering."""
         if self._server is not None:
             self._server.shutdown()
             self._close()
@@ -55,27 +55,29 @@ class WandbServer:
             self._server = None
 
     def history(self, run: str) -> list[dict[str, Any]]:
-        """The rows of a run, in their order."""
+        """The rows of a run, in order."""
         lines = self.lines.get(run, {})
         return [lines[place] for place in sorted(lines)]
 
     def answer(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
-        """To a question about a run, or to a part of its history."""
+        """The answer to a GraphQL query, or to a part of a run's history."""
         if path != "/graphql":
             return self._stream(path.split("/")[-2], content)
-        asked, given = content["query"], content.get("variables") or {}
+        query, variables = content["query"], content.get("variables") or {}
         owner = {"id": "e", "name": "me"}
-        if "RunResumeStatus" in asked:
-            return {"model": {"id": "p", "name": "lockstep", "entity": owner, "bucket": self._bucket(given["name"])}}
-        if "UpsertBucket" in asked:
-            new = given["name"] not in self.lines
-            self.lines.setdefault(given["name"], {})
-            project = {"id": "p", "name": given["project"], "entity": owner}
-            return {"upsertBucket": {"bucket": {**(self._bucket(given["name"]) or {}), "project": project}, "inserted": new}}
-        if "CreateRunFiles" in asked:
-            files = [{"name": name, "uploadUrl": f"{self.env['WANDB_BASE_URL']}/put/{name}"} for name in given["files"]]
+        if "RunResumeStatus" in query:
+            return {"model": {"id": "p", "name": "lockstep", "entity": owner, "bucket": self._bucket(variables["name"])}}
+        if "UpsertBucket" in query:
+            new = variables["name"] not in self.lines
+            self.lines.setdefault(variables["name"], {})
+            project = {"id": "p", "name": variables["project"], "entity": owner}
+            return {
+                "upsertBucket": {"bucket": {**(self._bucket(variables["name"]) or {}), "project": project}, "inserted": new}
+            }
+        if "CreateRunFiles" in query:
+            files = [{"name": name, "uploadUrl": f"{self.env['WANDB_BASE_URL']}/put/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
-        if "Viewer" in asked:
+        if "Viewer" in query:
             return {"viewer": {"id": "v", "flags": "{}", "entity": "me", "username": "me", "teams": {"edges": []}}}
         return {"serverInfo": {"features": []}}
 
@@ -113,10 +115,10 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
-            told: dict[str, Any] = {}
+            answer: dict[str, Any] = {}
             if self.command == "POST" and body.startswith(b"{"):  # others are telemetry
-                told = server.answer(self.path, json.loads(body))
-            reply = json.dumps({"data": told}).encode()
+                answer = server.answer(self.path, json.loads(body))
+            reply = json.dumps({"data": answer}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(reply)))

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.fault_callbacks import Own, Points
-from support.runs import REPO, Launch, Outcome, left_alone, trouble
+from support.faults import fault
+from support.runs import REPO, Launch, Outcome, undisturbed_run
+from support.toy_model import ToyData, ToyModel
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
@@ -32,7 +33,7 @@ def predicted(run: Outcome) -> dict[str, Tensor]:
 
 
 def test_classes_are_the_same_on_1_2_and_4_ranks_and_as_good_as_the_test(launch: Launch) -> None:
-    trained = left_alone(launch, *RUN)
+    trained = undisturbed_run(launch, *RUN)
     labels = Digits().load("test").labels
     files = []
     for ranks in ("1", "2", "4"):
@@ -45,7 +46,7 @@ def test_classes_are_the_same_on_1_2_and_4_ranks_and_as_good_as_the_test(launch:
         assert int((probabilities.argmax(1) == labels).sum()) == trained.result["metrics"]["test/correct"]
 
 
-class Named(Own):
+class Named(ToyModel):
     """A module that returns a dict of predictions."""
 
     def predict_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -53,14 +54,15 @@ class Named(Own):
         return {"number": number, "layers": self.layers(x), "grid": torch.zeros(len(x), 2, 3, dtype=torch.bool)}
 
 
-class Forward(Own):
+class Forward(ToyModel):
     """A module with a ``forward``, which Lightning's ``predict_step`` calls."""
 
     def forward(self, batch: list[Tensor]) -> Tensor:
-        return self.layers(batch[0])
+        logits: Tensor = self.layers(batch[0])
+        return logits
 
 
-class Numbered(Points):
+class Numbered(ToyData):
     """37 numbered samples, which four ranks cannot share equally."""
 
     def __init__(self, kind: str = "plain") -> None:
@@ -81,13 +83,13 @@ class OwnSampler(BatchSampler):
 
 
 def predict(launch: Launch, model: str, *arguments: str, data: str = f"{__name__}.Numbered") -> Outcome:
-    """Predict with a user's model after training ``Own`` for an epoch."""
-    trained = left_alone(
+    """Predict with a user's model after training ``ToyModel`` for an epoch."""
+    trained = undisturbed_run(
         launch,
         "--model",
-        "support.fault_callbacks.Own",
+        "support.toy_model.ToyModel",
         "--data",
-        "support.fault_callbacks.Points",
+        "support.toy_model.ToyData",
         "--trainer.max_epochs",
         "1",
     )
@@ -112,12 +114,12 @@ def test_a_users_module_predicts_each_sample_once_in_the_order_of_the_data_set(l
 
 
 def test_an_interrupted_prediction_leaves_no_file(launch: Launch, tmp_path: Path) -> None:
-    run = predict(launch, f"{__name__}.Named", *trouble(tmp_path / "once", "SIGTERM", where="on_predict_batch_start"))
+    run = predict(launch, f"{__name__}.Named", *fault(tmp_path / "once", "SIGTERM", hook="on_predict_batch_start"))
     assert (run.status, run.result["status"]) == (143, "interrupted")
     assert list(run.folder.glob("*predictions*")) == []
 
 
-class Bad(Own):
+class Bad(ToyModel):
     """A module whose predictions do not fit into a file."""
 
     def __init__(self, kind: str) -> None:
@@ -135,11 +137,11 @@ class Bad(Own):
     ("model", "arguments", "message"),
     [
         (
-            "Own",
-            ["--data", "support.fault_callbacks.Points"],
-            "data: Points has no predict_dataloader; define it to choose what to predict.",
+            "ToyModel",
+            ["--data", "support.toy_model.ToyData"],
+            "data: ToyData has no predict_dataloader; define it to choose what to predict.",
         ),
-        ("Own", [], "model: Own has neither predict_step nor forward; define one of them."),
+        ("ToyModel", [], "model: ToyModel has neither predict_step nor forward; define one of them."),
         ("Bad", ["--model.kind", "mean"], "predict_step returns predictions () for 8 samples; the first dimension must be"),
         ("Bad", ["--model.kind", "texts"], "predict_step returns names list; return a tensor, or a dict or tuple of tensors"),
         ("Bad", ["--model.kind", "nothing"], "predict_step returns NoneType; return a tensor"),
@@ -160,7 +162,7 @@ class Bad(Own):
 def test_impossible_predictions_raise_errors(
     launch: Launch, capfd: pytest.CaptureFixture[str], model: str, arguments: list[str], message: str
 ) -> None:
-    run = predict(launch, f"{'support.fault_callbacks' if model == 'Own' else __name__}.{model}", *arguments)
+    run = predict(launch, f"{'support.toy_model' if model == 'ToyModel' else __name__}.{model}", *arguments)
     said = capfd.readouterr().err
     assert run.status in (1, 2) and message in said and "Traceback" not in said
     assert list(run.folder.glob("*predictions*")) == []
@@ -174,7 +176,7 @@ def test_predict_needs_a_checkpoint(launch: Launch, capfd: pytest.CaptureFixture
 def test_a_zero_3_run_is_predicted_by_any_strategy(launch: Launch) -> None:
     importlib.import_module("deepspeed")  # once, and not once in each forked rank
     zero = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--ranks", "2"]
-    trained = left_alone(launch, *RUN, *zero)
+    trained = undisturbed_run(launch, *RUN, *zero)
     by_ddp, by_zero = (
         predicted(launch("predict", *RUN, *how, "--data.batch_size", "47", "--ckpt_path", str(trained.folder)))["predictions"]
         for how in (["--ranks", "4"], zero)

@@ -1,4 +1,4 @@
-"""Whole runs of the default config: the same on 1, 2 and 4 ranks, the same twice, from its saved config, and in a debugger.
+"""Runs of the default config are equal on 1, 2 and 4 ranks, when repeated, and from their saved config.
 
 Each test is a few runs of a second or two in forked processes.
 """

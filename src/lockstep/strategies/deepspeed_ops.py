@@ -1,20 +1,23 @@
 """Compile the DeepSpeed ops that a config needs: on one rank of each node, before all ranks load them.
 
-torch keeps compiled ops in TORCH_EXTENSIONS_DIR. If it is not set, each environment gets its own folder in
-~/.cache/torch_extensions; in a shared one, two environments would recompile each other's ops again and again.
+torch keeps compiled ops in TORCH_EXTENSIONS_DIR. If it is not set, they are in ~/.cache/torch_extensions, and all environments
+with the same versions share them.
 """
 
 import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -22,8 +25,9 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from lockstep.compat import patch, private
 from lockstep.config import check_offload
-from lockstep.core import UsageError, World
+from lockstep.core import UsageError, World, atomic_write_text
 from lockstep.distributed import all_gather
 
 log = logging.getLogger(__name__)
@@ -91,7 +95,8 @@ def load_ops(ops: Sequence[Op], world: World, device: torch.device) -> None:
     if not ops:
         return
     select_accelerator(device)
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions" / _environment_id()))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions" / _build_id()))
+    _share_compiled_ops()
     for first_rank_loads in (True, False):
         own: list[str] = []
         loading = Thread(target=lambda own=own: own.append(_load_all(ops)), daemon=True)
@@ -106,10 +111,56 @@ def load_ops(ops: Sequence[Op], world: World, device: torch.device) -> None:
             raise UsageError(problem)
 
 
-def _environment_id() -> str:
-    """A name for the installed torch and DeepSpeed, against which ops are compiled."""
-    facts = (torch.__version__, torch.__file__, str(import_module("deepspeed").__file__), platform.machine())
+def _build_id() -> str:
+    """A name for what decides the machine code of an op: versions, ABI, and the processor (-march=native)."""
+    cpu = Path("/proc/cpuinfo")
+    flags = re.search(r"^(flags|Features).*", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
+    facts = (
+        *(torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi(), import_module("deepspeed").__version__),
+        *(sysconfig.get_config_var("EXT_SUFFIX"), platform.machine(), flags and flags[0]),
+        *(torch.cuda.get_device_capability() if torch.cuda.is_available() else ()),
+    )
     return f"lockstep-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+
+
+def _library(name: str) -> Path:
+    return Path(os.environ["TORCH_EXTENSIONS_DIR"]) / name / f"{name}.so"
+
+
+def _build_record(name: str) -> Path:
+    """A file beside a compiled op that holds the build id under which it was compiled and loaded."""
+    return _library(name).with_name("lockstep-build")
+
+
+def _is_compiled(name: str) -> bool:
+    record = _build_record(name)
+    return _library(name).exists() and record.exists() and record.read_text() == _build_id()
+
+
+@cache
+def _share_compiled_ops() -> None:
+    """Load an op that any environment has compiled under this build id.
+
+    torch alone compiles it again in every environment, because the paths of the sources are part of its build rules.
+    """
+    builder_class: Any = import_module("deepspeed.ops.op_builder.builder").OpBuilder
+    compile_and_load, loaded = builder_class.jit_load, private("deepspeed", builder_class, "_loaded_ops")
+
+    def jit_load(builder: Any, verbose: bool = True) -> Any:
+        name = builder.name
+        if not _is_compiled(name):
+            _build_record(name).unlink(missing_ok=True)
+            module = compile_and_load(builder, verbose)
+            atomic_write_text(_build_record(name), _build_id())
+            return module
+        spec = spec_from_file_location(name, _library(name))
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        loaded[name] = module
+        return module
+
+    patch("deepspeed", builder_class, "jit_load", jit_load)
 
 
 def _load_all(ops: Sequence[Op]) -> str:
@@ -122,13 +173,13 @@ def _load(op: Op) -> str:
     try:
         builder = getattr(import_module("deepspeed.ops.op_builder"), op.builder)()
         name = builder.name
-        if not _is_installed(name):
+        if not _is_installed(name) and not _is_compiled(name):
             if missing := _missing_tool(builder):
                 return (
                     f"{op.reason} needs DeepSpeed's op {name}, which is compiled at first use, and {missing} is missing on "
                     f"{platform.node()}; install it (apt-get install {op.packages}), or {op.remedy}."
                 )
-            if not (Path(os.environ["TORCH_EXTENSIONS_DIR"]) / name / f"{name}.so").exists():
+            if not _library(name).exists():
                 log.info("compiling %s for this node, which takes minutes: %s needs it", name, op.reason)
         builder.load(verbose=False)
         return ""
