@@ -1,18 +1,18 @@
-# The image of a run: the same launch scripts in docker, pyxis and apptainer. In the order of how seldom they change: Debian's
-# packages, what requirements.lock pins, the CUDA compiler, the source. An edit of the source rebuilds the last layer only.
+# The image that ranks run in, with docker, pyxis or apptainer. Layers that change rarely come first: Debian packages, Python
+# packages, the CUDA compiler, the source. A change of the source rebuilds only the last layer.
 #
 #   docker build --target train -t lockstep --build-arg REVISION=$(git rev-parse HEAD) .
-#   docker build --target cluster -t lockstep-cluster .        and Slurm: `docker run --rm lockstep-cluster make demo`
+#   docker build --target cluster -t lockstep-cluster .        with Slurm: `docker run --rm lockstep-cluster make demo`
 #
-# The user is lockstep (uid 1000), and any other will do: `--user "$(id -u)" -e HOME=/tmp -v "$PWD:$PWD" -w "$PWD"`. Caches and
-# compiled ops go below HOME, runs below the current folder.
+# The user is lockstep (uid 1000). Any other works too: `--user "$(id -u)" -e HOME=/tmp -v "$PWD:$PWD" -w "$PWD"`. Caches and
+# compiled ops are written to HOME, runs to the current folder.
 
-# Any Debian or Ubuntu: where it has no Python, the distribution's is installed, which must be 3.11 or newer. It need not have
-# CUDA: libraries and compiler come from the wheels that fit torch's, the driver from the host.
+# Any Debian or Ubuntu image with Python 3.11 or newer; where Python is missing, the distribution's is installed. CUDA is not
+# required: libraries and compiler come from wheels that match torch, the driver from the host.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS lockstep
-# DeepSpeed compiles its ops at first use, with g++, Python's headers and libaio; NCCL finds InfiniBand through libibverbs.
+# DeepSpeed compiles its ops at first use, which needs g++, the Python headers and libaio. NCCL needs libibverbs for InfiniBand.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         ca-certificates g++ git ibverbs-providers libaio-dev libibverbs1 make \
@@ -23,8 +23,8 @@ RUN python3 -m venv /opt/uv \
     && ln -s /opt/uv/bin/uv /usr/local/bin/uv \
     && useradd --uid 1000 --create-home --shell /bin/bash lockstep
 
-# The environment is readable to all and belongs to root: pyxis and apptainer run as the caller. Bytecode is compiled here, since
-# whoever runs the image cannot write it.
+# The environment belongs to root and is readable by all, because pyxis and apptainer run as the caller. Bytecode is compiled
+# here, because the caller cannot write it.
 ENV VIRTUAL_ENV=/opt/lockstep/venv CUDA_HOME=/opt/lockstep/cuda
 ENV PATH=${VIRTUAL_ENV}/bin:${CUDA_HOME}/bin:${PATH}
 COPY requirements.lock /opt/lockstep/
@@ -32,7 +32,7 @@ RUN --mount=type=cache,target=/var/cache/uv \
     uv venv --python python3 "$VIRTUAL_ENV" \
     && uv pip sync --cache-dir /var/cache/uv --link-mode copy --compile-bytecode --require-hashes /opt/lockstep/requirements.lock
 
-# nvcc of the very CUDA that torch was built with, and the names that a linker looks for, which the wheels leave out.
+# nvcc of the CUDA version that torch was built with, and the library names for the linker, which the wheels do not contain.
 RUN --mount=type=cache,target=/var/cache/uv \
     cuda=$(sed -n 's/^cuda-toolkit==\([0-9.]*\).*/\1/p' /opt/lockstep/requirements.lock) \
     && uv pip install --cache-dir /var/cache/uv --link-mode copy --constraint /opt/lockstep/requirements.lock "cuda-toolkit[nvcc,curand]==$cuda" \
@@ -40,11 +40,11 @@ RUN --mount=type=cache,target=/var/cache/uv \
     && ln -s lib "$CUDA_HOME/lib64" \
     && for library in "$CUDA_HOME"/lib/lib*.so.*; do ln -sf "${library##*/}" "${library%%.so.*}.so"; done
 
-# enroot (pyxis) and docker's NVIDIA runtime bring the driver in where these say so.
+# Makes enroot (pyxis) and the NVIDIA runtime of docker mount the driver.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /opt/lockstep/src
 COPY --chown=lockstep:lockstep . ./
-# The Makefile takes the environment for its own: `make setup` has nothing to do.
+# Makes the Makefile use this environment: `make setup` has nothing to do.
 RUN uv pip install --no-cache --no-deps --no-build-isolation --editable . \
     && ln -s "$VIRTUAL_ENV" .venv \
     && touch .venv/.made \
@@ -52,13 +52,13 @@ RUN uv pip install --no-cache --no-deps --no-build-isolation --editable . \
 CMD ["python", "launch/local.py", "--help"]
 
 FROM lockstep AS cluster
-# Slurm of Debian, so that slurm/cluster.py can bring up a cluster inside.
+# For slurm/cluster.py, which starts a cluster in the container.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends munge slurm-client slurmctld slurmd \
     && rm -rf /var/lib/apt/lists/*
 USER lockstep
 
-# The last, so that it is what a build without --target makes: Slurm's commands belong to the cluster, not to this image.
+# The last target is the default one. It has no Slurm: the commands of the cluster are outside of the image.
 FROM lockstep AS train
 ARG REVISION=unknown
 LABEL org.opencontainers.image.revision=${REVISION}

@@ -1,9 +1,9 @@
-"""What a submission costs: launch/slurm.py, a ten-line submitit script and bare sbatch, side by side; and a sweep of 1,000.
+"""Duration of a submission with launch/slurm.py, with a ten-line submitit script and with sbatch; and of a sweep of 1,000 runs.
 
     python slurm/cluster.py run -- python benchmarks/launch.py [--rounds 10]
 
-Whole processes, in milliseconds, from start to exit; they take turns, round by round, and the median round counts. All jobs
-are held and cancelled at the end. Ratios are to the submitit script.
+Measures whole processes from start to exit, interleaved in rounds; prints medians in milliseconds, and ratios to the submitit
+script. All jobs are held, and cancelled at the end.
 """
 
 import argparse
@@ -33,46 +33,54 @@ print(executor.submit(train, 0.1).job_id)
 """
 
 
-def seconds(command: list[str], folder: Path) -> float:
-    """Time of one whole process, which must succeed, in a folder of its own: what others leave there would be code to it."""
+def submit(command: list[str], folder: Path, jobs: list[str]) -> float:
+    """Return the duration of a submission in seconds, and append its job id to ``jobs``.
+
+    It runs in its own folder: files of other processes would be copied as code of a run.
+    """
     folder.mkdir(exist_ok=True)
     env = os.environ | {"XDG_STATE_HOME": str(folder / "state")}
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # who submits twice has compiled modules
-    began = time.perf_counter()
-    subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
-    return time.perf_counter() - began
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled after the first submission
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    duration = time.perf_counter() - start
+    jobs.append(done.stdout.split()[-1])
+    return duration
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="number of rounds (default 10)")
+    parser.add_argument("--sweep-runs", type=int, default=1000, metavar="N", help="runs of the sweep (default 1000)")
+    arguments = parser.parse_args()
+    jobs: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         script = folder / "ten_lines.py"
         script.write_text(SUBMITIT)
-        ours = [sys.executable, str(REPO / "launch" / "slurm.py"), "--nodes", "4", "--sbatch=--hold"]
+        launch = [sys.executable, str(REPO / "launch" / "slurm.py"), "--nodes", "4", "--sbatch=--hold"]
         commands = {
             "sbatch": ["sbatch", "--hold", "--nodes=4", "--wrap", "srun true"],
             "ten lines of submitit": [sys.executable, str(script)],
-            "launch/slurm.py": ours,
-            "launch/slurm.py --no-snapshot": [*ours, "--no-snapshot"],
+            "launch/slurm.py": launch,
+            "launch/slurm.py --no-snapshot": [*launch, "--no-snapshot"],
         }
-        times: dict[str, list[float]] = {name: [] for name in commands}
+        times: dict[str, list[float]] = {label: [] for label in commands}
         try:
-            for round_ in range(rounds + 1):
+            for round_ in range(arguments.rounds + 1):
                 for label, command in commands.items():
-                    spent = seconds(command, folder / label.replace("/", " "))
-                    if round_:  # the first one compiles
-                        times[label].append(spent)
-            sweep = seconds([*ours, "--sweep", f"seed_everything={','.join(map(str, range(1000)))}"], folder / "sweep")
+                    duration = submit(command, folder / label.replace("/", " "), jobs)
+                    if round_:  # the first one compiles modules
+                        times[label].append(duration)
+            seeds = ",".join(map(str, range(arguments.sweep_runs)))
+            sweep = submit([*launch, "--sweep", f"seed_everything={seeds}"], folder / "sweep", jobs)
         finally:
-            subprocess.run(["scancel", "--me"], check=True)
+            subprocess.run(["scancel", *jobs], check=True)
     medians = {label: statistics.median(values) for label, values in times.items()}
+    medians[f"a sweep of {arguments.sweep_runs:,}"] = sweep
     table = Table("", "ms", "× submitit", box=None)
     for label, median in medians.items():
         table.add_row(label, f"{1000 * median:.0f}", f"{median / medians['ten lines of submitit']:.2f}")
-    table.add_row("a sweep of 1,000", f"{1000 * sweep:.0f}", f"{sweep / medians['ten lines of submitit']:.0f}")
     Console().print(table)
 
 

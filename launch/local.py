@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Train on this machine: in this very process, where ``breakpoint()`` works, or as several ranks.
+"""Train on this machine: in this process, where ``breakpoint()`` works, or as several ranks.
 
     python launch/local.py                        # configs/digits.yaml, one process
     python launch/local.py --ranks 2              # two ranks: gloo on CPUs, nccl on GPUs
-    python launch/local.py --nodes 2 --ranks 2    # two pretend nodes of two ranks each
+    python launch/local.py --nodes 2 --ranks 2    # two simulated nodes of two ranks each
     python launch/local.py --config mine.yaml --trainer.max_epochs 3 --model.lr 0.01
 
-Whatever is not listed below goes to the trainer untouched: an optional command (fit, validate, test, predict), then keys of
-the config; see them all with --print_config.
+All other arguments go to the trainer: an optional command (fit, validate, test, predict), then keys of the config.
+--print_config shows all keys.
 """
 
 import argparse
@@ -29,13 +29,13 @@ def main(arguments: Sequence[str]) -> int:
     parser = CommandLineParser(
         prog="launch/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--nodes", type=int_at_least(1), help="pretend nodes (default 1, or as before)")
-    parser.add_argument("--ranks", type=int_at_least(1), help="ranks on each node (default 1, or as before)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder, with its own config")
+    parser.add_argument("--nodes", type=int_at_least(1), help="simulated nodes (default 1; with --resume, as before)")
+    parser.add_argument("--ranks", type=int_at_least(1), help="ranks on each node (default 1; with --resume, as before)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder, with its own config")
     try:
-        own, rest = parser.parse_known_args(arguments)
+        options, rest = parser.parse_known_args(arguments)
         at = 1 if rest and not rest[0].startswith("-") else 0
-        resume = Run.open(own.resume) if own.resume else None
+        resume = Run.open(options.resume) if options.resume else None
         if resume is not None:
             rest[at:at] = ["--config", str(resume.config)]
         elif not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
@@ -46,13 +46,13 @@ def main(arguments: Sequence[str]) -> int:
             check_checkpoint_path(rest[0] if at else "fit", config["ckpt_path"], {})
             check_deepspeed(config)
             check_nvme_path(config)
-        # A shell inside a Slurm allocation must not make this run look like one of its tasks.
+        # In a shell inside a Slurm allocation, this run is not one of its tasks.
         for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del os.environ[name]
-        # Only now: torch and lightning take seconds to import, and nobody should wait for a usage error.
+        # Imported only now: torch and Lightning take seconds, which a usage error should not cost.
         from lockstep.trainer.local import run_locally
 
-        return run_locally(rest, own.nodes, own.ranks, ["python", "launch/local.py", *arguments], resume)
+        return run_locally(rest, options.nodes, options.ranks, ["python", "launch/local.py", *arguments], resume)
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status

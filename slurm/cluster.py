@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""A real Slurm cluster on one machine: munged, slurmctld and one slurmd for each pretend node.
+"""A Slurm cluster on one machine, for laptops, CI and development: munged, slurmctld and one slurmd per simulated node.
 
-Made for laptops, CI and developing against, not for real work. Several stand side by side, each in a folder of its own, on
-loopback addresses and free ports, and none reads or touches another Slurm of the machine. Nodes have as many CPUs and GPUs
-and as much memory as they are told, so one machine may be promised several times over.
+A cluster lives in one folder and uses loopback addresses and free ports, so several clusters and another Slurm on the machine
+do not interfere. CPUs, GPUs and memory of a node are what you request; together they may exceed those of the machine.
 
-    eval "$(python slurm/cluster.py up --nodes 4)"   bring it up; Slurm's commands in this shell now talk to it
-    python slurm/cluster.py status                   nodes, daemons, partitions, jobs
-    python slurm/cluster.py lose n2                  kill a node without a goodbye; `restore n2` brings it back
-    python slurm/cluster.py down                     leave nothing behind
-    python slurm/cluster.py run -- make test-slurm   one command against it, brought up and taken down around that
+    eval "$(python slurm/cluster.py up --nodes 4)"   start a cluster; Slurm's commands in this shell use it
+    python slurm/cluster.py status                   print nodes, daemons, partitions and jobs
+    python slurm/cluster.py lose n2                  kill node n2 without a shutdown; `restore n2` starts it again
+    python slurm/cluster.py down                     stop the cluster and remove its folder
+    python slurm/cluster.py run -- squeue            start a cluster, run one command against it, stop it
 
-Standard library only: it runs before the project is installed. Any user may run it; jobs run as that user.
+Uses the standard library only, and runs before the project is installed. Any user may run it; jobs run as that user.
 """
 
 import argparse
@@ -27,35 +26,35 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from conf import ClusterError, Shape, UsageError, scrubbed_environment
+from conf import ClusterError, ClusterSpec, UsageError, scrubbed_environment
 from daemons import HEALTHY, Cluster
 
-_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def _bring_up(folder: Path, asked: Mapping[str, Any]) -> tuple[Cluster, bool]:
-    """The cluster in ``folder``, and whether it was brought up just now.
+def _start(folder: Path, requested: Mapping[str, Any]) -> tuple[Cluster, bool]:
+    """Return the cluster in ``folder``, started if there is none, and whether this call started it.
 
     Raises:
-        ClusterError: One is there, but in pieces or of another shape than what was asked for.
+        ClusterError: A cluster is there, but some of its daemons are dead, or it differs from what was requested.
     """
     cluster = Cluster.find(folder)
     if cluster is None:
         start = time.monotonic()
-        cluster = Cluster.up(folder, **asked)
-        _say(f"{cluster.shape} are up in {cluster.folder} after {time.monotonic() - start:.1f} s.")
+        cluster = Cluster.up(folder, **requested)
+        _log(f"{cluster.spec} are up in {cluster.folder} after {time.monotonic() - start:.1f} s.")
         return cluster, True
     if dead := cluster.dead_parts():
-        raise ClusterError(f"the cluster in {cluster.folder} is partly dead ({', '.join(dead)}): take it `down` first.")
-    for key, value in asked.items():
-        if (now := getattr(cluster.shape, key)) != value:
-            raise ClusterError(f"the cluster in {cluster.folder} has {key} {now}, not {value}: take it `down` first.")
-    _say(f"{cluster.shape} are already up in {cluster.folder}.")
+        raise ClusterError(f"the cluster in {cluster.folder} has dead daemons ({', '.join(dead)}); run `down` first.")
+    for key, value in requested.items():
+        if (now := getattr(cluster.spec, key)) != value:
+            raise ClusterError(f"the cluster in {cluster.folder} has {key} {now}, not {value}; run `down` first.")
+    _log(f"{cluster.spec} are already up in {cluster.folder}.")
     return cluster, False
 
 
 def _status(cluster: Cluster) -> int:
-    """Print how the cluster is; 0 if all is well."""
+    """Print the state of the cluster; return 0 if all daemons and nodes work."""
     dead = cluster.dead_parts()
     pids = {
         process.part: process.pid for process in cluster.processes() if process.program in ("munged", "slurmctld", "slurmd")
@@ -63,7 +62,7 @@ def _status(cluster: Cluster) -> int:
     ports = dict(zip(cluster.parts[1:], cluster.ports, strict=False))
     answers = not {"munged", "slurmctld"} & set(dead)
     states = cluster.node_states() if answers else {}
-    lines = [f"{cluster.shape} in {cluster.folder}"]
+    lines = [f"{cluster.spec} in {cluster.folder}"]
     for part in cluster.parts:
         daemon, port = f"pid {pids[part]}" if part in pids else "dead", f"port {ports[part]}" if part in ports else ""
         lines.append(f"{part:10} {daemon:10} {port:10} {states.get(part, '')}".rstrip())
@@ -72,129 +71,135 @@ def _status(cluster: Cluster) -> int:
         jobs = cluster.command("squeue", "--noheader").splitlines()
         lines += [f"partitions {' '.join(partitions)}", f"jobs       {len(jobs)}"]
     print("\n".join([*lines, f"SLURM_CONF={cluster.conf}"]))
-    ill = [f"{part} is dead" for part in dead]
-    ill += [f"{node} is {state}" for node, state in states.items() if not set(state.split("+")) <= HEALTHY and node not in dead]
-    if ill:
-        _say(f"{', '.join(ill)}.")
-    return 1 if ill else 0
+    broken = [node for node, state in states.items() if not set(state.split("+")) <= HEALTHY and node not in dead]
+    problems = [*(f"{part} is dead" for part in dead), *(f"{node} is {states[node]}" for node in broken)]
+    if problems:
+        _log(f"{', '.join(problems)}.")
+    return 1 if problems else 0
 
 
 def _run(cluster: Cluster, command: Sequence[str]) -> int:
-    """Run a command against the cluster; its exit status, or 128 and the number of the signal that ended it."""
+    """Run a command against the cluster; return its exit status, or 128 plus the number of the signal that killed it."""
     process: subprocess.Popen[bytes] | None = None
-    early: list[int] = []
+    pending: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            return  # a terminal sends Ctrl-C to the command by itself
+            return  # a terminal sends Ctrl-C to the command too
         if process is None:
-            early.append(number)
+            pending.append(number)
         else:
             process.send_signal(number)
 
-    # Before the command starts: it must not be left alone by a signal that comes right then.
-    for ending in _ENDINGS:
-        if signal.getsignal(ending) is not signal.SIG_IGN:
-            signal.signal(ending, pass_on)
+    # Before the command starts, so that a signal during its start reaches it.
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, forward)
     try:
         process = subprocess.Popen(command, env=scrubbed_environment() | cluster.env)
     except OSError as error:
-        _say(f"{command[0]} cannot be run: {error.strerror}.")
+        _log(f"{command[0]} cannot be run: {error.strerror}.")
         return 127
-    for number in early:
-        process.send_signal(number)
+    for early in pending:
+        process.send_signal(early)
     status = process.wait()
     return status if status >= 0 else 128 - status
 
 
-def _say(words: str) -> None:
-    print(f"cluster: {words}", file=sys.stderr)
+def _log(message: str) -> None:
+    print(f"cluster: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cluster.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    place = argparse.ArgumentParser(add_help=False)
+    location = argparse.ArgumentParser(add_help=False)
     default = Path("/tmp", f"lockstep-slurm-{os.geteuid()}")
-    place.add_argument("--folder", type=Path, default=default, help="where it lives; a short path (default: %(default)s)")
-    # Suppressed: whatever is not asked for may be as it is in a cluster that is already up.
-    shape = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    location.add_argument(
+        "--folder", type=Path, default=default, help="folder of the cluster, a short path (default: %(default)s)"
+    )
+    # Suppressed: a value that is not requested may differ in a cluster that is already up.
+    spec = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     for name, help in (
-        ("nodes", f"pretend nodes, n1, n2, … (default: {Shape.nodes})"),
-        ("cpus", f"CPUs of each node; may exceed the machine's (default: {Shape.cpus})"),
-        ("gpus", f"GPUs of each node: scheduled and counted, but there is no device (default: {Shape.gpus})"),
-        ("memory", "MB of each node (default: 4096 for each CPU)"),
+        ("nodes", f"simulated nodes, called n1, n2, … (default: {ClusterSpec.nodes})"),
+        ("cpus", f"CPUs per node; may exceed those of the machine (default: {ClusterSpec.cpus})"),
+        ("gpus", f"GPUs per node: Slurm schedules them, but no device exists (default: {ClusterSpec.gpus})"),
+        ("memory", "memory per node in MB (default: 4096 per CPU)"),
     ):
-        shape.add_argument(f"--{name}", type=int, metavar="N", help=help)
+        spec.add_argument(f"--{name}", type=int, metavar="N", help=help)
     for name, metavar, help in (
-        ("partition", "NAME Key=Value …", "a partition as in slurm.conf; the first is the default one (default: debug)"),
-        ("option", "Key=Value", "a line of slurm.conf, which wins over this script's own"),
+        (
+            "partition",
+            "NAME Key=Value …",
+            "a partition as in slurm.conf; the first is the default (default: debug, with all nodes)",
+        ),
+        ("option", "Key=Value", "a line of slurm.conf, which overrides this script's own"),
     ):
-        shape.add_argument(f"--{name}", dest=f"{name}s", action="append", metavar=f"'{metavar}'", help=f"{help}; repeatable")
+        spec.add_argument(f"--{name}", dest=f"{name}s", action="append", metavar=f"'{metavar}'", help=f"{help}; repeatable")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("up", parents=[place, shape], help="bring it up; prints the export line for the shell")
-    actions.add_parser("status", parents=[place], help="what is up; exit status 1 if something is dead")
-    actions.add_parser("down", parents=[place], help="cancel its jobs, end its processes, remove its folder")
+    actions.add_parser("up", parents=[location, spec], help="start a cluster; prints the export line for the shell")
+    actions.add_parser("status", parents=[location], help="print the state of the cluster; exit status 1 if anything is dead")
+    actions.add_parser("down", parents=[location], help="cancel the jobs, stop all daemons, remove the folder")
     usage = "cluster.py run [options] -- COMMAND …"
-    actions.add_parser("run", parents=[place, shape], usage=usage, help="run a command against it")
-    for action, help in (("lose", "kill a node without a goodbye"), ("restore", "bring a lost node back")):
-        actions.add_parser(action, parents=[place], help=help).add_argument("node", metavar="NODE")
+    actions.add_parser("run", parents=[location, spec], usage=usage, help="start a cluster, run a command against it, stop it")
+    for action, help in (("lose", "kill a node without a shutdown"), ("restore", "start a killed node again")):
+        actions.add_parser(action, parents=[location], help=help).add_argument("node", metavar="NODE")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what ``argv`` says and return the exit status."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    arguments = vars(_parser().parse_args(argv[:cut]))
+    """Run the action of the command line and return the exit status."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    arguments = vars(_parser().parse_args(argv[:end]))
     arguments |= {key: tuple(arguments[key]) for key in ("partitions", "options") if key in arguments}
     try:
-        return _act(**arguments, command=argv[cut + 1 :])
+        return _act(**arguments, command=argv[end + 1 :])
     except ClusterError as error:
-        _say(str(error))
+        _log(str(error))
         return 2 if isinstance(error, UsageError) else 1
 
 
-def _act(action: str, folder: Path, command: Sequence[str], node: str = "", **asked: Any) -> int:
+def _act(action: str, folder: Path, command: Sequence[str], node: str = "", **requested: Any) -> int:
     if (action == "run") != bool(command):
         raise UsageError("run needs a COMMAND after --." if action == "run" else f"{action} takes no command.")
     if action in ("up", "run"):
-        cluster, new = _bring_up(folder, asked)
+        cluster, started = _start(folder, requested)
         if action == "up":
             print(f"export SLURM_CONF={shlex.quote(str(cluster.conf))}")
             return 0
         try:
             return _run(cluster, command)
         finally:
-            for number in _ENDINGS:
+            for number in _SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            if new:
+            if started:
                 cluster.down()
-    there = Cluster.find(folder)
-    if there is None:
-        _say(f"no cluster is up in {folder}.")
+    found = Cluster.find(folder)
+    if found is None:
+        _log(f"no cluster is up in {folder}.")
         return 0 if action == "down" else 1
     if action == "status":
-        return _status(there)
+        return _status(found)
     if action == "down":
-        there.down()
-        _say(f"nothing is left in {there.folder}.")
+        found.down()
+        _log(f"the cluster in {found.folder} is down.")
     elif action == "lose":
-        there.lose(node)
+        found.lose(node)
     else:
-        there.restore(node)
+        found.restore(node)
     return 0
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":
-    # So that an interrupted `up` or `run` cleans up behind itself.
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(ending) is signal.SIG_DFL:
-            signal.signal(ending, _leave)
+    # As exceptions, so that an interrupted `up` or `run` cleans up.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _exit)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a cluster pretends to be, and the files in Slurm's own words that make it so."""
+"""The specification of a cluster and the slurm.conf for it; programs, ports and environment of its daemons."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job starts again once its credential has expired: after 120 s, if nobody says otherwise.
+# A requeued job starts again when its credential has expired; the default is 120 s.
 AuthInfo=socket={folder}/munged/socket,cred_expire=5
 StateSaveLocation={folder}/slurmctld
 SlurmctldPidFile={folder}/slurmctld/pid
@@ -31,7 +31,7 @@ SlurmctldLogFile={folder}/slurmctld/log
 SlurmdSpoolDir={folder}/%n
 SlurmdPidFile={folder}/%n/pid
 SlurmdLogFile={folder}/%n/log
-# More CPUs and memory than the machine has.
+# Allow more CPUs and memory than the machine has.
 SlurmdParameters=config_overrides
 GresTypes=gpu
 ProctrackType=proctrack/linuxproc
@@ -41,13 +41,13 @@ MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU={memory_per_cpu}
-# A job that exceeds its memory is killed, without cgroups; pages that its ranks share count once.
+# Kill a job that exceeds its memory, without cgroups; pages that its ranks share count once.
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=task=1
 JobAcctGatherParams=OverMemoryKill,UsePss
 SchedulerParameters=sched_interval=1,bf_interval=1
 ReturnToService=2
-# A lost node is noticed after about 15 s: the first of these and whatever the second adds.
+# Slurm notices a lost node after about 15 s, the sum of these two.
 SlurmdTimeout=10
 MessageTimeout=5
 KillWait=5
@@ -55,24 +55,24 @@ KillWait=5
 
 
 class ClusterError(Exception):
-    """One sentence for the person who asked."""
+    """An error with a remedy, shown as one sentence."""
 
 
 class UsageError(ClusterError):
-    """What was asked for cannot be."""
+    """Arguments that are not valid."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a cluster pretends to be.
+class ClusterSpec:
+    """Nodes, resources and configuration of a cluster.
 
     Attributes:
         nodes: Number of nodes; they are called n1, n2, …
-        cpus: CPUs of each node.
-        gpus: GPUs of each node: scheduled and counted, but there is no device.
-        memory: MB of each node; 0 means 4096 for each CPU. A job that asks for none gets its CPUs' share.
-        partitions: ``NAME Key=Value …`` in Slurm's words; the first is the default one. None means debug, with all nodes.
-        options: ``Key=Value`` lines of slurm.conf, which win over those written here.
+        cpus: CPUs per node.
+        gpus: GPUs per node: Slurm schedules them, but no device exists.
+        memory: Memory per node in MB; 0 means 4096 per CPU. By default a job gets the share of its CPUs.
+        partitions: ``NAME Key=Value …`` as in slurm.conf; the first is the default. Empty means debug, with all nodes.
+        options: ``Key=Value`` lines of slurm.conf, which override the ones here.
     """
 
     nodes: int = 4
@@ -102,27 +102,27 @@ class Shape:
         return [f"n{number}" for number in range(1, self.nodes + 1)]
 
 
-def slurm_conf(folder: Path, shape: Shape, ports: Sequence[int]) -> str:
-    """slurm.conf: what makes it react fast on a laptop, then the options, the nodes and the partitions."""
+def slurm_conf(folder: Path, spec: ClusterSpec, ports: Sequence[int]) -> str:
+    """Return slurm.conf for ``spec``, with short timeouts; ``ports`` are those of slurmctld and of each node."""
     host = socket.gethostname().partition(".")[0]
-    memory = shape.memory or 4096 * shape.cpus
+    memory = spec.memory or 4096 * spec.cpus
     text = _SLURM_CONF.format(
         name=f"lockstep-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}",
         host=host,
         port=ports[0],
         user=_user_name(),
         folder=folder,
-        memory_per_cpu=memory // shape.cpus,
+        memory_per_cpu=memory // spec.cpus,
     )
     if _host_is_loopback():
         text += "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
-    for option in shape.options:
+    for option in spec.options:
         key = option.partition("=")[0]
         text = re.sub(rf"(?im)^{key}=.*\n", "", text) + f"{option}\n"
-    for name, port in zip(shape.node_names, ports[1:], strict=True):
-        text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={shape.cpus} RealMemory={memory}"
-        text += f" Gres=gpu:{shape.gpus}\n" if shape.gpus else "\n"
-    partitions = shape.partitions or ("debug",)
+    for name, port in zip(spec.node_names, ports[1:], strict=True):
+        text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={spec.cpus} RealMemory={memory}"
+        text += f" Gres=gpu:{spec.gpus}\n" if spec.gpus else "\n"
+    partitions = spec.partitions or ("debug",)
     for partition in partitions:
         text += f"PartitionName={partition}"
         text += "" if " nodes=" in partition.lower() else " Nodes=ALL"
@@ -134,14 +134,14 @@ def _user_name() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
-        raise ClusterError(f"user {os.geteuid()} has no name on this machine, and Slurm wants one.") from None
+        raise ClusterError(f"user {os.geteuid()} has no name on this machine, but Slurm needs one.") from None
 
 
 def _host_is_loopback() -> bool:
-    """Whether the machine's name stands for 127.0.0.1: Slurm can be told to listen on the address of that name alone.
+    """Whether the machine's name resolves to 127.0.0.1, so that Slurm can listen on the address of that name only.
 
-    Elsewhere it listens on all addresses, and the munge key keeps others out. 127.0.1.1, as on Debian, will not do:
-    connections come from 127.0.0.1, and Slurm answers where they come from.
+    Otherwise it listens on all addresses, and the munge key rejects others. 127.0.1.1, as on Debian, does not work: connections
+    come from 127.0.0.1, and Slurm answers to their source.
     """
     try:
         return socket.gethostbyname(socket.gethostname()) == "127.0.0.1"
@@ -150,14 +150,14 @@ def _host_is_loopback() -> bool:
 
 
 def cgroup_plugin() -> str:
-    """One that needs no control group: slurmd loads one even if nothing uses it, and v2 looks for systemd."""
+    """Return the cgroup plugin that needs no cgroups: slurmd always loads one, and v2 requires systemd."""
     shown = subprocess.run(["slurmd", "-V"], env={"PATH": search_path()}, capture_output=True, text=True).stdout
     version = re.search(r"(\d+)\.(\d+)", shown)
     return "disabled" if version and (int(version[1]), int(version[2])) >= (23, 2) else "cgroup/v1"
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those that Linux gives to connections: a lost node finds its own free again."""
+    """Return unused ports below the ephemeral range of Linux, so that a restarted daemon finds its port unused."""
     ports: list[int] = []
     for port in random.sample(range(15000, 32768), 32768 - 15000):
         with contextlib.suppress(OSError), socket.socket() as candidate:
@@ -165,24 +165,25 @@ def free_ports(count: int) -> list[int]:
             ports.append(port)
         if len(ports) == count:
             return ports
-    raise ClusterError(f"there are no {count} free ports between 15000 and 32767.")
+    raise ClusterError(f"found only {len(ports)} of {count} free ports between 15000 and 32767.")
 
 
 def search_path() -> str:
-    """PATH, and where daemons are, which a user's own often lacks."""
+    """PATH with the folders of daemons, which a user's PATH often lacks."""
     return os.pathsep.join(filter(None, [os.environ.get("PATH"), "/usr/local/sbin", "/usr/sbin"]))
 
 
 def scrubbed_environment() -> dict[str, str]:
-    """This process's environment without what another cluster, or a job around us, may have left in it."""
+    """The environment without the variables of another cluster or an enclosing job."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SALLOC", "SRUN"))}
     return kept | {"PATH": search_path()}
 
 
 def check_programs() -> None:
+    """Raise ClusterError if Slurm or munge is not installed."""
     missing = [program for program in _PROGRAMS if not shutil.which(program, path=search_path())]
     if missing:
         raise ClusterError(
-            f"Slurm is missing on this machine ({', '.join(missing)}): "
-            "on Debian and Ubuntu, apt-get install slurmctld slurmd slurm-client munge."
+            f"Slurm is missing on this machine ({', '.join(missing)}); "
+            "on Debian and Ubuntu: apt-get install slurmctld slurmd slurm-client munge."
         )

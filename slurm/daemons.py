@@ -1,4 +1,4 @@
-"""The cluster itself: a folder, and the daemons that live in it."""
+"""A cluster: its folder, and starting, checking and stopping the daemons in it."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from typing import Self
 
 from conf import (
     ClusterError,
-    Shape,
+    ClusterSpec,
     UsageError,
     cgroup_plugin,
     check_programs,
@@ -27,83 +27,83 @@ from conf import (
 from processes import Process, check_not_inside, kill, processes
 
 _MARKER = "lockstep-cluster.json"
-"""The file that makes a folder a cluster's; no other folder is ever deleted."""
+"""The file that marks the folder of a cluster; a folder without it is never deleted."""
 
 HEALTHY = {"idle", "mixed", "allocated", "completing", "planned"}
-"""What Slurm calls a node that works."""
+"""States of a node that works."""
 
 _SOCKET_PATH_BYTES = 107
-"""The longest path of a Unix socket: unix(7) gives 108 with the final zero."""
+"""Longest path of a Unix socket: 108 bytes with the final zero, see unix(7)."""
 
 _READY_SECONDS = 30.0
-"""How long nodes may take to become idle; they take about one."""
+"""How long nodes may take to become idle; usually one second."""
 
 _CANCEL_SECONDS = 5.0
-"""How long cancelled jobs may take to end before they are killed."""
+"""How long cancelled jobs may take to end before their processes are killed."""
 
 
 class Cluster:
-    """A cluster in its folder. Comes from ``up`` or ``find``; as a context manager it is taken down at the end.
+    """A cluster in a folder, made by ``up`` or ``find``; as a context manager it is stopped at the end.
 
     Attributes:
-        folder: Everything of it: ``slurm.conf`` and, for each part, a folder with its log, sockets and state.
-        shape: What it pretends to be.
-        ports: Of slurmctld and of each node; empty where the folder does not say.
+        folder: Contains ``slurm.conf`` and, for each part, a folder with its log, sockets and state.
+        spec: Nodes, resources and configuration.
+        ports: Of slurmctld and of each node; empty where unknown.
     """
 
-    def __init__(self, folder: Path, shape: Shape, ports: Sequence[int] = ()) -> None:
-        self.folder, self.shape, self.ports = folder.resolve(), shape, tuple(ports)
+    def __init__(self, folder: Path, spec: ClusterSpec, ports: Sequence[int] = ()) -> None:
+        self.folder, self.spec, self.ports = folder.resolve(), spec, tuple(ports)
 
     @classmethod
     def up(
         cls,
         folder: Path,
-        nodes: int = Shape.nodes,
-        cpus: int = Shape.cpus,
-        gpus: int = Shape.gpus,
-        memory: int = Shape.memory,
+        nodes: int = ClusterSpec.nodes,
+        cpus: int = ClusterSpec.cpus,
+        gpus: int = ClusterSpec.gpus,
+        memory: int = ClusterSpec.memory,
         partitions: Sequence[str] = (),
         options: Sequence[str] = (),
     ) -> Self:
-        """Bring a cluster up and wait until all its nodes are idle. See ``Shape`` for the arguments.
+        """Start a cluster and wait until all its nodes are idle. See ``ClusterSpec`` for the arguments.
 
         Args:
-            folder: Where it lives; made by this call, or empty.
+            folder: The cluster's folder: empty, or created by this call.
 
         Raises:
-            ClusterError: Slurm is missing, the folder will not do, or a daemon failed. Nothing is left behind.
+            ClusterError: Slurm is missing, the folder is not suitable, or a daemon failed. Nothing is left behind.
         """
-        shape = Shape(nodes, cpus, gpus, memory, tuple(partitions), tuple(options))
+        spec = ClusterSpec(nodes, cpus, gpus, memory, tuple(partitions), tuple(options))
         check_programs()
-        for tries_left in (2, 1, 0):
-            cluster = cls(folder, shape, free_ports(nodes + 1))
+        for retries_left in (2, 1, 0):
+            cluster = cls(folder, spec, free_ports(nodes + 1))
             cluster._claim_folder()
             try:
                 cluster._start()
                 break
             except BaseException as error:
-                # Between the choice of a port and its use, another process may have taken it.
-                taken = isinstance(error, ClusterError) and cluster._lost_a_port()
+                # Another process may have taken a port between its choice and its use.
+                lost_port = isinstance(error, ClusterError) and cluster._lost_a_port()
                 cluster.down()
-                if not taken or not tries_left:
+                if not lost_port or not retries_left:
                     raise
         return cluster
 
     @classmethod
     def find(cls, folder: Path) -> "Cluster | None":
-        """The cluster in ``folder``, whole or in pieces; None where nothing is.
+        """Return the cluster in ``folder``, even if daemons or files are missing; None if nothing of it exists.
 
         Raises:
-            ClusterError: The folder is something else, or somebody else's.
+            ClusterError: The folder is not that of a cluster, or belongs to another user.
         """
-        cluster = cls(folder, Shape())
+        cluster = cls(folder, ClusterSpec())
         if not cluster.folder.exists():
             return cluster if cluster.processes() else None
         cluster._check_folder()
         try:
             facts = json.loads((cluster.folder / _MARKER).read_text())
-            shape = facts["shape"] | {key: tuple(facts["shape"][key]) for key in ("partitions", "options")}
-            return cls(folder, Shape(**shape), facts["ports"])
+            spec = facts["spec"] | {key: tuple(facts["spec"][key]) for key in ("partitions", "options")}
+            return cls(folder, ClusterSpec(**spec), facts["ports"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
@@ -117,24 +117,24 @@ class Cluster:
 
     @property
     def conf(self) -> Path:
-        """slurm.conf."""
+        """The path of slurm.conf."""
         return self.folder / "slurm.conf"
 
     @property
     def env(self) -> dict[str, str]:
-        """What makes Slurm's commands talk to this cluster."""
+        """Environment variables with which Slurm's commands use this cluster."""
         return {"SLURM_CONF": str(self.conf)}
 
     @property
     def parts(self) -> list[str]:
-        """munged, slurmctld, and the nodes."""
-        return ["munged", "slurmctld", *self.shape.node_names]
+        """Names of the parts, one per daemon: munged, slurmctld, and each node."""
+        return ["munged", "slurmctld", *self.spec.node_names]
 
     def command(self, *argv: str, timeout: float | None = None) -> str:
-        """Run one of Slurm's commands against this cluster and return what it printed.
+        """Run one of Slurm's commands against this cluster and return its output.
 
         Raises:
-            ClusterError: It failed, with what it said, or took more than ``timeout`` seconds.
+            ClusterError: It failed, or took more than ``timeout`` seconds.
         """
         env = scrubbed_environment() | self.env
         try:
@@ -148,7 +148,7 @@ class Cluster:
         return done.stdout
 
     def node_states(self, timeout: float = 20) -> dict[str, str]:
-        """The state of each node in Slurm's words, lower case: idle, allocated, down+not_responding, …"""
+        """The state of each node, as Slurm calls it, in lower case: idle, allocated, down+not_responding, …"""
         shown = self.command("scontrol", "--oneliner", "show", "node", timeout=timeout)
         return {name: state.lower() for name, state in re.findall(r"^NodeName=(\S+).*? State=(\S+)", shown, re.MULTILINE)}
 
@@ -157,50 +157,50 @@ class Cluster:
         return processes(self.folder)
 
     def job_processes(self) -> list[int]:
-        """What is still there of jobs on the nodes: pids of slurmstepd and of all that they started."""
+        """Process ids of jobs on the nodes: of each slurmstepd and of all processes that it started."""
         return [process.pid for process in self.processes() if process.program in ("slurmstepd", "job")]
 
     def dead_parts(self) -> list[str]:
-        """Parts whose daemon does not run."""
+        """Parts whose daemon is not running."""
         alive = {process.part for process in self.processes() if process.program in ("munged", "slurmctld", "slurmd")}
         return [part for part in self.parts if part not in alive]
 
     def lose(self, part: str) -> None:
-        """Kill a node's daemon and all that jobs run there, or slurmctld, without a goodbye."""
+        """Kill slurmctld, or a node with all processes of jobs there, without a shutdown."""
         self._check_part(part)
         kill(self.folder, part)
 
     def restore(self, part: str) -> None:
-        """Start a lost daemon again and wait until Slurm uses it; the jobs of a node have then been requeued or failed.
+        """Start a killed daemon again and wait until Slurm uses it. Jobs of a node have then been requeued or have failed.
 
         Raises:
-            ClusterError: It runs already, or failed.
+            ClusterError: It is running already, or failed.
         """
         self._check_part(part)
         if part not in self.dead_parts():
-            raise ClusterError(f"{part} is not lost: it runs.")
-        # A machine is away for longer than Slurm needs to notice: else jobs would seem to run on, on a node without them.
+            raise ClusterError(f"{part} is not lost: its daemon is running.")
+        # As a real node is: if Slurm did not notice the loss, it would believe that the jobs are still running.
         if part != "slurmctld" and not self.node_states()[part].startswith("down"):
             self.command("scontrol", "update", f"NodeName={part}", "State=DOWN", "Reason=lost")
         self._launch(part)
         self._wait_for([part] if part != "slurmctld" else [], HEALTHY)
 
     def down(self) -> None:
-        """End every process and remove the folder, whatever is left of the cluster; a whole one cancels its jobs first.
+        """Cancel all jobs, if all daemons are running, kill every process that is left, and remove the folder.
 
         Raises:
-            ClusterError: It was called from inside one of the cluster's own jobs, or a process cannot be killed.
+            ClusterError: The caller is a job of the cluster, or a process cannot be killed.
         """
         check_not_inside(self.folder)
         if not self.dead_parts():
-            # In vain where a daemon hangs; all are killed in any case.
+            # Fails if a daemon hangs; all are killed next anyway.
             with contextlib.suppress(ClusterError):
                 self._cancel_jobs()
         kill(self.folder)
         self._remove_folder()
 
     def _cancel_jobs(self) -> None:
-        """Cancel all jobs and give them, and the sruns that wait for them, a moment to end."""
+        """Cancel all jobs and wait a moment until they and each waiting srun have ended."""
         jobs = self.command("squeue", "--noheader", "--format=%A", timeout=_CANCEL_SECONDS).split()
         if jobs:
             self.command("scancel", *jobs, timeout=_CANCEL_SECONDS)
@@ -211,37 +211,39 @@ class Cluster:
                 time.sleep(0.05)
 
     def _check_part(self, part: str) -> None:
-        if part not in (known := ["slurmctld", *self.shape.node_names]):
-            raise UsageError(f"{part}: the cluster in {self.folder} has only {', '.join(known)}.")
+        if part not in (known := ["slurmctld", *self.spec.node_names]):
+            raise UsageError(f"{part}: unknown; the cluster in {self.folder} has {', '.join(known)}.")
 
     def _check_folder(self) -> None:
-        """Refuse a folder that is neither a cluster's nor empty, or not this user's."""
-        known = self.folder.is_dir() and ((self.folder / _MARKER).exists() or not any(self.folder.iterdir()))
-        if not known or self.folder.stat().st_uid != os.geteuid():
-            raise ClusterError(f"{self.folder} exists and is not a cluster's folder of yours: choose another with --folder.")
+        """Raise ClusterError if the folder is neither empty nor that of a cluster, or belongs to another user."""
+        is_ours = self.folder.is_dir() and ((self.folder / _MARKER).exists() or not any(self.folder.iterdir()))
+        if not is_ours or self.folder.stat().st_uid != os.geteuid():
+            raise ClusterError(f"{self.folder} exists and is not a cluster's folder of yours; choose another with --folder.")
 
     def _claim_folder(self) -> None:
-        """Make the folder, private to the user, and mark it."""
-        node = self.shape.node_names[-1]
-        # The longest: of the batch script of the last job id.
-        room = _SOCKET_PATH_BYTES - len(f"/{node}/{node}_67043328.4294967291")
-        if len(os.fsencode(self.folder)) > room:
-            raise UsageError(f"{self.folder} is too long for the sockets in it: --folder may have {room} bytes.")
+        """Create the folder, private to the user, with its marker."""
+        node = self.spec.node_names[-1]
+        # The longest path is that of the batch script of the largest job id.
+        limit = _SOCKET_PATH_BYTES - len(f"/{node}/{node}_67043328.4294967291")
+        if len(os.fsencode(self.folder)) > limit:
+            raise UsageError(f"{self.folder} is too long for the sockets in it: --folder may have {limit} bytes.")
         if not re.fullmatch(r"[\w./+@~-]+", str(self.folder)):
-            raise UsageError(f"{self.folder} will not do: --folder may have letters, digits and . / + @ ~ - _ only.")
+            raise UsageError(f"--folder: {self.folder} must consist of letters, digits and . / + @ ~ - _ only.")
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             self._check_folder()
             self.folder.chmod(0o700)
             with (self.folder / _MARKER).open("x") as marker:
-                json.dump({"shape": asdict(self.shape), "ports": self.ports}, marker)
+                json.dump({"spec": asdict(self.spec), "ports": self.ports}, marker)
         except FileExistsError:
-            raise ClusterError(f"{self.folder} is already there: take the cluster in it down, or choose another.") from None
+            raise ClusterError(
+                f"{self.folder} exists already; take the cluster in it down, or choose another folder."
+            ) from None
         except OSError as error:
-            raise ClusterError(f"{self.folder} cannot be made: {error.strerror}.") from None
+            raise ClusterError(f"{self.folder} cannot be created: {error.strerror}.") from None
 
     def _remove_folder(self) -> None:
-        """Remove the folder, and its marker last: whatever interrupts this, it can be done again."""
+        """Remove the folder, and its marker last, so that an interrupted removal can be repeated."""
         marker = self.folder / _MARKER
         if not marker.exists():
             return
@@ -259,28 +261,28 @@ class Cluster:
         with open(os.open(self.folder / "munged" / "key", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as key:
             key.write(os.urandom(128))
         gres = "AutoDetect=off\n"
-        for number in range(self.shape.gpus):
+        for number in range(self.spec.gpus):
             # Slurm counts only GPUs that have a device.
             (self.folder / f"gpu{number}").symlink_to("/dev/null")
             gres += f"Name=gpu File={self.folder}/gpu{number}\n"
         (self.folder / "gres.conf").write_text(gres)
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={cgroup_plugin()}\n")
-        self.conf.write_text(slurm_conf(self.folder, self.shape, self.ports))
+        self.conf.write_text(slurm_conf(self.folder, self.spec, self.ports))
         for part in self.parts:
             self._launch(part)
-        self._wait_for(self.shape.node_names, {"idle"})
+        self._wait_for(self.spec.node_names, {"idle"})
 
     def _launch(self, part: str) -> None:
-        """Start the daemon of a part; it returns once it is in the background."""
+        """Start the daemon of a part; returns when it is in the background."""
         folder = self.folder / part
         if part == "munged":
-            # Forced, because it dislikes a socket that other users cannot reach.
+            # Forced, because munged rejects a socket that other users cannot reach.
             argv = ["munged", "--force", f"--socket={folder}/socket"]
             argv += [f"--{file}-file={folder}/{file}" for file in ("key", "pid", "log", "seed")]
         else:
             argv = ["slurmctld"] if part == "slurmctld" else ["slurmd", "-N", part]
             argv += ["-f", str(self.conf)]
-        # Nothing else of the caller's: a daemon lives long, and has no use for keys and tokens.
+        # Not the environment of the caller: a long-lived daemon should not keep keys and tokens.
         env = {"PATH": search_path()} | self.env
         started = subprocess.run(
             argv, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True
@@ -296,18 +298,18 @@ class Cluster:
                 raise self._failure(dead[0], "it ended")
             found: dict[str, str] = {}
             with contextlib.suppress(ClusterError):
-                # Slurm's commands try for 9 s to reach a slurmctld that does not listen yet.
+                # Without a timeout a command tries for 9 s to reach a slurmctld that does not listen yet.
                 found = self.node_states(timeout=1)
-            late = [node for node in nodes if not set(found.get(node, "unknown").split("+")) <= states]
-            if not late:
+            waiting = [node for node in nodes if not set(found.get(node, "unknown").split("+")) <= states]
+            if not waiting:
                 return
             if time.monotonic() > deadline:
-                state = found.get(late[0], "unknown") + self._reason(late[0])
-                raise ClusterError(f"{late[0]} is not ready after {_READY_SECONDS:g} s: {state}.")
+                state = found.get(waiting[0], "unknown") + self._reason(waiting[0])
+                raise ClusterError(f"{waiting[0]} is not ready after {_READY_SECONDS:g} s: {state}.")
             time.sleep(0.05)
 
     def _reason(self, node: str) -> str:
-        """Why Slurm does not use a node, in its words."""
+        """Slurm's reason not to use a node."""
         with contextlib.suppress(ClusterError):
             shown = self.command("scontrol", "--oneliner", "show", "node", node, timeout=1)
             if reason := re.search(r" Reason=(.*) \[", shown):
@@ -315,7 +317,7 @@ class Cluster:
         return ""
 
     def _failure(self, part: str, reason: str) -> ClusterError:
-        """What went wrong with a part, with the end of its log."""
+        """The error of a part, with the end of its log."""
         log = self.folder / part / "log"
         tail = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
         program = part if part in ("munged", "slurmctld") else f"slurmd of {part}"

@@ -1,6 +1,7 @@
 """Rooms import one way and through their doors; the upper half needs neither torch, Lightning nor numpy."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,3 +104,18 @@ def test_folders_and_files_stay_small() -> None:
         assert len(entries) <= 16, f"{folder} has {len(entries)} entries"
     for _, path in modules():
         assert len(path.read_text().splitlines()) <= 350, path
+
+
+def test_the_architecture_page_names_the_rooms_in_their_order_and_files_that_exist() -> None:
+    page = (REPO / "docs" / "architecture.md").read_text()
+    rooms = page[page.index("## Rooms") : page.index("## Where is")]
+    assert re.findall(r"^\| `([\w.]+)` \|", rooms, re.MULTILINE) == list(ROOMS)
+    files = {path.name for path in PACKAGE.rglob("*.py")}
+    drawing = page[page.index("```") : page.index("## Rooms")]
+    for name in re.findall(r"(?<![\w/])(\w+\.py)\b", drawing):
+        assert name in files, name
+    for path in re.findall(r"\b((?:src|tests|launch)/[\w/]+\.py)", page):
+        assert (REPO / path).exists(), path
+    sources = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    for name in re.findall(r"\b([A-Z]\w+[a-z])(?=[. (]\w*[\w.]*\.py\))|\b(\w+_\w+) \(\w+\.py\)", drawing):
+        assert re.search(rf"\b(?:class|def) {''.join(name)}\b", sources), name

@@ -1,6 +1,6 @@
-"""What classes take, read from their source without an import.
+"""Arguments of classes, found in their sources without an import.
 
-Sources of one's own, then a fresh interpreter that shows what is imported, then what jsonargparse finds in real packages.
+User sources, then a fresh interpreter that lists its imports, then a comparison with jsonargparse on real packages.
 """
 
 import re
@@ -30,8 +30,8 @@ def test_statements_are_whole() -> None:
     assert [part.split()[0] for part in parts] == ["@a(", "if", "t"]
 
 
-def module_of_ones_own(folder: Path) -> None:
-    """A package with all that makes classes hard to find; to import it raises."""
+def write_user_module(folder: Path) -> None:
+    """A package whose classes are hard to find statically; importing it raises."""
     (folder / "own").mkdir()
     written(folder / "own", "raise RuntimeError('imported')\nfrom .inner import Hidden\nfrom .inner import *\n", "__init__.py")
     written(
@@ -66,7 +66,7 @@ def module_of_ones_own(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "taken", "refused"),
+    ("path", "accepted", "refused"),
     [
         ("own.Hidden", "width depth", "lr"),
         ("own.Public", "width depth", "lr"),
@@ -91,20 +91,20 @@ def module_of_ones_own(folder: Path) -> None:
         ("own.Outer.other.Anything", "anything", ""),
     ],
 )
-def test_what_a_class_takes_is_read_from_its_source(path: str, taken: str, refused: str, tmp_path: Path) -> None:
-    module_of_ones_own(tmp_path)
+def test_arguments_of_a_class_from_its_source(path: str, accepted: str, refused: str, tmp_path: Path) -> None:
+    write_user_module(tmp_path)
     sources = SourceIndex([tmp_path])
     try:
-        takes = signature(sources, sources.find(path))
+        found = signature(sources, sources.find(path))
     except Undecidable:
-        assert (taken, refused) == ("anything", "")
+        assert (accepted, refused) == ("anything", "")
         return
-    assert all(name in takes.arguments or not takes.closed for name in taken.split())
-    assert not any(name in takes.arguments or not takes.closed for name in refused.split())
+    assert all(name in found.arguments or not found.closed for name in accepted.split())
+    assert not any(name in found.arguments or not found.closed for name in refused.split())
 
 
-def test_a_class_of_ones_own_that_is_not_there(tmp_path: Path) -> None:
-    module_of_ones_own(tmp_path)
+def test_errors_about_a_user_module(tmp_path: Path) -> None:
+    write_user_module(tmp_path)
     assert said([*DIGITS, "--model", "own.inner.NotThere"], tmp_path).startswith("model: own.inner.NotThere does not exist")
     assert said([*DIGITS, "--model", "own.nothing.X"], tmp_path).startswith(
         "model: own.nothing.X does not exist (No module named 'own.nothing')"
@@ -114,16 +114,16 @@ def test_a_class_of_ones_own_that_is_not_there(tmp_path: Path) -> None:
         "model.extra: 'x' is not valid: expected int."
     )
     network = ["--model.network", "own.inner.Hidden"]
-    assert said([*DIGITS, *network], tmp_path) == "model.network.depth: must be set; own.inner.Hidden needs it."
+    assert said([*DIGITS, *network], tmp_path) == "model.network.depth: must be set; own.inner.Hidden requires it."
     assert said([*DIGITS, *network, "--model.network.depth=1", "--model.network.width=x"], tmp_path) == (
         "model.network.width: 'x' is not valid: expected int or null."
     )
-    # A short name is known to the parser if its module has been imported; one's own may import anything.
+    # The parser knows a class name without its module if that module is imported; a user module may import any.
     assert said([*DIGITS, "--model", "own.inner.Passing", "--trainer.callbacks+=Mine"], tmp_path) == ""
 
 
 def test_nothing_is_imported(tmp_path: Path) -> None:
-    module_of_ones_own(tmp_path)
+    write_user_module(tmp_path)
     code = (
         "import sys; from pathlib import Path; from lockstep.core import UsageError\n"
         "from lockstep.config.validation import validate_arguments as check\n"
@@ -139,18 +139,18 @@ def test_nothing_is_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", [lightning.pytorch.callbacks, lightning.pytorch.loggers, torch.nn.modules])
-def test_arguments_are_the_parsers(module: Any) -> None:
+def test_arguments_are_those_of_jsonargparse(module: Any) -> None:
     sources, certain = SourceIndex(), 0
     for name in module.__all__:
         cls = getattr(module, name)
         try:
-            takes = signature(sources, sources.find(f"{module.__name__}.{name}"))
+            found = signature(sources, sources.find(f"{module.__name__}.{name}"))
         except Undecidable:
             continue
-        if takes.closed and isinstance(cls, type):
+        if found.closed and isinstance(cls, type):
             parser = jsonargparse.ArgumentParser()
             parser.add_class_arguments(cls, "x", fail_untyped=False)
             names = {action.dest[2:] for action in parser._actions if re.fullmatch(r"x\.\w+", action.dest)}
-            assert names <= set(takes.arguments), name
+            assert names <= set(found.arguments), name
             certain += 1
     assert certain > len(module.__all__) / 2

@@ -1,6 +1,6 @@
-"""The check before a job is queued: one sentence for each mistake, and no false alarm.
+"""Static validation: one sentence for each mistake, and nothing valid is refused.
 
-What passes, what each mistake says, and that the real parser says so too.
+What passes, the message of each mistake, and that jsonargparse agrees on both.
 """
 
 import re
@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentError
 from support.configs import DIGITS, said, written
 from support.runs import REPO
 
@@ -29,8 +30,8 @@ def test_every_config_passes(path: Path) -> None:
 
 
 def readme_commands() -> list[str]:
-    """What follows the launcher in the README's command lines, and flags that it gives alone."""
-    lines = re.findall(r"^python (?:launch/local\.py|-m lockstep\.train) ([^#\n]*)", README, re.MULTILINE)
+    """Arguments of the launcher in the README's command lines, and the flags in its text."""
+    lines = re.findall(r"^(?:python launch/local\.py|lockstep train) ([^#\n]*)", README, re.MULTILINE)
     return [line.strip() for line in lines] + re.findall(
         r"`(--(?:model|trainer|wandb|data|shared)[^`]* [^`]*|--trainer[^`]*=[^`]*)`", README
     )
@@ -54,18 +55,18 @@ def test_the_readme_is_read() -> None:
 @pytest.mark.parametrize(
     "line", ["--help", "-h", "--print_config", "--model.help lockstep.models.Classifier", "--run.test_after_fit no -h"]
 )
-def test_what_shows_something_passes(line: str) -> None:
+def test_help_passes(line: str) -> None:
     assert said(line.split()) == ""
 
 
-def test_the_readmes_own_module_passes(tmp_path: Path) -> None:
+def test_the_user_module_of_the_readme_passes(tmp_path: Path) -> None:
     blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", README, re.DOTALL)
     module, config_file = (next(block for block in blocks if mark in block) for mark in ("class Line(", "mine.Line"))
     written(tmp_path, module, "mine.py")
     config = validate_arguments(["--config", written(tmp_path, config_file)], folders=[tmp_path])
     assert config["model"] == {"class_path": "mine.Line", "init_args": {"lr": 0.3}}
     assert said(["--config", str(tmp_path / "mine.yaml"), "--model.lrr", "1"], tmp_path) == (
-        "model.lrr (value 1): there is no such key of mine.Line; did you mean 'model.lr'?"
+        "model.lrr (value 1): unknown argument of mine.Line; did you mean 'model.lr'?"
     )
 
 
@@ -86,7 +87,7 @@ def test_defaults_files_and_flags_are_merged_in_their_order(tmp_path: Path) -> N
     assert validate_arguments(["--trainer.max_epochs", "9", *DIGITS])["trainer"]["max_epochs"] == 20
 
 
-def test_a_new_class_keeps_the_arguments_that_it_takes() -> None:
+def test_a_new_class_keeps_the_arguments_that_it_accepts() -> None:
     network = ["--model.network", "lockstep.models.MLP", "--model.network.hidden", "[1]", "--model.network.num_classes=5"]
     config = validate_arguments([*DIGITS, *network])
     assert config["model"]["init_args"]["network"] == {
@@ -100,19 +101,19 @@ def test_a_new_class_keeps_the_arguments_that_it_takes() -> None:
     ]
 
 
-NO_KEY = [  # (arguments after the default config, message); both the check and the parser refuse them
-    (["foo"], "'foo' is no key: keys begin with --, a command (fit, validate, test, predict) stands before them."),
+NO_KEY = [  # (arguments after the default config, message); static validation and jsonargparse refuse them
+    (["foo"], "'foo' is not a key: keys begin with --; a command (fit, validate, test, predict) must be the first argument."),
     (["--trainer.max_epochs"], "trainer.max_epochs: needs a value: --trainer.max_epochs VALUE."),
     (["--run.name", "--run.test_after_fit", "true"], "run.name: needs a value"),
-    (["--trainer.max_epoch", "3"], "trainer.max_epoch (value 3): there is no such key; did you mean 'trainer.max_epochs'"),
-    (["--ddp.static_grph=1"], "ddp.static_grph (value 1): there is no such key; did you mean 'ddp.static_graph'"),
-    (["--modle.lr", "1"], "modle.lr (value 1): there is no such key; did you mean 'model.lr'?"),
-    (["--max_epochs", "1"], "max_epochs (value 1): there is no such key; did you mean 'trainer.max_epochs'?"),
+    (["--trainer.max_epoch", "3"], "trainer.max_epoch (value 3): unknown key; did you mean 'trainer.max_epochs'"),
+    (["--ddp.static_grph=1"], "ddp.static_grph (value 1): unknown key; did you mean 'ddp.static_graph'"),
+    (["--modle.lr", "1"], "modle.lr (value 1): unknown key; did you mean 'model.lr'?"),
+    (["--max_epochs", "1"], "max_epochs (value 1): unknown key; did you mean 'trainer.max_epochs'?"),
     (["--run.name.x", "1"], "run.name"),
     (["--trainer.max_epochs+=1"], "trainer.max_epochs+"),
-    (["--trainer.devices", "2"], "trainer.devices (value 2): is not for a config; the launcher decides it"),
-    (["--trainer.strategy=ddp"], "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)"),
-    (["--config", "nowhere.yaml"], "config: there is no file nowhere.yaml"),
+    (["--trainer.devices", "2"], "trainer.devices (value 2): cannot be set in a config; use the launcher's flag --ranks"),
+    (["--trainer.strategy=ddp"], "trainer.strategy (value ddp): cannot be set in a config; set strategy (ddp or deepspeed)"),
+    (["--config", "nowhere.yaml"], "config: nowhere.yaml does not exist"),
     (["--config", str(REPO / "configs")], "is a folder, not a file."),
 ]
 WRONG_VALUE = [
@@ -128,8 +129,6 @@ WRONG_VALUE = [
     (["--run.test_after_fit", "1"], "run.test_after_fit: '1' is not valid: expected bool."),
     (["--run", "5"], "run"),
     (["--seed_everything", "x"], "seed_everything: 'x' is not valid: expected int."),
-    (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
-    (["--checkpoint.save_top_k", "0"], "checkpoint.save_top_k: 0 must be 1 or more."),
     (["--model.lr", "fast"], "model.lr: 'fast' is not valid: expected float."),
     (["--model.lr", "[1]"], "model.lr: '[1]' is not valid: expected float."),
     (["--model.schedule", "cosin"], "model.schedule: 'cosin' is not valid: expected one of 'constant', 'cosine', 'step'; did"),
@@ -137,14 +136,18 @@ WRONG_VALUE = [
     (["--model.network.widths", "8"], "model.network.widths: '8' is not valid: expected"),
     (["--data.batch_size", "many"], "data.batch_size: 'many' is not valid: expected int or null."),
 ]
+OUT_OF_RANGE = [  # only static validation refuses these
+    (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
+    (["--checkpoint.save_top_k", "0"], "checkpoint.save_top_k: 0 must be 1 or more."),
+]
 WRONG_CLASS = [
-    (["--model.lrr", "3"], "model.lrr (value 3): there is no such key of lockstep.models.Classifier; did you mean 'model.lr'"),
-    (["--model.init_args.lrr=3"], "model.lrr (value 3): there is no such key of lockstep.models.Classifier; did you mean"),
+    (["--model.lrr", "3"], "model.lrr (value 3): unknown argument of lockstep.models.Classifier; did you mean 'model.lr'"),
+    (["--model.init_args.lrr=3"], "model.lrr (value 3): unknown argument of lockstep.models.Classifier; did you mean"),
     (["--model.lr.x=3"], "model.lr"),
-    (["--data.batch", "3"], "data.batch (value 3): there is no such key of lockstep.data.Digits; did you mean"),
+    (["--data.batch", "3"], "data.batch (value 3): unknown argument of lockstep.data.Digits; did you mean"),
     (
         ["--model.network.width", "[1]"],
-        "model.network.width (value [1]): there is no such key of lockstep.models.ConvNet; did",
+        "model.network.width (value [1]): unknown argument of lockstep.models.ConvNet; did",
     ),
     (["--model", "nowhere.Model"], "model: nowhere.Model does not exist (No module named 'nowhere'); run from the folder"),
     (["--model", "lockstep.model.Classifier"], "model: lockstep.model.Classifier does not exist"),
@@ -152,12 +155,12 @@ WRONG_CLASS = [
         ["--model", "lockstep.models.Classifer"],
         "model: lockstep.models.Classifer does not exist; did you mean 'lockstep.models",
     ),
-    (["--model", "lockstep.models.MLP"], "model: lockstep.models.MLP is no LightningModule."),
-    (["--data", "Mnist"], "data: there is no class 'Mnist'; did you mean 'lockstep.data.MNIST'?"),
+    (["--model", "lockstep.models.MLP"], "model: lockstep.models.MLP is not a LightningModule."),
+    (["--data", "Mnist"], "data: unknown class 'Mnist'; did you mean 'lockstep.data.MNIST'?"),
     (["--model", "{class_path: lockstep.models.Classifier, lr: 1}"], "model."),
     (
         ["--trainer.callbacks+=EarlyStoping"],
-        "trainer.callbacks: there is no class 'EarlyStoping'; did you mean 'EarlyStopping'",
+        "trainer.callbacks: unknown class 'EarlyStoping'; did you mean 'EarlyStopping'",
     ),
     (
         ["--trainer.callbacks+=EarlyStopping"],
@@ -165,7 +168,7 @@ WRONG_CLASS = [
     ),
     (
         ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.deca=0.9"],
-        "trainer.callbacks.deca (value 0.9): there is no such key of lightning.pytorch.callbacks.EMAWeightAveraging; did you",
+        "trainer.callbacks.deca (value 0.9): unknown argument of lightning.pytorch.callbacks.EMAWeightAveraging; did you",
     ),
     (
         ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=much"],
@@ -180,57 +183,61 @@ WRONG_CLASS = [
     (["--model.criterion.label_smoothing=0.1"], "model.criterion.label_smoothing (value 0.1): "),
     (
         ["--model.network", "lockstep.models.MLP", "--model.network.hiden", "[1]"],
-        "model.network.hiden (value [1]): there is no such key of lockstep.models.MLP; did you mean 'model.network.hidden'",
+        "model.network.hiden (value [1]): unknown argument of lockstep.models.MLP; did you mean 'model.network.hidden'",
     ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), NO_KEY + WRONG_VALUE + WRONG_CLASS)
-def test_a_mistake_has_its_sentence(arguments: list[str], message: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), NO_KEY + WRONG_VALUE + OUT_OF_RANGE + WRONG_CLASS)
+def test_message_of_a_mistake(arguments: list[str], message: str) -> None:
     assert message in said([*DIGITS, *arguments])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fti", *DIGITS], "'fti' is no command; did you mean 'fit'?"),
-        ([*DIGITS, "--node", "2"], "node (value 2): there is no such key; did you mean 'nodes'"),
-        ([], "model: must be set; a --config file usually does it, such as configs/digits.yaml."),
-        (["--model", "lockstep.models.Classifier"], "data: must be set;"),
+        (["fti", *DIGITS], "'fti' is not a command; did you mean 'fit'?"),
+        ([*DIGITS, "--node", "2"], "node (value 2): unknown key; did you mean 'nodes'"),
+        ([], "model: must be set, usually in a --config file such as configs/digits.yaml."),
+        (["--model", "lockstep.models.Classifier"], "data: must be set, usually in"),
         (["--model.lr", "1", *DIGITS], "model.lr (value 1): the class is not known yet; set model before its arguments."),
-        # The annotation of network allows any text, but the classifier does not.
+        # The annotation of network accepts any text; the classifier does not.
         ([*DIGITS, "--model.network", "resnet19"], "torchvision has no classification model 'resnet19'; did you mean 'resnet1"),
         ([*DIGITS, "--model.network", "lockstep.models.MPL"], "model.network: lockstep.models.MPL does not exist; did you"),
     ],
 )
-def test_a_mistake_that_the_parser_sees_otherwise(arguments: list[str], message: str) -> None:
+def test_message_of_a_mistake_that_the_parser_reports_otherwise(arguments: list[str], message: str) -> None:
     assert message in said(arguments)
 
 
 NO_KEY_IN_FILE = [
-    ("trainr: {max_epochs: 1}", "trainr (value {'max_epochs': 1}): there is no such key; did you mean 'trainer"),
-    ("trainer: {max_epoch: 1}", "trainer.max_epoch (value 1): there is no such key; did you mean 'trainer.max_epochs'"),
+    ("trainr: {max_epochs: 1}", "trainr (value {'max_epochs': 1}): unknown key; did you mean 'trainer"),
+    ("trainer: {max_epoch: 1}", "trainer.max_epoch (value 1): unknown key; did you mean 'trainer.max_epochs'"),
     ("trainer.max_epoch: 1", "trainer.max_epoch"),
-    ("trainer: {strategy: ddp}", "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)"),
-    ("trainer:\nrun: {name: a}", "trainer: must hold keys with values; it holds nothing."),
-    ("run: 5", "run: must hold keys with values; it holds 5."),
+    ("trainer: {strategy: ddp}", "trainer.strategy (value ddp): cannot be set in a config; set strategy (ddp or deepspeed)"),
     ("run: {name: 5}", "run.name: '5' is not valid: expected str."),
     ("run: {root: 5}", "run.root"),
     ("model: 5", "model: '5' is not valid: expected"),
     ("model: null", "model"),
     ("model: {init_args: }", "model"),
     ("model: {init_args: {lr: [1, 2]}}", "model.lr: '[1, 2]' is not valid: expected float."),
-    ("model: {init_args: {network: {init_args: {width: [8]}}}}", "model.network.width (value [8]): there is no such key of"),
+    ("model: {init_args: {network: {init_args: {width: [8]}}}}", "model.network.width (value [8]): unknown argument of"),
     ("trainer: {callbacks: [{class_path: Timer, init_args: {durtion: 1}}]}", "trainer.callbacks.durtion"),
-    ("trainer: [", "is no valid YAML"),
-    ("", "must hold keys with values; it holds nothing."),
-    ("5", "must hold keys with values; it holds 5."),
+    ("trainer: [", "is not valid YAML"),
+    ("", "expected a mapping, got null."),
+    ("5", "expected a mapping, got 5."),
     ("1: 2", "1"),
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), NO_KEY_IN_FILE)
-def test_a_mistake_in_a_file_has_its_sentence(text: str, message: str, tmp_path: Path) -> None:
+NO_MAPPING = [  # only static validation refuses these
+    ("trainer:\nrun: {name: a}", "trainer: expected a mapping, got null."),
+    ("run: 5", "run: expected a mapping, got 5."),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NO_KEY_IN_FILE + NO_MAPPING)
+def test_message_of_a_mistake_in_a_file(text: str, message: str, tmp_path: Path) -> None:
     assert message in said([*DIGITS, "--config", written(tmp_path, text)])
 
 
@@ -276,23 +283,23 @@ GOOD_FILES = [
 
 
 def parses(arguments: list[str]) -> bool:
-    """Whether the real parser takes ``arguments``."""
+    """Whether jsonargparse, without static validation, accepts ``arguments``."""
     try:
-        parse_config(arguments)
-    except UsageError:
+        make_parser().parse_args(arguments)
+    except ArgumentError:
         return False
     return True
 
 
 @pytest.mark.parametrize("line", GOOD)
-def test_what_the_parser_takes_passes(line: str) -> None:
+def test_arguments_that_the_parser_accepts_pass(line: str) -> None:
     arguments = [*DIGITS, *shlex.split(line)]
     assert parses(arguments)
     assert said(arguments) == ""
 
 
 @pytest.mark.parametrize("text", GOOD_FILES)
-def test_a_file_that_the_parser_takes_passes(text: str, tmp_path: Path) -> None:
+def test_a_file_that_the_parser_accepts_passes(text: str, tmp_path: Path) -> None:
     arguments = [*DIGITS, "--config", written(tmp_path, text)]
     assert parses(arguments)
     assert said(arguments) == ""
@@ -312,16 +319,29 @@ def test_files_in_files_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [arguments for arguments, _ in NO_KEY + WRONG_VALUE + WRONG_CLASS])
-def test_what_is_refused_the_parser_refuses_too(arguments: list[str]) -> None:
+def test_the_parser_refuses_what_validation_refuses(arguments: list[str]) -> None:
     assert not parses([*DIGITS, *arguments])
 
 
 @pytest.mark.parametrize("text", [text for text, _ in NO_KEY_IN_FILE])
-def test_a_file_that_is_refused_the_parser_refuses_too(text: str, tmp_path: Path) -> None:
+def test_the_parser_refuses_a_file_that_validation_refuses(text: str, tmp_path: Path) -> None:
     assert not parses([*DIGITS, "--config", written(tmp_path, text)])
 
 
-def test_the_keys_are_the_parsers() -> None:
+@pytest.mark.parametrize("arguments", [arguments for arguments, _ in NO_KEY[:4] + WRONG_VALUE[:1] + OUT_OF_RANGE])
+def test_the_run_reports_what_static_validation_reports(arguments: list[str]) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_config([*DIGITS, *arguments])
+    assert raised.value.message == said([*DIGITS, *arguments])
+
+
+@pytest.mark.parametrize("text", [text for text, _ in NO_MAPPING])
+def test_the_run_refuses_a_group_that_is_not_a_mapping(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a mapping"):
+        parse_config([*DIGITS, "--config", written(tmp_path, text)])
+
+
+def test_the_keys_are_those_of_the_parser() -> None:
     known = {action.dest for action in make_parser()._actions if not re.search(r"help$|^print_|^==", action.dest)}
     assert set(ConfigValidator(SourceIndex(), []).keys()) | {"run", "ddp", "checkpoint", "wandb"} == known
 
@@ -331,7 +351,7 @@ def test_every_value_of_a_sweep_is_checked_with_the_others(tmp_path: Path) -> No
         validate_arguments(
             DIGITS, sweep={"model.network": ["lockstep.models.MLP", "lockstep.models.ConvNet"], "model.lr": ["0.1", "x"]}
         )
-    # What only the sweep gives is not missing.
+    # A required argument may come from the sweep alone.
     text = "from lightning.pytorch import LightningModule as L\nclass M(L):\n def __init__(self, width: int, depth: int = 1): 0"
     written(tmp_path, text, "mine.py")
     mine = [*DIGITS, "--model", "mine.M"]
@@ -341,7 +361,7 @@ def test_every_value_of_a_sweep_is_checked_with_the_others(tmp_path: Path) -> No
     assert config["model"]["init_args"] == {"depth": 1, "width": 10}
 
 
-def test_what_only_an_image_has_is_not_missing(tmp_path: Path) -> None:
+def test_a_module_that_only_the_container_has_is_not_missing(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from only_in_the_image import Base\nclass Model(Base): pass\n")
     for path in ("only_in_the_image.Model", "mine.Model"):
         validate_arguments([*DIGITS, "--model", path], folders=[tmp_path], elsewhere=True)

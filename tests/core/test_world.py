@@ -1,4 +1,4 @@
-"""World.from_env: every launcher's variables, and every contradiction. No process is started here."""
+"""World.from_env: the variables of every launcher, and every contradiction; no process is started."""
 
 import pytest
 
@@ -83,7 +83,7 @@ def test_environ_is_read_back(rendezvous: str) -> None:
         (TORCHRUN | {"RANK": "4"}, ["Rank 4 is outside 0…3", "RANK=4", "WORLD_SIZE=4"]),
         (TORCHRUN | {"LOCAL_RANK": "0"}, ["must be local rank 1, not 0", "LOCAL_RANK=0"]),
         (TORCHRUN | {"GROUP_RANK": "0"}, ["is on node 1", "GROUP_RANK=0"]),
-        (TORCHRUN | {"RANK": "three"}, ["RANK='three' is not a whole number"]),
+        (TORCHRUN | {"RANK": "three"}, ["RANK='three' is not an integer"]),
         ({"RANK": "0"}, ["WORLD_SIZE is not set"]),
         ({"RANK": "0", "WORLD_SIZE": "2"}, ["MASTER_ADDR and MASTER_PORT"]),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "5"}, ["SLURM_STEP_NUM_TASKS=5", "SLURM_STEP_NUM_NODES=2", "--ntasks-per-node"]),

@@ -1,4 +1,4 @@
-"""Each DataModule reads real files of its format, made here: idx, CIFAR batches, folders of JPEG and PNG, archives."""
+"""DataModules read real files of their formats, made here: idx, CIFAR batches, folders of JPEG and PNG, archives."""
 
 import functools
 import gzip
@@ -21,10 +21,9 @@ from PIL import Image
 
 from lockstep.core.errors import UsageError
 from lockstep.data.base import split_indices
-from lockstep.data.cifar10 import CIFAR10
 from lockstep.data.digits import Digits
+from lockstep.data.downloaded import CIFAR10, MNIST
 from lockstep.data.image_folder import ImageFolder
-from lockstep.data.mnist import MNIST
 from lockstep.data.synthetic import Synthetic
 
 
@@ -32,13 +31,19 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a log line for each request."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and its address on a local web server."""
+    """A folder, and its URL on a local web server."""
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *_: None
+    handler = functools.partial(QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{running.server_address[1]}/"
@@ -46,13 +51,13 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """The format of the MNIST files, packed: magic number, sizes, bytes."""
+    """Write a gzipped MNIST file: magic number, sizes, bytes."""
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
     path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
 def tiny_mnist(folder: Path, address: str) -> type[MNIST]:
-    """MNIST with 60 and 20 images, on a server of its own, with its own checksums."""
+    """MNIST with 60 training and 20 test images, from a local server, with the checksums of these files."""
     rng = np.random.default_rng(0)
     resources = []
     for part, samples in (("train", 60), ("t10k", 20)):
@@ -72,7 +77,7 @@ def test_mnist_is_downloaded_verified_and_split(server: tuple[Path, str], tmp_pa
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
-    assert [len(data._parts[part]) for part in ("train", "val", "test")] == [50, 10, 20]
+    assert [len(getattr(data, f"{split}_dataloader")().dataset) for split in ("train", "val", "test")] == [50, 10, 20]
     images, labels = next(iter(data.train_dataloader()))
     assert (images.shape, images.dtype, labels.dtype) == ((25, 1, 28, 28), torch.uint8, torch.int64)
     shutil.rmtree(server[0])
@@ -80,7 +85,7 @@ def test_mnist_is_downloaded_verified_and_split(server: tuple[Path, str], tmp_pa
     assert data.test_dataloader().dataset[3][1] == 3
 
 
-def test_a_wrong_checksum_is_an_error_and_leaves_nothing(server: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_wrong_checksum_raises_error_and_leaves_no_folder(server: tuple[Path, str], tmp_path: Path) -> None:
     data = tiny_mnist(*server)(root=tmp_path / "data")
     (server[0] / "t10k-labels-idx1-ubyte.gz").write_bytes(b"something else")
     with pytest.raises(UsageError, match=r"data.root: .*mnist is missing and could not be prepared"):
@@ -88,23 +93,23 @@ def test_a_wrong_checksum_is_an_error_and_leaves_nothing(server: tuple[Path, str
     assert not (tmp_path / "data" / "mnist").exists()
 
 
-def test_no_server_is_an_error_with_the_remedy(tmp_path: Path) -> None:
+def test_download_without_a_server_raises_error_with_the_remedy(tmp_path: Path) -> None:
     source = type("MNIST", (torchvision.datasets.MNIST,), {"mirrors": ["http://127.0.0.1:9/"]})
     data = type("MNIST", (MNIST,), {"source": source})(root=tmp_path)
-    with pytest.raises(UsageError, match="prepare it on a machine that can and copy it here"):
+    with pytest.raises(UsageError, match="prepare it on another machine and copy it to this path"):
         data.prepare_data()
 
 
-def test_a_damaged_folder_is_an_error_with_the_remedy(tmp_path: Path) -> None:
+def test_a_damaged_folder_raises_error_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "mnist").mkdir()
     data = MNIST(root=tmp_path)
     data.prepare_data()
-    with pytest.raises(UsageError, match=r"is not whole .*; remove it and it is made again"):
+    with pytest.raises(UsageError, match=r"is damaged .*; remove the folder, and it is downloaded again"):
         data.setup("fit")
 
 
 def tiny_cifar10(folder: Path, address: str) -> type[CIFAR10]:
-    """CIFAR-10 with 5 × 12 and 10 images in its own archive format."""
+    """CIFAR-10 with 5 × 12 training and 10 test images, in its archive format."""
     rng = np.random.default_rng(0)
     inner = folder / "cifar-10-batches-py"
     inner.mkdir()
@@ -133,13 +138,13 @@ def test_cifar10_is_downloaded_verified_and_split(server: tuple[Path, str], tmp_
     data = tiny_cifar10(*server)(root=tmp_path / "data", val_samples=10, batch_size=25)
     data.prepare_data()
     data.setup("fit")
-    assert set(data._parts) == {"train", "val"}
+    assert set(data._datasets) == {"train", "val"}
     images, labels = next(iter(data.train_dataloader()))
     assert (images.shape, images.dtype, labels.shape) == ((25, 3, 32, 32), torch.uint8, (25,))
 
 
 def write_images(root: Path) -> None:
-    """Grey and colour, JPEG and PNG, of different sizes; a text file among them, and a folder below a class."""
+    """Write grey and colour JPEG and PNG files of different sizes, a text file, and a folder inside each class folder."""
     for part in ("train", "val", "test"):
         for label, name in enumerate(("cat", "dog")):
             folder = root / part / name
@@ -184,27 +189,24 @@ def test_an_archive_is_unpacked_once(server: tuple[Path, str], tmp_path: Path, s
     assert not (tmp_path / "other").exists()
 
 
-def test_a_test_set_that_lacks_a_class_is_refused(tmp_path: Path) -> None:
+def test_a_test_set_that_lacks_a_class_raises_error(tmp_path: Path) -> None:
     write_images(tmp_path)
     shutil.rmtree(tmp_path / "test" / "cat")
     with pytest.raises(UsageError, match="have different classes: cat only in one of them"):
         ImageFolder(root=tmp_path).setup("test")
 
 
-def test_digits_are_whole_and_their_test_set_is_always_the_same() -> None:
-    parts = {}
+def test_digits_are_complete_and_their_test_set_is_the_same_for_every_seed() -> None:
+    images = {}
     for seed in (1, 2):
         data = Digits(seed=seed)
-        data.setup("fit")
-        data.setup("test")
-        parts[seed] = {name: part.images for name, part in data._parts.items()}
-    assert [len(parts[1][name]) for name in ("train", "val", "test")] == [1280, 157, 360]
-    assert torch.equal(parts[1]["test"], parts[2]["test"])
-    assert not torch.equal(parts[1]["val"], parts[2]["val"])
-    every = torch.cat([parts[1][name] for name in ("train", "val", "test")]).flatten(1)
-    again = torch.cat([parts[2][name] for name in ("train", "val", "test")]).flatten(1)
-    assert torch.equal(every[every.double().mul(torch.arange(1, 65) ** 2.5).sum(1).argsort()].sum(0), again.sum(0))
-    batch = data.on_after_batch_transfer((parts[1]["train"], torch.zeros(1280)), 0)[0]
+        images[seed] = {"train": data.load("train").images, "val": data.load("val").images, "test": data.load("test").images}
+    assert [len(images[1][split]) for split in ("train", "val", "test")] == [1280, 157, 360]
+    assert torch.equal(images[1]["test"], images[2]["test"])
+    assert not torch.equal(images[1]["val"], images[2]["val"])
+    one, two = (torch.cat([images[seed][split] for split in ("train", "val", "test")]).flatten(1) for seed in (1, 2))
+    assert torch.equal(one[one.double().mul(torch.arange(1, 65) ** 2.5).sum(1).argsort()].sum(0), two.sum(0))
+    batch = data.on_after_batch_transfer((images[1]["train"], torch.zeros(1280)), 0)[0]
     assert batch.dtype == torch.float32
     assert (abs(float(batch.mean())) < 0.02) and (abs(float(batch.std()) - 1) < 0.02)
 
@@ -219,7 +221,7 @@ def test_synthetic_has_any_shape_and_number_of_classes() -> None:
         Synthetic(train_samples=0)
 
 
-def test_split_is_drawn_from_the_seed_and_leaves_no_sample_out() -> None:
+def test_the_split_is_drawn_from_the_seed_and_uses_every_sample() -> None:
     train, val = split_indices(60_000, 5_000, 3, "train"), split_indices(60_000, 5_000, 3, "val")
     assert (len(train), len(val)) == (55_000, 5_000)
     assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(60_000))

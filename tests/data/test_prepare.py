@@ -1,4 +1,4 @@
-"""Data appear whole or not at all: threads of one process, killed processes, then prepare_data counted in real ranks."""
+"""Data are prepared atomically: one process, then killed processes, then calls of prepare_data counted in real ranks."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from lockstep.data.digits import Digits
 from lockstep.data.prepare import prepare_folder
 
 
-def test_publish_makes_the_folder_once(tmp_path: Path) -> None:
+def test_a_folder_is_prepared_once(tmp_path: Path) -> None:
     calls = []
 
     def fill(folder: Path) -> None:
@@ -29,7 +29,7 @@ def test_publish_makes_the_folder_once(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir() if not path.name.endswith(".lock")] == ["data"]
 
 
-def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_error_leaves_no_partial_folder(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         (folder / "half").write_text("half")
         raise RuntimeError("the checksum is wrong")
@@ -73,18 +73,18 @@ def test_a_second_job_waits_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> N
 
 
 class Counted(Digits):
-    """Notes each call in a folder."""
+    """Records each call as a file in a folder."""
 
     def prepare_data(self) -> None:
-        self._note("prepare")
+        self._record("prepare")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            self._note("setup")
-            assert set(self._parts) == {"train", "val"}
+            self._record("setup")
+            assert set(self._datasets) == {"train", "val"}
 
-    def _note(self, call: str) -> None:
+    def _record(self, call: str) -> None:
         assert self.trainer is not None
         Path(os.environ["COUNTED"], f"{call}-{self.trainer.global_rank}-{os.getpid()}").touch()
 
@@ -99,7 +99,7 @@ def test_prepare_data_runs_once_per_job_or_node_and_setup_on_every_rank(
     layout = ["--nodes", "2", "--ranks", "2", "--shared_filesystem", shared]
     run = launch(*layout, *SMALL, "--data", f"{__name__}.Counted", "--run.test_after_fit", "false")
     assert run.status == 0
-    noted = [path.name.split("-") for path in calls.iterdir()]
-    assert sorted(rank for call, rank, _ in noted if call == "prepare") == prepared_by
-    assert sorted(rank for call, rank, _ in noted if call == "setup") == ["0", "1", "2", "3"]
-    assert len({pid for _, _, pid in noted}) == 4
+    recorded = [path.name.split("-") for path in calls.iterdir()]
+    assert sorted(rank for call, rank, _ in recorded if call == "prepare") == prepared_by
+    assert sorted(rank for call, rank, _ in recorded if call == "setup") == ["0", "1", "2", "3"]
+    assert len({pid for _, _, pid in recorded}) == 4

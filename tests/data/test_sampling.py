@@ -1,4 +1,4 @@
-"""The order of the data: sampler arithmetic for many sizes and ranks, then real loaders with workers."""
+"""The order of the samples: samplers for many sizes and numbers of ranks, then real loaders with workers."""
 
 import random
 from collections.abc import Iterator
@@ -34,13 +34,13 @@ def batches_of_all_ranks(
     found = []
     for rank in range(size):
         source = RandomSampler(range(samples)) if shuffle else SequentialSampler(range(samples))
-        order = EpochSampler(source, seed=5)
-        order.set_epoch(epoch)
-        batches = GlobalBatchSampler(order, batch_size, drop_last, World(rank, size, rank, size))
+        sampler = EpochSampler(source, seed=5)
+        sampler.set_epoch(epoch)
+        batches = GlobalBatchSampler(sampler, batch_size, drop_last, World(rank, size, rank, size))
         found.append([[index for _, index in batch] for batch in batches])
         assert len(found[-1]) == len(batches)
         for number, batch in enumerate(found[-1]):
-            assert batches.weight(number) == pytest.approx(len(batch) * size / batches.size(number))
+            assert batches.rank_weight(number) == pytest.approx(len(batch) * size / batches.sample_count(number))
     return found
 
 
@@ -55,7 +55,7 @@ def test_evaluation_counts_each_sample_once_with_equally_many_batches_on_every_r
 
 
 @pytest.mark.parametrize("size", RANKS)
-def test_training_shards_are_disjoint_and_together_the_whole_set(size: int) -> None:
+def test_training_shards_are_disjoint_and_cover_the_whole_set(size: int) -> None:
     for samples in range(size, 68):
         batch_size = size * max(1, 8 // size)
         if 0 < samples % batch_size < size:
@@ -94,6 +94,8 @@ def test_every_epoch_and_seed_has_its_own_order() -> None:
 class Noisy(Dataset[tuple[int, float, float, float]]):
     """Each sample is its index and a random number of each kind."""
 
+    classes: list[str]
+
     def __len__(self) -> int:
         return 24
 
@@ -103,12 +105,12 @@ class Noisy(Dataset[tuple[int, float, float, float]]):
 
 def all_samples(loader: DataLoader[Any], world: World, epoch: int = 0) -> list[tuple[float, ...]]:
     """Every sample that this rank sees in one epoch."""
-    ordered = DataSharding(world, seed=3).shard(loader)
-    ordered.batch_sampler.order.set_epoch(epoch)
-    return [tuple(float(column[row]) for column in batch) for batch in ordered for row in range(len(batch[0]))]
+    sharded = DataSharding(world, seed=3).shard(loader)
+    sharded.batch_sampler.epoch_sampler.set_epoch(epoch)
+    return [tuple(float(column[row]) for column in batch) for batch in sharded for row in range(len(batch[0]))]
 
 
-def test_a_plain_loader_gets_the_same_samples_and_augmentation_whatever_the_ranks_and_workers() -> None:
+def test_a_plain_loader_gets_the_same_samples_and_augmentation_on_any_number_of_ranks_and_workers() -> None:
     alone = all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World())
     assert len(set(alone)) == 24
     for workers in (0, 1, 2):
@@ -122,25 +124,25 @@ def test_a_plain_loader_gets_the_same_samples_and_augmentation_whatever_the_rank
 
 def test_persistent_workers_follow_the_epoch() -> None:
     loader = DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=1, persistent_workers=True)
-    ordered = DataSharding(World(), seed=3).shard(loader)
+    sharded = DataSharding(World(), seed=3).shard(loader)
     seen = []
     for epoch in (0, 1):
-        ordered.batch_sampler.order.set_epoch(epoch)
-        seen.append([tuple(float(c[row]) for c in batch) for batch in ordered for row in range(8)])
+        sharded.batch_sampler.epoch_sampler.set_epoch(epoch)
+        seen.append([tuple(float(c[row]) for c in batch) for batch in sharded for row in range(8)])
     assert seen == [all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World(), epoch) for epoch in (0, 1)]
 
 
-def test_loading_leaves_the_random_state_as_it_was() -> None:
+def test_loading_restores_the_random_state() -> None:
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()
     all_samples(DataLoader(Noisy(), batch_size=8, shuffle=True), World())
     assert torch.equal(before[0], torch.get_rng_state())
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert (np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()) == before[1:]
 
 
-def test_a_sampler_of_ones_own_is_shared_out_too() -> None:
+def test_a_custom_sampler_is_sharded() -> None:
     def drawn(world: World) -> list[int]:
         sampler = WeightedRandomSampler([1.0] * 12 + [5.0] * 12, 16)
         return [int(sample[0]) for sample in all_samples(DataLoader(Noisy(), batch_size=8, sampler=sampler), world)]
@@ -151,22 +153,22 @@ def test_a_sampler_of_ones_own_is_shared_out_too() -> None:
 
 
 class Custom(DataLoader[Any]):
-    """A loader class of one's own."""
+    """A custom loader class."""
 
     def __init__(self, extra: str, **arguments: Any) -> None:
         super().__init__(Noisy(), **arguments)
         self.extra = extra
 
 
-def test_a_loader_class_of_ones_own_stays_what_it_is() -> None:
-    ordered = DataSharding(World(0, 2, 0, 2), 1).shard(Custom("mine", batch_size=8, shuffle=True))
-    assert type(ordered) is Custom
-    assert ordered.extra == "mine"
-    assert len(list(ordered)) == len(ordered) == 3
+def test_a_custom_loader_class_is_kept() -> None:
+    sharded = DataSharding(World(0, 2, 0, 2), 1).shard(Custom("mine", batch_size=8, shuffle=True))
+    assert type(sharded) is Custom
+    assert sharded.extra == "mine"
+    assert len(list(sharded)) == len(sharded) == 3
 
 
 class Stream(IterableDataset[int]):
-    """No index, no length."""
+    """A dataset without indices and length."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(3))
@@ -179,27 +181,27 @@ class Stream(IterableDataset[int]):
         (DataLoader(Noisy(), batch_size=None), "no batches"),
         (
             DataLoader(Noisy(), batch_sampler=type("Mine", (BatchSampler,), {})(range(4), 2, False)),
-            "a batch sampler of its own (Mine)",
+            "its own batch sampler (Mine)",
         ),
         (DataLoader(Noisy(), sampler=DistributedSampler(Noisy(), 2, 0)), "a DistributedSampler"),
     ],
 )
-def test_what_cannot_be_shared_out_is_left_alone_with_a_warning(
+def test_a_loader_that_cannot_be_sharded_is_returned_with_a_warning(
     loader: DataLoader[Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert DataSharding(World(0, 2, 0, 2), 1).shard(loader, "MyData") is loader
-    assert f"MyData is left alone because it has {reason}" in caplog.text
+    assert f"MyData is not sharded because it has {reason}" in caplog.text
     caplog.clear()
     assert DataSharding(World(), 1).shard(loader) is loader
     assert DataSharding(World(1, 2, 1, 2), 1).shard(loader) is loader
     assert caplog.text == ""
 
 
-def test_what_is_no_loader_passes_through() -> None:
+def test_other_objects_are_returned_unchanged() -> None:
     assert DataSharding(World(0, 2, 0, 2), 1).shard([1, 2, 3]) == [1, 2, 3]
 
 
-def test_attributes_of_the_dataset_stay_within_reach() -> None:
+def test_attributes_of_the_dataset_are_available() -> None:
     data = Noisy()
     data.classes = ["a"]
     assert SeededDataset(data, 1).classes == ["a"]

@@ -1,4 +1,4 @@
-"""Agreeing on a step to stop after, in two real ranks; then that lightning's own ways are off, in a real run."""
+"""Signals, the consensus on when to stop in forked ranks, and Lightning's own mechanisms disabled in a real run."""
 
 import os
 import signal
@@ -19,17 +19,17 @@ from lockstep.distributed.signals import SignalReceiver
 
 
 def steps_until_stop(world: World) -> tuple[int, int]:
-    """The step after which this rank stops, and for what; rank one is told after five steps, and is slower than the others."""
+    """The step after which this rank stops, and the signal; rank 1 gets it after five steps, and is slower than rank 0."""
     init_process_group(world, torch.device("cpu"), timedelta(minutes=1))
-    agreement = StopConsensus(world)
+    consensus = StopConsensus(world)
     for step in range(1, 1000):
         time.sleep(0.01 * (1 + world.rank))
-        agreed = agreement.poll(signal.SIGTERM if world.rank == 1 and step > 5 else 0, save=False)
-        if agreed.stop:
-            agreement.close()
+        decision = consensus.poll(signal.SIGTERM if world.rank == 1 and step > 5 else 0, save=False)
+        if decision.stop:
+            consensus.close()
             destroy_process_group()
-            return step, agreed.stop
-    raise AssertionError("they never stopped")
+            return step, decision.stop
+    raise AssertionError("no rank stopped")
 
 
 def test_all_ranks_stop_after_the_same_step() -> None:
@@ -39,7 +39,7 @@ def test_all_ranks_stop_after_the_same_step() -> None:
     assert 5 < step < 120 and number == signal.SIGTERM
 
 
-def test_a_signal_is_noted_and_a_second_ctrl_c_means_what_it_says() -> None:
+def test_the_first_signal_is_recorded_and_a_second_ctrl_c_raises() -> None:
     signals, before = SignalReceiver(), signal.getsignal(signal.SIGTERM)
     with signals.installed():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -50,8 +50,8 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_means_what_it_says() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-class Watch(Callback):
-    """Fails where lightning has taken over the handlers, or talks to other ranks at a step."""
+class AssertNoLightningSignals(Callback):
+    """Fails if Lightning has replaced the signal handlers, or broadcasts at a step."""
 
     def on_train_start(self, trainer: Trainer, *_: object) -> None:
         handler = signal.getsignal(signal.SIGTERM)
@@ -67,10 +67,15 @@ class Watch(Callback):
 
 
 def test_lightnings_own_signal_handling_and_its_broadcast_are_off(launch: Launch) -> None:
-    assert launch("--ranks", "2", *SMALL, f"--trainer.callbacks+={__name__}.Watch", "--run.test_after_fit", "false").status == 0
+    assert (
+        launch(
+            "--ranks", "2", *SMALL, f"--trainer.callbacks+={__name__}.AssertNoLightningSignals", "--run.test_after_fit", "false"
+        ).status
+        == 0
+    )
 
 
-def test_nccl_is_told_to_leave_a_trace_and_a_user_may_say_otherwise(tmp_path: Path) -> None:
+def test_the_flight_recorder_is_enabled_and_keeps_variables_of_the_user(tmp_path: Path) -> None:
     env = {"TORCH_FR_BUFFER_SIZE": "7"}
     enable_flight_recorder(tmp_path, env)
     trace = f"{tmp_path}/nccl-trace-"

@@ -1,4 +1,4 @@
-"""Several ranks on one machine: what they return, and how the first one that fails is named. Forked processes, no training."""
+"""Forked ranks without training: their results, and the report about the first one that fails."""
 
 import os
 import signal
@@ -15,16 +15,16 @@ from lockstep.distributed.process_group import all_gather, broadcast_from_rank_z
 from lockstep.distributed.ranks import RankFailed, fork_ranks
 
 
-def test_each_rank_knows_its_place() -> None:
+def test_each_rank_has_its_world() -> None:
     worlds = fork_ranks(lambda world: (world.rank, world.size, world.local_rank, world.node_rank, world.nodes), 2, 2)
     assert worlds == [(0, 4, 0, 0, 2), (1, 4, 1, 0, 2), (2, 4, 0, 1, 2), (3, 4, 1, 1, 2)]
 
 
-def test_each_rank_finds_its_place_in_the_environment() -> None:
+def test_each_rank_has_its_world_in_the_environment() -> None:
     assert fork_ranks(lambda world: World.from_env(os.environ) == world, 2, 2) == [True] * 4
 
 
-def meet(world: World) -> int:
+def reduce_over_gloo(world: World) -> int:
     init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
     total = torch.tensor(world.rank)
     torch.distributed.all_reduce(total)
@@ -34,11 +34,11 @@ def meet(world: World) -> int:
     return int(total)
 
 
-def test_ranks_meet_over_gloo() -> None:
-    assert fork_ranks(meet, 2, 2) == [6] * 4
+def test_ranks_reduce_over_gloo() -> None:
+    assert fork_ranks(reduce_over_gloo, 2, 2) == [6] * 4
 
 
-def test_an_error_on_rank_zero_is_everyones() -> None:
+def test_an_error_on_rank_zero_is_raised_on_every_rank() -> None:
     def fail(world: World) -> None:
         init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
 
@@ -49,11 +49,12 @@ def test_an_error_on_rank_zero_is_everyones() -> None:
 
     with pytest.raises(RankFailed) as raised:
         fork_ranks(fail, 1, 2)
-    assert (raised.value.report, raised.value.exit_status, raised.value.message) == ("no folder", 2, True)
+    failure = raised.value.failure
+    assert (failure.report, failure.exit_status, failure.is_permanent) == ("no folder", 2, True)
 
 
 def raise_on_two(world: World) -> None:
-    """Rank 2 fails; the others are in a collective that cannot end."""
+    """Fail on rank 2; the others wait in a collective that cannot finish."""
     init_process_group(world, torch.device("cpu"), timedelta(minutes=5))
     if world.rank == 2:
         raise ArithmeticError("rank two's own mistake")
@@ -61,14 +62,14 @@ def raise_on_two(world: World) -> None:
 
 
 def test_the_rank_that_fails_first_is_named_with_its_traceback() -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(RankFailed) as raised:
         fork_ranks(raise_on_two, 2, 2)
-    failure = raised.value
-    assert (failure.world.rank, failure.world.node_rank, failure.exit_status, failure.message) == (2, 1, 1, False)
+    failure = raised.value.failure
+    assert (failure.rank, failure.node, failure.exit_status, failure.is_permanent) == (2, 1, 1, False)
     assert "ArithmeticError: rank two's own mistake" in failure.report
     assert failure.report.count("Traceback") == 1
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - start < 20
 
 
 def kill_one(world: World) -> None:
@@ -81,12 +82,12 @@ def kill_one(world: World) -> None:
 def test_a_killed_rank_is_named() -> None:
     with pytest.raises(RankFailed) as raised:
         fork_ranks(kill_one, 1, 3)
-    assert raised.value.world.rank == 1
-    assert "killed by SIGKILL" in raised.value.report
+    assert raised.value.failure.rank == 1
+    assert "killed by SIGKILL" in raised.value.failure.report
 
 
-def test_a_killed_rank_is_noticed_at_once_while_the_others_are_busy() -> None:
-    """Also where a process that the rank has started outlives it, as a DataLoader worker does for a while."""
+def test_a_killed_rank_is_detected_at_once_while_the_others_are_busy() -> None:
+    """Also if a child process of the rank outlives it, as a DataLoader worker does for a while."""
 
     def busy(world: World) -> None:
         if world.rank == 2:
@@ -96,14 +97,14 @@ def test_a_killed_rank_is_noticed_at_once_while_the_others_are_busy() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
 
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(RankFailed) as raised:
         fork_ranks(busy, 1, 4)
-    assert raised.value.world.rank == 2
-    assert time.monotonic() - began < 5
+    assert raised.value.failure.rank == 2
+    assert time.monotonic() - start < 5
 
 
-def test_the_others_are_ended_even_if_they_do_not_want_to(tmp_path: Path) -> None:
+def test_the_other_ranks_are_killed_if_they_ignore_sigterm(tmp_path: Path) -> None:
     def stubborn(world: World) -> None:
         (tmp_path / str(world.rank)).write_text(str(os.getpid()))
         if world.rank == 0:
@@ -120,12 +121,12 @@ def test_the_others_are_ended_even_if_they_do_not_want_to(tmp_path: Path) -> Non
 
 
 def test_output_of_other_ranks_goes_to_their_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def speak(world: World) -> None:
+    def write_output(world: World) -> None:
         print(f"this is {world.rank}")
         os.system(f"echo shell of {world.rank}")
 
-    fork_ranks(speak, 1, 2, logs=lambda rank: tmp_path / f"{rank}.log")
-    assert "this is 0" in (said := capfd.readouterr().out) and "this is 1" not in said
+    fork_ranks(write_output, 1, 2, logs=lambda rank: tmp_path / f"{rank}.log")
+    assert "this is 0" in (output := capfd.readouterr().out) and "this is 1" not in output
     assert sorted((tmp_path / "1.log").read_text().splitlines()) == ["shell of 1", "this is 1"]
 
 

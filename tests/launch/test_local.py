@@ -111,7 +111,7 @@ def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
 
 def test_python_m_lockstep_train_says_what_is_wrong_and_exits_with_2(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "lockstep.cli", "train", "tset"], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "lockstep: 'tset' is no command; did you mean 'test'?\n")
+    assert (done.returncode, done.stderr) == (2, "lockstep: 'tset' is not a command; did you mean 'test'?\n")
 
 
 def test_a_contradiction_in_the_environment_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

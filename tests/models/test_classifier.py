@@ -1,6 +1,6 @@
-"""The shared module: metrics over ranks and uneven batches, networks, and no wait for the device between logged steps.
+"""The shared classifier: metrics over ranks and uneven batches, networks, and no wait for the device between logged steps.
 
-Numbers alone, then forked ranks, then short runs.
+Forked ranks, then single modules, then short runs.
 """
 
 import json
@@ -16,23 +16,25 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from lockstep.config.schema import DDPOptions
+from lockstep.config.schema import DDPOptions, DistributedOptions
 from lockstep.core.errors import UsageError
 from lockstep.core.world import World
 from lockstep.data.sharding import DataSharding
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
 from lockstep.distributed.ranks import fork_ranks
-from lockstep.models.classifier import ClassificationMetrics, Classifier, make_torchvision_model
+from lockstep.models.classifier import ClassificationMetrics, Classifier
+from lockstep.models.networks import make_torchvision_model
 from lockstep.strategies.factory import make_strategy
 
 
 def score_in_parts(world: World) -> dict[str, float]:
-    """Loss, accuracy and counts of 13 samples that the ranks share unevenly, in batches of at most 2."""
+    """Loss, accuracy and counts of 13 samples, unevenly sharded, in batches of at most 2."""
     init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(13, 5, generator=generator), torch.randint(0, 5, (13,), generator=generator)
     scores = ClassificationMetrics(5)
-    for batch in torch.arange(13).tensor_split(world.size)[world.rank].split(2):
+    shard = torch.arange(13).tensor_split(world.size)[world.rank]
+    for batch in (shard[start : start + 2] for start in range(0, len(shard), 2)):
         scores.update(nn.functional.cross_entropy(logits[batch], labels[batch]), logits[batch], labels[batch])
     found = {name: float(value) for name, value in (scores.counts() | scores.compute_and_reset()).items()}
     destroy_process_group()
@@ -40,13 +42,13 @@ def score_in_parts(world: World) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_loss_and_accuracy_count_each_sample_alike_on_any_number_of_ranks(ranks: int) -> None:
+def test_loss_and_accuracy_weigh_each_sample_equally_on_any_number_of_ranks(ranks: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(13, 5, generator=generator), torch.randint(0, 5, (13,), generator=generator)
-    right = int((logits.argmax(1) == labels).sum())
+    correct = int((logits.argmax(1) == labels).sum())
     for found in fork_ranks(score_in_parts, 1, ranks):
-        assert (found["samples"], found["correct"]) == (13, right)
-        assert found["accuracy"] == pytest.approx(right / 13)
+        assert (found["samples"], found["correct"]) == (13, correct)
+        assert found["accuracy"] == pytest.approx(correct / 13)
         assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), abs=1e-6)
 
 
@@ -57,12 +59,12 @@ def test_any_torchvision_classifier_by_name(name: str) -> None:
 
 
 def test_argument_that_a_torchvision_model_does_not_take_raises_error() -> None:
-    with pytest.raises(UsageError, match=r"model.network_args: torchvision's resnet18 says: .*dropouts"):
+    with pytest.raises(UsageError, match=r"model.network_args: torchvision's resnet18 raised: .*dropouts"):
         make_torchvision_model("resnet18", 7, {"dropouts": 0.1})
 
 
 def test_network_args_with_a_module_raises_error() -> None:
-    with pytest.raises(UsageError, match=r"model.network_args goes with the name"):
+    with pytest.raises(UsageError, match=r"model.network_args is only for a torchvision model by name"):
         Classifier(network=nn.Linear(2, 2), network_args={"x": 1})
 
 
@@ -72,7 +74,7 @@ def test_channels_last_gives_the_same_logits() -> None:
     other = Classifier("resnet18", 3, channels_last=True).eval()
     other.load_state_dict(plain.state_dict())
     images = torch.rand(2, 3, 64, 64)
-    assert other.network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert other.get_parameter("network.conv1.weight").is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(other(images), plain(images), rtol=1e-4, atol=1e-4)
 
 
@@ -96,7 +98,7 @@ def test_ema_from_lightning_gives_other_final_weights(launch: Launch) -> None:
 
 
 class Uneven(LightningModule):
-    """A linear regression whose gradient shows how much each sample weighs."""
+    """A linear model whose gradient is the weight of each sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +115,9 @@ def uneven_step(world: World) -> list[float]:
     """The weights after one step on a single batch of 7 samples."""
     init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
     strategy = make_strategy(
-        Namespace(strategy="ddp", ddp=DDPOptions()), [torch.device("cpu")] * world.local_size, DataSharding(world, 1)
+        Namespace(strategy="ddp", ddp=DDPOptions(), distributed=DistributedOptions()),  # type: ignore[no-untyped-call]
+        [torch.device("cpu")] * world.local_size,
+        DataSharding(world, 1),
     )
     module = Uneven()
     trainer = Trainer(
@@ -136,11 +140,11 @@ def test_every_sample_of_an_uneven_batch_has_the_same_weight_in_the_gradient(ran
         assert weights == pytest.approx([-1 / 7] * 7, abs=1e-6)
 
 
-class CountWaits(TorchDispatchMode):
+class CountWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what makes the host wait for the device: reading a tensor's value."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waits: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,14 +166,14 @@ class WatchWaits(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.mode is not None:
-            self.mode.__exit__(None, None, None)
+            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.per_step[trainer.global_step] = self.mode.waits
             with open(trainer.default_root_dir + "/waits.json", "w") as file:
                 json.dump(self.per_step, file)
             self.mode = None
         if trainer.global_step < 19:
             self.mode = CountWaits()
-            self.mode.__enter__()
+            self.mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])

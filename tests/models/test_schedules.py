@@ -1,4 +1,4 @@
-"""Optimizers and schedules: numbers, no training."""
+"""Optimizers and learning-rate schedules without training."""
 
 import math
 
@@ -8,17 +8,17 @@ from torch import nn
 
 from lockstep.core.errors import UsageError
 from lockstep.models.optimizers import make_optimizer, parameter_groups
-from lockstep.models.schedules import learning_rate_factor
+from lockstep.models.schedules import LearningRateSchedule
 
 
 def test_warm_up_rises_linearly_to_one() -> None:
-    factor = learning_rate_factor("constant", warmup_steps=4)
+    factor = LearningRateSchedule("constant", warmup_steps=4).factor()
     assert [factor(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
-    assert learning_rate_factor("constant", 3, warmup_from=0.25)(0) == pytest.approx(0.25 + 0.75 / 4)
+    assert LearningRateSchedule("constant", 3).factor(warmup_start=0.25)(0) == pytest.approx(0.25 + 0.75 / 4)
 
 
 def test_cosine_falls_from_one_to_the_end() -> None:
-    factor = learning_rate_factor("cosine", warmup_steps=10, total_steps=110, final=0.1)
+    factor = LearningRateSchedule("cosine", warmup_steps=10, final=0.1).factor(total_steps=110)
     assert factor(10) == 1
     assert factor(60) == pytest.approx(0.55)
     assert factor(110) == pytest.approx(0.1)
@@ -26,14 +26,14 @@ def test_cosine_falls_from_one_to_the_end() -> None:
 
 
 def test_step_falls_every_step_size() -> None:
-    factor = learning_rate_factor("step", warmup_steps=0, step_size=3, gamma=0.5)
+    factor = LearningRateSchedule("step", step_size=3, gamma=0.5).factor()
     assert [factor(step) for step in range(7)] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
 
 
 def test_step_agrees_with_torch() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.3)
-    factor = learning_rate_factor("step", warmup_steps=0, step_size=4, gamma=0.3)
+    factor = LearningRateSchedule("step", step_size=4, gamma=0.3).factor()
     for step in range(12):
         assert factor(step) == pytest.approx(schedule.get_last_lr()[0])
         optimizer.step()
@@ -43,15 +43,15 @@ def test_step_agrees_with_torch() -> None:
 @pytest.mark.parametrize("step_size", [None, 0, -1])
 def test_step_without_a_step_size_raises_error_that_names_the_key(step_size: int | None) -> None:
     with pytest.raises(UsageError, match=f"model.step_size: {step_size} must be 1 or more"):
-        learning_rate_factor("step", 0, step_size=step_size)
+        LearningRateSchedule("step", step_size=step_size)
 
 
 def test_cosine_without_an_end_raises_error() -> None:
     with pytest.raises(UsageError, match=r"cosine needs an end; set trainer.max_epochs"):
-        learning_rate_factor("cosine", 0, total_steps=math.inf)
+        LearningRateSchedule("cosine").factor(total_steps=math.inf)
 
 
-def test_only_matrices_decay() -> None:
+def test_only_matrices_and_filters_have_weight_decay() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
     module[0].bias.requires_grad_(False)
     decayed, plain = parameter_groups(module, 0.1)
@@ -78,7 +78,7 @@ def test_optimizers(name: str, kind: type, arguments: dict[str, object]) -> None
 
 
 @pytest.mark.parametrize("name", ["adam", "torch.optim.Nope", "torch.nn.Linear", "no.such.Thing"])
-def test_what_is_no_optimizer_raises_error(name: str) -> None:
+def test_an_unknown_optimizer_raises_error(name: str) -> None:
     with pytest.raises(UsageError, match=r"model.optimizer: '" + name):
         make_optimizer(name, parameter_groups(nn.Linear(2, 2), 0), 0.1, False, {})
 

@@ -1,7 +1,5 @@
-"""Where metrics go: the metrics file, W&B's mode, then a real W&B run of four ranks, read back from its file, and
-real online runs, with a server that comes and goes."""
+"""The metrics file and W&B's mode; then real offline W&B runs, read back from their files; then real online runs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +13,7 @@ import pytest
 import wandb
 import yaml
 from support.runs import SMALL, Launch, Outcome
+from support.wandb_files import wandb_records
 from support.wandb_server import WandbServer
 
 from lockstep.config.schema import WandbOptions
@@ -22,16 +21,16 @@ from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
 from lockstep.monitoring.wandb_logger import wandb_mode
 
 
-def test_metrics_file_takes_new_columns_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+def test_the_metrics_file_gets_new_columns_and_continues_after_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     CsvMetricsLogger(path, lambda: 1).log_metrics({"a": 1.5, "epoch": 0})
-    again = CsvMetricsLogger(path, lambda: 2)
-    again.log_metrics({"a": 1.5, "epoch": 0})  # the step is done again
-    again.log_metrics({"b": 2.5, "epoch": 1})
+    second = CsvMetricsLogger(path, lambda: 2)
+    second.log_metrics({"a": 1.5, "epoch": 0})  # the step is repeated
+    second.log_metrics({"b": 2.5, "epoch": 1})
     with path.open("a") as file:
         file.write("3,1,")  # killed in the middle of a line
     third = CsvMetricsLogger(path, lambda: 3)
-    third.row_count = 2  # as a checkpoint says
+    third.row_count = 2  # as in the checkpoint
     third.log_metrics({"b": 3.5, "epoch": 1})
     assert read_metrics(path) == [
         {"step": "1", "epoch": "0", "a": "1.5", "b": ""},
@@ -61,20 +60,13 @@ def test_mode_follows_the_config_then_the_environment_then_the_key(
     assert wandb_mode(WandbOptions(mode=mode), env | {"HOME": str(tmp_path)}) == expected
 
 
-def records(run: Outcome) -> list[dict[str, Any]]:
-    """What W&B's own reader finds in the one offline file of a run."""
-    (file,) = run.folder.glob("wandb/offline-run-*/*.wandb")
-    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    lines = subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: Launch) -> None:
     tags = ["--wandb.group", "trial", "--wandb.tags", "[small, quick]"]
     run = launch("--nodes", "2", "--ranks", "2", *SMALL, "--wandb.mode", "offline", *tags)
     assert run.status == 0
     assert len(list(run.folder.glob("wandb/*run-*"))) == 1
-    found = {kind: [record[kind] for record in records(run) if record["type"] == kind] for kind in ("run", "history", "exit")}
+    records = wandb_records(run.folder)
+    found = {kind: [record[kind] for record in records if record["type"] == kind] for kind in ("run", "history", "exit")}
     (started,) = found["run"]
     assert (started["run_id"], started["run_group"], started["tags"]) == (run.folder.name, "trial", ["small", "quick"])
     config = started["config"]["update"]
@@ -96,10 +88,10 @@ def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: L
 def test_a_failed_run_is_marked_as_failed(launch: Launch) -> None:
     run = launch("--ranks", "2", *SMALL, "--wandb.mode", "offline", "--model.num_classes", "12")
     assert run.status == 2
-    assert [record["exit"]["exit_code"] for record in records(run) if record["type"] == "exit"] == [1]
+    assert [record["exit"]["exit_code"] for record in wandb_records(run.folder) if record["type"] == "exit"] == [1]
 
 
-def test_disabled_leaves_no_trace(launch: Launch) -> None:
+def test_disabled_writes_no_wandb_folder(launch: Launch) -> None:
     run = launch(*SMALL, "--wandb.mode", "disabled")
     assert not (run.folder / "wandb").exists()
 
@@ -120,12 +112,12 @@ def test_an_unreachable_server_does_not_end_the_run(launch: Launch, monkeypatch:
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
     run = launch(*SMALL, "--wandb.mode", "online")
     assert run.status == 0
-    assert any(record["type"] == "history" for record in records(run))
+    assert any(record["type"] == "history" for record in wandb_records(run.folder))
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    """A W&B server that runs here, for real online runs."""
+    """A local W&B server for real online runs."""
     with WandbServer() as server:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
@@ -133,16 +125,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 
 def at_step(tmp_path: Path, what: str, step: int, rank: int = 0) -> list[str]:
-    """Arguments that make something happen once."""
-    given = {"what": what, "once": tmp_path / f"once-{step}", "step": step, "rank": rank}
+    """Arguments that inject a fault once."""
+    options = {"what": what, "once": tmp_path / f"once-{step}", "step": step, "rank": rank}
     return [
         "--trainer.callbacks+=support.fault_callbacks.FaultCallback",
-        *(f"--trainer.callbacks.{name}={value}" for name, value in given.items()),
+        *(f"--trainer.callbacks.{name}={value}" for name, value in options.items()),
     ]
 
 
-def when(paused: Path, act: Callable[[], None]) -> None:
-    """Do something while a run pauses."""
+def call_when_paused(paused: Path, act: Callable[[], None]) -> None:
+    """Call ``act`` while a run pauses."""
 
     def wait() -> None:
         while not paused.exists():
@@ -154,7 +146,7 @@ def when(paused: Path, act: Callable[[], None]) -> None:
 
 
 def assert_complete(server: WandbServer, run: Outcome) -> None:
-    """The server has each row of metrics once, in order, under its number."""
+    """Assert that the server has each row of metrics once, in order, under its number."""
     history, rows = server.history(run.folder.name), read_metrics(run.folder / "metrics.csv")
     assert [row["_step"] for row in history] == list(range(1, len(rows) + 1))
     assert [row["trainer/global_step"] for row in history] == [int(row["step"]) for row in rows]
@@ -166,31 +158,31 @@ def test_attempts_are_one_online_run(launch: Launch, tmp_path: Path, server: Wan
     assert run.status != 0
     assert launch("--resume", str(run.folder)).status == 0
     assert_complete(server, run)
-    said = server.ends[run.folder.name]
-    assert said[-1] == {"exitcode": 0}
-    assert ({"preempting": True} in said) == (what == "SIGTERM")
+    ends = server.ends[run.folder.name]
+    assert ends[-1] == {"exitcode": 0}
+    assert ({"preempting": True} in ends) == (what == "SIGTERM")
 
 
-def test_a_server_that_goes_away_and_comes_back_misses_nothing(launch: Launch, tmp_path: Path, server: WandbServer) -> None:
-    when(tmp_path / "once-10", server.go)
-    when(tmp_path / "once-30", server.come)
+def test_a_server_outage_during_a_run_loses_no_rows(launch: Launch, tmp_path: Path, server: WandbServer) -> None:
+    call_when_paused(tmp_path / "once-10", server.go)
+    call_when_paused(tmp_path / "once-30", server.come)
     run = launch(*SMALL, *at_step(tmp_path, "pause", 10), *at_step(tmp_path, "pause", 30))
     assert run.status == 0
     assert_complete(server, run)
 
 
-def test_a_server_that_comes_only_at_the_end_gets_everything(
+def test_a_server_that_starts_late_gets_every_row_at_the_end(
     launch: Launch, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.go()
-    when(tmp_path / "once-30", server.come)
+    call_when_paused(tmp_path / "once-30", server.come)
     run = launch(*SMALL, *at_step(tmp_path, "pause", 30))
     assert run.status == 0
-    assert "W&B cannot be reached, going on offline" in capfd.readouterr().err
+    assert "W&B cannot be reached; the run is offline" in capfd.readouterr().err
     assert_complete(server, run)
 
 
-def test_what_a_server_has_missed_is_given_to_it_later(
+def test_sync_sends_missing_rows_once(
     launch: Launch, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.go()
@@ -207,7 +199,7 @@ def test_what_a_server_has_missed_is_given_to_it_later(
     assert (done.returncode, "try again later" in done.stderr) == (1, True)
 
 
-def test_wandb_that_dies_while_it_starts_ends_no_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wandb_service_that_dies_at_every_start_does_not_end_the_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = wandb.init, []
 
     def dying(**arguments: Any) -> Any:
@@ -221,7 +213,7 @@ def test_wandb_that_dies_while_it_starts_ends_no_run(launch: Launch, monkeypatch
     assert (run.status, run.result["status"]) == (0, "finished")
 
 
-def test_wandb_that_dies_while_it_starts_gets_everything_later(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wandb_service_that_dies_at_its_first_start_gets_every_row(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = wandb.init, []
 
     def dying_once(**arguments: Any) -> Any:
@@ -233,9 +225,5 @@ def test_wandb_that_dies_while_it_starts_gets_everything_later(launch: Launch, m
 
     monkeypatch.setattr(wandb, "init", dying_once)
     run = launch(*SMALL, "--wandb.mode", "offline")
-    found = []
-    for file in sorted(run.folder.glob("wandb/offline-run-*/*.wandb")):
-        reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        lines = subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines()
-        found += [r["history"]["item"]["_step"] for r in map(json.loads, lines) if r["type"] == "history"]
-    assert found == list(range(1, 1 + len(read_metrics(run.folder / "metrics.csv"))))
+    steps = [record["history"]["item"]["_step"] for record in wandb_records(run.folder) if record["type"] == "history"]
+    assert steps == list(range(1, 1 + len(read_metrics(run.folder / "metrics.csv"))))

@@ -32,7 +32,7 @@ def test_sizes() -> None:
     assert [format_bytes(size) for size in (80 << 30, 1536 << 20, 100 << 10, 12, 0, None)] == [
         *("80.0 GiB", "1.5 GiB", "100 KiB", "12 B", "0", "?"),
     ]
-    with pytest.raises(UsageError, match="'much' is no size"):
+    with pytest.raises(UsageError, match="'much' is not a size"):
         parse_size("much")
 
 
@@ -93,7 +93,10 @@ def test_nothing_is_said_to_fit_without_its_activations() -> None:
             ["--model.optimizer", "deepspeed.ops.adam.FusedAdam"],
             "model.optimizer: 'deepspeed.ops.adam.FusedAdam' is compiled at",
         ),
-        (["--gpu-memory", "much"], "gpu_memory: 'much' is no size; write a number with K, M, G or T behind it, such as 80G."),
+        (
+            ["--gpu-memory", "much"],
+            "gpu_memory: 'much' is not a size; write a number with the suffix K, M, G or T, such as 80G.",
+        ),
         (
             ["--activation_checkpointing", "[torch.nn.Linea]"],
             "activation_checkpointing: torch.nn.Linea does not exist; did you mean 'torch.nn.Linear'",
@@ -102,7 +105,7 @@ def test_nothing_is_said_to_fit_without_its_activations() -> None:
             ["--model", "support.fault_callbacks.TwoOptimizers", "--data", "support.fault_callbacks.Points"],
             "--plan is for a module with one optimizer; this one has 2.",
         ),
-        (["--data.batch_size", "63"], "data.batch_size: 63 is the global batch and does not divide by 2 ranks."),
+        (["--data.batch_size", "63"], "data.batch_size: the global batch size 63 is not divisible by 2 ranks."),
     ],
 )
 def test_what_cannot_be_planned(arguments: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""slurm/cluster.py on real Slurm daemons: what it refuses, what it brings up, what it leaves behind, and lost nodes."""
+"""slurm/cluster.py with real Slurm daemons: rejected arguments, starting, stopping, and lost nodes."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import daemons
 import pytest
-from conf import ClusterError
+from conf import ClusterError, free_ports
 from daemons import Cluster
 
 pytestmark = pytest.mark.usefixtures("slurm_is_here")
@@ -23,7 +23,7 @@ SCRIPT = Path(daemons.__file__).with_name("cluster.py")
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A short folder for clusters; pytest's own is too long for their sockets. All that is up in it is taken down."""
+    """A folder for clusters with a short path, as their sockets need; clusters in it are stopped at the end."""
     place = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
         yield place
@@ -43,12 +43,12 @@ def cli(*argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"not true after {seconds} s"
         time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended but that nobody has asked about does not."""
+    """Whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -70,7 +70,7 @@ def submit(there: Cluster, script: str, *options: str, output: Path | str = "/de
     return number
 
 
-def test_a_foreign_folder_is_refused_and_kept(place: Path) -> None:
+def test_a_foreign_folder_is_rejected_and_kept(place: Path) -> None:
     (place / "mine").mkdir()
     (place / "mine" / "thesis.tex").touch()
     for action in ("up", "down", "status"):
@@ -81,7 +81,7 @@ def test_a_foreign_folder_is_refused_and_kept(place: Path) -> None:
     shutil.rmtree(place / "mine")
 
 
-def test_a_folder_that_is_too_long_for_a_socket_is_refused(place: Path) -> None:
+def test_a_path_that_is_too_long_for_a_socket_is_rejected(place: Path) -> None:
     with pytest.raises(ClusterError, match=r"is too long for the sockets in it: --folder may have \d+ bytes\.$"):
         Cluster.up(place / ("long" * 30))
 
@@ -89,7 +89,7 @@ def test_a_folder_that_is_too_long_for_a_socket_is_refused(place: Path) -> None:
 def test_missing_programs_are_named_with_the_command_that_installs_them(place: Path) -> None:
     refused = cli("up", "--folder", str(place / "c"), PATH="")
     assert refused.returncode == 1
-    assert re.search(r"Slurm is missing on this machine \(.*srun\): .* apt-get install slurmctld slurmd", refused.stderr)
+    assert re.search(r"Slurm is missing on this machine \(.*srun\); .* apt-get install slurmctld slurmd", refused.stderr)
     assert not (place / "c").exists()
 
 
@@ -102,7 +102,7 @@ def test_missing_programs_are_named_with_the_command_that_installs_them(place: P
         (("down", "--", "true"), "down takes no command"),
     ],
 )
-def test_a_wrong_usage_is_one_sentence(place: Path, argv: tuple[str, ...], words: str) -> None:
+def test_a_usage_error_is_one_sentence(place: Path, argv: tuple[str, ...], words: str) -> None:
     refused = cli(argv[0], "--folder", str(place / "c"), *argv[1:])
     assert (refused.returncode, refused.stdout) == (2, "")
     assert words in refused.stderr
@@ -114,7 +114,7 @@ def test_an_option_that_slurm_does_not_know_leaves_nothing_behind(place: Path) -
     assert not (place / "c").exists()
 
 
-def test_each_node_is_idle_and_runs_what_it_is_told(place: Path) -> None:
+def test_each_node_is_idle_and_runs_tasks(place: Path) -> None:
     with Cluster.up(place / "c", nodes=3, cpus=64, options=["KillWait=77"]) as there:
         assert there.node_states() == {"n1": "idle", "n2": "idle", "n3": "idle"}
         names = there.command("srun", "--nodes=3", "--cpus-per-task=64", "sh", "-c", "echo $SLURMD_NODENAME")
@@ -159,24 +159,23 @@ def test_preemption_requeues_a_job_of_low_priority(place: Path) -> None:
         assert (job(there, low, "JobState"), job(there, low, "Restarts")) == ("PENDING", "1")
 
 
-def test_a_port_that_was_taken_in_between_is_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really_free = daemons.free_ports
+def test_a_port_that_was_taken_meanwhile_is_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
-        tries = [lambda count: [*really_free(count - 1), busy.getsockname()[1]], really_free]
+        tries = [lambda count: [*free_ports(count - 1), busy.getsockname()[1]], free_ports]
         monkeypatch.setattr(daemons, "free_ports", lambda count: tries.pop(0)(count))
         with Cluster.up(place / "c", nodes=1) as there:
             assert there.node_states() == {"n1": "idle"}
     assert not tries
 
 
-def test_up_prints_the_export_line_and_finds_what_is_already_up(place: Path) -> None:
+def test_up_prints_the_export_line_and_finds_a_running_cluster(place: Path) -> None:
     asked = ("--folder", str(place / "c"), "--nodes", "1")
     first, again = cli("up", *asked), cli("up", *asked)
     assert first.stdout == again.stdout == f"export SLURM_CONF={place}/c/slurm.conf\n"
     assert "already up" in again.stderr
     other = cli("up", *asked[:2], "--nodes", "2")
     assert (other.returncode, other.stdout) == (1, "")
-    assert "has nodes 1, not 2: take it `down` first" in other.stderr
+    assert "has nodes 1, not 2; run `down` first" in other.stderr
     status = cli("status", *asked[:2])
     assert status.returncode == 0
     assert re.search(r"^n1 +pid \d+ +port \d+ +idle$", status.stdout, re.MULTILINE)
@@ -186,7 +185,7 @@ def test_up_prints_the_export_line_and_finds_what_is_already_up(place: Path) -> 
     assert not (place / "c").exists()
 
 
-def test_run_ends_like_its_command_and_takes_the_cluster_down(place: Path) -> None:
+def test_run_returns_the_status_of_its_command_and_stops_the_cluster(place: Path) -> None:
     run = ("run", "--folder", str(place / "c"), "--nodes", "1", "--")
     done = cli(*run, "sh", "-c", "env | grep -E '^S(LURM|BATCH)'; srun sh -c 'exit 7'", SBATCH_PARTITION="x", SLURM_NTASKS="9")
     assert (done.returncode, done.stdout) == (7, f"SLURM_CONF={place}/c/slurm.conf\n")
@@ -197,7 +196,7 @@ def test_run_ends_like_its_command_and_takes_the_cluster_down(place: Path) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_run_takes_the_cluster_down_when_it_is_interrupted(place: Path, number: signal.Signals) -> None:
+def test_run_stops_the_cluster_when_it_is_interrupted(place: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(SCRIPT), "run", "--folder", str(place / "c"), "--nodes", "1", "--"]
     script = "trap 'echo asked; exit 5' INT TERM; echo up; while :; do sleep 0.1; done"
     with subprocess.Popen([*command, "sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
@@ -228,23 +227,23 @@ def test_down_leaves_nothing_behind(place: Path, victims: tuple[str, ...]) -> No
     assert not there.folder.exists()
 
 
-def test_down_kills_no_innocent_process(place: Path) -> None:
+def test_down_kills_no_other_process(place: Path) -> None:
     there = Cluster.up(place / "c", nodes=1)
     for process in there.processes():
         os.kill(process.pid, signal.SIGKILL)
-    # Its number is in a stale pid file, it works in the cluster's folder, and it has a shell's environment, but is no job.
+    # Its pid is in a stale pid file, its cwd is in the cluster's folder, and it has the environment of a shell, not of a job.
     environment = os.environ | there.env | {"SLURM_JOB_ID": "1"}
     with subprocess.Popen(["sleep", "60"], cwd=there.folder / "n1", env=environment) as innocent:
         for pid_file in there.folder.glob("*/pid"):
             pid_file.write_text(f"{innocent.pid}\n")
-        (there.folder / "lockstep-cluster.json").write_text('{"shape": {')  # as if the machine had crashed while it was written
+        (there.folder / "lockstep-cluster.json").write_text('{"spec": {')  # a crash while it was written
         assert cli("down", "--folder", str(there.folder)).returncode == 0
         assert innocent.poll() is None
         innocent.kill()
     assert not there.folder.exists()
 
 
-def test_down_finds_the_processes_of_a_folder_that_is_gone(place: Path) -> None:
+def test_down_finds_the_processes_of_a_deleted_folder(place: Path) -> None:
     there = Cluster.up(place / "c", nodes=1)
     submit(there, "sleep 60")
     wait_until(there.job_processes)
@@ -253,14 +252,14 @@ def test_down_finds_the_processes_of_a_folder_that_is_gone(place: Path) -> None:
     assert not there.processes()
 
 
-def test_down_is_refused_to_a_job_of_the_cluster(place: Path) -> None:
+def test_down_from_inside_a_job_is_rejected(place: Path) -> None:
     with Cluster.up(place / "c", nodes=1) as there:
         with pytest.raises(ClusterError, match="this is a job of the cluster"):
             there.command("srun", sys.executable, str(SCRIPT), "down", "--folder", str(there.folder))
         assert not there.dead_parts()
 
 
-def test_a_lost_node_takes_its_processes_along_and_comes_back(place: Path) -> None:
+def test_a_lost_node_loses_its_processes_and_can_be_restored(place: Path) -> None:
     with Cluster.up(place / "c", nodes=2) as there:
         number = submit(there, "srun sleep 60", "--nodes=2", "--requeue")
         fatal = submit(there, "sleep 60", "--nodelist=n2", "--no-requeue")

@@ -54,7 +54,7 @@ def test_a_job_that_waits_for_ever_says_what_for(shell: Shell) -> None:
     job = shell.submit("--after", blocker.id, "--config", "toy_model.yaml")
     status = job.wait("waiting")
     assert (status["exit"], status["slurm"]["reason"]) == (3, "Dependency")
-    assert "It waits for another job to end well." in status["message"]
+    assert "It waits for another job to succeed." in status["message"]
     held = blocker.status()
     assert held["exit"] == 3 and "because its user holds it" in held["message"]
     shell("launch/jobs.py", "cancel", blocker.id)
@@ -95,7 +95,7 @@ def test_a_killed_rank_is_told(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        ("leave", "rank 1 on n2 ended with exit status 9 and without a word."),
+        ("leave", "rank 1 on n2 ended with exit status 9 and without a report."),
         ("exit", "The run was ended by sys.exit('there are no data')."),
     ],
 )
@@ -126,7 +126,7 @@ def test_cancelled_and_lost_node(shell: Shell) -> None:
     nothing_is_left(cancelled)
     shell.cluster.lose("n4")
     status = lost.wait("waiting", seconds=SOON)
-    assert "for nodes that are down" in status["message"] or "for its time to begin" in status["message"]
+    assert "for nodes that are down" in status["message"] or "for its start time" in status["message"]
     nothing_is_left(lost)
     shell.cluster.restore("n4")
     status = lost.wait("running", seconds=30)

@@ -1,7 +1,4 @@
-"""From the login node to the ranks, on the real one-machine cluster.
-
-Cheapest first: what is refused before the queue, what is sent without being started, then jobs that train.
-"""
+"""Submissions on the one-machine cluster. Cheapest first: rejected ones, held jobs, then jobs that train."""
 
 import json
 import os
@@ -27,34 +24,34 @@ HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--node 4", "node (value 4): there is no such key; did you mean 'nodes'"),
-        ("--trainer.max_epoch 4", "trainer.max_epoch (value 4): there is no such key; did you mean 'trainer.max_epochs'"),
+        ("--node 4", "node (value 4): unknown key; did you mean 'nodes'"),
+        ("--trainer.max_epoch 4", "trainer.max_epoch (value 4): unknown key; did you mean 'trainer.max_epochs'"),
         ("--trainer.max_epochs ten", "trainer.max_epochs: 'ten' is not valid"),
         ("--model toy_model.ToyModle", "toy_model.ToyModle does not exist; did you mean 'toy_model.ToyModel'"),
-        ("--model.troubel none", "model.troubel (value none): there is no such key of toy_model.ToyModel; did you"),
-        ("--config gone.yaml", "config: there is no file gone.yaml"),
+        ("--model.troubel none", "model.troubel (value none): unknown argument of toy_model.ToyModel; did you"),
+        ("--config gone.yaml", "config: gone.yaml does not exist"),
         (
             "--sweep model.rnak=1,2",
-            "model.rnak (value 1): there is no such key of toy_model.ToyModel; did you mean 'model.rank'",
+            "model.rnak (value 1): unknown argument of toy_model.ToyModel; did you mean 'model.rank'",
         ),
-        ("--sweep model.rank", "--sweep: 'model.rank' must be of the form KEY=A,B"),
+        ("--sweep model.rank", "--sweep: 'model.rank' must have the form KEY=A,B"),
         ("--run.root /proc/runs", "run.root: the run folder /proc/runs/toy/"),
-        ("--profile a10", "profile: there is no 'a10' in "),
-        ("--after never", "--after: 'never' is no job"),
+        ("--profile a10", "profile: 'a10' is not in "),
+        ("--after never", "--after: 'never' is not a job id"),
         ("--after 999999", "--after: Slurm does not know job 999999"),
-        ("--nodes four", "argument --nodes: 'four' is no number of nodes; write 4, or 2-4; --help lists the flags."),
+        ("--nodes four", "argument --nodes: 'four' is not a number of nodes; write 4, or 2-4; --help lists the flags."),
         ("--nodes 4-2", "argument --nodes: 4-2 must be 1 or more, the smaller number first"),
         ("--sbatch --hold", "argument --sbatch: expected one argument; write it with =, such as --sbatch=--hold"),
-        ("--sbatch=--array=1-3", "sbatch: '--array=1-3': array belongs to the launcher; use --sweep."),
+        ("--sbatch=--array=1-3", "sbatch: '--array=1-3': the launcher sets array itself; use --sweep."),
         ("--sweep nodes=1,2", "--sweep: nodes cannot be swept over"),
         ("--sweep model.rank=1,,2", "--sweep: 'model.rank=1,,2' has an empty value"),
         ("--time 0", "time: '0' must be more than 0"),
-        ("--ckpt_path /nope", "ckpt_path: there is no /nope"),
-        ("--trainer.accelerator gpu", "trainer.accelerator: 'gpu' needs GPUs; ask for some with --gpus-per-node."),
+        ("--ckpt_path /nope", "ckpt_path: /nope does not exist"),
+        ("--trainer.accelerator gpu", "trainer.accelerator: 'gpu' needs GPUs; request some with --gpus-per-node."),
         ("--nodes 0", "argument --nodes: 0 must be 1 or more"),
-        ("--time soon", "time: 'soon' is no time"),
-        ("--partition nowhere", "Invalid partition name specified. Asked for: 1 node of 1 rank; partitions are debug, short"),
-        ("--nodes 9", "Asked for: 9 nodes of 1 rank; partition debug has 4 nodes"),
+        ("--time soon", "time: 'soon' is not a time"),
+        ("--partition nowhere", "Invalid partition name specified. Requested: 1 node of 1 rank; partitions are debug, short"),
+        ("--nodes 9", "Requested: 9 nodes of 1 rank; partition debug has 4 nodes"),
         ("--gpus-per-node 8", "8 GPUs per node; partition debug has 4 nodes, each 4 CPUs, 64000 MB, no GPUs"),
         (
             "--partition short --time 10",
@@ -63,7 +60,7 @@ HOSTILE = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ ;|& ü\nsecond line"
         ("--cpus-per-rank 64", "64 CPUs per rank; partition debug has 4 nodes, each 4 CPUs"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_queued_or_written(shell: Shell, arguments: str, message: str) -> None:
+def test_mistakes_are_rejected_before_anything_is_queued_or_written(shell: Shell, arguments: str, message: str) -> None:
     before = sorted(shell.project.rglob("*"))
     done = shell("launch/slurm.py", "--config", "toy_model.yaml", *arguments.split())
     assert done.returncode == 2 and done.stdout == ""
@@ -71,19 +68,19 @@ def test_mistakes_are_refused_before_anything_is_queued_or_written(shell: Shell,
     assert not shell.queue() and sorted(shell.project.rglob("*")) == before
 
 
-def test_a_cluster_that_is_gone_is_told_at_once(shell: Shell) -> None:
+def test_a_missing_slurm_conf_is_reported_at_once(shell: Shell) -> None:
     for script, *arguments in (("launch/slurm.py",), ("launch/jobs.py", "list")):
         done = shell(script, *arguments, SLURM_CONF="/gone/slurm.conf")
         assert done.returncode == 2 and "that cluster is gone; unset SLURM_CONF" in done.stderr
 
 
-def test_a_full_home_does_not_hide_a_job(shell: Shell) -> None:
+def test_a_full_home_does_not_prevent_a_submission(shell: Shell) -> None:
     done = shell("launch/slurm.py", *HELD, XDG_STATE_HOME="/dev/null")
-    assert done.returncode == 0 and "jobs.py will not know it" in done.stderr
+    assert done.returncode == 0 and "jobs.py will not list it" in done.stderr
     shell.jobs.append(done.stdout.strip())
     index = Path(shell.env["XDG_STATE_HOME"]) / "lockstep/jobs.jsonl"
     index.parent.mkdir(parents=True)
-    index.write_text('{"job": "1", "fol')  # all that a full disk had room for
+    index.write_text('{"job": "1", "fol')  # truncated by a full disk
     job = shell.submit(*HELD)
     assert job.status()["state"] == "waiting" and len(shell("launch/jobs.py", "list").stdout.splitlines()) == 1
 
@@ -91,12 +88,12 @@ def test_a_full_home_does_not_hide_a_job(shell: Shell) -> None:
 def test_a_cancelled_run_of_a_sweep_stays_cancelled(shell: Shell) -> None:
     job = shell.submit(*HELD, "--sweep", "model.rank=0,1,2")
     assert shell("launch/jobs.py", "cancel", f"{job.id}_1").returncode == 0
-    time.sleep(3)  # then Slurm knows nothing of it any more
+    time.sleep(3)  # until Slurm has forgotten the task
     states = [run["state"] for run in json.loads(shell("launch/jobs.py", "status", job.id, "--json").stdout)]
     assert states == ["waiting", "cancelled", "waiting"]
 
 
-def test_a_folder_that_everybody_can_write_to_is_refused(shell: Shell) -> None:
+def test_a_world_writable_run_root_is_rejected(shell: Shell) -> None:
     shared = shell.project / "shared"
     shared.mkdir()
     shared.chmod(0o777)
@@ -118,26 +115,26 @@ def test_the_launcher_never_imports_torch(shell: Shell) -> None:
     shell.jobs.append(done.stdout.strip())
 
 
-def test_a_job_may_wait_for_nodes_that_are_drained(shell: Shell) -> None:
+def test_a_job_may_wait_for_drained_nodes(shell: Shell) -> None:
     shell.cluster.command("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=maintenance")
     try:
         job = shell.submit("--nodes", "4", "--config", "toy_model.yaml")
         status = job.wait("waiting")
         done = shell("launch/slurm.py", "--nodes", "5", "--config", "toy_model.yaml")
-        assert done.returncode == 2 and "Asked for: 5 nodes of 1 rank; partition debug has 4 nodes" in done.stderr
+        assert done.returncode == 2 and "Requested: 5 nodes of 1 rank; partition debug has 4 nodes" in done.stderr
         shell("launch/jobs.py", "cancel", job.id)
     finally:
         shell.cluster.command("scontrol", "update", "NodeName=n4", "State=RESUME")
     assert "node" in status["message"].lower(), status
 
 
-def test_what_only_shows_something_queues_nothing(shell: Shell) -> None:
+def test_print_config_queues_nothing(shell: Shell) -> None:
     done = shell("launch/slurm.py", "--config", "toy_model.yaml", "--print_config")
     assert done.returncode == 0 and "class_path: toy_model.ToyModel" in done.stdout
     assert not shell.queue() and not (shell.project / "runs").exists()
 
 
-def test_a_module_that_git_ignores_is_missed_before_it_is_queued(shell: Shell) -> None:
+def test_a_module_that_git_ignores_is_rejected(shell: Shell) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=shell.project, check=True)
     (shell.project / ".gitignore").write_text("toy_model.py\n")
     done = shell("launch/slurm.py", "--config", "toy_model.yaml")
@@ -145,7 +142,7 @@ def test_a_module_that_git_ignores_is_missed_before_it_is_queued(shell: Shell) -
     assert not shell.queue() and not (shell.project / "runs").exists()
 
 
-def test_what_is_written_is_private_and_holds_no_secret(shell: Shell) -> None:
+def test_a_run_folder_is_private_and_contains_no_secret(shell: Shell) -> None:
     key = "0123456789abcdef" * 2 + "beefbeef"
     job = shell.submit(*HELD, WANDB_API_KEY=key)
     assert stat.S_IMODE(job.folder.stat().st_mode) == 0o700
@@ -153,17 +150,17 @@ def test_what_is_written_is_private_and_holds_no_secret(shell: Shell) -> None:
     assert len(files) > 20 and not [path for path in files if key.encode() in path.read_bytes()]
     (shell.project / "notes.txt").write_text(f"my key is {key}")
     done = shell("launch/slurm.py", *HELD, WANDB_API_KEY=key)
-    assert done.returncode == 2 and "notes.txt holds the W&B key" in done.stderr and key not in done.stderr
+    assert done.returncode == 2 and "notes.txt contains the W&B key" in done.stderr and key not in done.stderr
     netrc = shell.project.parent / "netrc"
     netrc.write_text(f"machine api.wandb.ai login user password {key}\n")
     done = shell("launch/slurm.py", *HELD, NETRC=str(netrc))
-    assert done.returncode == 2 and "notes.txt holds the W&B key" in done.stderr and key not in done.stderr
+    assert done.returncode == 2 and "notes.txt contains the W&B key" in done.stderr and key not in done.stderr
     assert [path for path in job.folder.parent.iterdir()] == [job.folder]
     done = shell("launch/slurm.py", *HELD, "--wandb.notes", key, WANDB_API_KEY=key)
-    assert done.returncode == 2 and "The W&B key stands in an argument" in done.stderr
+    assert done.returncode == 2 and "The W&B key is in an argument" in done.stderr
 
 
-def test_a_silent_slurm_is_not_taken_for_the_end_of_a_job(shell: Shell, tmp_path: Path) -> None:
+def test_a_job_is_unknown_while_slurm_does_not_answer(shell: Shell, tmp_path: Path) -> None:
     with Cluster.up(tmp_path / "c", nodes=1) as other:
         job = replace(shell, env=shell.env | other.env).submit(*HELD)
         assert job.status()["state"] == "waiting"
@@ -172,19 +169,19 @@ def test_a_silent_slurm_is_not_taken_for_the_end_of_a_job(shell: Shell, tmp_path
     assert (status["state"], status["exit"]) == ("unknown", 3) and "Slurm does not answer" in status["message"]
 
 
-def test_slurm_that_is_away_for_seconds_is_asked_again(shell: Shell, tmp_path: Path) -> None:
-    """On a cluster of its own: what a controller that is killed has not saved yet, such as a job's end, is undone."""
+def test_a_submission_is_retried_while_the_controller_restarts(shell: Shell, tmp_path: Path) -> None:
+    """On a separate cluster: a killed controller forgets what it has not saved yet, such as the end of a job."""
     with Cluster.up(tmp_path / "c", nodes=1, options=["MessageTimeout=2"]) as other:
         other.lose("slurmctld")
         restore = threading.Timer(5, other.restore, ["slurmctld"])
         restore.start()
         done = replace(shell, env=shell.env | other.env)("launch/slurm.py", *HELD)
         restore.join()
-        assert (done.returncode, "Slurm does not answer; it is asked again" in done.stderr) == (0, True), done.stderr
+        assert (done.returncode, "Slurm does not answer; retrying" in done.stderr) == (0, True), done.stderr
         assert other.command("squeue", "--noheader", "--format=%i").split() == [done.stdout.strip()]
 
 
-def test_a_job_that_slurm_took_without_saying_so_is_not_queued_twice(shell: Shell, tmp_path: Path) -> None:
+def test_a_job_whose_submission_was_not_confirmed_is_not_queued_twice(shell: Shell, tmp_path: Path) -> None:
     real, wrapper = shutil.which("sbatch", path=shell.env["PATH"]), tmp_path / "bin" / "sbatch"
     wrapper.parent.mkdir()
     lie = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
@@ -211,7 +208,7 @@ def test_pickles_are_not_loaded_from_a_folder_that_others_can_write(shell: Shell
     assert status["exit"] == 2 and "others can write to" in status["message"]
 
 
-def test_a_changed_snapshot_is_not_run(shell: Shell) -> None:
+def test_a_changed_snapshot_is_rejected(shell: Shell) -> None:
     job = shell.submit(*HELD)
     subprocess.run(["sha256sum", "--check", "--quiet", "../code.sha256"], cwd=job.folder / "code", check=True)
     (job.folder / "code" / "project" / "toy_model.py").write_text("raise SystemExit")
@@ -222,16 +219,26 @@ def test_a_changed_snapshot_is_not_run(shell: Shell) -> None:
 
 def test_a_sweep_of_a_thousand_is_one_job_in_seconds(shell: Shell) -> None:
     values = ",".join(map(str, range(500)))
-    began = time.monotonic()
+    start = time.monotonic()
     job = shell.submit(*HELD, "--sweep", f"model.step={values}", "--sweep", "model.rank=1,2")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - start < 20
     assert len(list(job.folder.parent.iterdir())) == 1001
     listed = shell("launch/jobs.py", "list").stdout.splitlines()
     assert len(listed) == 1 and "1000 waiting" in listed[0]
     assert shell("launch/jobs.py", "cancel", job.id).returncode == 0
 
 
-def test_dry_run_shows_everything_and_leaves_nothing(shell: Shell) -> None:
+def test_the_benchmark_of_submissions_runs(shell: Shell) -> None:
+    before = shell.queue()
+    done = shell("benchmarks/launch.py", "--rounds", "1", "--sweep-runs", "2")
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[0].strip() for line in done.stdout.splitlines()[1:]] == [
+        "sbatch", "ten lines of submitit", "launch/slurm.py", "launch/slurm.py --no-snapshot", "a sweep of 2",
+    ]  # fmt: skip
+    assert shell.queue() == before
+
+
+def test_dry_run_prints_everything_and_writes_nothing(shell: Shell) -> None:
     before = sorted(shell.project.rglob("*"))
     done = shell("launch/slurm.py", "--nodes", "2", "--dry-run", "--config", "toy_model.yaml", "--model.word", "dry")
     assert done.returncode == 0, done.stderr
@@ -241,8 +248,8 @@ def test_dry_run_shows_everything_and_leaves_nothing(shell: Shell) -> None:
     assert not shell.queue() and sorted(shell.project.rglob("*")) == before
 
 
-def test_ranks_are_placed_and_nothing_that_happens_after_submission_matters(shell: Shell) -> None:
-    """Two jobs at the same time on the same nodes, submitted from inside a job, with hostile names; then the code changes."""
+def test_ranks_are_placed_and_changes_after_submission_do_not_matter(shell: Shell) -> None:
+    """Two concurrent jobs on the same nodes, submitted from inside a job, with hostile names; then the code changes."""
     inside = {
         "SLURM_JOB_ID": "999",
         "SLURM_NTASKS": "7",
@@ -318,12 +325,12 @@ def test_a_sweep_is_one_job_one_group_and_one_table(shell: Shell) -> None:
         [f"{job.id}_{index}", seconds, seed, "finished"]
         for index, (seconds, seed) in enumerate((s, d) for s in ("0", "0.001", "0.002") for d in ("1", "2"))
     ]
-    told = json.loads(shell("launch/jobs.py", "status", job.id, "--json").stdout)
-    assert all(run["metrics"]["train/loss"] < 100 for run in told)
+    runs = json.loads(shell("launch/jobs.py", "status", job.id, "--json").stdout)
+    assert all(run["metrics"]["train/loss"] < 100 for run in runs)
     groups = set()
-    for run in told:
+    for run in runs:
         (record,) = Path(run["run"]).glob("wandb/offline-run-*/run-*.wandb")
-        command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", record]
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
         read = subprocess.run(command, capture_output=True, text=True, check=True)
         groups |= set(re.findall(r'"run_?[gG]roup":\s*"([^"]+)"', read.stdout))
         assert Path(run["run"]).name in record.name

@@ -199,24 +199,24 @@ def test_keys_of_the_json_that_other_keys_decide_are_refused(
 ) -> None:
     own = tmp_path / "own.json"
     for text, ours in (
-        ('{"train_batch_size": 4}', "train_batch_size (4) in {} is decided by data.batch_size"),
-        ('{"zero_optimization": {"stage": 1}}', "zero_optimization.stage (1) in {} is decided by deepspeed.stage"),
-        ('{"zero_optimisation": {}}', "zero_optimisation in {} is no key of DeepSpeed's; did you mean 'zero_optimization'"),
+        ('{"train_batch_size": 4}', "train_batch_size (4) in {} is set by data.batch_size"),
+        ('{"zero_optimization": {"stage": 1}}', "zero_optimization.stage (1) in {} is set by deepspeed.stage"),
+        ('{"zero_optimisation": {}}', "zero_optimisation in {} is not a DeepSpeed key; did you mean 'zero_optimization'"),
         ('{"zero_optimization": {"stag": 2}}', "DeepSpeed rejects stag (2) in DeepSpeedZeroConfig: "),
-        ('{"bf16": true}', "bf16 (True) in {} must hold keys with values."),
+        ('{"bf16": true}', "bf16 (True) in {} must be a mapping."),
         (
             '{"zero_optimization": {"cpu_offload": true}}',
-            "zero_optimization.cpu_offload (True) in {} is decided by deepspeed.off",
+            "zero_optimization.cpu_offload (True) in {} is set by deepspeed.off",
         ),
         (
             '{"fp16": {"loss_scale": "auto"}}',
-            "fp16.loss_scale ('auto') in {} is for another trainer; give a value, or take it out.",
+            "fp16.loss_scale ('auto') in {} is for other trainers; set a value or remove it.",
         ),
         (
             '{"zero_optimization": {"offload_optimizer": {"pipeline_write": true}}}',
-            "zero_optimization.offload_optimizer.pipeline_write (True) in {} leaves a write open while a checkpoint is taken;",
+            "zero_optimization.offload_optimizer.pipeline_write (True) in {} leaves a write open while a checkpoint is saved;",
         ),
-        ('{"bf16": {"enabled": true}}', "bf16.enabled (True) in {} is decided by trainer.precision"),
+        ('{"bf16": {"enabled": true}}', "bf16.enabled (True) in {} is set by trainer.precision"),
     ):
         own.write_text(text)
         assert launch("--strategy", "deepspeed", "--deepspeed.config", str(own)).status == 2

@@ -123,11 +123,10 @@ def test_all_ranks_report_an_op_that_does_not_compile(compiled: Path, tmp_path: 
     (tmp_path / "small.cpp").write_text("no\n")
     with pytest.raises(RankFailed) as failed:
         fork_ranks(load_on, 1, 2)
-    assert failed.value.message and failed.value.exit_status == 2
-    assert (
-        "model.optimizer: 'mine' needs DeepSpeed's op cpu_adam, which cannot be compiled or loaded on " in failed.value.report
-    )
-    assert "small.cpp:1:1: error: " in failed.value.report and failed.value.report.endswith("or use adamw.")
+    failure = failed.value.failure
+    assert failure.is_permanent and failure.exit_status == 2
+    assert "model.optimizer: 'mine' needs DeepSpeed's op cpu_adam, which cannot be compiled or loaded on " in failure.report
+    assert "small.cpp:1:1: error: " in failure.report and failure.report.endswith("or use adamw.")
 
 
 NVME = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--deepspeed.offload_optimizer", "nvme"]
@@ -137,14 +136,14 @@ NVME = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--deepspeed.offloa
     ("arguments", "message"),
     [
         (NVME, "deepspeed.nvme_path: must be set for deepspeed.offload_optimizer: nvme; give a folder"),
-        ([*NVME, "--deepspeed.nvme_path", "/nowhere"], "deepspeed.nvme_path: there is no folder /nowhere; give one on a disk"),
+        ([*NVME, "--deepspeed.nvme_path", "/nowhere"], "deepspeed.nvme_path: /nowhere does not exist; give an existing"),
         (
             [*NVME, "--deepspeed.nvme_path", "/tmp", "--deepspeed.stage", "2"],
             "deepspeed.offload_optimizer: 'nvme' needs deepspeed.stage 3; it is 2.",
         ),
         (
             [*NVME, "--deepspeed.nvme_path", "/tmp", "--deepspeed.offload_optimizer", "cpu"],
-            "deepspeed.nvme_path: /tmp is of no use: neither deepspeed.offload_optimizer nor deepspeed.offload_param is",
+            "deepspeed.nvme_path: /tmp is not used: neither deepspeed.offload_optimizer nor deepspeed.offload_param is",
         ),
     ],
 )
@@ -162,7 +161,7 @@ def test_each_rank_checks_the_folder_which_a_login_node_need_not_have(
     submit = [sys.executable, str(REPO / "launch/slurm.py"), *told, "--deepspeed.nvme_path", "/nowhere"]
     assert "sbatch" in subprocess.run(submit, capture_output=True, text=True, env={"PATH": "/nowhere"}).stderr
     monkeypatch.setattr("lockstep.trainer.session.load_ops", lambda *_: None)
-    for place, problem in (("/nowhere", "there is no folder /nowhere on "), ("/proc", "/proc cannot be written on ")):
+    for place, problem in (("/nowhere", "/nowhere does not exist on "), ("/proc", "/proc cannot be written on ")):
         train = multiprocessing.get_context("fork").Process(
             target=lambda place=place: sys.exit(main([*told, "--deepspeed.nvme_path", place], {}))
         )

@@ -10,7 +10,7 @@ DIGITS = ("--config", str(REPO / "configs/digits.yaml"))
 
 
 def said(arguments: list[str], *folders: Path) -> str:
-    """The sentence about ``arguments``; empty where there is nothing to say."""
+    """The error message about ``arguments``; empty if they are valid."""
     try:
         validate_arguments(arguments, ["nodes", "ranks"], folders)
     except UsageError as error:
@@ -19,6 +19,6 @@ def said(arguments: list[str], *folders: Path) -> str:
 
 
 def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
-    """A file in ``folder``."""
+    """Write a file in ``folder`` and return its path."""
     (folder / name).write_text(text)
     return str(folder / name)

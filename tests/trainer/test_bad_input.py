@@ -1,23 +1,26 @@
-"""Bad input ends in one sentence that names the key, the value and the remedy, and in the right exit status.
+"""Bad input gives one sentence with the key, the value and the remedy, and the right exit status.
 
-Found while parsing (milliseconds), then found by data and model in one process, then by several ranks.
+Errors of validation and parsing, then of data and model in one process, then of several ranks.
 """
 
+import sys
 from pathlib import Path
 
 import pytest
 from lightning.pytorch import LightningDataModule
 from PIL import Image
-from support.runs import SMALL, Launch
+from support.runs import REPO, SMALL, Launch
 from torch import Tensor, nn
 
+from lockstep.core.errors import UsageError
 from lockstep.models.classifier import Classifier
+from lockstep.trainer.config_parser import parse_config
 
 USAGE, RUNNING = 2, 1
 
 
 def images(root: Path, classes: dict[str, int], parts: tuple[str, ...] = ("train", "val", "test")) -> None:
-    """JPEG files of 20 × 24 pixels: so many for each class, in each part."""
+    """Write JPEG files of 20 × 24 pixels: in each part, the given number for each class."""
     for part in parts:
         for number, (name, count) in enumerate(classes.items()):
             (root / part / name).mkdir(parents=True)
@@ -26,7 +29,7 @@ def images(root: Path, classes: dict[str, int], parts: tuple[str, ...] = ("train
 
 
 def folder_run(root: Path, *more: str) -> list[str]:
-    """A tiny run on folders of images."""
+    """Arguments of a tiny run on folders of images."""
     return [
         *("--model", "lockstep.models.Classifier", "--model.network", "lockstep.models.MLP"),
         *("--model.network.shape", "[3, 8, 8]", "--model.network.num_classes", "2", "--model.num_classes", "2"),
@@ -39,13 +42,13 @@ def folder_run(root: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trainer.max_epoch", "3"], "trainer.max_epoch (value 3): there is no such key; did you mean 'trainer.max_epochs'"),
+        (["--trainer.max_epoch", "3"], "trainer.max_epoch (value 3): unknown key; did you mean 'trainer.max_epochs'"),
         (
             ["--model.lrr", "3"],
-            "model.lrr (value 3): there is no such key of lockstep.models.Classifier; did you mean 'model.lr'",
+            "model.lrr (value 3): unknown argument of lockstep.models.Classifier; did you mean 'model.lr'",
         ),
-        (["--data.batch", "3"], "data.batch (value 3): there is no such key of lockstep.data.Digits; did you mean"),
-        (["--ddp.static_grph", "true"], "ddp.static_grph (value true): there is no such key; did you mean 'ddp.static_graph'"),
+        (["--data.batch", "3"], "data.batch (value 3): unknown argument of lockstep.data.Digits; did you mean"),
+        (["--ddp.static_grph", "true"], "ddp.static_grph (value true): unknown key; did you mean 'ddp.static_graph'"),
         (["--trainer.max_epochs", "three"], "trainer.max_epochs: 'three' is not valid: expected int or null."),
         (["--model.lr", "fast"], "model.lr: 'fast' is not valid: expected float."),
         (
@@ -53,32 +56,32 @@ def folder_run(root: Path, *more: str) -> list[str]:
             "model.schedule: 'cosin' is not valid: expected one of 'constant', 'cosine', 'step'; did",
         ),
         (["--strategy", "dp"], "strategy: 'dp' is not valid: expected one of 'ddp', 'deepspeed'"),
-        (["--trainer.devices", "2"], "trainer.devices (value 2): is not for a config; the launcher decides it"),
-        (["--trainer.strategy", "ddp"], "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)"),
+        (["--trainer.devices", "2"], "trainer.devices (value 2): cannot be set in a config; use the launcher's flag --ranks"),
+        (["--trainer.strategy", "ddp"], "trainer.strategy (value ddp): cannot be set in a config; set strategy (ddp or deep"),
         (["--model", "nowhere.Model"], "model: nowhere.Model does not exist (No module named 'nowhere')"),
         (
             ["--model", "lockstep.models.Classifer"],
             "model: lockstep.models.Classifer does not exist; did you mean 'lockstep.models.Classifier'",
         ),
-        (["--model", "torch.nn.Linear"], "model: torch.nn.Linear is no LightningModule."),
-        (["--data", "torch.nn.Linear"], "data: torch.nn.Linear is no LightningDataModule."),
-        (["--config", "nowhere.yaml"], "config: there is no file"),
+        (["--model", "torch.nn.Linear"], "model: torch.nn.Linear is not a LightningModule."),
+        (["--data", "torch.nn.Linear"], "data: torch.nn.Linear is not a LightningDataModule."),
+        (["--config", "nowhere.yaml"], "config: nowhere.yaml does not exist"),
         (["--config", "configs"], "config: configs is a folder, not a file."),
-        (["--data", "Mnist"], "data: there is no class 'Mnist'; did you mean 'lockstep.data.MNIST'?"),
-        (["--modle.lr", "1"], "modle.lr (value 1): there is no such key; did you mean 'model.lr'?"),
+        (["--data", "Mnist"], "data: unknown class 'Mnist'; did you mean 'lockstep.data.MNIST'?"),
+        (["--modle.lr", "1"], "modle.lr (value 1): unknown key; did you mean 'model.lr'?"),
         (["--trainer.callbacks+=EarlyStopping"], "trainer.callbacks.monitor: must be set; lightning.pytorch.callbacks.Ear"),
-        (["--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: there is no class 'EarlyStoping'; did you mean 'Early"),
+        (["--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: unknown class 'EarlyStoping'; did you mean 'Early"),
         (
             ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=much"],
             "trainer.callbacks.decay: 'much' is not valid: expected float.",
         ),
         (["--trainer.profiler", "simpel"], "trainer: "),
         (["--trainer.accelerator", "gpuu"], "trainer.accelerator: 'gpuu'"),
-        (["tset"], "'tset' is no command; did you mean 'test'"),
+        (["tset"], "'tset' is not a command; did you mean 'test'"),
         (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
         (["--seed_everything", "4294967296"], "seed_everything: 4294967296 must be 0 or more, and less than 2**32"),
         (["test"], "ckpt_path: must be set to test"),
-        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: there is no nowhere.ckpt; give a checkpoint, or a run folder."),
+        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: nowhere.ckpt does not exist; give a checkpoint or a run folder."),
         (
             ["--model.network", "resnet19"],
             "model.network: torchvision has no classification model 'resnet19'; did you mean 'resnet1",
@@ -90,7 +93,7 @@ def folder_run(root: Path, *more: str) -> list[str]:
         (["--data.batch_size", "5000"], "batch_size=5000 is more than its 1280 samples"),
         (["--run.name", "a/b"], "run.name: 'a/b' must be letters, digits"),
         (["--trainer.max_epochs", "-1"], "model.schedule: cosine needs an end; set trainer.max_epochs"),
-        (["--ranks", "3"], "Digits: batch_size=64 is the global batch and does not divide by 3 ranks; 63 or 66 would."),
+        (["--ranks", "3"], "Digits: batch_size=64 is the global batch size and is not divisible by 3 ranks; use 63 or 66."),
     ],
 )
 def test_usage_error(launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -106,25 +109,77 @@ def test_error_in_a_config_file_names_the_key(launch: Launch, tmp_path: Path, ca
     data = "data: {class_path: lockstep.data.Digits}\n"
     mine.write_text(f"model: {{class_path: lockstep.models.Classifier, init_args: {{lrx: 3}}}}\n{data}")
     assert launch("--config", str(mine)).status == USAGE
-    assert "model.lrx (value 3): there is no such key of lockstep.models.Classifier; did you mean" in capfd.readouterr().err
+    assert "model.lrx (value 3): unknown argument of lockstep.models.Classifier; did you mean" in capfd.readouterr().err
     mine.write_text("trainr: {max_epochs: 1}\n")
     assert launch("--config", str(mine)).status == USAGE
     assert "trainr" in (said := capfd.readouterr().err) and "did you mean 'trainer" in said
     mine.write_text("trainer: {max_epoch: 1}\n")
     assert launch("--config", str(mine)).status == USAGE
-    assert "trainer.max_epoch (value 1): there is no such key; did you mean 'trainer.max_epochs'" in capfd.readouterr().err
+    assert "trainer.max_epoch (value 1): unknown key; did you mean 'trainer.max_epochs'" in capfd.readouterr().err
     mine.write_text("trainer: {strategy: ddp}\n")
     assert launch("--config", str(mine)).status == USAGE
-    assert "trainer.strategy (value ddp): is not for a config; set strategy (ddp or deepspeed)" in capfd.readouterr().err
+    assert "trainer.strategy (value ddp): cannot be set in a config; set strategy (ddp or deepspeed)" in capfd.readouterr().err
     mine.write_text("trainer: [\n")
     assert launch("--config", str(mine)).status == USAGE
-    assert f"config: {mine} is no valid YAML" in capfd.readouterr().err
+    assert f"config: {mine} is not valid YAML" in capfd.readouterr().err
     mine.write_text("")
     assert launch("--config", str(mine)).status == USAGE
-    assert f"config: {mine} must hold keys with values; it holds nothing." in capfd.readouterr().err
+    assert f"config: {mine}: expected a mapping, got null." in capfd.readouterr().err
     mine.write_text(f"{data}model: {{class_path: lockstep.models.Classifier, init_args: {{lr: [1, 2]}}}}\n")
     assert launch("--config", str(mine)).status == USAGE
     assert "model.lr: '[1, 2]' is not valid: expected float." in capfd.readouterr().err
+
+
+DYNAMIC = """
+from jsonargparse.typing import PositiveInt
+from lockstep.models import Classifier
+
+def unchanged(cls):
+    return cls
+
+@unchanged
+class Model(Classifier):
+    def __init__(self, width: PositiveInt, pair: tuple[int, int] = (1, 2), size: int | list[int] = 3, **kwargs):
+        super().__init__(**kwargs)
+
+def __getattr__(name):
+    raise AttributeError(f"no class {name}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "dynamic.Model"], "model.width: must be set; dynamic.Model requires it."),
+        (["--model", "dynamic.Modle"], "model (dynamic.Modle): no class Modle"),
+        (
+            ["--model", "dynamic.Model", "--model.width=1", "--model.widht=3"],
+            "model.widht: unknown argument of dynamic.Model; did you mean 'model.width'",
+        ),
+        (["--model", "dynamic.Model", "--model.width=0"], "model.width (dynamic.Model): Not of type PositiveInt: 0 does not"),
+        (
+            ["--model", "dynamic.Model", "--model.width=1", "--model.pair=[1]"],
+            "model.pair (dynamic.Model): expected tuple with 2 elements. Got value: [1]",
+        ),
+        (
+            ["--model", "dynamic.Model", "--model.width=1", "--model.size=[x]"],
+            "model.size (dynamic.Model): expected int; expected int. Got value: x; Given value: ['x']",
+        ),
+        (
+            ["--model.network", "dynamic.Model", "--model.network.width=0"],
+            "model.network.width (dynamic.Model): Not of type PositiveInt: 0 does not conform to restriction v>0",
+        ),
+    ],
+)
+def test_an_error_that_only_an_import_shows_names_the_key(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dynamic.py").write_text(DYNAMIC)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "dynamic", raising=False)
+    with pytest.raises(UsageError) as raised:
+        parse_config(["--config", str(REPO / "configs/digits.yaml"), *arguments])
+    assert raised.value.message.startswith(message)
 
 
 def test_run_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str], launch: Launch) -> None:
@@ -135,7 +190,7 @@ def test_run_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.Capture
 
 def test_missing_data_folder(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(*folder_run(tmp_path / "nothing")).status == USAGE
-    assert f"data.root: there is no folder {tmp_path / 'nothing' / 'train'}" in capfd.readouterr().err
+    assert f"data.root: {tmp_path / 'nothing' / 'train'} does not exist" in capfd.readouterr().err
 
 
 def test_empty_class_folder(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +232,7 @@ def test_truncated_jpeg_is_named(launch: Launch, tmp_path: Path, capfd: pytest.C
     broken.write_bytes(broken.read_bytes()[:200])
     assert launch(*folder_run(tmp_path / "data", "--data.num_workers", workers)).status == RUNNING
     said = capfd.readouterr().err
-    assert f"lockstep: {broken} is no whole JPEG or PNG" in said
+    assert f"lockstep: {broken} is not a complete JPEG or PNG" in said
     assert "Traceback" not in said
 
 
@@ -192,11 +247,11 @@ def test_skipped_jpeg_is_counted(launch: Launch, tmp_path: Path, capfd: pytest.C
     assert run.result["skipped_files"] == 2
     assert run.result["metrics"]["test/samples"] == 7
     assert launch("predict", *skipping, "--ckpt_path", str(run.folder)).status == RUNNING
-    assert f"{broken} cannot be decoded, and predict leaves no sample out; replace it" in capfd.readouterr().err
+    assert f"{broken} cannot be decoded, and predict skips no sample; replace the file" in capfd.readouterr().err
 
 
 class NanOnOneRank(Classifier):
-    """Its loss is NaN at one step on one rank."""
+    """A model whose loss is NaN at one step on one rank."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -220,23 +275,23 @@ def test_nan_loss_names_step_and_rank_and_keeps_the_last_good_checkpoint(
 
 
 class Broken(nn.Module):
-    """Cannot be made."""
+    """A network whose constructor raises."""
 
     def __init__(self) -> None:
         super().__init__()
-        raise ArithmeticError("one's own mistake")
+        raise ArithmeticError("a user's mistake")
 
 
 class NoData(LightningDataModule):
-    """Has no loaders."""
+    """Data without loaders."""
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
-def test_an_exception_of_ones_own_class_comes_through_as_it_is(
+def test_an_exception_of_a_user_class_keeps_its_traceback(
     launch: Launch, capfd: pytest.CaptureFixture[str], ranks: str
 ) -> None:
     assert launch("--ranks", ranks, *SMALL, "--model.network", f"{__name__}.Broken").status == RUNNING
     said = capfd.readouterr().err
-    assert said.count("ArithmeticError: one's own mistake") == 1
-    assert 'raise ArithmeticError("one' in said
+    assert said.count("ArithmeticError: a user's mistake") == 1
+    assert 'raise ArithmeticError("a user' in said
     assert said.count("Traceback") == 1

@@ -1,4 +1,4 @@
-"""Configs: every checked-in file parses and trains, flags win over files, completion is there. In-process, then short runs."""
+"""Every checked-in config parses and trains, flags override files, shells complete keys. In-process, then short runs."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from support.runs import REPO, Launch
 
 from lockstep.core.errors import UsageError
 from lockstep.data.base import ImageData
-from lockstep.trainer.config_parser import completion, make_parser, parse_config
+from lockstep.trainer.config_parser import completion, parse_config
 
 ADDITIONS = sorted((REPO / "configs").glob("deepspeed_*.yaml"))
 CONFIGS = sorted(set((REPO / "configs").glob("*.yaml")) - set(ADDITIONS))
@@ -23,13 +23,13 @@ def test_every_config_parses_and_names_itself(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_two_steps(path: Path, launch: Launch, tmp_path: Path) -> None:
-    """With its own model and schedule, on a few small random images in the place of its data."""
+    """With its own model and schedule, on a few small random images instead of its data."""
     config = yaml.safe_load(path.read_text())
     shape = {"digits": [1, 8, 8], "mnist": [1, 28, 28]}.get(path.stem, [3, 64, 64])
     samples = {"train_samples": 4, "val_samples": 4, "test_samples": 4}
     arguments = {"shape": shape, "classes": config["model"]["init_args"]["num_classes"], "batch_size": 2, **samples}
     config["data"] = {"class_path": "lockstep.data.Synthetic", "init_args": arguments}
-    if path.stem == "vit_6b":  # which no test machine holds
+    if path.stem == "vit_6b":  # too large for a test machine
         small = {"image_size": 64, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
         config["model"]["init_args"]["network"]["init_args"] |= small
     config["trainer"] |= {"max_steps": 2, "max_epochs": 1, "log_every_n_steps": 1}
@@ -80,8 +80,8 @@ def test_print_config(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completion_knows_the_keys(shell: str) -> None:
-    script = completion(make_parser(), shell)
+    script = completion(shell)
     for key in ("--ranks", "--trainer.max_epochs", "--model.lr", "--data.batch_size"):
         assert key.lstrip("-") in script
     with pytest.raises(UsageError, match="'dos' is not valid; valid are bash"):
-        completion(make_parser(), "dos")
+        completion("dos")

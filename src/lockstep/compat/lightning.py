@@ -1,7 +1,4 @@
-"""What a run says of itself while it trains: rates, a line or a bar, ``status.json``; and the guard against a NaN loss.
-
-Nothing here waits for the device or for other ranks, except at the steps that are logged.
-"""
+"""Private names of Lightning."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,16 +7,32 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops import training_epoch_loop
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.connectors import checkpoint_connector
+from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
 from lightning.pytorch.trainer.connectors.logger_connector import result as results_module
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from lockstep.compat import patch, private
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
 
+private("lightning", private("lightning", training_epoch_loop, "_TrainingEpochLoop"), "_should_accumulate")
+private("lightning", private("lightning", logger_connector, "_LoggerConnector"), "should_update_logs")
+private("lightning", rank_zero_only, "rank")
+
+
+def set_rank_zero(rank: int) -> None:
+    """Tell Lightning the global rank; it reads the environment when imported, which is too early for a forked rank."""
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Whether the current batch only accumulates gradients, without an optimizer step."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
 
 def is_log_step(trainer: Trainer) -> bool:
     """Whether the metrics of this optimizer step are logged; the same answer on every rank."""
-    return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+    return trainer._logger_connector.should_update_logs and not is_accumulating(trainer)
 
 
 # Checkpoints and strategies.
@@ -46,11 +59,6 @@ def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
 def is_training_done(trainer: Trainer) -> bool:
     """Whether the newest step was the last one of its epoch or of the run."""
     return bool(trainer.fit_loop.epoch_loop._is_training_done)
-
-
-def is_accumulating(trainer: Trainer) -> bool:
-    """Whether more batches follow before the optimizer steps."""
-    return bool(trainer.fit_loop._should_accumulate())
 
 
 def capture_logged_values(trainer: Trainer) -> dict[str, Any]:

@@ -1,13 +1,29 @@
 """Private names of torch."""
 
+import copy
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from lockstep.compat import private
+
+
+def copy_data_loader(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
+    """Copy ``loader`` and replace ``attributes``, some of which ``DataLoader.__setattr__`` does not allow to change.
+
+    The copy keeps the class and everything else that a subclass has set, which ``__init__`` could not restore.
+    """
+    copied = copy.copy(loader)
+    for name, value in {**attributes, "_iterator": None}.items():
+        private("torch", loader, name)
+        vars(copied)[name] = value
+    return copied
+
 
 _DDPSink = private("torch", torch.nn.parallel.distributed, "_DDPSink")
 for _name in ("prepare_for_forward", "prepare_for_backward"):

@@ -1,7 +1,4 @@
-"""What cannot be, though every key is right: a checkpoint that is not there, a folder, a batch or resources that do not fit.
-
-No torch here: the launcher uses this room.
-"""
+"""Check values against each other, the file system and their ranges."""
 
 import os
 import re
@@ -14,37 +11,51 @@ from lockstep.config.schema import DeepSpeedOptions
 from lockstep.core import UsageError
 
 
+def check_ranges(config: Mapping[str, Any]) -> None:
+    """Raise UsageError if a number is missing or out of range."""
+    seed, best = config["seed_everything"], config["checkpoint"]["save_top_k"]
+    if seed is None or not 0 <= seed < 2**32:
+        raise UsageError(f"seed_everything: {seed} must be 0 or more, and less than 2**32.")
+    if best is None or best < 1:
+        raise UsageError(f"checkpoint.save_top_k: {best} must be 1 or more.")
+    for key, minimum in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+        value = config["trainer"].get(key)
+        if isinstance(value, int | float) and value < minimum:
+            raise UsageError(f"trainer.{key}: {value} must be {minimum} or more.")
+
+
 def check_run_root(root: Path, name: str, here: Path) -> None:
-    """Raise UsageError about a run folder that cannot be written, or a path that Slurm or Python would not understand."""
+    """Raise UsageError if the run folder cannot be written, or a path has a character that Slurm or Python interprets."""
     for what, path in (("run.root", root), ("The folder of submission", here)):
         if bad := re.search(r"[%\\\n:]", str(path)):
-            raise UsageError(f"{what}: {str(path)!r} has {bad[0]!r} in it, which Slurm or Python take for something else.")
-    there = next(folder for folder in (root / name, *(root / name).parents) if folder.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"run.root: {there} cannot be written; choose another with --run.root.")
+            raise UsageError(f"{what}: {str(path)!r} contains {bad[0]!r}, which Slurm or Python interprets; rename it.")
+    existing = next(folder for folder in (root / name, *(root / name).parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"run.root: {existing} cannot be written; choose another folder with --run.root.")
 
 
 def check_checkpoint_path(command: str, path: str | None, sweep: Mapping[str, Sequence[str]]) -> None:
-    """Raise UsageError about a checkpoint that is not there, or not given."""
-    for place in sweep.get("ckpt_path", [] if path is None else [path]):
-        if not Path(place).exists():
-            raise UsageError(f"ckpt_path: there is no {place}; give a checkpoint, or a run folder.")
-    if command != "fit" and path is None and "ckpt_path" not in sweep:
+    """Raise UsageError if a checkpoint does not exist, or is not set although ``command`` needs one."""
+    paths = sweep.get("ckpt_path", [] if path is None else [path])
+    for given in paths:
+        if not Path(given).exists():
+            raise UsageError(f"ckpt_path: {given} does not exist; give a checkpoint or a run folder.")
+    if command != "fit" and not paths:
         raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
-    """Raise UsageError about options of DeepSpeed that contradict each other, its own JSON, or what it does not do."""
+    """Raise UsageError if DeepSpeed options contradict each other or DeepSpeed's JSON, or DeepSpeed cannot do them."""
     if config["strategy"] == "deepspeed":
         if config["trainer"].get("gradient_clip_algorithm") == "value":
             raise UsageError("trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.")
-        given = config["deepspeed"]
-        paths = {name: Path(given[name]) for name in ("config", "nvme_path") if given[name]}
-        deepspeed_config(DeepSpeedOptions(**{**given, **paths}))
+        options = config["deepspeed"]
+        paths = {name: Path(options[name]) for name in ("config", "nvme_path") if options[name]}
+        deepspeed_config(DeepSpeedOptions(**{**options, **paths}))
 
 
 def check_nvme_path(config: Mapping[str, Any]) -> None:
-    """Raise UsageError about a folder for offloading that is not on this machine, where the ranks will be."""
+    """Raise UsageError if the NVMe folder does not exist on this machine; call it where the ranks will run."""
     path = config["deepspeed"]["nvme_path"] if config["strategy"] == "deepspeed" else None
     if path and not Path(path).is_dir():
         raise UsageError(missing_nvme_folder(Path(path)))

@@ -1,4 +1,4 @@
-"""DeepSpeed's own config, from the options of a run. No torch here: contradictions are told before anything is queued."""
+"""Make DeepSpeed's JSON config from the options of a run."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.compat import check_tested_version
+from lockstep.config.messages import expected_mapping
 from lockstep.config.schema import DeepSpeedOptions
 from lockstep.core import UsageError, did_you_mean
 
@@ -31,26 +32,26 @@ _OWNED_KEYS = {
     "zero_optimization.reduce_bucket_size": "deepspeed.reduce_bucket_size",
     "zero_optimization.allgather_bucket_size": "deepspeed.reduce_bucket_size",
 }
-"""Keys of DeepSpeed's JSON that say what a key of ours says."""
+"""Keys of DeepSpeed's JSON, and the key of our config that sets each."""
 
 
 _UNSAFE_KEYS = {
-    "zero_optimization.offload_optimizer.pipeline_read": "reads gradients that are not there yet",
-    "zero_optimization.offload_optimizer.pipeline_write": "leaves a write open while a checkpoint is taken",
-    "data_types.grad_accum_dtype": "has DeepSpeed, with stage 1, take another optimizer, whose state no checkpoint would have",
+    "zero_optimization.offload_optimizer.pipeline_read": "reads gradients before they are written",
+    "zero_optimization.offload_optimizer.pipeline_write": "leaves a write open while a checkpoint is saved",
+    "data_types.grad_accum_dtype": "makes DeepSpeed, with stage 1, use another optimizer, whose state checkpoints would omit",
 }
-"""Keys of DeepSpeed's JSON that would go wrong here, and why."""
+"""Keys of DeepSpeed's JSON that would give wrong results, and why."""
 
 
 def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> dict[str, Any]:
-    """DeepSpeed's own config: what the options say, and a user's JSON with what they do not.
+    """DeepSpeed's JSON config: the options, merged with the user's JSON.
 
     Args:
-        options: Of the run.
-        folder: What this rank offloads to NVMe goes there, not into ``options.nvme_path`` itself.
+        options: DeepSpeed options of the run.
+        folder: Folder for this rank's NVMe offload, instead of ``options.nvme_path``.
 
     Raises:
-        UsageError: The options contradict each other, or the JSON says what another key says.
+        UsageError: The options contradict each other, or the JSON sets what a key of our config sets.
     """
     zero: dict[str, Any] = {
         "stage": options.stage,
@@ -67,19 +68,20 @@ def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> d
             zero[key] = {"device": place}
         if place == "nvme":
             zero[key]["nvme_path"] = str(folder or options.nvme_path)
-            # DeepSpeed has buffers in memory for four of these, of 4 bytes each: with its own 1e9, for most models entirely.
+            # DeepSpeed keeps buffers for four sub-groups in memory, 4 bytes per element; its default of 1e9 holds most models.
             zero["sub_group_size"] = 100_000_000
     own = {
-        "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own count of samples needs it
+        "train_micro_batch_size_per_gpu": 1,  # used only for DeepSpeed's own count of samples
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-    return _deep_merge(own, _read_json_config(options.config, options.stage)) if options.config else own
+    merged: dict[str, Any] = _deep_merge(own, _read_json_config(options.config, options.stage)) if options.config else own
+    return merged
 
 
 def check_offload(options: DeepSpeedOptions) -> None:
-    """Raise UsageError about an offload that the stage does not allow, or that has no place to go to."""
+    """Raise UsageError if the stage does not allow an offload, or its folder is not set."""
     nvme = [name for name in ("offload_optimizer", "offload_param") if getattr(options, name) == "nvme"]
     for name in nvme:
         check_tested_version("deepspeed", f"deepspeed.{name}: 'nvme'")
@@ -92,14 +94,14 @@ def check_offload(options: DeepSpeedOptions) -> None:
             raise UsageError(f"deepspeed.{name}: {getattr(options, name)!r} needs deepspeed.stage 3; it is {options.stage}.")
     if options.nvme_path is not None and not nvme:
         raise UsageError(
-            f"deepspeed.nvme_path: {options.nvme_path} is of no use: neither deepspeed.offload_optimizer nor "
-            "deepspeed.offload_param is nvme; set one, or leave it out."
+            f"deepspeed.nvme_path: {options.nvme_path} is not used: neither deepspeed.offload_optimizer nor "
+            "deepspeed.offload_param is nvme; set one, or remove nvme_path."
         )
 
 
 def missing_nvme_folder(path: Path, where: str = "") -> str:
-    """About a folder for offloading that does not exist; ``where`` may name the node."""
-    return f"deepspeed.nvme_path: there is no folder {path}{where}; give one on a disk of each node, which must exist."
+    """Message about a folder for offloading that does not exist; ``where`` may name the node."""
+    return f"deepspeed.nvme_path: {path} does not exist{where}; give an existing folder on a disk of each node."
 
 
 def _read_json_config(path: Path, stage: int) -> dict[str, Any]:
@@ -109,51 +111,43 @@ def _read_json_config(path: Path, stage: int) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UsageError(f"deepspeed.config: {path} cannot be read as JSON ({reason}).") from None
     if not isinstance(content, dict):
-        raise UsageError(f"deepspeed.config: {path} must hold keys with values.")
+        raise UsageError(expected_mapping(f"deepspeed.config: {path}", content))
     known = _known_top_level_keys()
     for name in content:
         if known and name not in known:
-            raise UsageError(f"deepspeed.config: {name} in {path} is no key of DeepSpeed's{did_you_mean(name, known)}")
+            raise UsageError(f"deepspeed.config: {name} in {path} is not a DeepSpeed key{did_you_mean(name, known)}")
     for name in ("fp16", "bf16", "zero_optimization"):
         if not isinstance(content.get(name, {}), dict):
-            raise UsageError(f"deepspeed.config: {name} ({content[name]!r}) in {path} must hold keys with values.")
-    for name, given in _leaves(content):
-        if given == "auto":
-            raise UsageError(
-                f"deepspeed.config: {name} ('auto') in {path} is for another trainer; give a value, or take it out."
-            )
-        if name in _UNSAFE_KEYS and given and (stage == 1 or name != "data_types.grad_accum_dtype"):
-            raise UsageError(f"deepspeed.config: {name} ({given!r}) in {path} {_UNSAFE_KEYS[name]}; take it out of the file.")
-    for name, ours in _OWNED_KEYS.items():
-        value: Any = content
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            raise UsageError(f"deepspeed.config: {name} ({value!r}) in {path} is decided by {ours}; take it out of the file.")
+            raise UsageError(f"deepspeed.config: {name} ({content[name]!r}) in {path} must be a mapping.")
+    for name, value in _dotted_items(content):
+        where = f"deepspeed.config: {name} ({value!r}) in {path}"
+        if value == "auto":
+            raise UsageError(f"{where} is for other trainers; set a value or remove it.")
+        if name in _OWNED_KEYS and value is not None:
+            raise UsageError(f"{where} is set by {_OWNED_KEYS[name]}; remove it.")
+        if name in _UNSAFE_KEYS and value and (stage == 1 or name != "data_types.grad_accum_dtype"):
+            raise UsageError(f"{where} {_UNSAFE_KEYS[name]}; remove it.")
     return content
 
 
 def _known_top_level_keys() -> set[str]:
-    """The first keys that DeepSpeed may know: all texts in its sources that could be one. Empty where it is not installed."""
+    """Candidates for DeepSpeed's top-level keys: all such strings in its sources; empty if it is not installed."""
     found = importlib.util.find_spec("deepspeed")
     folders = found.submodule_search_locations or [] if found else []
     files = [file for folder in folders for part in ("constants", "config") for file in Path(folder).glob(f"**/{part}.py")]
     return {name for file in files for name in re.findall(r"""["']([a-z][a-z0-9_]+)["']""", file.read_text(errors="replace"))}
 
 
-def _leaves(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """All values that are no mappings, with their keys."""
+def _dotted_items(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All values with their dotted keys, also those that are mappings."""
     for key, value in content.items():
+        yield f"{prefix}{key}", value
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
+            yield from _dotted_items(value, f"{prefix}{key}.")
 
 
-def _deep_merge(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in more.items():
-        merged[key] = (
-            _deep_merge(merged[key], value) if isinstance(merged.get(key), dict) and isinstance(value, dict) else value
-        )
-    return merged
+def _deep_merge(base: Any, changes: Any) -> Any:
+    """Merge nested mappings; ``changes`` override ``base``."""
+    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**base, **{key: _deep_merge(base.get(key), value) for key, value in changes.items()}}

@@ -1,4 +1,4 @@
-"""What was given, as flags and as config files, and the sentences about it. No torch is imported here."""
+"""Error messages about a config: one sentence with the key, its value, the cause and the remedy."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,80 +6,86 @@ from lockstep.config.schema import COMMANDS, RESERVED_TRAINER_KEYS
 from lockstep.core import did_you_mean
 
 
+def unknown_command(name: str) -> str:
+    """Message about a first argument that is not a command."""
+    return f"{name!r} is not a command{did_you_mean(name, COMMANDS)}"
+
+
 def not_a_flag(argument: str) -> str:
-    """About an argument that is neither a key nor the value of one."""
-    return f"{argument!r} is no key: keys begin with --, a command ({', '.join(COMMANDS)}) stands before them."
+    """Message about an argument that is not a key."""
+    return f"{argument!r} is not a key: keys begin with --; a command ({', '.join(COMMANDS)}) must be the first argument."
 
 
 def missing_value(key: str) -> str:
-    """About a key that nothing follows."""
+    """Message about a key that no value follows."""
     return f"{key}: needs a value: --{key} VALUE."
 
 
 def unknown_key(key: str, value: object, valid: Iterable[str], owner: str = "") -> str:
-    """About a key that does not exist, with the nearest ones.
+    """Message about a key that does not exist.
 
     Args:
-        key: The key, dotted.
-        value: Its value; the sentence leaves an empty text out.
+        key: The dotted key.
+        value: Its value; an empty string is left out of the sentence.
         valid: Keys that exist.
-        owner: The class that the key belongs to, if any.
+        owner: Import path of the class whose argument ``key`` would be, if any.
     """
     given = f" (value {value})" if value != "" else ""
     first, _, rest = key.partition(".")
     if first == "trainer" and rest in RESERVED_TRAINER_KEYS:
-        return f"{key}{given}: is not for a config; {RESERVED_TRAINER_KEYS[rest]}."
+        return f"{key}{given}: cannot be set in a config; {RESERVED_TRAINER_KEYS[rest]}."
+    if owner:
+        return f"{key}{given}: unknown argument of {owner}{did_you_mean(key, valid)}"
     valid = list(valid)
     groups = {name.partition(".")[0] for name in valid}
-    if not owner and rest and first not in groups:
-        return f"{key}{given}: there is no such key{did_you_mean(first, groups, rest)}"
-    where = f" of {owner}" if owner else ""
-    return f"{key}{given}: there is no such key{where}{did_you_mean(key, valid)}"
+    if rest and first not in groups:
+        return f"{key}{given}: unknown key{did_you_mean(first, groups, rest)}"
+    return f"{key}{given}: unknown key{did_you_mean(key, valid)}"
 
 
 def wrong_value(key: str, value: object, expected: Iterable[str], choices: Sequence[str] = ()) -> str:
-    """About a value of the wrong type: ``expected`` names the right ones, ``choices`` are the words that are valid."""
+    """Message about a value of another type than the ``expected`` ones; ``choices`` are the valid words, if any."""
     hint = did_you_mean(str(value), choices) if choices else "."
     return f"{key}: {str(value)!r} is not valid: expected {' or '.join(expected)}{hint}"
 
 
 def missing_key(key: str, owner: str = "") -> str:
-    """About a key without which nothing can be made: ``owner`` is the class that needs it, else the config itself."""
+    """Message about a key that is not set; the class ``owner`` requires it, or every config."""
     if owner:
-        return f"{key}: must be set; {owner} needs it."
-    return f"{key}: must be set; a --config file usually does it, such as configs/digits.yaml."
+        return f"{key}: must be set; {owner} requires it."
+    return f"{key}: must be set, usually in a --config file such as configs/digits.yaml."
 
 
 def expected_mapping(key: str, value: object) -> str:
-    """About a value that must be a mapping and is none."""
-    return f"{key}: must hold keys with values; it holds {'nothing' if value is None else repr(value)}."
+    """Message about a value that must be a mapping."""
+    return f"{key}: expected a mapping, got {'null' if value is None else repr(value)}."
 
 
 def invalid_key_type(key: str, name: object) -> str:
-    """About a name in a mapping, such as a number, that YAML takes for something else than a text."""
-    return f"{key}: {name!r} cannot be the name of a key."
+    """Message about a ``name`` in a mapping that YAML does not read as a string, such as a number."""
+    return f"{key}: the name {name!r} must be a string; put it in quotes."
 
 
 def class_not_set(key: str, inner: str, value: object) -> str:
-    """About ``inner``, an argument of the class that ``key`` does not name yet."""
+    """Message about ``inner``, an argument of the class that ``key`` does not name yet."""
     return f"{inner} (value {value}): the class is not known yet; set {key} before its arguments."
 
 
 def unknown_class_name(key: str, name: str, valid: Iterable[str]) -> str:
-    """About the name of a class without its module, which no known class has."""
-    return f"{key}: there is no class {name!r}{did_you_mean(name, valid)}"
+    """Message about a class name without its module that no known class has."""
+    return f"{key}: unknown class {name!r}{did_you_mean(name, valid)}"
 
 
-def missing_module(key: str, path: str, problem: str) -> str:
-    """About an import path whose module is not there."""
-    return f"{key}: {path} does not exist ({problem}); run from the folder that holds your module."
+def missing_module(key: str, path: str, module: str) -> str:
+    """Message about an import path whose module does not exist."""
+    return f"{key}: {path} does not exist (No module named {module!r}); run from the folder that contains your module."
 
 
 def missing_class(key: str, path: str, valid: Iterable[str]) -> str:
-    """About an import path whose module is there, but has no such class; ``valid`` are those that it has."""
+    """Message about a class that its module does not have; ``valid`` are import paths of the classes that it has."""
     return f"{key}: {path} does not exist{did_you_mean(path, valid)}"
 
 
 def wrong_base_class(key: str, path: str, base: str) -> str:
-    """About a class that is there but cannot stand where it is named."""
-    return f"{key}: {path} is no {base}."
+    """Message about a class that does not inherit from ``base``."""
+    return f"{key}: {path} is not a {base}."

@@ -1,11 +1,8 @@
-"""The keys of a config that are lockstep's own, with their types, defaults and help texts. No torch is imported here."""
+"""lockstep's own config keys: types, defaults and help texts. Lightning's and the classes' keys come from their sources."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from lockstep.core import UsageError
+from typing import Literal
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -17,17 +14,18 @@ SHARED_CLASSES = {
     "model": ["lockstep.models.Classifier"],
     "data": [f"lockstep.data.{name}" for name in ("CIFAR10", "Digits", "ImageFolder", "MNIST", "Synthetic")],
 }
-"""Classes that lockstep offers for the keys that take a class."""
+"""lockstep's own classes for the keys that take a class."""
+
 
 RESERVED_TRAINER_KEYS = {
     "strategy": "set strategy (ddp or deepspeed) and its options (ddp.*, deepspeed.*) at the top level",
-    "devices": "the launcher decides it (launch/local.py --ranks)",
-    "num_nodes": "the launcher decides it (launch/local.py --nodes)",
-    "use_distributed_sampler": "the order and sharding of the data are lockstep's",
-    "default_root_dir": "everything goes into the run folder; set run.root",
+    "devices": "use the launcher's flag --ranks (or --ranks-per-node on Slurm)",
+    "num_nodes": "use the launcher's flag --nodes",
+    "use_distributed_sampler": "lockstep orders and shards the data itself",
+    "default_root_dir": "set run.root, the root of all run folders",
     "barebones": "it would train without logs and checkpoints",
 }
-"""Arguments of lightning's Trainer that are not for a config, and what to do instead."""
+"""Arguments of Lightning's Trainer that a config cannot set, and what to do instead."""
 
 
 @dataclass
@@ -35,11 +33,11 @@ class RunOptions:
     """The run and its folder, <root>/<name>/<id>.
 
     Args:
-        name: What the run is called.
+        name: Name of the run.
         root: Folder of all runs.
-        test_after_fit: Test the final weights when training has ended, where there is a test set.
-        hang_timeout_seconds: The least time without progress after which a rank is taken for stuck; it adapts to what is usual.
-        max_restarts: How often a job is started again after a crash; being preempted, or out of time, does not count.
+        test_after_fit: Test the final weights after training, if the data has a test set.
+        hang_timeout_seconds: Minimum time without progress before a rank counts as hung; it adapts to the usual step time.
+        max_restarts: Maximum number of restarts after a crash; preemptions and time limits do not count.
     """
 
     name: str = "run"
@@ -54,11 +52,11 @@ class DDPOptions:
     """Options of ``strategy: ddp``; source: torch.nn.parallel.DistributedDataParallel.
 
     Args:
-        static_graph: Promise that every step uses the same parameters in the same way; saves the search for unused ones.
-        find_unused_parameters: Search for parameters that a step did not use; needed where the model branches.
-        bucket_cap_mb: Gradients are reduced in buckets of this many MiB while backward goes on.
-        gradient_as_bucket_view: Let gradients be views into the buckets: one copy of them less in memory.
-        gradient_compression: Send gradients as bfloat16 or float16 instead of float32: half the traffic, fewer digits.
+        static_graph: Promise that every step uses the same parameters in the same way; skips the search for unused ones.
+        find_unused_parameters: Search for parameters that a step did not use; needed if the model has branches.
+        bucket_cap_mb: Size of a gradient bucket in MiB; buckets are all-reduced during backward.
+        gradient_as_bucket_view: Make gradients views into the buckets; saves one copy of the gradients in memory.
+        gradient_compression: All-reduce gradients in bfloat16 or float16: half the traffic, lower precision.
     """
 
     static_graph: bool = False
@@ -70,10 +68,10 @@ class DDPOptions:
 
 @dataclass
 class DistributedOptions:
-    """Options of the process group, whatever the strategy.
+    """Options of the process group, for every strategy.
 
     Args:
-        timeout_minutes: How long a collective waits for a rank before it fails.
+        timeout_minutes: Time that a collective waits for all ranks before it fails.
     """
 
     timeout_minutes: int = 30
@@ -81,19 +79,19 @@ class DistributedOptions:
 
 @dataclass
 class DeepSpeedOptions:
-    """Options of ``strategy: deepspeed``, whose ZeRO shares out what DDP keeps on every rank.
+    """Options of ``strategy: deepspeed``, which shards with ZeRO what DDP replicates on every rank.
 
-    Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020; the keys are those
-    of https://www.deepspeed.ai/docs/config-json.
+    Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020; keys as in
+    https://www.deepspeed.ai/docs/config-json.
 
     Args:
-        stage: 1 shares out the optimizer's state, 2 the gradients too, 3 the parameters too.
-        offload_optimizer: Compute the optimizer's step on the CPU, and keep its state in the memory there; nvme: stage 3 only.
-        offload_param: Keep the parameters there between their uses; stage 3 only.
-        nvme_path: Folder that nvme means, on a local disk of each node; several runs may have the same one.
-        reduce_bucket_size: Gradients are reduced in buckets of this many elements.
-        overlap_comm: Reduce gradients while backward goes on.
-        config: File of DeepSpeed's own JSON, for all else; what the trainer knows may not stand in it.
+        stage: 1 shards the optimizer state, 2 also the gradients, 3 also the parameters.
+        offload_optimizer: Run the optimizer step on the CPU and keep its state in CPU memory, or on NVMe (stage 3 only).
+        offload_param: Keep parameters in CPU memory or on NVMe between uses; stage 3 only.
+        nvme_path: Folder for nvme on a local disk of each node; several runs may share it.
+        reduce_bucket_size: Number of elements in a gradient bucket.
+        overlap_comm: Reduce gradients during backward.
+        config: DeepSpeed JSON file with further keys; it cannot set what other keys of this config set.
     """
 
     stage: Literal[1, 2, 3] = 2
@@ -107,16 +105,16 @@ class DeepSpeedOptions:
 
 @dataclass
 class CheckpointOptions:
-    """What is saved below <run folder>/checkpoints, and when; always before a validation and at the end.
+    """Checkpoints in <run folder>/checkpoints. One is always saved before a validation and at the end.
 
     Args:
-        every_n_steps: Save after every so many steps as well.
-        every_n_minutes: Save after every so many minutes as well.
-        async_save: Go on training while the files are written.
-        keep_last: How many of the newest are kept.
-        monitor: Metric that says which are the best, such as val/accuracy; none keeps the newest alone.
-        mode: Whether more or less of it is better.
-        save_top_k: How many of the best are kept.
+        every_n_steps: Also save every N steps.
+        every_n_minutes: Also save every N minutes.
+        async_save: Continue training while the files are written.
+        keep_last: Number of newest checkpoints to keep.
+        monitor: Metric that ranks checkpoints, such as val/accuracy; null keeps only the newest.
+        mode: Whether a higher (max) or lower (min) metric is better.
+        save_top_k: Number of best checkpoints to keep.
     """
 
     every_n_steps: int | None = None
@@ -130,15 +128,15 @@ class CheckpointOptions:
 
 @dataclass
 class WandbOptions:
-    """Where W&B keeps the run; its id is the run's.
+    """The W&B run, which has the id of the run.
 
     Args:
-        mode: ``auto`` is ``online`` where an API key is configured, else ``offline``; WANDB_MODE decides if it is set.
-        project: Project.
-        entity: User or team; your default one if not set.
-        group: Runs of one group are shown together.
-        tags: Labels to find the run by.
-        notes: A longer text about the run.
+        mode: ``auto`` is ``online`` if an API key is configured, else ``offline``; WANDB_MODE overrides it.
+        project: W&B project.
+        entity: User or team; null uses your default entity.
+        group: Group of the run; W&B shows the runs of a group together.
+        tags: Tags of the run.
+        notes: Longer description of the run.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -151,15 +149,15 @@ class WandbOptions:
 
 @dataclass
 class Options:
-    """What every run has; beside it a config has ``trainer`` (lightning's), ``model`` and ``data``.
+    """lockstep's own keys of a config, beside ``trainer`` (Lightning's), ``model`` and ``data``.
 
     Args:
-        seed_everything: Decides weights, order, augmentation and dropout.
-        strategy: How several ranks train together.
-        activation_checkpointing: Import paths of classes, such as torchvision.models.vision_transformer.EncoderBlock: the parts
-            of the module that are of them keep no activations, and are computed again in backward.
-        shared_filesystem: Nodes share their files: prepare_data runs once per job, else per node.
-        ckpt_path: Checkpoint, or run folder, to start from, to evaluate or to predict with.
+        seed_everything: Seed of initial weights, data order, augmentation and dropout.
+        strategy: Distributed strategy.
+        activation_checkpointing: Import paths of module classes, such as torchvision.models.vision_transformer.EncoderBlock.
+            Modules of these classes do not store activations; backward recomputes them.
+        shared_filesystem: Whether nodes share files: prepare_data then runs once per job, else once per node.
+        ckpt_path: Checkpoint or run folder to start from, evaluate or predict with.
     """
 
     seed_everything: int = 1
@@ -176,16 +174,4 @@ class Options:
 
 
 GROUPS = tuple(field.name for field in fields(Options) if is_dataclass(field.type))
-"""The keys of lockstep's own that hold keys themselves."""
-
-
-def check_ranges(seed_everything: int | None, best: int | None, trainer: Mapping[str, Any]) -> None:
-    """Raise the UsageError about a number that is missing or out of range; ``trainer`` has those of lightning, if given."""
-    if seed_everything is None or not 0 <= seed_everything < 2**32:
-        raise UsageError(f"seed_everything: {seed_everything} must be 0 or more, and less than 2**32.")
-    if best is None or best < 1:
-        raise UsageError(f"checkpoint.save_top_k: {best} must be 1 or more.")
-    for key, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
-        value = trainer.get(key)
-        if isinstance(value, int | float) and value < least:
-            raise UsageError(f"trainer.{key}: {value} must be {least} or more.")
+"""Those of lockstep's own keys that are groups of keys."""

@@ -1,4 +1,4 @@
-"""What every other room uses: errors, atomic files, the World of ranks, logging, credentials, command-line parsing."""
+"""The basics of every room: errors, atomic file writes, World, logging, credentials and command-line parsing."""
 
 from lockstep.core.command_line import CommandLineParser, int_at_least, python_path
 from lockstep.core.credentials import wandb_api_key

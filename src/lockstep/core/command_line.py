@@ -1,4 +1,4 @@
-"""The launchers' flags, and the environment in which they ask Slurm: a mistake in either is one sentence, as everywhere."""
+"""Parse the flags of the launch scripts, and the folders of PYTHONPATH."""
 
 import argparse
 import os
@@ -10,28 +10,25 @@ from lockstep.core.errors import UsageError
 
 
 class CommandLineParser(argparse.ArgumentParser):
-    """argparse's, which raises UsageError instead of printing its whole usage."""
+    """An argparse parser that raises UsageError instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
-        hint = (
-            "; write it with =, such as --sbatch=--hold"
-            if "sbatch: expected one" in message or "srun: expected one" in message
-            else ""
-        )
+        dashes = any(f"{flag}: expected one" in message for flag in ("sbatch", "srun"))
+        hint = "; write it with =, such as --sbatch=--hold" if dashes else ""
         raise UsageError(f"{message}{hint}; --help lists the flags.")
 
 
-def int_at_least(least: int) -> Callable[[str], int]:
-    """A type of flags: a whole number of at least ``least``."""
+def int_at_least(minimum: int) -> Callable[[str], int]:
+    """Return an argparse type: an integer of ``minimum`` or more."""
 
-    def number(text: str) -> int:
+    def parse(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} must be {least} or more")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text} must be {minimum} or more")
         return value
 
-    number.__name__ = "int"
-    return number
+    parse.__name__ = "int"  # for argparse's own message
+    return parse
 
 
 def python_path(env: Mapping[str, str]) -> list[Path]:

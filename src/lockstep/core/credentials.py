@@ -1,4 +1,4 @@
-"""The API key of W&B, as wandb itself finds it. No torch and no wandb here: the launcher must know what not to write down."""
+"""Find the W&B API key as wandb does, so that the launcher can keep it out of the files it writes."""
 
 import netrc
 import os
@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 
 
 def wandb_api_key(env: Mapping[str, str]) -> str | None:
-    """The key in WANDB_API_KEY, or what ``wandb login`` has put into the netrc file; None where there is neither."""
+    """The W&B API key from WANDB_API_KEY, else from the netrc file that ``wandb login`` writes, else None."""
     if key := env.get("WANDB_API_KEY"):
         return key
     host = urlparse(env.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

@@ -1,23 +1,23 @@
-"""The nearest valid names to a misspelt one."""
+"""Exceptions with their exit statuses, and suggestions for misspelt names."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class LockstepError(Exception):
-    """A condition with a known remedy; shown as one sentence, without a traceback.
+    """An error with a known remedy; printed as one sentence without a traceback.
 
-    Pickles and travels out of a DataLoader worker: its only argument is the sentence.
+    It survives pickling, so it also comes out of DataLoader workers: its only argument is the sentence.
     """
 
     exit_status = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)  # torch raises it again, out of a worker, by the keyword
+        super().__init__(message)  # torch re-creates the exception of a worker with this keyword
 
     @property
     def message(self) -> str:
-        """The sentence itself, also when a DataLoader worker has put its traceback around it."""
+        """The sentence, without the traceback that a DataLoader worker adds."""
         text = str(self)
         if "Original Traceback" not in text:
             return text
@@ -25,13 +25,17 @@ class LockstepError(Exception):
 
 
 class UsageError(LockstepError):
-    """Found before training starts: a wrong key, value, file or combination. Exit status 2."""
+    """An error found before training starts: a wrong key, value, file or combination. Exit status 2."""
 
     exit_status = 2
 
 
+class RunError(LockstepError):
+    """An error found while training: a damaged file, a loss that is not finite. Exit status 1."""
+
+
 SIGNAL_EXIT_STATUSES = (130, 138, 140, 143)
-"""Exit statuses of a run that SIGINT, SIGUSR1, SIGUSR2 or SIGTERM has ended."""
+"""Exit statuses of a run that SIGINT, SIGUSR1, SIGUSR2 or SIGTERM ended."""
 
 
 class Interrupted(SystemExit):
@@ -39,12 +43,12 @@ class Interrupted(SystemExit):
 
 
 class Stopped(SystemExit):
-    """All ranks have stopped after the same step and saved it; the run can go on. Exit status 128 and the signal's number.
+    """All ranks saved a checkpoint and stopped at the same step; the run can resume. Exit status 128 + signal.
 
     Attributes:
-        signal: Why; SIGUSR2 also for the end of the allocation.
+        signal: Number of the signal that caused the stop; SIGUSR2 also at the end of the allocation.
         step: Optimizer steps done.
-        together: Whether all ranks have agreed on it; in an evaluation each leaves by itself.
+        together: Whether all ranks agreed on the step; in an evaluation each rank stops by itself.
     """
 
     def __init__(self, signal: int, step: int, together: bool) -> None:
@@ -52,17 +56,13 @@ class Stopped(SystemExit):
         self.signal, self.step, self.together = signal, step, together
 
 
-class RunError(LockstepError):
-    """Found while training: a damaged file, a loss that is not a number. Exit status 1."""
-
-
 def did_you_mean(name: str, valid: Iterable[str], rest: str = "") -> str:
-    """The end of a sentence about an unknown ``name``: the nearest valid ones, or all where there are few.
+    """End a sentence about the unknown ``name``: suggest the nearest valid names, or list all if they are few.
 
     Args:
-        name: What was written. A dotted name is compared whole, then by its last part.
-        valid: What could have been meant.
-        rest: What followed ``name`` after a dot, repeated after each suggestion.
+        name: The unknown name. A dotted name is compared whole, then by its last part.
+        valid: Valid names.
+        rest: What followed ``name`` after a dot; appended to each suggestion.
     """
     valid = sorted(set(valid))
     near = get_close_matches(name, valid, n=3, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside, flushed to disk, renamed. No torch here."""
+"""Write files atomically: write beside the target, flush to disk, rename."""
 
 import json
 import os
@@ -8,18 +8,16 @@ from typing import Any
 
 
 def atomic_write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace ``path`` by ``content`` as JSON.
-
-    A number that is not finite becomes null, so that the file is JSON to every reader.
+    """Replace ``path`` atomically by ``content`` as JSON; NaN and infinity become null, since JSON has neither.
 
     Raises:
-        OSError: It cannot be written; what was there before still is.
+        OSError: The file cannot be written; its old content is kept.
     """
     atomic_write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What ``write_whole`` has written to ``path``; empty where there is nothing yet."""
+    """Read a file of ``atomic_write_json``; a missing file reads as an empty mapping."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
@@ -28,27 +26,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``: a reader sees the old file or the new one, never a part.
+    """Replace ``path`` atomically by ``text``: a reader sees the old file or the new one, never a part.
 
     Raises:
-        OSError: It cannot be written; what was there before still is.
+        OSError: The file cannot be written; its old content is kept.
     """
-    atomic_write(path, lambda beside: beside.write_text(text))
+    atomic_write(path, lambda temporary: temporary.write_text(text))
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace ``path`` by what ``write`` puts into the file that it is given.
+    """Replace ``path`` atomically by the file that ``write(temporary_path)`` writes.
 
     Raises:
-        Exception: What ``write`` raises, or an OSError; what was there before still is.
+        Exception: Raised by ``write``, or an OSError; the old content of ``path`` is kept.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(beside)
-        fsync(beside)
-        beside.replace(path)
+        write(temporary)
+        fsync(temporary)
+        temporary.replace(path)
     except Exception:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -1,4 +1,4 @@
-"""One way to speak: each line names its rank; only rank zero speaks unless something is wrong."""
+"""Log to standard error with the rank in front; ranks other than zero log warnings and errors only."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from lockstep.core.world import World
 def setup_logging(world: World, file: Path | None = None) -> None:
     """Send the log of lockstep to standard error and, on rank zero, to ``file`` as well.
 
-    Ranks other than zero show warnings and errors only; so does lightning, whose greetings and tips are not news.
+    Ranks other than zero show warnings and errors only. So does Lightning on every rank.
     """
     prefix = f"[rank {world.rank}] " if world.size > 1 else ""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
@@ -26,26 +26,26 @@ def setup_logging(world: World, file: Path | None = None) -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO if world.is_rank_zero else logging.WARNING)
     logger.propagate = False
-    # lightning 2.6 asks torch 2.15 in a way that torch has begun to give up.
+    # Lightning 2.6 calls an API that torch 2.15 deprecates.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    # A run that starts from another run's checkpoint has its own folder for checkpoints.
+    # A run that starts from another run's checkpoint has its own checkpoint folder.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
-    # It says so wherever Slurm is installed.
+    # Lightning warns wherever Slurm is installed.
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # These say only what a config has asked them for.
+    # These log only what a config asks for.
     for name in ("callbacks.early_stopping", "callbacks.model_summary", "profilers.profiler"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
 
 
 def _is_stderr(file: Path) -> bool:
-    """Whether standard error is that file already."""
+    """Whether standard error already goes to ``file``."""
     return file.exists() and os.path.samestat(file.stat(), os.fstat(2))
 
 
 def reset_logging() -> None:
-    """Undo ``start_logging``: a process may train more than once."""
+    """Remove the handlers of ``setup_logging``: a process may train more than once."""
     logger = logging.getLogger("lockstep")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

@@ -1,7 +1,4 @@
-"""Who am I among the ranks of this job? Read once from the environment, checked, and then passed on as a value.
-
-No torch here: launchers use this room too.
-"""
+"""The rank and world size of this process, read once from the environment and checked."""
 
 import re
 from collections.abc import Mapping
@@ -12,17 +9,16 @@ from lockstep.core.errors import UsageError
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of a job, and this process's place among them.
+    """This process's rank among all ranks of a job.
 
     Attributes:
-        rank: This process, 0 to ``size - 1``; the ranks of a node are consecutive.
+        rank: Rank of this process, 0 to ``size - 1``; the ranks of a node are consecutive.
         size: Number of ranks of the job.
-        local_rank: This process among the ranks of its node.
+        local_rank: Number of this rank on its node.
         local_size: Ranks on each node; every node has the same number.
-        rendezvous: Where the ranks meet, as ``torch.distributed.init_process_group`` takes it: ``file://…``,
-            ``tcp://address:port`` or ``env://``. Empty for a single process.
-        launcher: Who started the ranks: ``process`` (nobody: a single one), ``local``, ``torchrun``, ``slurm``
-            or ``submitit``.
+        rendezvous: ``init_method`` of ``torch.distributed.init_process_group``: ``file://…``, ``tcp://address:port``
+            or ``env://``. Empty for a single process.
+        launcher: What started the ranks: ``local``, ``torchrun``, ``slurm``, ``submitit``, or ``process`` for a single one.
     """
 
     rank: int = 0
@@ -39,16 +35,16 @@ class World:
 
     @property
     def node_rank(self) -> int:
-        """This node among the nodes of the job."""
+        """Number of this node in the job."""
         return self.rank // self.local_size
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is rank zero, the one that logs and writes."""
+        """Whether this rank logs and writes."""
         return self.rank == 0
 
     def environ(self) -> dict[str, str]:
-        """The variables that describe this place, in the names of torchrun; ``from_env`` reads them back."""
+        """Environment variables of this rank, named as torchrun names them; ``from_env`` reads them back."""
         variables = {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
@@ -64,18 +60,18 @@ class World:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "World":
-        """The world that ``env`` describes.
+        """Read the world from environment variables.
 
-        Asked in this order: torchrun and ``launch/local.py`` (``RANK``, ``WORLD_SIZE`` …), the tasks of a Slurm step
-        (``SLURM_STEP_ID``), submitit's local executor; else a single process. A shell inside a Slurm allocation is a
-        single process: only ``srun`` makes ranks.
+        The first that applies: torchrun or ``launch/local.py`` (``RANK``, ``WORLD_SIZE`` …), a task of a Slurm step
+        (``SLURM_STEP_ID``), submitit's local executor, a single process. A shell in a Slurm allocation is a single
+        process: only ``srun`` starts ranks.
 
         Raises:
-            UsageError: A variable is missing or not a number, or two of them contradict each other; both are named.
+            UsageError: A variable is missing or not a number, or variables contradict each other; all are named.
         """
         step = "SLURM_STEP_ID" in env and "SLURM_PROCID" in env
         if "TORCHELASTIC_RUN_ID" not in env and "LOCKSTEP_LAUNCHER" not in env and step:
-            _agree(env, ("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+            _check_agreement(env, ("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
             return cls._from_slurm(env)
         if "RANK" in env or "WORLD_SIZE" in env:
             return cls._from_torchrun(env)
@@ -87,10 +83,10 @@ class World:
     def _from_torchrun(cls, env: Mapping[str, str]) -> "World":
         size = _number(env, "WORLD_SIZE")
         address = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if {"MASTER_ADDR", "MASTER_PORT"} <= set(env) else ""
-        # torchrun's agent already listens on MASTER_PORT, which only env:// knows how to join.
+        # torchrun's agent already listens on MASTER_PORT; only env:// can join it.
         rendezvous = "env://" if "TORCHELASTIC_RUN_ID" in env else env.get("LOCKSTEP_RENDEZVOUS", address)
         if size > 1 and not rendezvous:
-            raise UsageError(f"WORLD_SIZE={size}, but MASTER_ADDR and MASTER_PORT do not say where the ranks meet.")
+            raise UsageError(f"WORLD_SIZE={size} needs MASTER_ADDR and MASTER_PORT, where the ranks meet; set both.")
         return cls._checked(
             env,
             names=("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
@@ -110,10 +106,10 @@ class World:
         address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR")
         if tasks > 1 and not address:
             raise UsageError(
-                f"SLURM_STEP_NUM_TASKS={tasks}, but neither MASTER_ADDR nor SLURM_LAUNCH_NODE_IPADDR is set: "
+                f"SLURM_STEP_NUM_TASKS={tasks}, but neither MASTER_ADDR nor SLURM_LAUNCH_NODE_IPADDR is set; "
                 "start the ranks with srun."
             )
-        # As good a port as any that all ranks can compute; a launcher that knows better sets MASTER_PORT.
+        # Any port that all ranks can compute; a launcher may set MASTER_PORT instead.
         port = env.get("MASTER_PORT") or str(15000 + _number(env, "SLURM_JOB_ID") % 10000)
         counted = dict(env) | {"SLURM_STEP_TASKS_PER_NODE": str(tasks // nodes)}
         return cls._checked(
@@ -128,7 +124,7 @@ class World:
         size = _number(env, "SUBMITIT_LOCAL_NTASKS")
         rendezvous = env.get("LOCKSTEP_RENDEZVOUS", "")
         if size > 1 and not rendezvous:
-            raise UsageError(f"SUBMITIT_LOCAL_NTASKS={size}, but LOCKSTEP_RENDEZVOUS does not say where the ranks meet.")
+            raise UsageError(f"SUBMITIT_LOCAL_NTASKS={size} needs LOCKSTEP_RENDEZVOUS, where the ranks meet; set it.")
         return cls._checked(
             dict(env) | {"SUBMITIT_LOCAL_TASKS_PER_NODE": str(size)},
             names=(
@@ -144,35 +140,35 @@ class World:
 
     @classmethod
     def _checked(cls, env: Mapping[str, str], names: tuple[str, str, str, str, str], rendezvous: str, launcher: str) -> "World":
-        """The world in the five variables ``names``: rank, size, local rank, ranks per node and node rank."""
+        """Read the five variables ``names``: rank, world size, local rank, ranks per node and node rank."""
         rank, size, local_rank, local_size = (_number(env, name) for name in names[:4])
-        said = ", ".join(f"{name}={env[name]}" for name in names if name in env)
+        values = ", ".join(f"{name}={env[name]}" for name in names if name in env)
         if size < 1 or local_size < 1 or size % local_size:
-            raise UsageError(f"{size} ranks do not divide into nodes of {local_size} ({said}).")
+            raise UsageError(f"{size} ranks do not divide into nodes of {local_size} ({values}).")
         if not 0 <= rank < size:
-            raise UsageError(f"Rank {rank} is outside 0…{size - 1} ({said}).")
+            raise UsageError(f"Rank {rank} is outside 0…{size - 1} ({values}).")
         if rank % local_size != local_rank:
             raise UsageError(
-                f"Rank {rank} on nodes of {local_size} must be local rank {rank % local_size}, not {local_rank} ({said})."
+                f"Rank {rank} on nodes of {local_size} must be local rank {rank % local_size}, not {local_rank} ({values})."
             )
         world = cls(rank, size, local_rank, local_size, rendezvous, launcher)
         if names[4] in env and _number(env, names[4]) != world.node_rank:
-            raise UsageError(f"Rank {rank} on nodes of {local_size} is on node {world.node_rank} ({said}).")
+            raise UsageError(f"Rank {rank} on nodes of {local_size} is on node {world.node_rank} ({values}).")
         return world
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
     if name not in env:
-        raise UsageError(f"{name} is not set, though other variables of the same launcher are.")
+        raise UsageError(f"{name} is not set, but other variables of the same launcher are.")
     try:
         return int(env[name])
     except ValueError:
-        raise UsageError(f"{name}={env[name]!r} is not a whole number.") from None
+        raise UsageError(f"{name}={env[name]!r} is not an integer.") from None
 
 
-def _agree(env: Mapping[str, str], *pairs: tuple[str, str]) -> None:
+def _check_agreement(env: Mapping[str, str], *pairs: tuple[str, str]) -> None:
     for ours, theirs in pairs:
         if ours in env and theirs in env and _number(env, ours) != _number(env, theirs):
             raise UsageError(
-                f"{ours}={env[ours]} contradicts {theirs}={env[theirs]}: unset {ours} or start the ranks another way."
+                f"{ours}={env[ours]} contradicts {theirs}={env[theirs]}; unset {ours} or start the ranks another way."
             )

@@ -1,10 +1,9 @@
 """DataModules, and the sampling and sharding of any DataLoader."""
 
 from lockstep.data.base import ImageData, InMemoryImages
-from lockstep.data.cifar10 import CIFAR10
 from lockstep.data.digits import Digits
+from lockstep.data.downloaded import CIFAR10, MNIST
 from lockstep.data.image_folder import ImageFolder
-from lockstep.data.mnist import MNIST
 from lockstep.data.sampling import DataPosition, GlobalBatchSampler
 from lockstep.data.seeding import derive_seed
 from lockstep.data.sharding import DataSharding, SkipFirstBatches

@@ -1,4 +1,4 @@
-"""What every DataModule here shares: batch sizes, loaders, splits, normalization on the device."""
+"""The base of the DataModules: batch sizes, loaders, splits, and normalization on the device."""
 
 import logging
 import os
@@ -17,34 +17,33 @@ from lockstep.data.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
+Split = Literal["train", "val", "test"]
 
-Part = Literal["train", "val", "test"]
-
-
-_PARTS_BY_STAGE: dict[str, tuple[Part, ...]] = {
+_SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
     "predict": ("test",),
 }
+"""The splits that each stage of the Trainer reads."""
 
 
 class ImageData(LightningDataModule):
-    """Images and labels for the shared classifier. A subclass gives ``num_classes``, ``image_shape`` (C, H, W), ``mean``,
+    """Images and labels for the shared classifier. A subclass defines ``num_classes``, ``image_shape`` (C, H, W), ``mean``,
     ``std`` and ``load``.
 
-    Loaders give uint8 images (B, C, H, W), a quarter of the bytes of float32; they become normalized floats on the device.
+    Loaders return uint8 images (B, C, H, W), a quarter of the bytes of float32; they are normalized to float32 on the device.
 
     Args:
-        root: Folder that holds the data.
-        batch_size: Global batch: samples of one step over all ranks, 64 by default. A run means the same on any number
-            of ranks.
-        batch_size_per_rank: The other choice: samples of one step on each rank. Learning rate and warm-up are scaled
-            with the number of ranks (Goyal et al. 2017), and the log says so.
-        num_workers: Processes that prepare samples, for each rank; by default none for a single local process (so that a
-            debugger works) or for data held in memory, else one per CPU that this rank has, less one.
-        drop_last: Leave out the last, smaller batch of a training epoch.
-        seed: Decides the split; the run's seed by default.
+        root: Folder of the data.
+        batch_size: Global batch size: samples of one step over all ranks, 64 by default. A run computes the same on any
+            number of ranks.
+        batch_size_per_rank: Set this instead for a fixed number of samples on each rank. Learning rate and warm-up are then
+            scaled with the number of ranks (Goyal et al. 2017), and the log says so.
+        num_workers: Processes of each rank that prepare samples. By default 0 for a single local process (so that a debugger
+            works) and for data in memory, else the CPUs of this rank less one.
+        drop_last: Drop the last, smaller batch of a training epoch.
+        seed: Seed of the split; the run's seed by default.
 
     Raises:
         UsageError: A number is out of range, or both batch sizes are set.
@@ -81,104 +80,102 @@ class ImageData(LightningDataModule):
         self.root = Path(root)
         self.batch_size, self.batch_size_per_rank = batch_size, batch_size_per_rank
         self.num_workers, self.drop_last, self.seed = num_workers, drop_last, seed
-        self._parts: dict[Part, Dataset[Any]] = {}
-        self._constants: tuple[Tensor, Tensor] | None = None
+        self._datasets: dict[Split, Dataset[Any]] = {}
+        self._normalization: tuple[Tensor, Tensor] | None = None
 
-    def load(self, part: Part) -> Dataset[Any]:
-        """The dataset of one part, read from ``root``."""
-        raise NotImplementedError(f"{type(self).__name__} must define load(part)")
+    def load(self, split: Split) -> Dataset[Any]:
+        """The dataset of one split, read from ``root``."""
+        raise NotImplementedError(f"{type(self).__name__} must define load(split)")
 
     @property
-    def _ranks(self) -> int:
+    def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
     @property
-    def global_batch(self) -> int:
+    def global_batch_size(self) -> int:
         """Samples of one step over all ranks."""
         if self.batch_size_per_rank is not None:
-            return self.batch_size_per_rank * self._ranks
+            return self.batch_size_per_rank * self._world_size
         return self.batch_size or 64
 
     @property
     def lr_scale(self) -> int:
-        """What the learning rate is multiplied by: the number of ranks where the batch size is per rank, else 1."""
-        return self._ranks if self.batch_size_per_rank is not None else 1
+        """Factor on the learning rate: the number of ranks with ``batch_size_per_rank``, else 1."""
+        return self._world_size if self.batch_size_per_rank is not None else 1
 
     def setup(self, stage: str) -> None:
-        """Load the parts that ``stage`` needs, on every rank, and nothing else."""
-        for part in _PARTS_BY_STAGE[stage]:
-            if part not in self._parts:
-                self._parts[part] = self.load(part)
+        """Load the splits that ``stage`` needs; runs on every rank."""
+        for split in _SPLITS[stage]:
+            if split not in self._datasets:
+                self._datasets[split] = self.load(split)
         if stage == "fit" and self.batch_size_per_rank is not None:
-            log.info(
-                "%d samples on each of %d ranks: global batch %d", self.batch_size_per_rank, self._ranks, self.global_batch
-            )
+            batch = self.global_batch_size
+            log.info("%d samples on each of %d ranks: global batch size %d", self.batch_size_per_rank, self._world_size, batch)
 
-    def _loader(self, part: Part) -> DataLoader[Any]:
-        workers = self._workers()
+    def _loader(self, split: Split) -> DataLoader[Any]:
+        workers = self._worker_count()
         return DataLoader(
-            self._parts[part],
-            batch_size=self.global_batch,
-            shuffle=part == "train",
-            drop_last=part == "train" and self.drop_last,
+            self._datasets[split],
+            batch_size=self.global_batch_size,
+            shuffle=split == "train",
+            drop_last=split == "train" and self.drop_last,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             collate_fn=self.collate,
         )
 
-    def _workers(self) -> int:
+    def _worker_count(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        if self.in_memory or self._ranks == 1:
+        if self.in_memory or self._world_size == 1:
             return 0
-        local_ranks = self._ranks // self.trainer.num_nodes if self.trainer is not None else 1
-        everyone, mine = os.cpu_count() or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        # A rank that is bound to CPUs of its own sees those alone; else all ranks of the node see, and share, the same.
-        cpus = mine if mine is not None and mine < everyone else everyone // local_ranks
-        return max(1, cpus - 1)
+        local_ranks = self._world_size // self.trainer.num_nodes if self.trainer is not None else 1
+        total = os.cpu_count() or 1
+        bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
+        # A rank that is bound to some CPUs has them for itself; otherwise all ranks of the node share all CPUs.
+        return max(1, (bound if bound < total else total // local_ranks) - 1)
 
     def collate(self, samples: Any) -> Any:
-        """A batch of ``samples``; a dataset that fetches whole batches has made it already."""
+        """The batch of a list of samples; a dataset with ``__getitems__`` may return the batch itself."""
         return default_collate(samples) if isinstance(samples, list) else samples
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled; ``batch_size`` is the global batch, which the strategy shares out."""
+        """Shuffled global batches, which the strategy shards."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """In order; each sample once."""
+        """Each sample once, in order."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """In order; each sample once."""
+        """Each sample once, in order."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The test set, in order; each sample once."""
+        """Each sample of the test set once, in order."""
         return self._loader("test")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """uint8 images become float32, less ``mean`` and divided by ``std`` (both per channel, of a range of 0 to 1)."""
+        """Normalize uint8 images to float32: (image / 255 - mean) / std, per channel."""
         images, labels = batch
         if images.dtype != torch.uint8:
             return batch
-        if self._constants is None or self._constants[0].device != images.device:
-            shape = (1, -1, 1, 1)
-            mean = torch.tensor(self.mean, device=images.device).view(shape)
-            std = torch.tensor(self.std, device=images.device).view(shape)
-            self._constants = mean * 255, 1 / (std * 255)
-        mean, factor = self._constants
+        if self._normalization is None or self._normalization[0].device != images.device:
+            mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+            std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+            self._normalization = mean * 255, 1 / (std * 255)
+        mean, factor = self._normalization
         return images.to(torch.float32).sub_(mean).mul_(factor), labels
 
 
 class InMemoryImages(Dataset[Any]):
-    """Images held in memory.
+    """Images in memory.
 
     Args:
         images: uint8 (N, C, H, W).
         labels: int64 (N,).
-        transform: Applied to each image (C, H, W); it may be random.
+        transform: Applied to each image (C, H, W); may be random.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, transform: v2.Transform | None = None) -> None:
@@ -193,23 +190,23 @@ class InMemoryImages(Dataset[Any]):
         return (image if self.transform is None else self.transform(image)), self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> Any:
-        """A whole batch at once, where there is no transform; else a list of samples."""
+        """A batch of images and labels without a transform; else a list of samples."""
         if self.transform is not None:
             return [self[index] for index in indices]
         chosen = torch.tensor(indices)
         return self.images[chosen], self.labels[chosen]
 
 
-def split_indices(samples: int, val_samples: int, seed: int, part: Part) -> Tensor:
-    """The indices of ``train`` or ``val`` in a set of ``samples``, drawn from ``seed`` and so the same on every rank.
+def split_indices(samples: int, val_samples: int, seed: int, split: Split) -> Tensor:
+    """The indices of ``train`` or ``val`` among ``samples``, drawn from ``seed`` and so equal on every rank.
 
     Returns:
         int64 (samples - val_samples,) for train, (val_samples,) for val.
 
     Raises:
-        UsageError: ``val_samples`` leaves nothing to train on.
+        UsageError: ``val_samples`` leaves no sample for training.
     """
     if not 0 < val_samples < samples:
         raise UsageError(f"data.val_samples: {val_samples} must be between 1 and {samples - 1}, for {samples} samples.")
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(derive_seed(seed) >> 1))
-    return order[val_samples:] if part == "train" else order[:val_samples]
+    return order[val_samples:] if split == "train" else order[:val_samples]

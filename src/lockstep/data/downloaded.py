@@ -1,49 +1,35 @@
-"""What MNIST and CIFAR-10 share: torchvision downloads, checks and reads them, they fit in memory, and they come without
-a validation set.
-"""
+"""MNIST and CIFAR-10: torchvision downloads, verifies and reads them, and they fit in memory."""
 
-from pathlib import Path
 from typing import Any
 
+import torch
+import torchvision
 from torch import Tensor
 from torchvision.transforms import v2
 
 from lockstep.core import UsageError
-from lockstep.data.base import ImageData, InMemoryImages, Part, split_indices
+from lockstep.data.base import ImageData, InMemoryImages, Split, split_indices
 from lockstep.data.prepare import prepare_folder
 
 
 class DownloadedData(ImageData):
-    """A torchvision data set with a training and a test part. A subclass gives ``source``, ``tensors`` and ``transform``.
+    """A torchvision data set with a training and a test set. A subclass defines ``source``, ``tensors`` and ``transform``.
+
+    The data are in a subfolder of ``root``, and are downloaded if it is missing.
 
     Args:
-        root: The data are in a subfolder of it; downloaded if missing.
-        augment: Change each training image at random.
+        augment: Transform each training image at random.
         val_samples: Training images that are kept for validation, drawn from the seed.
-        batch_size: See ImageData.
-        batch_size_per_rank: See ImageData.
-        num_workers: See ImageData.
-        drop_last: See ImageData.
-        seed: See ImageData.
+        **options: Arguments of ImageData.
     """
 
     source: Any
     """The torchvision data set, called with ``root``, ``train`` and ``download``."""
     transform: v2.Transform
-    """What ``augment`` does to an image."""
+    """The augmentation of a training image."""
 
-    def __init__(
-        self,
-        root: Path = Path("data"),
-        augment: bool = True,
-        val_samples: int = 5_000,
-        batch_size: int | None = None,
-        batch_size_per_rank: int | None = None,
-        num_workers: int | None = None,
-        drop_last: bool = True,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(root, batch_size, batch_size_per_rank, num_workers, drop_last, seed)
+    def __init__(self, augment: bool = True, val_samples: int = 5_000, **options: Any) -> None:
+        super().__init__(**options)
         self.augment, self.val_samples = augment, val_samples
         self.folder = self.root / type(self).__name__.lower()
 
@@ -52,16 +38,57 @@ class DownloadedData(ImageData):
         raise NotImplementedError(f"{type(self).__name__} must define tensors(raw)")
 
     def prepare_data(self) -> None:
-        """Download, verify and unpack, where that has not been done."""
+        """Download, verify and unpack the data if the folder is missing."""
         prepare_folder(self.folder, lambda folder: self.source(folder, download=True) and None)
 
-    def load(self, part: Part) -> InMemoryImages:
-        """One part, read from its files."""
+    def load(self, split: Split) -> InMemoryImages:
+        """One split, read from its files."""
         try:
-            images, labels = self.tensors(self.source(self.folder, train=part != "test"))
+            images, labels = self.tensors(self.source(self.folder, train=split != "test"))
         except (OSError, RuntimeError) as error:
-            raise UsageError(f"data.root: {self.folder} is not whole ({error}); remove it and it is made again.") from error
-        if part == "test":
+            raise UsageError(
+                f"data.root: {self.folder} is damaged ({error}); remove the folder, and it is downloaded again."
+            ) from error
+        if split == "test":
             return InMemoryImages(images, labels)
-        chosen = split_indices(len(images), self.val_samples, self.seed, part)
-        return InMemoryImages(images[chosen], labels[chosen], self.transform if part == "train" and self.augment else None)
+        chosen = split_indices(len(images), self.val_samples, self.seed, split)
+        transform = self.transform if split == "train" and self.augment else None
+        return InMemoryImages(images[chosen], labels[chosen], transform)
+
+
+class MNIST(DownloadedData):
+    """Handwritten digits as images (1, 28, 28): 55,000 for training, 5,000 for validation, 10,000 for testing.
+
+    ``<root>/mnist/MNIST/raw`` holds the four idx files. ``augment`` shifts an image at random, by two pixels
+    at most.
+    """
+
+    num_classes = 10
+    image_shape = (1, 28, 28)
+    mean = (0.1307,)
+    std = (0.3081,)
+    source = torchvision.datasets.MNIST
+    transform = v2.RandomCrop(28, padding=2)
+
+    def tensors(self, raw: Any) -> tuple[Tensor, Tensor]:
+        """Images, uint8 (N, 1, 28, 28), and labels, int64 (N,)."""
+        return raw.data.unsqueeze(1), raw.targets
+
+
+class CIFAR10(DownloadedData):
+    """Ten classes of objects as images (3, 32, 32): 45,000 for training, 5,000 for validation, 10,000 for testing.
+
+    ``<root>/cifar10/cifar-10-batches-py`` holds the batch files. ``augment`` flips an image at random and shifts it, by four
+    pixels at most.
+    """
+
+    num_classes = 10
+    image_shape = (3, 32, 32)
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2470, 0.2435, 0.2616)
+    source = torchvision.datasets.CIFAR10
+    transform = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+
+    def tensors(self, raw: Any) -> tuple[Tensor, Tensor]:
+        """Images, uint8 (N, 3, 32, 32), and labels, int64 (N,)."""
+        return torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(raw.targets)

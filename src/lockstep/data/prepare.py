@@ -1,4 +1,4 @@
-"""Make a folder of data appear whole or not at all, however many jobs try at once and whatever is killed."""
+"""Prepare a data folder atomically, once, even if several jobs try at the same time or one is killed."""
 
 import logging
 import secrets
@@ -14,17 +14,17 @@ log = logging.getLogger(__name__)
 
 
 def prepare_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` make a folder beside ``target``, flush it to disk, then rename it to ``target``.
+    """Fill a temporary folder beside ``target``, flush it to disk, and rename it to ``target``, unless ``target`` exists.
 
-    Nothing happens where ``target`` exists. Another process that wants the same folder waits; the lock is the kernel's,
-    so that a killed process does not leave it behind, and what it had begun is removed by the next one.
+    Other processes that prepare the same folder wait. The kernel releases the lock of a killed process, and the next process
+    removes its temporary folder.
 
     Args:
-        target: The folder to make.
+        target: The folder to prepare.
         fill: Called with an empty folder; downloads, verifies and unpacks into it.
 
     Raises:
-        UsageError: The folder cannot be written, or the download failed; what to do instead is said.
+        UsageError: The folder cannot be written, or the download failed.
     """
     if target.exists():
         return
@@ -34,18 +34,18 @@ def prepare_folder(target: Path, fill: Callable[[Path], None]) -> None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("waiting for another job that prepares %s", target)
+            log.info("waiting for another job to prepare %s", target)
             lock.acquire()
         try:
             if not target.exists():
                 _fill_and_publish(target, fill)
         finally:
             lock.release()
-    # torchvision raises a RuntimeError where no mirror answers or a checksum is wrong.
+    # torchvision raises a RuntimeError if no mirror answers or a checksum is wrong.
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"data.root: {target} is missing and could not be prepared ({' '.join(str(error).split())}); "
-            "prepare it on a machine that can and copy it here."
+            "prepare it on another machine and copy it to this path."
         ) from error
 
 

@@ -1,10 +1,4 @@
-"""The order of the data: a function of (seed, epoch), never of the number of ranks or workers.
-
-Every DataLoader of a run passes through ``in_order``. Its ``batch_size`` is the global batch, the samples of one step
-over all ranks; batch *i* is the same set of samples on 1, 2 or 64 ranks, and each rank takes a consecutive slice of it.
-What is random in a sample (augmentation) is seeded with (seed, epoch, index), so it does not matter either which
-process prepares it.
-"""
+"""Seeds derived from (seed, epoch, index), so that a sample does not depend on the process that prepares it."""
 
 import random
 from collections.abc import Iterator
@@ -33,7 +27,7 @@ def derive_seed(*parts: int) -> int:
 def seed_cpu(seed: int) -> None:
     """Seed torch on the CPU, numpy and random with a 64-bit number, in about 8 µs.
 
-    Not ``torch.manual_seed``: that also visits every accelerator and alone takes some 130 µs.
+    ``torch.manual_seed`` also visits every accelerator and takes about 130 µs.
     """
     torch.default_generator.manual_seed(seed >> 1)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -42,7 +36,7 @@ def seed_cpu(seed: int) -> None:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Leave torch (CPU), numpy and random afterwards as they were."""
+    """Restore the random state of torch (CPU), numpy and random at the end of the block."""
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -53,10 +47,10 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 class SeededDataset(Dataset[Any]):
-    """A dataset whose randomness (torch, numpy, random) depends on (seed, epoch, index) alone.
+    """A dataset whose random augmentation (torch, numpy, random) depends on (seed, epoch, index) alone.
 
-    A dataset with a true attribute ``deterministic`` promises to use none, and is fetched by its own ``__getitems__``
-    if it has one. The random state of the process is left as it was.
+    Reading restores the random state of the process. A dataset whose attribute ``deterministic`` is true uses no random
+    numbers; its own ``__getitems__`` is called if it has one.
 
     Args:
         dataset: The map-style dataset to read from.
@@ -71,22 +65,22 @@ class SeededDataset(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # not yet there while unpickling
+        if name == "dataset":  # not set yet while unpickling
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def __getitem__(self, draw: SampleKey) -> Any:
-        return self.__getitems__([draw])[0]
+    def __getitem__(self, key: SampleKey) -> Any:
+        return self.__getitems__([key])[0]
 
-    def __getitems__(self, draws: list[SampleKey]) -> Any:
-        """The samples of ``draws``, in their order."""
+    def __getitems__(self, keys: list[SampleKey]) -> Any:
+        """The samples of ``keys``, in that order."""
         if getattr(self.dataset, "deterministic", False):
-            indices = [index for _, index in draws]
+            indices = [index for _, index in keys]
             if hasattr(self.dataset, "__getitems__"):
                 return self.dataset.__getitems__(indices)
             return [self.dataset[index] for index in indices]
         with preserve_rng_state():
-            return [self._seeded(*draw) for draw in draws]
+            return [self._seeded(*key) for key in keys]
 
     def _seeded(self, epoch: int, index: int) -> Any:
         seed_cpu(derive_seed(self.seed, epoch, index))

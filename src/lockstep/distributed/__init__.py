@@ -1,4 +1,4 @@
-"""Ranks as a group: start them, connect them, handle signals, and agree on when to stop."""
+"""Connect the ranks of a run: fork them, start the process group, receive signals, and agree when to stop."""
 
 from lockstep.distributed.consensus import StopConsensus
 from lockstep.distributed.process_group import (

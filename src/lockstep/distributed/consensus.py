@@ -1,8 +1,7 @@
-"""Stopping together: signals set a flag, and the ranks agree on the step after which all of them stop.
+"""Consensus of all ranks on the step after which they stop or save.
 
-Every so many steps, about four times a second, the ranks start one small all-reduce over gloo and look at the result of the
-one before, which has long been there: nobody waits for a device or for another rank. All ranks look after the same step, so
-whatever the result says, they do it together.
+About four times a second, all ranks start one small all-reduce over gloo after the same step. They read the result of the
+previous one, which has completed by then. So a step waits neither for the device nor for another rank.
 """
 
 import time
@@ -17,16 +16,16 @@ from torch.distributed import ReduceOp, Work
 from lockstep.core import World
 
 _INTERVAL_SECONDS = 0.25
-"""Time between two agreements."""
+"""Time between two all-reduces."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after this step.
+    """What all ranks do after a step.
 
     Attributes:
-        stop: Number of the signal to stop for; 0 goes on.
-        save: Whether to save.
+        stop: Number of the signal to stop for; 0 to continue.
+        save: Whether to save a checkpoint.
     """
 
     stop: int = 0
@@ -34,48 +33,47 @@ class Decision:
 
 
 class StopConsensus:
-    """The ranks' common decision at the boundary of two steps. Every rank must ask after every step.
+    """Reaches the same decision on all ranks; every rank must poll after every optimizer step.
 
     Args:
-        world: Who agrees.
+        world: The ranks that decide together.
     """
 
     def __init__(self, world: World) -> None:
         self._group: Any = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
         self._work: Work | None = None
-        self._agreed = np.zeros(3, dtype=np.int64)
-        self._asked = 0
-        self._next = 1
-        self._since = time.monotonic()
+        self._reduced = np.zeros(3, dtype=np.int64)  # stop, save, steps until the next all-reduce
+        self._step = 0
+        self._next_step = 1
+        self._last_time = time.monotonic()
 
     def poll(self, stop: int, save: bool) -> Decision:
-        """What is to be done after this step, as all ranks answer alike.
+        """The decision for this step, equal on all ranks.
 
         Args:
-            stop: What this rank would stop for; 0 for nothing.
+            stop: Number of the signal that this rank wants to stop for; 0 for none.
             save: Whether this rank wants to save.
         """
         if self._group is None:
             return Decision(stop, save)
-        self._asked += 1
-        if self._asked < self._next:
+        self._step += 1
+        if self._step < self._next_step:
             return Decision()
-        agreed = Decision()
-        interval = 1
+        decision, interval = Decision(), 1
         if self._work is not None:
             self._work.wait()
-            agreed, interval = Decision(int(self._agreed[0]), bool(self._agreed[1])), int(self._agreed[2])
+            decision, interval = Decision(int(self._reduced[0]), bool(self._reduced[1])), int(self._reduced[2])
         now = time.monotonic()
-        steps = max(1, int(interval * _INTERVAL_SECONDS / max(now - self._since, 1e-4)))
-        self._since = now
-        self._agreed[:] = stop, save, min(steps, 4 * interval, 10_000)
-        shared = torch.from_numpy(self._agreed)  # the result comes into the same memory
+        steps = max(1, int(interval * _INTERVAL_SECONDS / max(now - self._last_time, 1e-4)))
+        self._last_time = now
+        self._reduced[:] = stop, save, min(steps, 4 * interval, 10_000)
+        shared = torch.from_numpy(self._reduced)  # shares its memory, which the all-reduce writes to
         self._work = torch.distributed.all_reduce(shared, ReduceOp.MAX, group=self._group, async_op=True)
-        self._next = self._asked + interval
-        return agreed
+        self._next_step = self._step + interval
+        return decision
 
     def reduce_max(self, number: int, on_wait: Callable[[], None] = lambda: None) -> int:
-        """The largest number that a rank has given, on all of them; waits for all, and calls ``on_wait`` then."""
+        """The maximum of ``number`` over all ranks; calls ``on_wait`` repeatedly while it waits for them."""
         if self._group is None:
             return number
         shared = torch.tensor(number)
@@ -89,7 +87,7 @@ class StopConsensus:
         return int(shared)
 
     def close(self) -> None:
-        """Wait for the last one, so that nobody leaves while another still counts on it."""
+        """Wait for the pending all-reduce, so that no rank exits while another still needs it."""
         if self._work is not None:
             self._work.wait()
             self._work = None

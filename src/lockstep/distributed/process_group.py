@@ -1,4 +1,4 @@
-"""How the ranks meet: which device each has, the process group, and what they tell each other in it."""
+"""The process group: devices, rendezvous, and small collectives of Python objects."""
 
 import logging
 import os
@@ -9,19 +9,17 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch._C._distributed_c10d import HashStore
 
+from lockstep.compat.lightning import set_rank_zero
 from lockstep.core import LockstepError, UsageError, World
 
 log = logging.getLogger(__name__)
-
 
 T = TypeVar("T")
 
 
 class WorldEnvironment(ClusterEnvironment):
-    """Tells lightning what ``World`` knows; with it lightning's own detection of Slurm and torchrun stays out of the way."""
+    """Describes a ``World`` to Lightning, in place of Lightning's own detection of Slurm and torchrun."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -61,17 +59,17 @@ class WorldEnvironment(ClusterEnvironment):
 
 
 def local_devices(world: World, accelerator: str) -> list[torch.device]:
-    """One device for each rank of this node.
+    """The device of each rank of this node, by local rank.
 
     Args:
-        world: How many ranks share the node.
-        accelerator: As in lightning's Trainer; ``auto`` takes GPUs where every rank can have one, else the CPU.
+        world: Gives the number of ranks on the node.
+        accelerator: As in Lightning's Trainer; ``auto`` uses GPUs if there is one for every rank, else the CPU.
 
     Raises:
-        UsageError: There are fewer GPUs than ranks, or the accelerator is not one that lockstep drives.
+        UsageError: There are fewer GPUs than ranks, or the accelerator is not supported.
     """
     visible = torch.cuda.device_count()
-    # A cluster that gives each task its own GPU shows each of them as number 0.
+    # A cluster that binds each task to one GPU numbers every one of them 0.
     bound = visible == 1 and world.launcher in ("slurm", "submitit")
     if accelerator == "auto":
         accelerator = "gpu" if bound or visible >= world.local_size else "cpu"
@@ -92,18 +90,21 @@ def local_devices(world: World, accelerator: str) -> list[torch.device]:
 
 
 def init_process_group(world: World, device: torch.device, timeout: timedelta, alone: bool = False) -> None:
-    """Meet the other ranks: start the process group, nccl on GPUs and gloo on CPUs.
+    """Start the process group: nccl on GPUs, gloo on CPUs.
 
-    A single process has one only if ``alone`` says so.
+    Args:
+        world: The ranks.
+        device: Device of this rank.
+        timeout: How long a collective waits for a rank before it fails.
+        alone: Start one for a single process too.
     """
-    # lightning guesses it from the environment when it is imported, which is too early for a forked rank.
-    rank_zero_only.rank = world.rank  # type: ignore[attr-defined]
+    set_rank_zero(world.rank)
     if world.size == 1 and not alone:
         return
     on_gpu = device.type == "cuda"
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
-        # As torchrun does: the ranks of a node share its cores. The variable too, or lightning sets cores / ranks of the node,
-        # and the last digit of a sum depends on how the ranks are spread over nodes.
+        # As torchrun does: the ranks of a node share its cores. Without the variable, Lightning would use cores / ranks of the
+        # node, and the last digit of a sum would depend on how the ranks are spread over nodes.
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
     if on_gpu:
@@ -111,7 +112,7 @@ def init_process_group(world: World, device: torch.device, timeout: timedelta, a
     torch.distributed.init_process_group(
         backend="nccl" if on_gpu else "gloo",
         init_method=world.rendezvous if world.size > 1 else None,
-        store=HashStore() if world.size == 1 else None,
+        store=torch.distributed.HashStore() if world.size == 1 else None,  # type: ignore[attr-defined]
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,
@@ -120,24 +121,28 @@ def init_process_group(world: World, device: torch.device, timeout: timedelta, a
 
 
 def enable_flight_recorder(folder: Path, env: MutableMapping[str, str]) -> None:
-    """Have NCCL remember its newest collectives, and write them into ``folder`` when one of them takes too long.
+    """Make NCCL record its latest collectives and write them to ``folder`` when one times out.
 
-    ``torchfrtrace`` reads the files (https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html). What a user
-    has set stays. To be called before the process group starts.
+    Call this before the process group starts. Variables that are already set in ``env`` keep their values. ``torchfrtrace``
+    reads the files (https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html).
     """
-    wanted = {"BUFFER_SIZE": "2000", "DUMP_ON_TIMEOUT": "1", "DUMP_TEMP_FILE": str(folder / "nccl-trace-")}
-    for name, value in wanted.items():
+    defaults = {"BUFFER_SIZE": "2000", "DUMP_ON_TIMEOUT": "1", "DUMP_TEMP_FILE": str(folder / "nccl-trace-")}
+    for name, value in defaults.items():
         env.setdefault(f"TORCH_FR_{name}", value)
 
 
 def destroy_process_group() -> None:
-    """End the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def broadcast_from_rank_zero(make: Callable[[], T], world: World) -> T:
-    """What ``make`` returns on rank zero, on every rank; its ``LockstepError`` is raised on every rank too."""
+    """Call ``make`` on rank zero and return its result on every rank.
+
+    Raises:
+        LockstepError: ``make`` raised it on rank zero; every rank raises it.
+    """
     if world.size == 1:
         return make()
     message: list[Any] = [None]
@@ -149,12 +154,12 @@ def broadcast_from_rank_zero(make: Callable[[], T], world: World) -> T:
     torch.distributed.broadcast_object_list(message, src=0)
     if isinstance(message[0], LockstepError):
         raise message[0]
-    made: T = message[0]
-    return made
+    result: T = message[0]
+    return result
 
 
 def all_gather(value: T, world: World) -> list[T]:
-    """The ``value`` of every rank, by rank; every rank must call."""
+    """Collect the ``value`` of every rank, by rank; every rank must call."""
     values = [value] * world.size
     if world.size > 1:
         torch.distributed.all_gather_object(values, value)

@@ -1,7 +1,7 @@
-"""Several ranks on one machine: forked from a process that has already imported everything, named when they fail.
+"""Several ranks on one machine, forked from a process that has already imported torch and Lightning.
 
-Used by ``launch/local.py`` and by the tests. Importing torch and lightning takes longer than many a test; a fork takes none
-of that time again. Nothing here may start CUDA before the fork.
+``launch/local.py`` and the tests use it: importing takes longer than many tests, and forking takes no time. CUDA must not be
+initialized before the fork.
 """
 
 import ctypes
@@ -13,141 +13,142 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lockstep.core import Interrupted, LockstepError, World
+from lockstep.core import Interrupted, World
+from lockstep.runs import Failure
 
 T = TypeVar("T")
 
-
 _GRACE_SECONDS = 3.0
-"""How long a rank that is asked to end may take."""
+"""How long a rank may take to end after SIGTERM."""
 
 
 class RankFailed(Exception):
-    """A rank failed; the others were ended.
+    """A rank failed, and the other ranks were ended.
 
     Attributes:
-        world: The rank that failed first.
-        report: Its traceback, or the one sentence of a ``LockstepError``, or how it was killed.
-        exit_status: What the launcher exits with: 2 for a wrong usage, else 1.
-        sentence: Whether ``report`` is a sentence that needs no more words.
+        failure: The failure of the rank that failed first.
     """
 
-    def __init__(self, world: World, report: str, exit_status: int = 1, sentence: bool = False) -> None:
-        super().__init__(f"rank {world.rank} of {world.size} (node {world.node_rank}) failed: {report}")
-        self.world, self.report, self.exit_status, self.message = world, report, exit_status, sentence
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"rank {failure.rank} of {failure.world_size} (node {failure.node}) failed: {failure.report}")
+        self.failure = failure
 
 
 @dataclass(frozen=True)
-class _RankFailure:
-    time: float
-    report: str
-    exit_status: int
-    message: bool
+class _Outcome:
+    """What a rank sends when it ends: its result or its failure, and the time in seconds since 1970."""
+
+    result: Any = None
+    failure: Failure | None = None
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class _RankProcess:
+    """A forked rank: its process, the pipe for its result, and a descriptor that becomes readable when it ends."""
+
+    world: World
+    process: BaseProcess
+    receiver: Connection
+    end: int
 
 
 def fork_ranks(
     target: Callable[[World], T], nodes: int = 1, ranks: int = 1, logs: Callable[[int], Path] | None = None
 ) -> list[T]:
-    """Run ``target(world)`` in ``nodes`` × ``ranks`` forked processes and return what each returned, by rank.
+    """Run ``target(world)`` in ``nodes`` × ``ranks`` forked processes and return the results by rank.
 
     Args:
-        target: What a rank does; its result must pickle.
-        nodes: Pretend nodes.
-        ranks: Ranks on each of them.
-        logs: Where the output of a rank goes, for every rank but zero; None leaves it where the caller's goes.
+        target: The function of a rank; its result must pickle.
+        nodes: Number of simulated nodes.
+        ranks: Ranks on each node.
+        logs: The log file of a rank, used for every rank except zero; None inherits the caller's output.
 
     Raises:
-        RankFailed: Names the rank that failed first. The others have been ended.
-        KeyboardInterrupt: Ctrl-C; all ranks have been ended.
+        RankFailed: Names the rank that failed first; the others have been ended.
+        KeyboardInterrupt: Ctrl-C; all ranks have ended.
+        Interrupted: SIGTERM; all ranks have ended.
     """
     size = nodes * ranks
-    context = multiprocessing.get_context("fork")
+    forked: list[_RankProcess] = []
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
-        worlds = [World(rank, size, rank % ranks, ranks, f"file://{folder}/rendezvous", "local") for rank in range(size)]
-        receivers: list[Connection] = []
         sys.stdout.flush()
         sys.stderr.flush()
-        processes: list[BaseProcess] = []
-        endings: list[int] = []
-        before = signal.signal(signal.SIGTERM, _raise_interrupted)
+        previous = signal.signal(signal.SIGTERM, _raise_interrupted)
         try:
-            for world in worlds:
-                # One after the other, or a rank would hold the ends of the pipes of those after it, and nobody could tell
-                # that they are gone.
-                receiver, sender = context.Pipe(duplex=False)
-                receivers.append(receiver)
-                log = logs(world.rank) if logs is not None and world.rank else None
-                process = context.Process(target=_run_rank, args=(target, world, sender, log, os.getpid()))
-                process.start()
-                processes.append(process)
-                # Not Process.sentinel: it is a pipe, and a DataLoader worker of a dead rank still holds its other end.
-                linux = sys.platform == "linux"
-                endings.append(os.pidfd_open(process.pid or 0) if linux else os.dup(process.sentinel))
-                sender.close()
-            return _collect(worlds, processes, receivers, endings)
+            for rank in range(size):
+                world = World(rank, size, rank % ranks, ranks, f"file://{folder}/rendezvous", "local")
+                forked.append(_fork(target, world, logs(rank) if logs is not None and rank else None))
+            return _collect(forked)
         except (KeyboardInterrupt, Interrupted):
-            # A terminal sends Ctrl-C to the ranks as well: let them stop together, and save. A second one ends that.
-            _wait(processes)
-            for rank in processes:
-                if rank.is_alive():
-                    rank.terminate()
-            for rank in processes:
-                rank.join()
+            # A terminal sends Ctrl-C to the ranks too: let them save and stop together. A second Ctrl-C ends the wait.
+            _join(forked, _GRACE_SECONDS)
+            _terminate(forked)
+            _join(forked)
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
-            _terminate(processes)
-            for ending in endings:
-                os.close(ending)
+            signal.signal(signal.SIGTERM, previous)
+            _terminate(forked)
+            _join(forked, _GRACE_SECONDS)
+            for rank_process in forked:
+                rank_process.process.kill()
+                rank_process.process.join()
+                os.close(rank_process.end)
 
 
 def _raise_interrupted(*_: object) -> None:
     raise Interrupted(143)
 
 
+def _fork(target: Callable[[World], Any], world: World, log: Path | None) -> _RankProcess:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run_rank, args=(target, world, sender, log, os.getpid()))
+    process.start()
+    # Before the next fork: a later rank must not hold the sending end, or the pipe would not close when this rank ends.
+    sender.close()
+    # Process.sentinel is a pipe too, and a DataLoader worker of a dead rank still holds its other end.
+    end = os.pidfd_open(process.pid or 0) if sys.platform == "linux" else os.dup(process.sentinel)
+    return _RankProcess(world, process, receiver, end)
+
+
 def _run_rank(target: Callable[[World], Any], world: World, sender: Connection, log: Path | None, parent: int) -> None:
-    """The life of a forked rank."""
+    """Run ``target`` in a forked process, send its result or failure, and exit."""
     _exit_with_parent(parent)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if log is not None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        # Both layers: the parent may have put something else than file descriptor 1 behind sys.stdout.
+        # Python's streams too: in the parent, sys.stdout may be something other than file descriptor 1.
         sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
     os.environ.update(world.environ())
-    if (shared := _visible_devices(world, os.environ.get("CUDA_VISIBLE_DEVICES"))) is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = shared
+    if (devices := _visible_devices(world, os.environ.get("CUDA_VISIBLE_DEVICES"))) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
     status = 1
     try:
-        sender.send(target(world))
+        sender.send(_Outcome(target(world)))
         status = 0
-    except LockstepError as error:
-        status = error.exit_status
-        sender.send(_RankFailure(time.time(), error.message, status, True))
-    except Interrupted as error:
-        status = int(error.code) if isinstance(error.code, int) else 1
-        name = "Ctrl-C" if status == 130 else signal.Signals(status - 128).name
-        sender.send(_RankFailure(time.time(), f"It was ended by {name}; --resume goes on.", status, True))
     except BaseException as error:
-        if log is not None:
+        failure = replace(Failure.from_exception(error, world), host="")  # all ranks are on this machine
+        status = failure.exit_status
+        if log is not None and not failure.is_permanent and not failure.is_interruption:
             traceback.print_exc()
-        sender.send(_RankFailure(time.time(), "".join(traceback.format_exception(error)), 1, False))
+        sender.send(_Outcome(failure=failure))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not sys.exit: what the parent registered to run at its exit is not this process's business.
-        os._exit(status)
+        os._exit(status)  # without the exit handlers of the parent
 
 
 def _exit_with_parent(parent: int) -> None:
-    """Ask Linux to end this process when its parent ends, however that ends."""
+    """Make Linux kill this process when its parent ends, even after SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
@@ -155,7 +156,7 @@ def _exit_with_parent(parent: int) -> None:
 
 
 def _visible_devices(world: World, visible: str | None) -> str | None:
-    """The GPUs of this rank's pretend node, for CUDA_VISIBLE_DEVICES; None leaves it as it is, on one node or without GPUs."""
+    """CUDA_VISIBLE_DEVICES for the GPUs of this rank's simulated node; None to keep it, on one node or without GPUs."""
     import torch
 
     count = torch.cuda.device_count()
@@ -166,67 +167,53 @@ def _visible_devices(world: World, visible: str | None) -> str | None:
     return ",".join(names[first : first + world.local_size]) if world.size <= count else ""
 
 
-def _collect(
-    worlds: Sequence[World], processes: Sequence[BaseProcess], receivers: Sequence[Connection], endings: Sequence[int]
-) -> list[Any]:
-    """The results of all ranks, or the first failure."""
-    results: dict[int, Any] = {}
-    failures: dict[int, _RankFailure] = {}
-    waiting = {world.rank for world in worlds}
+def _collect(forked: Sequence[_RankProcess]) -> list[Any]:
+    """The results of all ranks, by rank.
+
+    Raises:
+        RankFailed: At least one rank failed; names the first.
+    """
+    outcomes: dict[int, _Outcome] = {}
     deadline: float | None = None
-    while waiting and (deadline is None or time.time() < deadline):
-        heard = [item for rank in waiting for item in (receivers[rank], endings[rank])]
-        ready = wait(heard, timeout=None if deadline is None else max(0.0, deadline - time.time()))
-        for rank in sorted(waiting):
-            if receivers[rank] not in ready and endings[rank] not in ready:
-                continue
-            waiting.remove(rank)
-            message = _receive(receivers[rank], processes[rank])
-            if isinstance(message, _RankFailure):
-                failures[rank] = message
-                # Its peers fail with it, some of them sooner to tell: hear them before the first is named. Those that stop
-                # together have things to close.
-                if message.exit_status < 128:
+    while len(outcomes) < len(forked) and (deadline is None or time.time() < deadline):
+        running = [rank for rank in forked if rank.world.rank not in outcomes]
+        handles = [handle for rank in running for handle in (rank.receiver, rank.end)]
+        ready = wait(handles, timeout=None if deadline is None else max(0.0, deadline - time.time()))
+        for rank in running:
+            if rank.receiver in ready or rank.end in ready:
+                outcome = outcomes[rank.world.rank] = _receive(rank)
+                # Its peers fail too, and may report sooner: wait for them before naming the first. After a stop signal the
+                # ranks still have work to finish, so there is no deadline.
+                if outcome.failure is not None and not outcome.failure.is_interruption:
                     deadline = deadline or time.time() + 0.3
-            else:
-                results[rank] = message
-    if failures:
-        rank, first = min(failures.items(), key=lambda item: item[1].time)
-        raise RankFailed(worlds[rank], first.report, first.exit_status, first.message)
-    return [results[world.rank] for world in worlds]
+    failed = sorted((outcome.time, rank, outcome.failure) for rank, outcome in outcomes.items() if outcome.failure is not None)
+    if failed:
+        raise RankFailed(failed[0][2])
+    return [outcomes[rank].result for rank in range(len(forked))]
 
 
-def _receive(receiver: Connection, process: BaseProcess) -> Any:
-    """What a rank has returned, or how it failed; a little earlier than now if it died without a word."""
+def _receive(rank: _RankProcess) -> _Outcome:
     try:
-        if receiver.poll():
-            return receiver.recv()
+        if rank.receiver.poll():
+            outcome: _Outcome = rank.receiver.recv()
+            return outcome
     except EOFError:
         pass
-    process.join(1)
-    return _RankFailure(time.time() - 0.2, _describe_exit(process.exitcode), 1, False)
+    rank.process.join(1)
+    code, world = rank.process.exitcode, rank.world
+    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with status {code}"
+    # A killed rank fails before its peers notice, and sends nothing: date it back.
+    failure = Failure(world.rank, world.size, world.node_rank, "", f"The process {how}.")
+    return _Outcome(failure=failure, time=time.time() - 0.2)
 
 
-def _describe_exit(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"it was killed by {signal.Signals(-code).name}."
-    return f"it ended without a word, with exit status {code}."
+def _terminate(forked: Sequence[_RankProcess]) -> None:
+    for rank in forked:
+        rank.process.terminate()
 
 
-def _terminate(processes: Sequence[BaseProcess]) -> None:
-    """End all that still run: ask, wait a moment, then kill."""
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
-    _wait(processes)
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-def _wait(processes: Sequence[BaseProcess]) -> None:
-    """Give all that still run a moment to end by themselves."""
-    deadline = time.monotonic() + _GRACE_SECONDS
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
+def _join(forked: Sequence[_RankProcess], seconds: float | None = None) -> None:
+    """Wait for all ranks to end, at most for ``seconds``."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    for rank in forked:
+        rank.process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))

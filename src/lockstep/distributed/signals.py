@@ -1,9 +1,4 @@
-"""Stopping together: signals set a flag, and the ranks agree on the step after which all of them stop.
-
-Every so many steps, about four times a second, the ranks start one small all-reduce over gloo and look at the result of the
-one before, which has long been there: nobody waits for a device or for another rank. All ranks look after the same step, so
-whatever the result says, they do it together.
-"""
+"""Signals that ask a run to stop."""
 
 import os
 import signal
@@ -12,16 +7,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Whatever Slurm, an administrator or a person at the keyboard sends to end a run in good order."""
+"""The signals that Slurm, an administrator or a user sends to stop a run cleanly."""
 
 
 class SignalReceiver:
-    """What this process has been told; a handler notes it and does nothing else.
+    """Records the first stop signal of this process; the ranks act on it between two steps.
 
-    A second Ctrl-C does what Ctrl-C always does.
+    A second Ctrl-C raises KeyboardInterrupt as usual.
 
     Attributes:
-        received: The first one, None before.
+        received: The first stop signal; None before it.
     """
 
     def __init__(self) -> None:
@@ -29,17 +24,15 @@ class SignalReceiver:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Note the signals in here; before and after, where nothing is to be saved, they do what they do."""
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+        """Handle the stop signals inside the block; restore the previous handlers after it."""
+        previous = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
         elif number == signal.SIGINT:
@@ -47,11 +40,13 @@ class SignalReceiver:
 
 
 def block_signals(*signals: signal.Signals) -> None:
-    """Leave it to the rank what these signals mean: for processes that a rank has started."""
+    """Block these signals in this process; for DataLoader workers, which their rank ends."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
 
 def allocation_end_time() -> float | None:
-    """When the job's time is over, in seconds since 1970, as ``again`` was told by Slurm; None where there is no such time."""
-    end = os.environ.get("LOCKSTEP_ENDS", "0")
-    return float(end) or None
+    """End of the Slurm allocation, in seconds since 1970; None without a time limit.
+
+    The batch script sets LOCKSTEP_ENDS for each attempt.
+    """
+    return float(os.environ.get("LOCKSTEP_ENDS", "0")) or None

@@ -1,10 +1,14 @@
-"""Two small networks for the small data sets; larger ones come from torchvision by name."""
+"""Two small networks for the small data sets, and torchvision models by name."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torchvision
 from torch import Tensor, nn
+
+from lockstep.core import UsageError, did_you_mean
 
 
 class MLP(nn.Sequential):
@@ -14,7 +18,7 @@ class MLP(nn.Sequential):
         shape: Shape of one input, channels first: (C, H, W).
         num_classes: Number of outputs.
         hidden: Width of each hidden layer.
-        dropout: Share of each hidden layer that is dropped while training.
+        dropout: Dropout probability of each hidden layer.
     """
 
     def __init__(
@@ -28,11 +32,10 @@ class MLP(nn.Sequential):
 
 
 class ConvNet(nn.Module):
-    """Blocks of two 3×3 convolutions with group norm, each block after the first at half the resolution; then the mean.
+    """Blocks of two 3×3 convolutions with group norm and SiLU, at half the resolution from block to block; then the mean.
 
-    Group norm, not batch norm: it does not depend on how many samples a rank has. SiLU, not ReLU: it has no kink, at which
-    the last digit of a sum, which depends on the number of ranks, would decide about a gradient. So one rank and many compute
-    the same.
+    Computes the same on any number of ranks. Group norm does not depend on how many samples a rank has, as batch norm does.
+    SiLU is smooth: at the kink of ReLU, rounding that depends on the number of ranks would decide about a gradient.
 
     Args:
         in_channels: Channels of the input (B, C, H, W); any size.
@@ -58,3 +61,26 @@ class ConvNet(nn.Module):
         """Logits (B, num_classes) of ``images`` (B, C, H, W)."""
         output: Tensor = self.head(self.blocks(images).mean(dim=(2, 3)))
         return output
+
+
+def make_torchvision_model(name: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """Create the torchvision classification model ``name`` with ``num_classes`` outputs.
+
+    Raises:
+        UsageError: The model is unknown, or does not take one of the arguments.
+    """
+    names = torchvision.models.list_models(module=torchvision.models)
+    if "." in name:
+        raise UsageError(
+            f"model.network: {name!r} is neither the import path of an nn.Module nor the name of a torchvision model."
+        )
+    if name not in names:
+        raise UsageError(f"model.network: torchvision has no classification model {name!r}{did_you_mean(name, names)}")
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary heads return a tuple in training.
+        arguments = {"aux_logits": False, "init_weights": True, **arguments}
+    try:
+        model: nn.Module = torchvision.models.get_model(name, num_classes=num_classes, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model.network_args: torchvision's {name} raised: {error}.") from None
+    return model

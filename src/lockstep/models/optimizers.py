@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name, counted in optimizer steps."""
+"""Optimizers by name or class path."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ _FUSED = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices and filters decay; biases and norm scales (one dimension) do not.
+    """Trainable parameters in two groups: matrices and filters with weight decay; biases and norm scales (1-D) without.
 
     Source: He et al. 2019, *Bag of Tricks for Image Classification*, section 3.1.
     """
@@ -27,17 +27,17 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, fused: bool, arguments: Mapping[str, Any]) -> Optimizer:
-    """``adamw``, ``sgd`` or the class at an import path such as ``torch.optim.NAdam``.
+    """Create an optimizer.
 
     Args:
-        name: Which one.
+        name: ``adamw``, ``sgd`` or the import path of a class, such as ``torch.optim.NAdam``.
         groups: Parameter groups.
         lr: Learning rate.
-        fused: Update all parameters in one kernel, for adamw and sgd.
+        fused: Update all parameters in one kernel; for adamw and sgd.
         arguments: Further arguments of the class.
 
     Raises:
-        UsageError: No such optimizer, or it does not take one of the arguments.
+        UsageError: The optimizer is unknown, or does not take one of the arguments.
     """
     cls: Callable[..., Any]
     if name in _FUSED:
@@ -49,7 +49,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, fused: bo
         except (ImportError, ValueError, AttributeError):
             raise UsageError(f"model.optimizer: {name!r} is not adamw, sgd or the import path of a torch optimizer.") from None
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-            raise UsageError(f"model.optimizer: {name!r} is no torch.optim.Optimizer.")
+            raise UsageError(f"model.optimizer: {name!r} is not a subclass of torch.optim.Optimizer.")
     try:
         optimizer = cls(groups, lr=lr, **arguments)
     except TypeError as error:

@@ -1,7 +1,8 @@
-"""Optimizers and learning-rate schedules by name, counted in optimizer steps."""
+"""Learning-rate schedules, counted in optimizer steps."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from lockstep.core import UsageError
@@ -9,49 +10,58 @@ from lockstep.core import UsageError
 ScheduleName = Literal["constant", "cosine", "step"]
 
 
-def learning_rate_factor(
-    schedule: ScheduleName,
-    warmup_steps: int,
-    warmup_from: float = 0.0,
-    total_steps: float = math.inf,
-    final: float = 0.0,
-    step_size: int | None = None,
-    gamma: float = 0.1,
-) -> Callable[[int], float]:
-    """The factor on the learning rate at each optimizer step, for ``torch.optim.lr_scheduler.LambdaLR``.
+@dataclass(frozen=True)
+class LearningRateSchedule:
+    """A linear warm-up to the full learning rate, then a schedule.
 
-    Args:
-        schedule: ``constant``; ``cosine`` from 1 to ``final`` (Loshchilov and Hutter 2017, without restarts);
+    Attributes:
+        name: ``constant``; ``cosine`` from 1 to ``final`` (Loshchilov and Hutter 2017, without restarts);
             ``step``: times ``gamma`` every ``step_size`` steps.
-        warmup_steps: First rise linearly from ``warmup_from`` to 1 in this many steps; the schedule begins after them,
-            but a cosine still ends at ``total_steps``.
-        warmup_from: Factor that the warm-up starts from.
-        total_steps: Length of the run; cosine needs it to be finite.
-        final: Where cosine ends, as a part of the full learning rate.
-        step_size: Steps between two falls.
-        gamma: Factor of one fall.
+        warmup_steps: Steps of the warm-up; the schedule follows it, but a cosine still ends at the last step of the run.
+        final: Last factor of the cosine.
+        step_size: Steps between two decays.
+        gamma: Factor of each decay.
 
     Raises:
-        UsageError: The numbers give no schedule; the key is named.
+        UsageError: A number is out of range; names the key.
     """
-    if warmup_steps < 0:
-        raise UsageError(f"model.warmup_steps: {warmup_steps} must be 0 or more.")
-    if schedule == "step" and (step_size is None or step_size < 1):
-        raise UsageError(f"model.step_size: {step_size} must be 1 or more optimizer steps with model.schedule: step.")
-    if schedule == "cosine" and math.isinf(total_steps):
-        raise UsageError(
-            "model.schedule: cosine needs an end; set trainer.max_epochs or trainer.max_steps, or use constant or step."
-        )
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return warmup_from + (1 - warmup_from) * (step + 1) / (warmup_steps + 1)
-        if schedule == "cosine":
-            part = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-            return final + (1 - final) * (1 + math.cos(math.pi * min(1.0, part))) / 2
-        if schedule == "step":
-            assert step_size is not None
-            return gamma ** ((step - warmup_steps) // step_size)
-        return 1.0
+    name: ScheduleName
+    warmup_steps: int = 0
+    final: float = 0.0
+    step_size: int | None = None
+    gamma: float = 0.1
 
-    return factor
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise UsageError(f"model.warmup_steps: {self.warmup_steps} must be 0 or more.")
+        if self.name == "step" and (self.step_size is None or self.step_size < 1):
+            raise UsageError(f"model.step_size: {self.step_size} must be 1 or more optimizer steps with model.schedule: step.")
+
+    def factor(self, total_steps: float = math.inf, warmup_start: float = 0.0) -> Callable[[int], float]:
+        """The factor on the learning rate at each optimizer step, for ``torch.optim.lr_scheduler.LambdaLR``.
+
+        Args:
+            total_steps: Optimizer steps of the run.
+            warmup_start: Factor before the warm-up.
+
+        Raises:
+            UsageError: A cosine needs a run with an end.
+        """
+        if self.name == "cosine" and math.isinf(total_steps):
+            raise UsageError(
+                "model.schedule: cosine needs an end; set trainer.max_epochs or trainer.max_steps, or use constant or step."
+            )
+
+        def factor(step: int) -> float:
+            after_warmup = step - self.warmup_steps
+            if after_warmup < 0:
+                return warmup_start + (1 - warmup_start) * (step + 1) / (self.warmup_steps + 1)
+            if self.name == "cosine":
+                progress = min(1.0, after_warmup / max(1, total_steps - self.warmup_steps))
+                return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+            if self.step_size is not None and self.name == "step":
+                return self.gamma ** (after_warmup // self.step_size)
+            return 1.0
+
+        return factor

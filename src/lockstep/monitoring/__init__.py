@@ -5,5 +5,6 @@ from lockstep.monitoring.nan_guard import NanGuard
 from lockstep.monitoring.report import draw_report, summary_lines, weights_sha256
 from lockstep.monitoring.status import ProgressBar, StatusReporter, is_interactive
 from lockstep.monitoring.throughput import ThroughputMonitor
-from lockstep.monitoring.wandb_logger import WandbRunLogger, start_wandb_logger, sync_command
+from lockstep.monitoring.wandb_client import sync_command
+from lockstep.monitoring.wandb_logger import WandbRunLogger, start_wandb_logger
 from lockstep.monitoring.watchdog import Watchdog

@@ -1,4 +1,4 @@
-"""``metrics.csv``: a row for every logged step, once, however often a run restarts."""
+"""The metrics file ``metrics.csv``: one row for every logged step, without repeats after a restart."""
 
 import csv
 import logging
@@ -17,18 +17,18 @@ log = logging.getLogger(__name__)
 
 
 class CsvMetricsLogger(Logger):
-    """Appends one row per logged step to ``metrics.csv``: step, epoch, then the metrics in the order of their appearance.
+    """Appends one row per logged step to ``metrics.csv``: step, epoch, then the metrics in the order of appearance.
 
-    Rows are counted. A run that goes on from a checkpoint counts on from what was logged when that was saved, and a row that
-    is in the file already is not written again: what is logged twice, because steps are done twice, is there once.
+    Rows are counted. A resumed run counts on from the number of rows that its checkpoint saved, and does not write rows that
+    are in the file already.
 
     Args:
         path: The file.
-        step: Number of optimizer steps done; lightning's own label counts from 0.
+        step: Returns the number of optimizer steps done; Lightning's own step starts at 0.
 
     Attributes:
-        rows: How many rows were logged, up to here in the run.
-        newest: The newest value of every metric.
+        row_count: Number of rows logged so far in the run.
+        latest: The latest value of every metric.
     """
 
     def __init__(self, path: Path, step: Callable[[], int]) -> None:
@@ -37,11 +37,11 @@ class CsvMetricsLogger(Logger):
         self.row_count = 0
         self.latest: dict[str, float] = {}
         self._columns: list[str] = []
-        self._written = 0
-        self._waiting: list[dict[str, Any]] = []
+        self._rows_in_file = 0
+        self._pending: list[dict[str, Any]] = []
         if path.exists():
             _truncate_partial_line(path)
-            self._columns, self._written = _columns(path), len(read_metrics(path))
+            self._columns, self._rows_in_file = _read_columns(path), len(read_metrics(path))
 
     @property
     def name(self) -> str:
@@ -50,30 +50,42 @@ class CsvMetricsLogger(Logger):
 
     @property
     def version(self) -> str:
-        """There is one file per run."""
+        """Empty: there is one file per run."""
         return ""
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The config is saved elsewhere, whole."""
+        """Do nothing: ``config.yaml`` has the complete config."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one row; new metrics become new columns."""
         self.latest |= metrics
         self.row_count += 1
-        if self.row_count <= self._written:
-            return
-        self._written = self.row_count
-        self._waiting.append({"step": self._step(), "epoch": metrics.get("epoch", "")} | dict(metrics))
-        try:
-            self._write()
-        except OSError as error:
-            log.warning("%s could not be written (%s); training goes on, and its rows wait", self.path, error.strerror)
+        if self.row_count > self._rows_in_file:
+            self._rows_in_file = self.row_count
+            self._pending.append({"step": self._step(), "epoch": metrics.get("epoch", "")} | dict(metrics))
+            self._write_pending()
 
-    def _write(self) -> None:
-        """Append what waits; all of it or nothing."""
-        names = dict.fromkeys(name for row in self._waiting for name in row)
+    def flush(self) -> bool:
+        """Write pending rows, flush the file to disk, and return whether that succeeded, so that a checkpoint can be saved."""
+        return self._write_pending(sync=True)
+
+    def _write_pending(self, sync: bool = False) -> bool:
+        try:
+            if self._pending:
+                self._append_pending()
+            if sync and self.path.exists():
+                with self.path.open("a") as file:
+                    os.fsync(file.fileno())
+            return True
+        except OSError as error:
+            log.warning("%s cannot be written (%s); training continues, its rows are kept in memory", self.path, error.strerror)
+            return False
+
+    def _append_pending(self) -> None:
+        """Append all pending rows, or none of them."""
+        names = dict.fromkeys(name for row in self._pending for name in row)
         if added := [name for name in names if name not in self._columns]:
             rows = read_metrics(self.path) if self.path.exists() else []
             text = StringIO(newline="")
@@ -85,40 +97,27 @@ class CsvMetricsLogger(Logger):
         size = self.path.stat().st_size
         try:
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerows(self._waiting)
+                csv.DictWriter(file, self._columns).writerows(self._pending)
         except OSError:
             os.truncate(self.path, size)
             raise
-        self._waiting.clear()
-
-    def flush(self) -> bool:
-        """Write what waits, flush the file to disk, and say whether that was possible: a checkpoint counts on its rows."""
-        try:
-            if self._waiting:
-                self._write()
-            if self.path.exists():
-                with self.path.open("a") as file:
-                    os.fsync(file.fileno())
-            return True
-        except OSError as error:
-            log.warning("%s could not be written (%s); training goes on, and its rows wait", self.path, error.strerror)
-            return False
+        self._pending.clear()
 
 
 def _truncate_partial_line(path: Path) -> None:
-    """Take off what a killed process has begun to write."""
+    """Remove an incomplete last line, which a killed process left."""
     text = path.read_bytes()
     if not text.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(text.rfind(b"\n") + 1)
 
 
-def _columns(path: Path) -> list[str]:
+def _read_columns(path: Path) -> list[str]:
     with path.open(newline="") as file:
         return next(csv.reader(file), [])
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv``; a metric that a row does not have is an empty text."""
+    """The rows of a ``metrics.csv``; a metric that a row does not have is an empty string."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

@@ -1,7 +1,4 @@
-"""What a run says of itself while it trains: rates, a line or a bar, ``status.json``; and the guard against a NaN loss.
-
-Nothing here waits for the device or for other ranks, except at the steps that are logged.
-"""
+"""The guard against a loss that is not finite."""
 
 from typing import Any
 
@@ -12,16 +9,14 @@ from torch import Tensor
 from lockstep.compat.lightning import is_log_step
 from lockstep.core import RunError
 
-_NO_STEP = 2**62
+_NEVER = 2**62
 
 
 class NanGuard(Callback):
-    """Ends the run when a loss is not a number, before anything worse than the last good checkpoint is saved.
+    """Ends the run at a loss that is not finite, before a checkpoint is saved after it.
 
-    Each step is checked on the device; the ranks compare at logged steps, at the end of an epoch and before a save.
-
-    Raises:
-        RunError: Names the first step and rank; on every rank alike.
+    Each step is checked on the device, without waiting for it. The ranks compare at logged steps, at the end of an epoch,
+    before a validation and before a save.
     """
 
     def __init__(self) -> None:
@@ -32,31 +27,28 @@ class NanGuard(Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            here = trainer.global_step * trainer.world_size + trainer.global_rank
+            key = trainer.global_step * trainer.world_size + trainer.global_rank  # orders by step, then by rank
             if self._first_bad is None:
-                self._first_bad = torch.full((), _NO_STEP, device=loss.device)
+                self._first_bad = torch.full((), _NEVER, device=loss.device)
             bad = ~torch.isfinite(loss.detach().mean())
-            self._first_bad = torch.where(bad, self._first_bad.clamp(max=here), self._first_bad)
+            self._first_bad = torch.where(bad, self._first_bad.clamp(max=key), self._first_bad)
         if is_log_step(trainer):
             self.check(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check(trainer)
+    def check(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Compare all ranks; every rank must call.
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check(trainer)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.check(trainer)
-
-    def check(self, trainer: Trainer) -> None:
-        """Compare all ranks; every rank must call."""
+        Raises:
+            RunError: A loss was not finite; names the first step and rank, and is raised on every rank.
+        """
         if self._first_bad is None:
             return
-        first = trainer.strategy.reduce(self._first_bad.clone(), reduce_op="min")
-        if (value := int(first)) < _NO_STEP:
-            step, rank = divmod(value, trainer.world_size)
+        first = int(trainer.strategy.reduce(self._first_bad.clone(), reduce_op="min"))
+        if first < _NEVER:
+            step, rank = divmod(first, trainer.world_size)
             raise RunError(
-                f"The loss is not a finite number at step {step} on rank {rank}. Checkpoints from before it are kept; "
+                f"The loss is not a finite number at step {step} on rank {rank}. Earlier checkpoints are kept; "
                 "try a smaller --model.lr, a longer warm-up or --trainer.gradient_clip_val 1."
             )
+
+    on_train_epoch_end = on_validation_start = on_save_checkpoint = check

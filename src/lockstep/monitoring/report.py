@@ -1,21 +1,24 @@
-"""The end of a run: ``result.json``, the picture of its curves, and the five lines that a person wants to read."""
+"""The report at the end of a run: checksum of the weights, plots of the metrics, and a summary."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lockstep.core import World
 from lockstep.monitoring.csv_logger import read_metrics
-from lockstep.runs import Run
+from lockstep.runs import Run, RunResult
 
 
 def weights_sha256(weights: Iterable[tuple[str, Tensor]], world: World) -> str:
-    """SHA-256 of a state dict: of each name, type, shape and bytes, in the order of the names; empty where not on rank zero.
+    """SHA-256 of a state dict on rank zero; an empty string on other ranks.
 
-    One tensor at a time: all of them together may not fit into the memory of a rank.
+    Hashes one tensor at a time, as all of them together may not fit into the memory of a rank.
+
+    Args:
+        weights: Names and tensors, sorted by name; every rank iterates over all of them.
+        world: The ranks.
     """
     digest = hashlib.sha256()
     for name, weight in weights:
@@ -27,8 +30,8 @@ def weights_sha256(weights: Iterable[tuple[str, Tensor]], world: World) -> str:
     return digest.hexdigest() if world.is_rank_zero else ""
 
 
-def metric_series(run: Run) -> Mapping[str, tuple[list[int], list[float]]]:
-    """Steps and values of each metric in ``metrics.csv``."""
+def _metric_series(run: Run) -> Mapping[str, tuple[list[int], list[float]]]:
+    """Steps and values of each metric in ``metrics.csv``, by name."""
     series: dict[str, tuple[list[int], list[float]]] = {}
     for row in read_metrics(run.metrics) if run.metrics.exists() else []:
         for name, value in row.items():
@@ -40,12 +43,12 @@ def metric_series(run: Run) -> Mapping[str, tuple[list[int], list[float]]]:
 
 
 def draw_report(run: Run) -> None:
-    """``report.png``: loss, accuracy, learning rate and speed over the steps."""
-    # matplotlib takes a second to import; only a run that ends well needs it.
+    """Draw loss, accuracy, learning rate and throughput over the steps into ``report.png``."""
+    # matplotlib takes a second to import, and only a finished run needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    series = metric_series(run)
+    series = _metric_series(run)
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{run.name} {run.id}")
@@ -55,9 +58,9 @@ def draw_report(run: Run) -> None:
         ("optim/lr", "learning rate"),
         ("rate/samples_per_second", "samples/s"),
     )
-    for axes, (part, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for axes, (metric, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name, (steps, values) in sorted(series.items()):
-            if part in name and not name.startswith("test"):
+            if metric in name and not name.startswith("test"):
                 axes.plot(steps, values, marker="." if len(values) < 30 else "", label=name)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
@@ -67,22 +70,34 @@ def draw_report(run: Run) -> None:
     figure.savefig(run.folder / "report.png", dpi=110)
 
 
-def summary_lines(run: Run, result: Mapping[str, Any], tracked: str) -> list[str]:
-    """What happened, how well, how fast, which weights, and where everything is."""
-    metrics: Mapping[str, float] = result["metrics"]
-    stage = "test" if any(name.startswith("test/") for name in metrics) else "val"
-    predicted = f"{result['samples']} samples predicted: {result['predictions']}" if "predictions" in result else ""
-    scores = predicted or ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(f"{stage}/"))
-    speed = metrics.get("rate/samples_per_second")
-    waiting = metrics.get("rate/data_wait")
-    unmeasured = "fewer steps than trainer.log_every_n_steps" if result["command"] == "fit" else "nothing was trained"
+def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]:
+    """Five lines about a finished run: outcome, metrics, throughput, weights, and where its files are.
+
+    Args:
+        run: The run.
+        result: Its result.
+        wandb_location: URL of the W&B run, the command that uploads it, or ``off``.
+    """
+    metrics = result.metrics or {}
+    stage = "test/" if any(name.startswith("test/") for name in metrics) else "val/"
+    if result.predictions is not None:
+        outcome = f"{result.samples} samples predicted: {result.predictions}"
+    else:
+        outcome = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(stage))
+    if "rate/samples_per_second" in metrics and "rate/data_wait" in metrics:
+        speed = (
+            f"{metrics['rate/samples_per_second']:.0f} samples/s, {metrics['rate/data_wait']:.0%} of the time waiting for data"
+        )
+    elif result.command == "fit":
+        speed = "throughput was not measured: fewer steps than trainer.log_every_n_steps"
+    else:
+        speed = "throughput was not measured: no training"
+    seconds = result.seconds.training if result.seconds is not None else 0.0
     return [
-        f"{run.name} {run.id} {result['status']}: {result['global_step']} steps, {result['epochs']} epochs, "
-        f"{result['world_size']} ranks, {result['seconds']['training']:.1f} s",
-        scores or "nothing was evaluated",
-        f"{speed:.0f} samples/s, {waiting:.0%} of the time waiting for data"
-        if speed is not None and waiting is not None
-        else f"speed was not measured: {unmeasured}",
-        f"weights sha256 {result['weights_sha256'][:16]}…  W&B: {tracked}",
+        f"{run.name} {run.id} {result.status}: {result.global_step} steps, {result.epochs} epochs, "
+        f"{result.world_size} ranks, {seconds:.1f} s",
+        outcome or "no evaluation",
+        speed,
+        f"weights sha256 {(result.weights_sha256 or '')[:16]}…  W&B: {wandb_location}",
         f"run folder {run.folder}",
     ]

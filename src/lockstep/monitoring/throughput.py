@@ -1,7 +1,4 @@
-"""What a run says of itself while it trains: rates, a line or a bar, ``status.json``; and the guard against a NaN loss.
-
-Nothing here waits for the device or for other ranks, except at the steps that are logged.
-"""
+"""Throughput, waiting time for data, learning rate and gradient norm."""
 
 import time
 from typing import Any
@@ -13,69 +10,60 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lockstep.compat.lightning import is_log_step
+from lockstep.compat.lightning import is_accumulating, is_log_step
 from lockstep.data import GlobalBatchSampler
 
 
 class ThroughputMonitor(Callback):
     """Logs speed, share of time spent waiting for data, learning rate and gradient norm at every logged step.
 
-    ``rate/samples_per_second`` counts the samples of all ranks; ``rate/step_ms`` is the time of an optimizer step;
-    ``rate/data_wait`` (0 to 1) is the part of that time in which the host waited for the next batch. They cover the steps
-    since they were last logged, without validation. ``optim/lr`` is that of the first parameter group;
-    ``optim/grad_norm`` the total 2-norm before clipping.
+    ``rate/samples_per_second`` counts the samples of all ranks. ``rate/step_ms`` is the time of an optimizer step, and
+    ``rate/data_wait`` (0 to 1) the part of it in which the host waited for the next batch. They cover the steps since they
+    were last logged, without validation. ``optim/lr`` is the learning rate of the first parameter group,
+    ``optim/grad_norm`` the total 2-norm of the gradient before clipping.
 
     Attributes:
-        samples_per_second: The newest value; 0 before the first.
-        train_seconds: Time spent in training steps so far, without validation.
+        samples_per_second: The latest value; 0 before the first.
+        train_seconds: Seconds spent in training steps so far, without validation.
     """
 
     def __init__(self) -> None:
         self.samples_per_second = 0.0
         self.train_seconds = 0.0
-        self._norm: Tensor | None = None
-        self._mark = 0.0
+        self._grad_norm: Tensor | None = None
+        self._started_at = 0.0  # 0 while the clock is stopped
         self._samples = self._steps = 0
         self._elapsed = self._waited_before = 0.0
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resume()
+    def _start_clock(self, *_: Any, **__: Any) -> None:
+        self._started_at = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resume()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
-
-    def _resume(self) -> None:
-        self._mark = time.perf_counter()
-
-    def _pause(self) -> None:
-        if self._mark:
-            passed = time.perf_counter() - self._mark
+    def _stop_clock(self, *_: Any, **__: Any) -> None:
+        if self._started_at:
+            passed = time.perf_counter() - self._started_at
             self._elapsed += passed
             self.train_seconds += passed
-            self._mark = 0.0
+            self._started_at = 0.0
+
+    on_train_epoch_start = on_validation_end = _start_clock
+    on_validation_start = on_train_epoch_end = _stop_clock
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if is_log_step(trainer):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._samples += global_batch_samples(trainer, batch, batch_idx)
-        if trainer.fit_loop._should_accumulate():
+        self._samples += _global_sample_count(trainer, batch, batch_idx)
+        if is_accumulating(trainer):
             return
         self._steps += 1
         if not is_log_step(trainer):
             return
-        self._pause()
-        self._resume()
+        self._stop_clock()
+        self._start_clock()
         elapsed = max(self._elapsed, 1e-9)
         waited = trainer.fit_loop.epoch_loop.data_wait_seconds - self._waited_before
         self.samples_per_second = self._samples / elapsed
@@ -87,21 +75,22 @@ class ThroughputMonitor(Callback):
         if trainer.optimizers:
             values["optim/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         strategy: Any = trainer.strategy
-        if (norm := strategy.global_grad_norm() if self._norm is None else self._norm) is not None:
+        norm = strategy.global_grad_norm() if self._grad_norm is None else self._grad_norm
+        if norm is not None:
             values["optim/grad_norm"] = norm
         pl_module.log_dict(values, batch_size=1)
         self._samples = self._steps = 0
         self._elapsed = 0.0
         self._waited_before += waited
-        self._norm = None
+        self._grad_norm = None
 
 
-def global_batch_samples(trainer: Trainer, batch: Any, batch_idx: int) -> int:
-    """Samples of all ranks in this batch."""
+def _global_sample_count(trainer: Trainer, batch: Any, batch_idx: int) -> int:
+    """Samples of all ranks in this batch; 0 if Lightning cannot count them."""
     batches = getattr(trainer.train_dataloader, "batch_sampler", None)
     if isinstance(batches, GlobalBatchSampler):
-        return batches.size(batch_idx)
+        return batches.sample_count(batch_idx)
     try:
         return extract_batch_size(batch) * trainer.world_size
-    except MisconfigurationException:  # a batch of a kind that lightning cannot count: the rate is not worth the run
+    except MisconfigurationException:  # an unknown kind of batch must not end the run
         return 0

@@ -1,10 +1,8 @@
-"""Give W&B what it has missed of a run: ``lockstep sync RUN``.
+"""``lockstep sync RUN``: send W&B the rows of ``metrics.csv`` that it does not have.
 
-Each row of ``metrics.csv`` that W&B has not got is sent under its number, so that nothing is there twice, whatever became of
-the attempts that sent the others.
+Each row is sent under its number, so that no row is there twice.
 """
 
-import sys
 from collections.abc import Sequence
 from os import environ
 from pathlib import Path
@@ -13,43 +11,40 @@ import wandb
 import yaml
 
 from lockstep.config import WandbOptions
-from lockstep.core import LockstepError, RunError, UsageError, World, setup_logging, wandb_api_key
-from lockstep.monitoring.wandb_logger import is_reachable, make_wandb_logger
+from lockstep.core import CommandLineParser, RunError, UsageError, World, setup_logging, wandb_api_key
+from lockstep.monitoring.wandb_client import WandbClient, is_reachable
+from lockstep.monitoring.wandb_logger import WandbRunLogger
 from lockstep.runs import Owner, Run, RunResult
 from lockstep.slurm import is_owner_alive
 
 
 def sync_run(run: Run) -> str:
-    """Send all of ``run`` that W&B has not got, and return the address of its page.
+    """Send all missing rows of ``run`` and return the URL of its W&B run.
 
     Raises:
-        UsageError: The run is being trained.
-        RunError: W&B cannot be reached, or does not take it.
+        UsageError: The run is being trained, or W&B has no API key.
+        RunError: W&B cannot be reached or does not accept the rows.
     """
     if (owner := Owner.read(run.owner)) and is_owner_alive(owner, environ):
-        raise UsageError(f"The run {run.folder} is being trained, and sends what it has missed by itself.")
+        raise UsageError(f"The run {run.folder} is being trained and sends missing rows itself; sync it after it has ended.")
     if wandb_api_key(environ) is None:
-        raise UsageError("W&B has no key here; set WANDB_API_KEY, or use wandb login.")
+        raise UsageError("W&B has no API key on this machine; set WANDB_API_KEY or run wandb login.")
     if not is_reachable(address := wandb.setup().settings.base_url):
         raise RunError(f"W&B cannot be reached at {address}; try again later.")
     config = yaml.safe_load(run.config.read_text())
-    tracked = make_wandb_logger(run, WandbOptions(**config["wandb"]), config, True, lambda: 0)
+    logger = WandbRunLogger(WandbClient(run, WandbOptions(**config["wandb"]), config, online=True), step=lambda: 0)
+    url = logger.url
     result = RunResult.read(run.result)
-    is_finished = result is not None and result.is_finished
-    place = tracked.url
-    if not tracked.close(0 if is_finished else 1) or not place:
-        raise RunError("W&B has not taken all of it; try again later.")
-    return place
+    if not logger.close(0 if result is not None and result.is_finished else 1) or not url:
+        raise RunError("W&B does not have all rows; try again later.")
+    return url
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Sync the run folder that is named, and return the exit status."""
+    """Run ``lockstep sync RUN`` and return its exit status."""
+    parser = CommandLineParser(prog="lockstep sync", description="Send W&B the rows of a run that it does not have.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="Run folder, such as runs/digits/<id>.")
+    run = Run.open(parser.parse_args(arguments).run)
     setup_logging(World())
-    try:
-        if len(arguments) != 1:
-            raise UsageError("write one run folder: lockstep sync runs/digits/<id>")
-        print(sync_run(Run.open(Path(arguments[0]))))
-        return 0
-    except LockstepError as error:
-        print(f"lockstep: {error.message}", file=sys.stderr)
-        return error.exit_status
+    print(sync_run(run))
+    return 0

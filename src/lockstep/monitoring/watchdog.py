@@ -1,19 +1,18 @@
-"""A rank that makes no progress: noticed, named, and ended, so that the run can start again.
+"""The watchdog: detects a rank that makes no progress, names it, and ends the attempt so that the run can restart.
 
-Each rank has a thread that looks at the time since its last sign of progress: a batch fetched, a step done, a save begun. What
-is too long follows from what was usual so far. Nothing is sent to anybody until then; after it, every stuck rank writes down
-where it stands and what it was doing, and the lowest of them names the one that is behind, or does not answer at all.
+Each rank has a thread that measures the time since its last heartbeat: a batch fetched, a step done, a save begun. The limit
+follows from the intervals so far. Ranks exchange nothing before that. After it, every stuck rank dumps its stacks, and the
+lowest of them names the rank that does not answer or is behind.
 """
 
 import faulthandler
 import json
-import logging
 import os
-import platform
 import sys
 import threading
 import time
 from collections import deque
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,62 +20,87 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lockstep.core import World, atomic_write_json
 from lockstep.runs import Failure, Run, record_failure
 
-log = logging.getLogger(__name__)
-
-
 _SLOWDOWN_FACTOR = 10.0
-"""What is so many times longer than the longest of late is too long."""
-
+"""The limit is at least this many times the longest recent interval between heartbeats."""
 
 _FIRST_STEP_SECONDS = 1800.0
-"""The least for the first step, for which workers are started and a model may be compiled."""
-
+"""Least limit for the first step, which starts workers and may compile the model."""
 
 _REPORT_SECONDS = 5.0
-"""How long the others may take to write down where they stand."""
+"""Time for all stuck ranks to write their records."""
+
+
+@dataclass(frozen=True)
+class StuckRank:
+    """A rank that reached the limit: ``logs/<attempt>/stuck-<rank>.json``.
+
+    Attributes:
+        rank: The rank.
+        heartbeats: Number of its heartbeats.
+    """
+
+    rank: int
+    heartbeats: int
 
 
 class Watchdog(Callback):
-    """Watches over this rank while it trains.
+    """Watches over this rank while it trains, validates, tests or predicts.
 
     Args:
-        run: Where stuck ranks meet.
-        world: Who they are.
-        attempt: Number of this start of the run.
-        seconds: The least time without progress that is too long.
+        run: The run.
+        world: The ranks.
+        attempt: Number of this attempt.
+        seconds: Least time without a heartbeat, in seconds, after which the rank is stuck.
     """
 
     def __init__(self, run: Run, world: World, attempt: int, seconds: float) -> None:
         self.run, self.world, self.attempt, self.seconds = run, world, attempt, seconds
-        self._signs = 0
-        self._last = time.monotonic()
-        self._gaps: deque[float] = deque(maxlen=200)
-        self._over = threading.Event()
-        self._is_first = True
+        self._heartbeats = 0
+        self._last_time = time.monotonic()
+        self._intervals: deque[float] = deque(maxlen=200)
+        self._stopped = threading.Event()
+        self._is_first_step = True
 
     def heartbeat(self, *_: Any, **__: Any) -> None:
-        """Something was done."""
+        """Record progress."""
         now = time.monotonic()
-        if not self._is_first:
-            self._gaps.append(now - self._last)
-        self._last = now
-        self._signs += 1
+        if not self._is_first_step:
+            self._intervals.append(now - self._last_time)
+        self._last_time = now
+        self._heartbeats += 1
 
     def reset(self) -> None:
-        """What is waited for now may take long: a save, which has a limit of its own."""
-        self._last = time.monotonic()
+        """Restart the interval; called while waiting for a save, which has its own limit."""
+        self._last_time = time.monotonic()
 
-    on_train_batch_start = on_validation_batch_end = heartbeat
-    on_train_epoch_start = on_save_checkpoint = heartbeat
+    def stop(self, *_: Any, **__: Any) -> None:
+        """Stop watching."""
+        self._stopped.set()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin()
+    @property
+    def limit(self) -> float:
+        """Seconds without a heartbeat after which this rank is stuck."""
+        least = max(self.seconds, _FIRST_STEP_SECONDS) if self._is_first_step else self.seconds
+        return max(least, _SLOWDOWN_FACTOR * max(self._intervals, default=0.0))
+
+    def _start(self, *_: Any, **__: Any) -> None:
+        self._stopped, self._is_first_step, self._last_time = threading.Event(), True, time.monotonic()
+        threading.Thread(target=self._watch, args=(self._stopped,), name="watchdog", daemon=True).start()
+
+    def _finish_step(self, *_: Any, **__: Any) -> None:
+        self.heartbeat()
+        self._is_first_step = False
+
+    on_train_start = on_test_start = on_predict_start = _start
+    on_train_epoch_start = on_train_batch_start = on_validation_batch_end = on_save_checkpoint = heartbeat
+    on_train_batch_end = on_test_batch_end = on_predict_batch_end = _finish_step
+    on_fit_end = on_test_end = on_predict_end = on_exception = stop
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
             self.heartbeat()
         else:
-            self._begin()
+            self._start()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -84,71 +108,35 @@ class Watchdog(Callback):
         else:
             self.stop()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin()
-
-    on_predict_start = on_test_start
-
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        self.heartbeat()
-        self._is_first = False
-
-    on_test_batch_end = on_predict_batch_end = on_train_batch_end
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.stop()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.stop()
-
-    on_predict_end = on_test_end
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Watch no more."""
-        self._over.set()
-
-    @property
-    def limit(self) -> float:
-        """What is too long now, in seconds."""
-        least = max(self.seconds, _FIRST_STEP_SECONDS) if self._is_first else self.seconds
-        return max(least, _SLOWDOWN_FACTOR * max(self._gaps, default=0.0))
-
-    def _begin(self) -> None:
-        self._over, self._is_first, self._last = threading.Event(), True, time.monotonic()
-        threading.Thread(target=self._watch, args=(self._over,), name="hang", daemon=True).start()
-
-    def _watch(self, over: threading.Event) -> None:
-        while not over.wait(min(1.0, self.seconds / 5)):
-            silent = time.monotonic() - self._last
+    def _watch(self, stopped: threading.Event) -> None:
+        while not stopped.wait(min(1.0, self.seconds / 5)):
+            silent = time.monotonic() - self._last_time
             if silent > self.limit:
                 try:
-                    self._tell(silent)
-                finally:  # whatever: a disk may be full
+                    self._report(silent)
+                finally:  # even if the disk is full
                     os._exit(1)
 
-    def _tell(self, silent: float) -> None:
-        """Write down what this rank was doing; the lowest of the stuck ranks says whose fault it is."""
+    def _report(self, silent: float) -> None:
+        """Dump the stacks of this rank; the lowest of the stuck ranks records which rank is to blame."""
         print(
-            f"lockstep: rank {self.world.rank} has made no progress for {silent:.0f} s; it was here:",
+            f"lockstep: rank {self.world.rank} has made no progress for {silent:.0f} s; its stacks:",
             file=sys.stderr,
             flush=True,
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         folder = self.run.log(self.attempt, 0).parent
-        atomic_write_json(folder / f"stuck-{self.world.rank}.json", {"signs": self._signs, "host": platform.node()})
+        mine = StuckRank(self.world.rank, self._heartbeats)
+        atomic_write_json(folder / f"stuck-{self.world.rank}.json", asdict(mine))
         time.sleep(_REPORT_SECONDS)
-        told: dict[int, int] = {}
-        for path in folder.glob("stuck-*.json"):
-            told[int(path.stem.removeprefix("stuck-"))] = json.loads(path.read_text())["signs"]
-        if self.world.rank == min(told):
-            record_failure(self.run, self.attempt, self._named(told, silent))
+        stuck = [StuckRank(**json.loads(path.read_text())) for path in folder.glob("stuck-*.json")]
+        if self.world.rank == min(rank.rank for rank in stuck):
+            record_failure(self.run, self.attempt, self._blame(stuck, silent))
 
-    def _named(self, told: dict[int, int], silent: float) -> Failure:
-        mute = [rank for rank in range(self.world.size) if rank not in told]
-        rank = mute[0] if mute else min(told, key=lambda rank: (told[rank], rank))
-        what = "does not answer" if mute else "is behind the others"
-        report = f"No progress for {silent:.0f} s: rank {rank} {what}; stacks are in the logs of the other ranks and its own."
+    def _blame(self, stuck: list[StuckRank], silent: float) -> Failure:
+        """The failure of the first rank that wrote no record, else of the rank with the fewest heartbeats."""
+        missing = sorted(set(range(self.world.size)) - {rank.rank for rank in stuck})
+        rank = missing[0] if missing else min(stuck, key=lambda rank: (rank.heartbeats, rank.rank)).rank
+        cause = "does not answer" if missing else "is behind the others"
+        report = f"No progress for {silent:.0f} s: rank {rank} {cause}; see the stacks in the logs of all ranks."
         return Failure(rank, self.world.size, rank // self.world.local_size, "", report)

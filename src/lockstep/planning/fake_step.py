@@ -326,7 +326,7 @@ def batch_source(data: LightningDataModule) -> BatchSource | None:
         shape, each_rank = data.image_shape, data.batch_size_per_rank
         return BatchSource(
             lambda size: data.collate([(torch.zeros(shape, dtype=torch.uint8), 0)] * size),
-            None if each_rank else data.global_batch,
+            None if each_rank else data.global_batch_size,
             each_rank or 0,
         )
     try:

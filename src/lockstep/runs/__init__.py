@@ -10,7 +10,7 @@ from lockstep.runs.failure import (
     wait_for_first_failure,
     write_failed_result,
 )
-from lockstep.runs.frozen_config import check_not_ignored, config_files_of, freeze_config_files
+from lockstep.runs.frozen_config import ConfigFreezer, check_not_ignored
 from lockstep.runs.records import AttemptStart, Durations, LaunchRecord, Owner, RunProgress, RunResult
 from lockstep.runs.run import Run, git_state, new_run_id, update_status
 from lockstep.runs.snapshot import CodePaths, live_code, take_snapshot, verify_snapshot

@@ -1,62 +1,74 @@
-"""Config files and modules of a submission, as they were then. No torch here."""
+"""Copies of the config files of a submission, and the check that its modules are in the snapshot."""
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lockstep.core import UsageError, python_path
 from lockstep.runs.snapshot import CodePaths, check_secrets
 
-_FILE = re.compile(r"\.(ya?ml|json)$")
 
+@dataclass(frozen=True)
+class ConfigFreezer:
+    """Replaces the config files in arguments by their copies: in the snapshot, else in a folder.
 
-def freeze_config_files(arguments: Sequence[str], code: CodePaths, run: Path, secrets: tuple[str, ...]) -> tuple[str, ...]:
-    """The arguments with every config file in them replaced by its copy in the run folder ``run``."""
-    frozen: list[str] = []
-    follows = ""
-    for argument in arguments:
-        name, equals, value = argument.partition("=") if argument.startswith("--") else (follows, "", argument)
-        may_be = name in ("--config", "--deepspeed.config") or (
-            name.startswith("--") and "." not in name and _FILE.search(value)
-        )
-        is_file = may_be and Path(value).is_file()
-        copy = str(_copy_config(Path(value), code, run / "configs", secrets)) if is_file else value
-        frozen.append(f"{name}={copy}" if equals else copy if not argument.startswith("--") else argument)
-        follows = argument if argument.startswith("--") and not equals else ""
-    return tuple(frozen)
+    Attributes:
+        code: The snapshot.
+        folder: For copies of files that the snapshot does not contain.
+        secrets: Texts that no file may contain.
+    """
 
+    code: CodePaths
+    folder: Path
+    secrets: tuple[str, ...]
+    _copies: dict[str, Path] = field(default_factory=dict)
 
-def _copy_config(path: Path, code: CodePaths, folder: Path, secrets: tuple[str, ...]) -> Path:
-    if copy := code.inside(path):
+    def freeze(self, arguments: Sequence[str]) -> tuple[str, ...]:
+        """Return ``arguments`` with the path of each config file replaced.
+
+        Raises:
+            UsageError: A file contains a secret.
+        """
+        frozen: list[str] = []
+        flag = ""  # the one before, where its value is an argument of its own
+        for argument in arguments:
+            name, equals, value = argument.partition("=") if argument.startswith("--") else (flag, "", argument)
+            takes_file = name in ("--config", "--deepspeed.config") or (
+                name.startswith("--") and "." not in name and re.search(r"\.(ya?ml|json)$", value)
+            )
+            if takes_file and Path(value).is_file():
+                argument = f"{name}={self._copy(value)}" if equals else str(self._copy(value))
+            frozen.append(argument)
+            flag = argument if argument.startswith("--") and not equals else ""
+        return tuple(frozen)
+
+    def _copy(self, name: str) -> Path:
+        if copy := self._copies.get(name) or self.code.inside(Path(name)):
+            return copy
+        content = Path(name).read_bytes()
+        check_secrets(Path(name), content, self.secrets)
+        self.folder.mkdir(exist_ok=True)
+        copy = self._copies[name] = self.folder / f"{len(self._copies)}-{Path(name).name}"
+        copy.write_bytes(content)
         return copy
-    folder.mkdir(exist_ok=True)
-    copy = folder / f"{len(list(folder.iterdir()))}-{path.name}"
-    content = path.read_bytes()
-    check_secrets(path, content, secrets)
-    copy.write_bytes(content)
-    return copy
-
-
-def config_files_of(point: Mapping[str, str]) -> list[str]:
-    """Those of a point's arguments that name a config file."""
-    return [f"--{key}={value}" for key, value in point.items() if _FILE.search(value) and Path(value).is_file()]
 
 
 def check_not_ignored(config: Mapping[str, Any], code: CodePaths, here: Path, env: Mapping[str, str]) -> None:
-    """Raise about a module of one's own that the config names and the snapshot lacks."""
+    """Raise UsageError if a module of the config lies in the folder of submission, but git ignores it."""
     for name in sorted(_imported_packages(config)):
         for folder in (here, *python_path(env)):
             for path in (folder / name, folder / f"{name}.py"):
-                is_there = path.is_dir() if not path.suffix else path.is_file()
-                if is_there and path.resolve().is_relative_to(here) and code.inside(path) is None:
+                exists = path.is_file() if path.suffix else path.is_dir()
+                if exists and path.resolve().is_relative_to(here) and code.inside(path) is None:
                     raise UsageError(
-                        f"snapshot: {path} is needed, but git ignores it; take it out of .gitignore, or use --no-snapshot."
+                        f"snapshot: {path} is needed, but git ignores it; remove it from .gitignore, or use --no-snapshot."
                     )
 
 
 def _imported_packages(config: Any) -> set[str]:
-    """First parts of the import paths of all classes in a config."""
+    """Top-level packages of all classes in a config."""
     if isinstance(config, Mapping):
         path = config.get("class_path")
         inner = [_imported_packages(value) for value in config.values()]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 import yaml
 
@@ -34,8 +34,9 @@ class Record:
         hints = get_type_hints(cls)
         values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         for name, value in values.items():
-            if is_dataclass(hints[name]) and isinstance(value, Mapping):
-                values[name] = hints[name](**value)
+            nested = next((kind for kind in get_args(hints[name]) or (hints[name],) if is_dataclass(kind)), None)
+            if isinstance(nested, type) and isinstance(value, Mapping):
+                values[name] = nested(**value)
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:

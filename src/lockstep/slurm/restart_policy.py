@@ -7,7 +7,7 @@ import yaml
 from lockstep.config import RunOptions
 from lockstep.runs import Attempt, Run
 
-RESTART, REQUEUE = "here", "queue"
+RESTART, REQUEUE = "restart", "requeue"
 """What the supervisor prints: restart in this allocation, or wait for another one."""
 
 _SAME_FAILURE_LIMIT = 2

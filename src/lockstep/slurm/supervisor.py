@@ -1,8 +1,8 @@
 """The supervisor of a Slurm job, which its batch script calls before and after each attempt, outside of srun.
 
-``python -m lockstep.slurm.supervisor FOLDER begin`` claims an attempt and prints its number and when the allocation ends.
-``… FOLDER end STATUS`` records the attempt and prints what follows: ``here`` (restart in this allocation), ``queue`` (requeue
-the job), or the exit status of the job.
+``python -m lockstep.slurm.supervisor FOLDER start`` claims an attempt and prints its number and when the allocation ends.
+``… FOLDER finish STATUS`` records the attempt and prints what follows: ``restart`` (in this allocation), ``requeue`` (wait for
+another one), or the exit status of the job.
 """
 
 import os
@@ -11,10 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from submitit.core.utils import DelayedSubmission
-
+from lockstep.compat.submitit import load_task
 from lockstep.core import LockstepError
 from lockstep.runs import (
     Attempt,
@@ -121,17 +119,15 @@ def _give_up(run: Run, status: int, why: str) -> int:
 
 def _run_of(slurm: Path, env: Mapping[str, str]) -> Run:
     """The run of this job, or of this task of an array."""
-    job = env["LOCKSTEP_JOB"]
-    train: Any = DelayedSubmission.load(slurm / f"{job}_submitted.pkl").function
-    return Run(Path(train.folder))
+    return Run(Path(load_task(slurm / f"{env['LOCKSTEP_JOB']}_submitted.pkl").folder))
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run ``FOLDER begin`` or ``FOLDER end STATUS`` and return the exit status."""
+    """Run ``FOLDER start`` or ``FOLDER finish STATUS`` and return the exit status."""
     folder, what, *rest = arguments
     try:
         run = _run_of(Path(folder), env)
-        if what == "begin":
+        if what == "start":
             print(start(run, Path(folder), env), allocation_end(env["SLURM_JOB_ID"], env))
             return 0
         print(finish(run, Path(folder), int(rest[0]), env))

@@ -110,10 +110,10 @@ class LockstepStrategy(Strategy):
             return SkipFirstBatches(loader, point.position.batch) if point else loader
         # Set the epoch now: Lightning does so only after the workers have begun to fetch.
         if point:
-            loader.batch_sampler.order.set_epoch(point.position.epoch)
-            loader.batch_sampler.start = (point.position.epoch, point.position.batch)
+            loader.batch_sampler.epoch_sampler.set_epoch(point.position.epoch)
+            loader.batch_sampler.start = point.position
         elif trainer is not None:
-            loader.batch_sampler.order.set_epoch(trainer.current_epoch)
+            loader.batch_sampler.epoch_sampler.set_epoch(trainer.current_epoch)
         return loader
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -126,4 +126,4 @@ class LockstepStrategy(Strategy):
             return 1.0
         trainer = self.lightning_module.trainer
         batches = getattr(trainer.train_dataloader, "batch_sampler", None)
-        return batches.weight(trainer.fit_loop.batch_idx) if isinstance(batches, GlobalBatchSampler) else 1.0
+        return batches.rank_weight(trainer.fit_loop.batch_idx) if isinstance(batches, GlobalBatchSampler) else 1.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lockstep.core import Interrupted, World, setup_logging
 from lockstep.distributed import RankFailed, fork_ranks
-from lockstep.runs import Failure, LaunchRecord, Owner, Run, read_first_failure, write_failed_result
+from lockstep.runs import LaunchRecord, Owner, Run, read_first_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
 from lockstep.trainer.config_parser import parse_config, split_command
 from lockstep.trainer.session import train
@@ -53,14 +53,13 @@ def run_locally(
         )
     except RankFailed as failed:
         # The watchdog of a rank may have recorded that another one hangs.
-        place = failed.world.rank, failed.world.size, failed.world.node_rank, ""
-        failure = read_first_failure(run, attempt) or Failure(
-            *place, failed.report, failed.exit_status, is_permanent=failed.message
-        )
+        failure = read_first_failure(run, attempt) or failed.failure
         if not run.result.exists():  # rank zero had no time to write it
             write_failed_result(run, attempt, failure)
         setup_logging(World())
-        if failure.is_permanent:
+        if failure.is_interruption:
+            print(f"interrupted; to resume: launch/local.py --resume {run.folder}", file=sys.stderr)
+        elif failure.is_permanent:
             print(f"lockstep: {failure.report}", file=sys.stderr)
         else:
             log.error(

@@ -100,7 +100,7 @@ class TrainingSession:
         self._write(result)
         if context.world.is_rank_zero:
             draw_report(context.run)
-            for line in summary_lines(context.run, result.as_dict(), self._wandb_location()):
+            for line in summary_lines(context.run, result, self._wandb_location()):
                 log.info(line)
         destroy_process_group()
         return result

@@ -15,39 +15,39 @@
 #SBATCH --time=1440
 
 # setup
-# How this ends is written down also where Slurm keeps no accounts.
+# Record the exit status: Slurm forgets it where accounting is disabled.
 export LOCKSTEP_JOB="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-ended=/home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.exit"
-rm -f "$ended"
-trap 'echo $? >"$ended"' EXIT
-# Pickles are loaded from here: nobody else may be able to write here.
+exit_file=/home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.exit"
+rm -f "$exit_file"
+trap 'echo $? >"$exit_file"' EXIT
+# Loading a pickle runs code: only the owner may write to this folder.
 if [ -n "$(find /home/user/project/runs/digits/20260101-000000-abcd /home/user/project/runs/digits/20260101-000000-abcd/slurm -maxdepth 0 \( ! -uid "$(id -u)" -o -perm /022 \) 2>&1)" ]; then
-  echo lockstep: others can write to /home/user/project/runs/digits/20260101-000000-abcd, so nothing is loaded from it. >&2
+  echo lockstep: others can write to /home/user/project/runs/digits/20260101-000000-abcd, so no code is loaded from it. Run chmod go-w on it and submit again. >&2
   exit 2
 fi
 export PYTHONPATH=/home/user/project/runs/digits/20260101-000000-abcd/code/project:/home/user/project/runs/digits/20260101-000000-abcd/code/project/src
 export PYTHONSAFEPATH=1
 export NCCL_DEBUG=WARN
-# srun, below, starts the ranks until the run is finished; the supervisor decides what follows each attempt.
-again() { command srun --overlap --nodes=1 --ntasks=1 --container-image=/shared/images/lockstep.sqsh --container-mounts=/home/user/project:/home/user/project,/datasets:/datasets --container-workdir=/home/user/project python -m lockstep.slurm.supervisor /home/user/project/runs/digits/20260101-000000-abcd/slurm "$@"; }
-another_try() { [ $((tries += 1)) -le 60 ] && sleep 10; }  # a full disk, no slurmctld, a kill: for ten minutes
+# Replaces srun below. After each attempt the supervisor decides: finish, restart or requeue.
+supervisor() { command srun --overlap --nodes=1 --ntasks=1 --container-image=/shared/images/lockstep.sqsh --container-mounts=/home/user/project:/home/user/project,/datasets:/datasets --container-workdir=/home/user/project python -m lockstep.slurm.supervisor /home/user/project/runs/digits/20260101-000000-abcd/slurm "$@"; }
+retry() { [ $((retries += 1)) -le 60 ] && sleep 10; }  # for ten minutes: a full disk, no slurmctld, a killed supervisor
 srun() {
   while :; do
-    begun=$(again begin) || { [ $? -eq 2 ] && return 2; another_try || return 1; continue; }
-    LOCKSTEP_ATTEMPT=${begun% *} LOCKSTEP_ENDS=${begun#* }
-    # Where the ranks meet on the first node: a port by the job's number, on which nobody listens yet.
+    attempt=$(supervisor start) || { [ $? -eq 2 ] && return 2; retry || return 1; continue; }
+    LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
+    # Port of the rendezvous on the first node: from the job id, and the next one while something listens there.
     MASTER_PORT=$((15000 + (SLURM_JOB_ID + 37 * LOCKSTEP_ATTEMPT) % 10000))
     while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
       MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
     done
     export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS MASTER_PORT
     command srun "$@"
-    next=$(again end $?)
-    case $next in
-      here) tries=0 ;;
-      '') another_try || return 1 ;;  # it was killed itself
-      queue) until scontrol requeue "$SLURM_JOB_ID"; do another_try || return 1; done; sleep 600; return 1 ;;
-      *) return $next ;;
+    decision=$(supervisor finish $?)
+    case $decision in
+      restart) retries=0 ;;
+      '') retry || return 1 ;;  # the supervisor was killed
+      requeue) until scontrol requeue "$SLURM_JOB_ID"; do retry || return 1; done; sleep 600; return 1 ;;
+      *) return $decision ;;
     esac
   done
 }

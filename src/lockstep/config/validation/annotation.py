@@ -1,4 +1,4 @@
-"""Which values an annotation allows, as jsonargparse reads them, where it is simple enough to say so."""
+"""Check values against simple type annotations as jsonargparse does; other annotations accept anything."""
 
 import ast
 from collections.abc import Mapping
@@ -19,36 +19,28 @@ _SIMPLE = {f"builtins.{name}": name for name in ("int", "float", "bool", "str")}
 }
 
 
-_LISTS = {
-    "builtins.list",
-    *(f"typing.{name}" for name in ("List", "Sequence", "MutableSequence", "Iterable")),
-    *(f"collections.abc.{name}" for name in ("Sequence", "MutableSequence", "Iterable")),
-}
+_LISTS = {"list", "List", "Sequence", "MutableSequence", "Iterable"}
 
 
-_MAPPINGS = {
-    "builtins.dict",
-    *(f"typing.{name}" for name in ("Dict", "Mapping", "MutableMapping")),
-    *(f"collections.abc.{name}" for name in ("Mapping", "MutableMapping")),
-}
+_MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping"}
 
 
 INVALID = object()
-"""What ``Expected.accept`` returns for a value that is certainly not allowed."""
+"""Returned by ``ExpectedType.accept`` for a value that is certainly not valid."""
 
 
 @dataclass(frozen=True)
 class ExpectedType:
-    """The values that an argument takes: one of several kinds.
+    """The values that an annotation accepts, as a union of kinds.
 
     Attributes:
-        simple: Of int, float, bool, str, Path and null.
-        choices: The values of a ``Literal``.
-        classes: Classes of which it takes an instance, which a config gives by class path.
-        items: What the items of a list may be.
-        mappings: It takes a mapping.
-        anything: Nothing certain is known.
-        default: A default that is taken whatever the annotation says.
+        simple: Those of int, float, bool, str, Path and null.
+        choices: Values of a ``Literal``.
+        classes: Classes whose instances are accepted; a config gives them by class path.
+        items: Type of the items of a list.
+        mappings: Whether a mapping is accepted.
+        anything: Whether any value may be accepted.
+        default: The default, which is accepted whatever the annotation.
     """
 
     simple: tuple[str, ...] = ()
@@ -72,7 +64,7 @@ class ExpectedType:
 
     @property
     def names(self) -> list[str]:
-        """The kinds, in words."""
+        """The kinds in words, for messages."""
         names = [name for name in self.simple if name != "null"]
         names += [f"one of {', '.join(map(repr, self.choices))}"] if self.choices else []
         names += [found.path.rpartition(".")[2] for found in self.classes]
@@ -81,36 +73,36 @@ class ExpectedType:
         return [*dict.fromkeys(names), *(["null"] if "null" in self.simple else [])]
 
     def accept(self, value: Any) -> Any:
-        """What becomes of a value that needs no class, or WRONG."""
+        """Convert a value that is not a class instance; return INVALID if it is not accepted."""
         if self.anything or (type(value) is type(self.default) and value == self.default):
             return value
-        for kind in [parse_scalar(value), value] if isinstance(value, str) else [value]:
-            if kind in self.choices:
-                return kind
-            match kind:
+        for candidate in [parse_scalar(value), value] if isinstance(value, str) else [value]:
+            if candidate in self.choices:
+                return candidate
+            match candidate:
                 case None if "null" in self.simple:
                     return None
                 case bool():
                     if "bool" in self.simple:
-                        return kind
+                        return candidate
                 case int() if "int" in self.simple:
-                    return kind
+                    return candidate
                 case int() | float() if "float" in self.simple:
-                    return float(kind)
+                    return float(candidate)
                 case str():
                     if "str" in self.simple:
-                        return kind
+                        return candidate
                     if "Path" in self.simple:
-                        return Path(kind)
+                        return Path(candidate)
                 case Mapping() if self.mappings:
-                    return kind
+                    return candidate
                 case None | int() | float() | Mapping() | list():
                     pass
-                case _:  # what YAML alone can say
-                    return kind
+                case _:  # types that only YAML has, such as a set
+                    return candidate
         if isinstance(value, list) and self.items is not None:
-            made = [self.items.accept(item) for item in value]
-            return INVALID if any(item is INVALID for item in made) else made
+            items = [self.items.accept(item) for item in value]
+            return INVALID if any(item is INVALID for item in items) else items
         return INVALID
 
 
@@ -118,25 +110,25 @@ ANYTHING = ExpectedType(anything=True)
 
 
 def expected_type(sources: SourceIndex, argument: Argument) -> ExpectedType:
-    """What an argument takes."""
+    """Derive the accepted values from an argument's annotation and default."""
     if argument.annotation is None or argument.module.defines_types:
         return ANYTHING
     try:
         found = _from_annotation(sources, argument.module, argument.annotation)
-    except RecursionError:  # a type of itself, such as a tree
+    except RecursionError:  # a recursive type
         return ANYTHING
     if argument.default is None:
         return found
     default = _constant_value(sources, argument.module, argument.default)
     if default is None and "null" not in found.simple:
         found = replace(found, simple=(*found.simple, "null"))
-    # What is computed could be a text that the annotation does not allow, and is taken nevertheless.
+    # A computed default may be a string that the annotation does not allow; jsonargparse accepts it nevertheless.
     computed = default is INVALID and not isinstance(argument.default, ast.Call)
     return replace(found, default=default, anything=found.anything or (computed and not (found.classes or found.items)))
 
 
 def _constant_value(sources: SourceIndex, module: ModuleSource, node: ast.expr) -> Any:
-    """The value of an expression that needs no computing, else WRONG."""
+    """The value of a constant expression, else INVALID."""
     try:
         if isinstance(node, ast.Name | ast.Attribute):
             found = sources.resolve(module, node)
@@ -166,9 +158,9 @@ def _from_annotation(sources: SourceIndex, module: ModuleSource, node: ast.expr)
         return ANYTHING
     if found.path in _SIMPLE:
         return ExpectedType(simple=(_SIMPLE[found.path],))
-    if found.path in _MAPPINGS:
+    if _is_one_of(found.path, _MAPPINGS):
         return ExpectedType(mappings=True)
-    if found.path in _LISTS:
+    if _is_one_of(found.path, _LISTS):
         return ExpectedType(items=ANYTHING)
     if found.module is not None and isinstance(found.node, ast.Assign | ast.AnnAssign) and found.node.value is not None:
         return _from_annotation(sources, found.module, found.node.value)
@@ -192,15 +184,21 @@ def _subscript(sources: SourceIndex, module: ModuleSource, value: ast.expr, inne
         for part in parts:
             found |= _from_annotation(sources, module, part)
         return found
-    if path in _MAPPINGS:
+    if _is_one_of(path, _MAPPINGS):
         return ExpectedType(mappings=True)
-    if path in _LISTS and len(parts) == 1:
+    if _is_one_of(path, _LISTS) and len(parts) == 1:
         return ExpectedType(items=_from_annotation(sources, module, parts[0]))
     return ANYTHING
 
 
+def _is_one_of(path: str, names: set[str]) -> bool:
+    """Whether an import path is one of these builtin or abstract collections."""
+    module, _, name = path.rpartition(".")
+    return module in ("builtins", "typing", "collections.abc") and name in names
+
+
 def _is_plain_class(sources: SourceIndex, found: Definition) -> bool:
-    """Whether a config can give its instances by class path alone: not an enum, a dataclass, a type made by a call …"""
+    """Whether a config can give instances only by class path: the class is not an enum, a dataclass, a NewType …"""
     try:
         return not any(node.decorator_list for node, _ in class_hierarchy(sources, found))
     except Undecidable:
@@ -208,7 +206,7 @@ def _is_plain_class(sources: SourceIndex, found: Definition) -> bool:
 
 
 def parse_scalar(text: str) -> Any:
-    """The number, truth value or null that a text stands for, else the text itself."""
+    """Convert a text to the number, boolean or null that it contains; return other texts unchanged."""
     stripped = text.strip()
     try:
         value = load_yaml(text)

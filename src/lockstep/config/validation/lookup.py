@@ -1,4 +1,4 @@
-"""Where an import path leads: to the module on disk, and through its imports to the statement that defines a class."""
+"""Resolve an import path, through modules on disk and their imports, to the statement that defines a class."""
 
 import ast
 import builtins
@@ -12,30 +12,30 @@ from pathlib import Path
 from lockstep.config.validation.source import Binding, Imported, ModuleSource, Undecidable
 
 _OUTSIDE = {*sys.stdlib_module_names, "typing_extensions"}
-"""Packages whose sources are not read; what matters of them is known by name."""
+"""Packages whose sources are not read; the names that matter are known."""
 
 
 class NotDefined(Exception):
-    """There is certainly no such module, or no such name in it.
+    """The module, or the name in it, certainly does not exist.
 
     Attributes:
-        module: The module that is missing, or that lacks the name.
-        near: Import paths of the classes that the module has; None where it is itself missing.
+        module: Import path of the module.
+        classes: Import paths of the classes in the module; None if the module does not exist.
     """
 
-    def __init__(self, module: str, near: Sequence[str] | None = None) -> None:
+    def __init__(self, module: str, classes: Sequence[str] | None = None) -> None:
         super().__init__(module)
-        self.module, self.near = module, near
+        self.module, self.classes = module, classes
 
 
 @dataclass(frozen=True)
 class Definition:
-    """Where an import path leads in the end.
+    """A class, function, assignment or module that an import path leads to.
 
     Attributes:
-        path: The import path of what was found, where it is defined.
-        module: The module that defines it, or that it is; None for what is not read.
-        node: The statement that defines it; None for a module, and for what is not read.
+        path: Its import path in the module that defines it.
+        module: The defining module, or the module itself; None if its source is not read.
+        node: The defining statement; None for a module, or if the source is not read.
     """
 
     path: str
@@ -44,23 +44,23 @@ class Definition:
 
 
 class SourceIndex:
-    """All modules that could be imported, by name. Each is read once.
+    """All importable modules by name. Each source is read once.
 
     Args:
-        folders: Where modules are looked for before ``sys.path``.
-        elsewhere: Whether the run has another Python, which may have packages that are not here.
+        folders: Folders to search before ``sys.path``.
+        elsewhere: Whether the run uses another Python, which may have packages that this one lacks.
     """
 
     def __init__(self, folders: Iterable[Path] = (), elsewhere: bool = False) -> None:
-        self._folders, self._elsewhere = [Path(folder) for folder in folders], elsewhere
+        self._folders, self._elsewhere = list(folders), elsewhere
         self._modules: dict[str, ModuleSource | None] = {}
 
     def find(self, path: str) -> Definition:
-        """What is defined at an import path such as ``package.module.Class``.
+        """Find the definition of an import path such as ``package.module.Class``.
 
         Raises:
-            Missing: There is certainly nothing.
-            CannotTell: There may be.
+            NotDefined: It certainly does not exist.
+            Undecidable: It may exist.
         """
         first, *parts = path.split(".")
         if first in _OUTSIDE:
@@ -77,7 +77,7 @@ class SourceIndex:
             if len(parts) > 1:
                 raise NotDefined(f"{module.name}.{parts[0]}") from None
             raise
-        for name in parts[1:]:  # a class in a class
+        for name in parts[1:]:  # a nested class
             body = found.node.body if isinstance(found.node, ast.ClassDef) else []
             inside = [node for node in body if isinstance(node, ast.ClassDef) and node.name == name]
             if len(inside) != 1:
@@ -86,11 +86,11 @@ class SourceIndex:
         return found
 
     def module(self, name: str) -> ModuleSource:
-        """The module of that name.
+        """Find a module by its import path.
 
         Raises:
-            Missing: There is none.
-            CannotTell: It is not written in Python.
+            NotDefined: It does not exist.
+            Undecidable: It is not written in Python.
         """
         parent, _, last = name.rpartition(".")
         if parent:
@@ -98,19 +98,19 @@ class SourceIndex:
                 raise NotDefined(name)
             return found
         if name not in self._modules:
-            self._modules[name] = self._top(name)
+            self._modules[name] = self._top_level(name)
         if (found := self._modules[name]) is None:
             raise NotDefined(name)
         return found
 
     def submodule(self, module: ModuleSource, name: str) -> ModuleSource | None:
-        """The module of that name in a package, if there is one."""
+        """Find a module of a package; None if it does not exist."""
         path = f"{module.name}.{name}"
         if path not in self._modules:
             self._modules[path] = None if module.folder is None else _read_module(path, module.folder / name)
         return self._modules[path]
 
-    def _top(self, name: str) -> ModuleSource | None:
+    def _top_level(self, name: str) -> ModuleSource | None:
         near = [found for folder in self._folders if (found := _read_module(name, folder / name)) is not None]
         for found in near:
             if found.folder is None or (found.folder / "__init__.py").exists():
@@ -124,43 +124,40 @@ class SourceIndex:
                 raise Undecidable
             origin = Path(spec.origin)
             return _read_module(name, origin.parent if origin.name == "__init__.py" else origin.with_suffix(""))
-        # Folders without an __init__.py; there may be several of one name.
-        spread = {found.folder for found in near} | {
-            Path(place) for place in (spec.submodule_search_locations or [] if spec else [])
-        }
-        if len({place.resolve() for place in spread if place}) > 1:
+        # A namespace package: folders without an __init__.py, possibly several.
+        portions = {found.folder for found in near if found.folder}
+        portions |= {Path(folder) for folder in (spec.submodule_search_locations or [] if spec else [])}
+        if len({folder.resolve() for folder in portions}) > 1 or (not portions and self._elsewhere):
             raise Undecidable
-        if not spread and self._elsewhere:
-            raise Undecidable
-        return ModuleSource(name, "", spread.pop()) if spread else None
+        return ModuleSource(name, "", portions.pop()) if portions else None
 
     def member(self, module: ModuleSource, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Definition:
-        """What ``name`` is in a module: the class, function or assignment, wherever it comes from.
+        """Find the definition of a name in a module, following its imports.
 
         Raises:
-            Missing: The module certainly has no such name.
-            CannotTell: It may have.
+            NotDefined: The module certainly does not have the name.
+            Undecidable: It may have the name.
         """
         if (module.name, name) in seen:
             raise Undecidable
         seen |= {(module.name, name)}
-        bound = module.bound(name)
-        if len(bound) > 1:
+        bindings = module.bindings(name)
+        if len(bindings) > 1:
             raise Undecidable
-        if bound:
-            return self._follow(module, name, bound[0], seen)
+        if bindings:
+            return self._follow(module, name, bindings[0], seen)
         for star in module.stars:
             try:
                 return self.member(self.module(star), name, seen)
             except NotDefined as missing:
-                if missing.near is None:
+                if missing.classes is None:
                     raise Undecidable from None
         if module.dynamic or self.submodule(module, name) is not None or module.mentions(name):
             raise Undecidable
         raise NotDefined(module.name, [f"{module.name}.{other}" for other in self._classes(module)])
 
     def _assigned_elsewhere(self, module: ModuleSource, name: str) -> bool:
-        """Whether another module of the same package may give it the name, as lightning does with names of old."""
+        """Whether another module of the package may set the name on it, as Lightning does for deprecated names."""
         top = self.module(module.name.partition(".")[0]).folder
         if top is None or not (top / "__init__.py").exists():
             return False
@@ -172,32 +169,32 @@ class SourceIndex:
     def _classes(self, module: ModuleSource) -> list[str]:
         return [*module.classes, *(other for star in module.stars for other in self.module(star).classes)]
 
-    def _follow(self, module: ModuleSource, name: str, bound: Binding, seen: frozenset[tuple[str, str]]) -> Definition:
-        if isinstance(bound, ast.Assign | ast.AnnAssign) and isinstance(bound.value, ast.Name | ast.Attribute):
-            return self.resolve(module, bound.value, seen)
-        if not isinstance(bound, Imported):
-            return Definition(f"{module.name}.{name}", module, bound)
-        if bound.module.partition(".")[0] in _OUTSIDE:
-            return Definition(f"{bound.module}.{bound.name}" if bound.name else bound.module)
+    def _follow(self, module: ModuleSource, name: str, binding: Binding, seen: frozenset[tuple[str, str]]) -> Definition:
+        if isinstance(binding, ast.Assign | ast.AnnAssign) and isinstance(binding.value, ast.Name | ast.Attribute):
+            return self.resolve(module, binding.value, seen)
+        if not isinstance(binding, Imported):
+            return Definition(f"{module.name}.{name}", module, binding)
+        if binding.module.partition(".")[0] in _OUTSIDE:
+            return Definition(f"{binding.module}.{binding.name}" if binding.name else binding.module)
         try:
-            there = self.module(bound.module)
-            if not bound.name:
-                return Definition(there.name, there)
-            if (inner := self.submodule(there, bound.name)) is not None:
+            source = self.module(binding.module)
+            if not binding.name:
+                return Definition(source.name, source)
+            if (inner := self.submodule(source, binding.name)) is not None:
                 return Definition(inner.name, inner)
-            return self.member(there, bound.name, seen)
-        except NotDefined:  # then the import itself fails, or is in a try
+            return self.member(source, binding.name, seen)
+        except NotDefined:  # the import fails, or is in a try
             raise Undecidable from None
 
     def resolve(self, module: ModuleSource, node: ast.expr, seen: frozenset[tuple[str, str]] = frozenset()) -> Definition:
-        """What a name or dotted name, such as ``nn.Module``, is in a module.
+        """Find the definition of a name or dotted name, such as ``nn.Module``, in a module.
 
         Raises:
-            CannotTell: Nothing certain.
+            Undecidable: It may have several definitions, or none.
         """
         try:
             if isinstance(node, ast.Name):
-                if hasattr(builtins, node.id) and module.keeps(node.id):
+                if hasattr(builtins, node.id) and module.is_builtin(node.id):
                     return Definition(f"builtins.{node.id}")
                 return self.member(module, node.id, seen)
             if isinstance(node, ast.Attribute):
@@ -212,16 +209,16 @@ class SourceIndex:
         raise Undecidable
 
 
-def _read_module(name: str, place: Path) -> ModuleSource | None:
-    """The module at ``place``, a path without a suffix; None where there is nothing."""
-    init, file = place / "__init__.py", place.parent / f"{place.name}.py"
+def _read_module(name: str, path: Path) -> ModuleSource | None:
+    """Read the module or package at ``path``, a path without a suffix; None if it does not exist."""
+    init, file = path / "__init__.py", path.parent / f"{path.name}.py"
     try:
         if init.is_file():
-            return ModuleSource(name, init.read_text(), place)
+            return ModuleSource(name, init.read_text(), path)
         if file.is_file():
             return ModuleSource(name, file.read_text(), stubbed=file.with_suffix(".pyi").is_file())
     except (OSError, UnicodeDecodeError):
         raise Undecidable from None
-    if any(other.suffix in (".so", ".pyd", ".pyc") for other in place.parent.glob(f"{place.name}.*")):
+    if any(other.suffix in (".so", ".pyd", ".pyc") for other in path.parent.glob(f"{path.name}.*")):
         raise Undecidable  # compiled
-    return ModuleSource(name, "", place) if place.is_dir() else None
+    return ModuleSource(name, "", path) if path.is_dir() else None

@@ -1,4 +1,4 @@
-"""Names that a module or a package offers, to suggest them or to know what may be meant by one."""
+"""Names that modules and packages define, for suggestions and to resolve short names."""
 
 import re
 
@@ -16,13 +16,13 @@ def classes_below(sources: SourceIndex, package: str) -> list[str]:
 
 
 def function_names(sources: SourceIndex, package: str) -> list[str]:
-    """Names of the functions that a package has from its modules, by ``from module import *``."""
+    """Names of the functions that a package imports with ``from module import *``."""
     texts = [sources.module(star).text for star in sources.module(package).stars]
     return [name for text in texts for name in re.findall(r"^def ([a-z]\w*)", text, re.MULTILINE)]
 
 
 def classes_near(sources: SourceIndex, path: str) -> list[str]:
-    """Names of the classes in the modules of a class and of those above it: they are imported with it."""
+    """Names of the classes in the modules of a class and its bases, which importing the class also imports."""
     try:
         return [name for _, module in class_hierarchy(sources, sources.find(path)) for name in module.classes]
     except (Undecidable, NotDefined):

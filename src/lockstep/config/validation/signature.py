@@ -1,4 +1,4 @@
-"""Which arguments a class or function takes, as jsonargparse finds them: ``__init__``'s, and those that ``**kwargs`` go to."""
+"""Find the arguments of a class or function as jsonargparse does: its own, and those that its ``**kwargs`` reach."""
 
 import ast
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ _BASES_WITHOUT_ARGUMENTS = {
     "typing_extensions.Generic",
     "torch.nn.modules.module.Module",
 }
-"""Bases without arguments; torch's passes on what it gets."""
+"""Base classes without arguments of their own."""
 
 
 _TRANSPARENT_DECORATORS = {"_defaults_from_env_vars", "override", "abstractmethod", "no_type_check"}
-"""Decorators of an ``__init__`` that leave its arguments as they are."""
+"""Decorators of an ``__init__`` that do not change its arguments."""
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -26,13 +26,13 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument as its source has it.
+    """An argument in its source.
 
     Attributes:
         name: Its name.
-        module: Where the names in its annotation are known.
-        annotation: Its type; None where it has none.
-        default: Its default; None where it must be given.
+        module: Module in which the names of the annotation are defined.
+        annotation: Its type annotation, if any.
+        default: Its default; None if the argument is required.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Argument:
 
 @dataclass(frozen=True)
 class Signature:
-    """What can be given.
+    """The arguments of a class or function.
 
     Attributes:
-        arguments: By name, as far as they are known.
+        arguments: Known arguments by name.
         closed: Whether there are certainly no others.
     """
 
@@ -55,36 +55,36 @@ class Signature:
 
 
 def signature(sources: SourceIndex, found: Definition) -> Signature:
-    """What a class, or a function that returns an instance, takes."""
+    """Find the arguments of a class, or of a function that returns an instance."""
     if isinstance(found.node, Function) and found.module is not None:
         arguments = _arguments(found.node, found.module)
         closed = not (found.node.decorator_list or found.module.stubbed or _forwards_kwargs(found.node))
         return Signature({argument.name: argument for argument in arguments}, closed)
-    arguments_by_name: dict[str, Argument] = {}
-    taken: set[str] = set()  # given by a class to the one above it
+    by_name: dict[str, Argument] = {}
+    passed: set[str] = set()  # by a class to its base
     first = 0
     try:
         for cls, module in class_hierarchy(sources, found):
             if f"{module.name}.{cls.name}" in _BASES_WITHOUT_ARGUMENTS:
                 break
-            made = _constructor(sources, cls, module)
-            if made is None:
+            constructor = _constructor(sources, cls, module)
+            if constructor is None:
                 continue
-            arguments, init = made
+            arguments, init = constructor
             for argument in arguments[first:]:
-                if argument.name not in taken:
-                    arguments_by_name.setdefault(argument.name, argument)
+                if argument.name not in passed:
+                    by_name.setdefault(argument.name, argument)
             if init is None or not _forwards_kwargs(init):
-                return Signature(_public(arguments_by_name), closed=True)
+                break
             try:
                 first, names = _super_call(init)
             except Undecidable:
-                later = _stored_kwargs(sources, found, init)
-                return Signature(_public(later | arguments_by_name), closed=True)
-            taken |= names
+                by_name = _stored_kwargs(sources, found, init) | by_name
+                break
+            passed |= names
     except Undecidable:
-        return Signature(_public(arguments_by_name), closed=False)
-    return Signature(_public(arguments_by_name), closed=True)
+        return Signature(_public(by_name), closed=False)
+    return Signature(_public(by_name), closed=True)
 
 
 def _public(arguments: dict[str, Argument]) -> dict[str, Argument]:
@@ -92,10 +92,10 @@ def _public(arguments: dict[str, Argument]) -> dict[str, Argument]:
 
 
 def class_hierarchy(sources: SourceIndex, found: Definition) -> Iterator[tuple[ast.ClassDef, ModuleSource]]:
-    """A class and those above it, in the order in which Python looks for a method.
+    """Yield a class and its bases in method resolution order.
 
     Raises:
-        CannotTell: One of them cannot be read; not before those below it have been given.
+        Undecidable: A base cannot be read; raised after the classes before it.
     """
     if not isinstance(found.node, ast.ClassDef) or found.module is None:
         raise Undecidable
@@ -104,27 +104,25 @@ def class_hierarchy(sources: SourceIndex, found: Definition) -> Iterator[tuple[a
     if len(bases) == 1:
         yield from class_hierarchy(sources, bases[0])
     elif bases:
-        yield from [
-            (node, module)
-            for base in _linearize(sources, bases)
-            if isinstance(node := base.node, ast.ClassDef) and (module := base.module)
-        ]
+        for base in _linearize(sources, bases):
+            assert isinstance(base.node, ast.ClassDef) and base.module is not None
+            yield base.node, base.module
 
 
 def _bases(sources: SourceIndex, found: Definition) -> list[Definition]:
     assert isinstance(found.node, ast.ClassDef) and found.module is not None
     bases = []
     for base in found.node.bases:
-        there = sources.resolve(found.module, base.value if isinstance(base, ast.Subscript) else base)
-        if isinstance(there.node, ast.ClassDef):
-            bases.append(there)
-        elif there.path not in _BASES_WITHOUT_ARGUMENTS:
+        definition = sources.resolve(found.module, base.value if isinstance(base, ast.Subscript) else base)
+        if isinstance(definition.node, ast.ClassDef):
+            bases.append(definition)
+        elif definition.path not in _BASES_WITHOUT_ARGUMENTS:
             raise Undecidable
     return bases
 
 
 def _linearize(sources: SourceIndex, bases: list[Definition]) -> list[Definition]:
-    """The order of all classes above one with several bases (C3)."""
+    """Method resolution order of all classes above one with several bases (C3 linearization)."""
 
     def linear(found: Definition) -> list[Definition]:
         above = _bases(sources, found)
@@ -147,7 +145,7 @@ def _linearize(sources: SourceIndex, bases: list[Definition]) -> list[Definition
 def _constructor(
     sources: SourceIndex, cls: ast.ClassDef, module: ModuleSource
 ) -> tuple[list[Argument], Function | None] | None:
-    """The arguments of a class's own ``__init__`` and that itself, if it is written down; None where it has none."""
+    """The arguments of a class's own constructor and its ``__init__``, which a dataclass lacks; None without a constructor."""
     if module.stubbed:
         raise Undecidable
     decorators = [_decorator(sources, node, module) for node in cls.decorator_list]
@@ -180,19 +178,19 @@ def _binds_init(node: ast.stmt) -> bool:
 
 
 def _decorator(sources: SourceIndex, node: ast.expr, module: ModuleSource) -> str:
-    """``dataclass``; empty for one that changes no arguments; else something else."""
+    """Return ``dataclass``, an empty string if the decorator does not change arguments, else ``other``."""
     call = node.func if isinstance(node, ast.Call) else node
     path = sources.resolve(module, call).path
     if path == "dataclasses.dataclass":
         keywords = node.keywords if isinstance(node, ast.Call) else []
         return "other" if any(keyword.arg in ("init", None) for keyword in keywords) else "dataclass"
-    return "" if path in ("typing.is_permanent", "typing_extensions.is_permanent") else "other"
+    return "" if path in ("typing.final", "typing_extensions.final") else "other"
 
 
 def _fields(sources: SourceIndex, cls: ast.ClassDef, module: ModuleSource) -> list[Argument]:
     fields: dict[str, Argument] = {}
-    above = [item for item in class_hierarchy(sources, Definition(f"{module.name}.{cls.name}", module, cls))]
-    for node, where in reversed(above):
+    hierarchy = list(class_hierarchy(sources, Definition(f"{module.name}.{cls.name}", module, cls)))
+    for node, where in reversed(hierarchy):
         if "dataclass" not in [_decorator(sources, decorator, where) for decorator in node.decorator_list]:
             continue
         for line in node.body:
@@ -214,14 +212,14 @@ def _fields(sources: SourceIndex, cls: ast.ClassDef, module: ModuleSource) -> li
 
 def _arguments(function: Function, module: ModuleSource) -> list[Argument]:
     args = function.args
-    placed = [*args.posonlyargs, *args.args]
-    defaults = [*[None] * (len(placed) - len(args.defaults)), *args.defaults, *args.kw_defaults]
-    pairs = zip([*placed, *args.kwonlyargs], defaults, strict=True)
+    positional = [*args.posonlyargs, *args.args]
+    defaults = [*[None] * (len(positional) - len(args.defaults)), *args.defaults, *args.kw_defaults]
+    pairs = zip([*positional, *args.kwonlyargs], defaults, strict=True)
     return [Argument(arg.arg, module, arg.annotation, default) for arg, default in pairs]
 
 
 def _forwards_kwargs(function: Function) -> bool:
-    """Whether it does something with its ``**kwargs``."""
+    """Whether a function uses its ``**kwargs``."""
     if function.args.kwarg is None:
         return False
     name = function.args.kwarg.arg
@@ -229,10 +227,10 @@ def _forwards_kwargs(function: Function) -> bool:
 
 
 def _super_call(init: Function) -> tuple[int, set[str]]:
-    """How many arguments ``super().__init__(…, **kwargs)`` gives by place, and which by name.
+    """The number of positional arguments in ``super().__init__(…, **kwargs)``, and the names of the others.
 
     Raises:
-        CannotTell: ``**kwargs`` are used in another way.
+        Undecidable: ``**kwargs`` are used in another way.
     """
     assert init.args.kwarg is not None
     rest = init.args.kwarg.arg
@@ -251,39 +249,39 @@ def _super_call(init: Function) -> tuple[int, set[str]]:
 
 
 def _stored_kwargs(sources: SourceIndex, found: Definition, init: Function) -> dict[str, Argument]:
-    """The arguments of the classes and functions that get ``**kwargs`` later, where ``__init__`` only keeps them.
+    """Arguments of the classes and functions that get ``**kwargs`` later, if ``__init__`` only stores them.
 
     Raises:
-        CannotTell: Something else may be done with them.
+        Undecidable: They may be used in another way.
     """
     assert init.args.kwarg is not None
     rest = init.args.kwarg.arg
     nodes = [node for line in init.body for node in ast.walk(line)]
     uses = [node for node in nodes if isinstance(node, ast.Name) and node.id == rest]
-    kept = [node.targets[0] for node in nodes if isinstance(node, ast.Assign) and [node.value] == uses]
-    if not kept or not isinstance(kept[0], ast.Attribute):
+    stored = [node.targets[0] for node in nodes if isinstance(node, ast.Assign) and [node.value] == uses]
+    if not stored or not isinstance(stored[0], ast.Attribute):
         raise Undecidable
     arguments: dict[str, Argument] = {}
     for _, module in class_hierarchy(sources, found):
-        if f".{kept[0].attr}" in module.text:
-            arguments |= _arguments_of_calls(sources, module, kept[0].attr)
+        if f".{stored[0].attr}" in module.text:
+            arguments |= _arguments_of_calls(sources, module, stored[0].attr)
     return arguments
 
 
-def _arguments_of_calls(sources: SourceIndex, module: ModuleSource, kept: str) -> dict[str, Argument]:
-    """What all calls with ``**self.kept`` take; CannotTell if anything else is done with it."""
+def _arguments_of_calls(sources: SourceIndex, module: ModuleSource, attribute: str) -> dict[str, Argument]:
+    """Arguments of all calls with ``**self.attribute``; raise Undecidable if it is used in another way."""
     nodes = list(ast.walk(module.tree))
-    uses = [n for n in nodes if isinstance(n, ast.Attribute) and n.attr == kept and isinstance(n.ctx, ast.Load)]
+    uses = [n for n in nodes if isinstance(n, ast.Attribute) and n.attr == attribute and isinstance(n.ctx, ast.Load)]
     arguments: dict[str, Argument] = {}
     for call in nodes:
         passed = [k.value for k in call.keywords if k.arg is None] if isinstance(call, ast.Call) else []
-        if isinstance(call, ast.Call) and (mine := [use for use in uses if use in passed]):
-            uses = [use for use in uses if use not in mine]
-            takes = signature(sources, sources.resolve(module, call.func))
-            if not takes.closed:
+        if isinstance(call, ast.Call) and (forwarded := [use for use in uses if use in passed]):
+            uses = [use for use in uses if use not in forwarded]
+            callee = signature(sources, sources.resolve(module, call.func))
+            if not callee.closed:
                 raise Undecidable
             given = {keyword.arg for keyword in call.keywords}
-            arguments |= {name: Argument(name, module) for name in takes.arguments if name not in given}
+            arguments |= {name: Argument(name, module) for name in callee.arguments if name not in given}
     if uses:
         raise Undecidable
     return arguments

@@ -1,4 +1,4 @@
-"""The source of one module, of which only the statements in question are parsed: a large file takes a millisecond."""
+"""Find names in the source of a module. Only statements that contain a name are parsed: a large file takes a millisecond."""
 
 import ast
 import re
@@ -8,19 +8,19 @@ from functools import cached_property
 from pathlib import Path
 
 _DYNAMIC = ("__getattr__", "globals(", "exec(", "sys.modules", "__path__")
-"""What a module can make names with that its statements do not show."""
+"""Text in a module that may define names without a statement."""
 
 
-_DEFINED = re.compile(r"^(?:async )?(?:class|def) (\w+)", re.MULTILINE)
+_DEFINITION = re.compile(r"^(?:async )?(?:class|def) (\w+)", re.MULTILINE)
 
 
 class Undecidable(Exception):
-    """Only importing would tell."""
+    """The source does not decide the question; only an import would."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A name that a module has from another: ``from module import name``, or the module itself."""
+    """A name from another module: ``from module import name``, or ``import module`` if the name is empty."""
 
     module: str
     name: str = ""
@@ -35,34 +35,34 @@ class ModuleSource:
     Args:
         name: Its import path.
         text: Its source.
-        folder: Where its submodules lie, if it is a package.
-        stubbed: Whether its types are written in another file.
+        folder: Folder of its submodules, if it is a package.
+        stubbed: Whether a .pyi file has its types.
     """
 
     def __init__(self, name: str, text: str, folder: Path | None = None, stubbed: bool = False) -> None:
         self.name, self.text, self.folder, self.stubbed = name, text, folder, stubbed
-        self._bound: dict[str, list[Binding]] = {}
-        self._kept: dict[str, bool] = {}
+        self._bindings: dict[str, list[Binding]] = {}
+        self._builtin: dict[str, bool] = {}
 
     @cached_property
     def tree(self) -> ast.Module:
-        """All of it, parsed: slow for a large file."""
+        """The whole syntax tree; slow for a large file."""
         return ast.Module(_parse(self.text), [])
 
     @cached_property
     def dynamic(self) -> bool:
-        """Whether it may have names that no statement shows."""
+        """Whether it may define names without a statement."""
         return any(mark in self.text for mark in _DYNAMIC)
 
     @cached_property
     def stars(self) -> list[str]:
-        """Modules of which it has every name."""
+        """Modules that it imports with ``import *``."""
         found = self._scan("*") if "import *" in self.text else []
         return [item.module for item in found if isinstance(item, Imported)]
 
     @cached_property
     def classes(self) -> list[str]:
-        """Names of the classes that it defines; a package also offers those of its modules."""
+        """Names of the public classes that it defines; for a package, also of those that it imports."""
         names = re.findall(r"^class (\w+)", self.text, re.MULTILINE)
         for node in self.tree.body if self.folder is not None else []:
             if isinstance(node, ast.ImportFrom):
@@ -71,26 +71,26 @@ class ModuleSource:
 
     @cached_property
     def defines_types(self) -> bool:
-        """Whether it uses jsonargparse, and so may teach it types."""
+        """Whether it imports jsonargparse, and so may register types."""
         return "jsonargparse" in self.text and bool(re.search(r"^\s*(?:import|from) jsonargparse", self.text, re.MULTILINE))
 
-    def bound(self, name: str) -> list[Binding]:
-        """The statements and imports, also inside of ``if`` and ``try``, that give the module ``name``."""
-        if name not in self._bound:
+    def bindings(self, name: str) -> list[Binding]:
+        """Statements and imports that bind ``name`` in the module, also inside ``if`` and ``try``."""
+        if name not in self._bindings:
             found = self._scan(name) if self._has_word(name) else []
             if not found and self._has_word(name):
-                found = list(_bindings(self.tree.body, name, self._absolute))
-            self._bound[name] = found
-        return self._bound[name]
+                found = list(_find_bindings(self.tree.body, name, self._absolute))
+            self._bindings[name] = found
+        return self._bindings[name]
 
-    def keeps(self, builtin: str) -> bool:
-        """Whether a name of Python's own, such as ``int``, means the usual thing in it."""
-        if builtin not in self._kept:
-            self._kept[builtin] = not self._scan(builtin)
-        return self._kept[builtin]
+    def is_builtin(self, name: str) -> bool:
+        """Whether the module does not redefine the builtin ``name``, such as ``int``."""
+        if name not in self._builtin:
+            self._builtin[name] = not self._scan(name)
+        return self._builtin[name]
 
     def mentions(self, name: str) -> bool:
-        """Whether ``name`` is set anywhere in it, or stands in it as a text."""
+        """Whether the module assigns ``name`` anywhere, or contains it as a string."""
         return self._has_word(name) and any(
             (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store))
             or (isinstance(node, ast.Constant) and node.value == name)
@@ -102,23 +102,23 @@ class ModuleSource:
         return name in self.text and re.search(rf"\b{name}\b", self.text) is not None
 
     def _scan(self, name: str) -> list[Binding]:
-        """As ``bound``, from the statements that have the word in them; empty where that does not work out."""
+        """As ``bindings``, from top-level statements that contain the name; empty if one of them cannot be parsed."""
         word = re.compile(r"import \*" if name == "*" else rf"\b{name}\b")
         found: list[Binding] = []
         for defined, part in self._parts:
             if defined in ("", name) and (name in part or name == "*") and word.search(part):
                 try:
                     body = _class_body(part) if defined else _parse(part)
-                except Undecidable:  # no statement: lines of a text that look like one
+                except Undecidable:  # not a statement, but lines of a string that look like one
                     return []
-                found += _bindings(body, name, self._absolute)
+                found += _find_bindings(body, name, self._absolute)
         return found
 
     @cached_property
     def _parts(self) -> list[tuple[str, str]]:
-        """Its statements, each with the name of the class or function that it defines, if it does."""
+        """Top-level statements, each with the name of the class or function that it defines, or an empty name."""
         parts = [(part.startswith(("class ", "def ", "async def ", "@")), part) for part in statements(self.text)]
-        return [(found[1] if defines and (found := _DEFINED.search(part)) else "", part) for defines, part in parts]
+        return [(found[1] if defines and (found := _DEFINITION.search(part)) else "", part) for defines, part in parts]
 
     def _absolute(self, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -129,13 +129,13 @@ class ModuleSource:
 
 
 def statements(text: str, indent: str = "") -> Iterator[str]:
-    """The statements at one level of indentation, each whole and with its decorators.
+    """Split source into the statements at one level of indentation, each with its decorators.
 
-    What comes before the first one belongs to it. Lines of a text in triple quotes are part of their statement.
+    Text before the first statement belongs to it. Lines in triple quotes belong to their statement.
     """
     begin = re.compile(rf"^{indent}(?=[^\s#)\]}}])(?!(?:else|elif|except|finally)\b)", re.MULTILINE)
     start = seen = quotes = 0
-    decorated = True  # nothing has begun yet
+    decorated = True  # no statement yet
     for found in begin.finditer(text):
         at = found.start()
         quotes += text.count('"""', seen, at) + text.count("'''", seen, at)
@@ -150,7 +150,7 @@ def statements(text: str, indent: str = "") -> Iterator[str]:
 
 
 def _class_body(text: str) -> list[ast.stmt]:
-    """A class without its methods, but for those that make an instance; a function as it is."""
+    """Parse a class without its methods other than ``__init__`` and ``__new__``; parse a function whole."""
     indent = re.search(r"^[ \t]+(?=\S)", text, re.MULTILINE)
     if indent is None or re.search(r"^class ", text, re.MULTILINE) is None:
         return _parse(text)
@@ -172,7 +172,7 @@ def _parse(text: str) -> list[ast.stmt]:
         raise Undecidable from None
 
 
-def _bindings(body: Sequence[ast.stmt], name: str, absolute: Callable[[ast.ImportFrom], str]) -> Iterator[Binding]:
+def _find_bindings(body: Sequence[ast.stmt], name: str, absolute: Callable[[ast.ImportFrom], str]) -> Iterator[Binding]:
     for node in body:
         match node:
             case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -194,4 +194,4 @@ def _bindings(body: Sequence[ast.stmt], name: str, absolute: Callable[[ast.Impor
                         yield Imported(alias.name if alias.asname else name)
             case _:
                 for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-                    yield from _bindings(getattr(node, field, []), name, absolute)
+                    yield from _find_bindings(getattr(node, field, []), name, absolute)

@@ -1,6 +1,6 @@
-"""What is wrong with the arguments of a run, told in milliseconds: without torch, and without importing anyone's classes.
+"""Validate the arguments of a run without torch and without importing a class.
 
-The run itself (``config.parse``, then the classes) knows more; what it would take is never refused here.
+Parsing in the run (``trainer.parse_config``) finds more errors; validation never refuses what the run would accept.
 """
 
 import ast
@@ -11,25 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config import (
-    COMMANDS,
     GROUPS,
     RESERVED_TRAINER_KEYS,
     Options,
     check_ranges,
-    class_not_set,
-    expected_mapping,
-    invalid_key_type,
-    missing_key,
+    messages,
     read_config_file,
-    split_arguments,
-    unknown_key,
+    split_command,
+    split_keys,
 )
 from lockstep.config.validation.annotation import ANYTHING, ExpectedType, expected_type
 from lockstep.config.validation.lookup import NotDefined, SourceIndex
 from lockstep.config.validation.signature import Argument, Signature, signature
 from lockstep.config.validation.source import Undecidable
 from lockstep.config.validation.values import BASES, ValueMerger
-from lockstep.core import UsageError, did_you_mean
+from lockstep.core import UsageError
 
 
 def validate_arguments(
@@ -39,37 +35,31 @@ def validate_arguments(
     sweep: Mapping[str, Sequence[str]] | None = None,
     elsewhere: bool = False,
 ) -> dict[str, Any]:
-    """The config that ``arguments`` give, as far as it can be known without importing a class; defaults are lockstep's own.
+    """Merge ``arguments`` into a config, as far as possible without imports; defaults are those of lockstep's own keys.
 
-    With a sweep, that of its first run; every value is checked once, together with the first ones of the other keys.
+    With a sweep, return the config of its first run. Each value of a key is checked once, with the first values of the others.
 
     Args:
-        arguments: As for ``lockstep.train``: a command or none, then ``--config FILE`` and keys with their values.
-        launcher_flags: The launcher's own flags, without dashes; a misspelt one may be meant.
-        folders: Where one's own modules are looked for before ``sys.path``.
+        arguments: A command or none, then ``--config FILE`` and keys with their values.
+        launcher_flags: Flags of the launcher, without dashes, to suggest for a misspelt one.
+        folders: Folders to search for modules before ``sys.path``.
         sweep: Keys and the values that they take in turn, after ``arguments``.
-        elsewhere: Whether the run has another Python, whose packages need not be here.
+        elsewhere: Whether the run uses another Python, whose packages need not be installed here.
 
     Raises:
-        UsageError: A command, key, value, file or class is certainly wrong: one sentence that names it and what is valid.
+        UsageError: A command, key, value, file or class is certainly wrong.
     """
-    rest = list(arguments)
-    if rest and not rest[0].startswith("-"):
-        if rest[0] not in COMMANDS:
-            raise UsageError(f"{rest[0]!r} is no command{did_you_mean(rest[0], COMMANDS)}")
-        del rest[0]
     config = ConfigValidator(SourceIndex(folders, elsewhere), launcher_flags)
-    given = split_arguments(rest)
-    for key, value in given:
-        config.take(key, value)
-    if any(_shows_only(key) for key, _ in given):
+    keys = split_keys(split_command(arguments)[1])
+    for key, value in keys:
+        config.set_key(key, value)
+    if any(_is_help_key(key) for key, _ in keys):
         return config.content
-    common = config.content
-    first: dict[str, Any] | None = None
+    common, first = config.content, None
     for point in _points_to_check(sweep or {}):
         config.content = copy.deepcopy(common)
         for key, value in point.items():
-            config.take(key, value)
+            config.set_key(key, value)
         config.check_complete()
         first = first or config.content
     return first or common
@@ -84,24 +74,32 @@ def _points_to_check(sweep: Mapping[str, Sequence[str]]) -> Iterator[dict[str, s
 
 
 def shows_only(argument: str) -> bool:
-    """Whether an argument shows something instead of starting a run."""
-    return argument.startswith("--") and _shows_only(argument[2:].partition("=")[0])
+    """Whether an argument, such as --help or --print_config, shows something instead of starting a run."""
+    return argument.startswith("--") and _is_help_key(argument[2:].partition("=")[0])
 
 
-def _shows_only(key: str) -> bool:
-    """Whether a key shows something instead of starting a run."""
+def _is_help_key(key: str) -> bool:
     return key.endswith(".help") or key in ("help", "print_config", "print_completion", "print_shtab")
 
 
+def known_keys() -> list[str]:
+    """All keys of a config, with the arguments of lockstep's own model and data classes."""
+    sources = SourceIndex()
+    keys = ConfigValidator(sources, ()).keys()
+    for key, path in (("model", "lockstep.models.Classifier"), ("data", "lockstep.data.ImageData")):
+        keys += [f"{key}.{name}" for name in signature(sources, sources.find(path)).arguments]
+    return keys
+
+
 class ConfigValidator:
-    """A config while it is put together.
+    """A config that is merged and checked key by key.
 
     Args:
-        sources: Where classes are looked up.
-        launcher_flags: What else could have been meant by a key that does not exist.
+        sources: Index in which classes are looked up.
+        launcher_flags: Further names to suggest for an unknown key.
 
     Attributes:
-        content: What was given so far, and the defaults of lockstep's own keys.
+        content: The values so far, and the defaults of lockstep's own keys.
     """
 
     def __init__(self, sources: SourceIndex, launcher_flags: Iterable[str]) -> None:
@@ -111,93 +109,96 @@ class ConfigValidator:
         self._paths |= {"": "lockstep.config.schema.Options", "trainer": "lightning.pytorch.trainer.trainer.Trainer"}
         self._groups: dict[str, Signature] = {}
 
-    def take(self, key: str, value: Any) -> None:
-        """Set a key, as a flag or a config file gives it."""
+    def set_key(self, key: str, value: Any) -> None:
+        """Set a key to its value in a flag or config file.
+
+        Raises:
+            UsageError: The key or value is certainly wrong.
+        """
         first, *rest = key.split(".")
-        if _shows_only(key) or key == "$schema":
+        if _is_help_key(key) or key == "$schema":
             return
         if key == "config":
-            self._take_file(value)
+            self._merge_file(value)
         elif first in BASES:
-            self._take_class(first, rest, value)
+            self._set_class(first, rest, value)
         elif first and first in self._paths and not rest:
-            self._take_group(first, value)
+            self._merge_group(first, value)
         elif first and first in self._paths:
-            self._set(self.content[first], self._group(first), rest, value, f"{first}.")
+            self._set_in_group(self.content[first], self._group(first), rest, value, f"{first}.")
         else:
-            self._set(self.content, self._group(""), [first, *rest], value, "")
+            self._set_in_group(self.content, self._group(""), [first, *rest], value, "")
 
-    def _set(self, store: dict[str, Any], takes: Signature, names: Sequence[str], value: Any, before: str) -> None:
+    def _set_in_group(self, group: dict[str, Any], keys: Signature, names: Sequence[str], value: Any, prefix: str) -> None:
         name, *rest = names
-        add, name = name.endswith("+") and not rest, name.rstrip("+")
-        key, argument = before + name, takes.arguments.get(name)
-        if argument is None and takes.closed:
-            others = self._launcher_flags if not before and not rest else []
-            raise UsageError(unknown_key(before + ".".join(names), value, [*self.keys(), *others]))
-        kind, current = expected_type(self._sources, argument) if argument else ANYTHING, store.get(name)
-        if add:
-            store[name] = self._values.append(current, kind, value, key)
+        append, name = name.endswith("+") and not rest, name.rstrip("+")
+        key, argument = prefix + name, keys.arguments.get(name)
+        if argument is None and keys.closed:
+            others = self._launcher_flags if not prefix and not rest else []
+            raise UsageError(messages.unknown_key(prefix + ".".join(names), value, [*self.keys(), *others]))
+        expected, current = expected_type(self._sources, argument) if argument else ANYTHING, group.get(name)
+        if append:
+            group[name] = self._values.append(current, expected, value, key)
         else:
-            store[name] = self._values.put(current, kind, rest, value, key)
+            group[name] = self._values.merge(current, expected, rest, value, key)
 
-    def _take_file(self, given: Any) -> None:
-        if not isinstance(given, str):
+    def _merge_file(self, source: Any) -> None:
+        if not isinstance(source, str):
             return
         outer = self._values.folder
-        content = read_config_file(given, outer)
-        self._values.folder = (outer / given).parent
+        content = read_config_file(source, outer)
+        self._values.folder = (outer / source).parent
         for key, value in content.items():
             if not isinstance(key, str):
-                raise UsageError(invalid_key_type(f"config: {given}", key))
-            self.take(key, value)
+                raise UsageError(messages.invalid_key_type(f"config: {source}", key))
+            self.set_key(key, value)
         self._values.folder = outer
 
-    def _take_class(self, key: str, rest: Sequence[str], value: Any) -> None:
-        current, given = self.content[key], self._values.mapping(value)
-        if current is None and (rest or (given is not None and "class_path" not in given)):
-            raise UsageError(class_not_set(key, ".".join([key, *rest]), value))
-        self.content[key] = self._values.put(current, ExpectedType(classes=(BASES[key],)), rest, value, key)
+    def _set_class(self, key: str, rest: Sequence[str], value: Any) -> None:
+        current, mapping = self.content[key], self._values.mapping(value)
+        if current is None and (rest or (mapping is not None and "class_path" not in mapping)):
+            raise UsageError(messages.class_not_set(key, ".".join([key, *rest]), value))
+        self.content[key] = self._values.merge(current, ExpectedType(classes=(BASES[key],)), rest, value, key)
 
-    def _take_group(self, name: str, value: Any) -> None:
-        content = self._values.mapping(value)
-        if content is None:
-            raise UsageError(expected_mapping(name, value))
-        for key, item in content.items():
-            self.take(f"{name}.{key}", item)
+    def _merge_group(self, name: str, value: Any) -> None:
+        mapping = self._values.mapping(value)
+        if mapping is None:
+            raise UsageError(messages.expected_mapping(name, value))
+        for key, item in mapping.items():
+            self.set_key(f"{name}.{key}", item)
 
     def _group(self, name: str) -> Signature:
-        """The keys of a group; of the top level for an empty name."""
+        """The keys of a group; those of the top level for an empty name."""
         if name not in self._groups:
             try:
-                takes = signature(self._sources, self._sources.find(self._paths[name]))
+                keys = signature(self._sources, self._sources.find(self._paths[name]))
             except (Undecidable, NotDefined):
-                takes = Signature()
+                keys = Signature()
             if name == "trainer":
-                own = Argument(
-                    "precision", self._sources.module("lockstep.config.schema"), ast.Name("Precision"), ast.Constant("auto")
-                )
-                others = {key: argument for key, argument in takes.arguments.items() if key not in RESERVED_TRAINER_KEYS}
-                takes = Signature({**others, "precision": own}, takes.closed)
-            self._groups[name] = takes
+                schema = self._sources.module("lockstep.config.schema")
+                precision = Argument("precision", schema, ast.Name("Precision"), ast.Constant("auto"))
+                others = {key: argument for key, argument in keys.arguments.items() if key not in RESERVED_TRAINER_KEYS}
+                keys = Signature({**others, "precision": precision}, keys.closed)
+            self._groups[name] = keys
         return self._groups[name]
 
     def keys(self) -> list[str]:
-        """All keys but those of classes."""
+        """All keys except arguments of classes."""
         groups = [f"{name}.{key}" for name in self._paths if name for key in self._group(name).arguments]
         return [*self._group("").arguments, "trainer", *BASES, "config", *groups]
 
     def check_complete(self) -> None:
-        """Raise about what only the whole config shows."""
+        """Raise UsageError if the whole config lacks a value, names an unknown class or has a number out of range."""
         for key in BASES:
             if self.content[key] is None:
-                raise UsageError(missing_key(key))
-        self._values.check_ambiguous_names()
+                raise UsageError(messages.missing_key(key))
+        self._values.check_short_names()
         for key, base in BASES.items():
-            self._values.check_complete(self.content[key], ExpectedType(classes=(base,)), key, linked="data.seed")
+            self._values.check_required(self.content[key], ExpectedType(classes=(base,)), key, linked="data.seed")
         for name, argument in self._group("trainer").arguments.items() if self.content["trainer"] else ():
             if name in self.content["trainer"]:
-                kind = expected_type(self._sources, argument)
-                self._values.check_complete(self.content["trainer"][name], kind, f"trainer.{name}")
+                expected = expected_type(self._sources, argument)
+                self._values.check_required(self.content["trainer"][name], expected, f"trainer.{name}")
         for path in self.content["activation_checkpointing"]:
             self._values.check_exists(path, "activation_checkpointing")
-        check_ranges(self.content["seed_everything"], self.content["checkpoint"]["save_top_k"], self.content["trainer"])
+        check_ranges(self.content)

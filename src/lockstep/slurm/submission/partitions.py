@@ -1,4 +1,4 @@
-"""What a cluster offers, and why it does not take a request, in one sentence. No torch here: the launcher uses this room."""
+"""The partitions of a cluster, and the explanation of why Slurm rejects a job there."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from lockstep.slurm.submission.profile import parse_minutes
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition, as ``sinfo`` describes it; where its nodes differ, CPUs and memory are the least, with a +."""
+    """Nodes of one kind in a partition, as ``sinfo`` prints them; where they differ, ``cpus`` and ``memory`` end with +."""
 
     name: str
     is_default: bool
@@ -25,7 +25,7 @@ class Partition:
 
     @property
     def gpus(self) -> int:
-        """GPUs of each node."""
+        """GPUs per node."""
         return sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", self.gres))
 
     def __str__(self) -> str:
@@ -37,56 +37,63 @@ class Partition:
 
 
 def query_partitions(env: Mapping[str, str]) -> list[Partition]:
-    """All partitions; ``sinfo`` has a row for each kind of node."""
+    """Return all partitions, one entry per kind of node."""
     command = ["sinfo", "--all", "--exact", "--noheader", "--format=%R|%P|%D|%c|%m|%G|%l|%T"]
     rows = query_slurm(command, env).stdout.splitlines()
-    return [Partition(name, marked.endswith("*"), *rest) for name, marked, *rest in (row.split("|") for row in rows)]
+    return [Partition(name, label.endswith("*"), *rest) for name, label, *rest in (row.split("|") for row in rows)]
 
 
 def _requested(request: JobRequest, partitions: Sequence[Partition]) -> list[Partition]:
-    """The partitions that a request may run in."""
+    """The partitions that a job may run in."""
     names = request.profile.partition.split(",") if request.profile.partition else []
     return [p for p in partitions if p.name in names or (not names and p.is_default)]
 
 
 def fits_when_all_nodes_are_up(request: JobRequest, partitions: Sequence[Partition]) -> bool:
-    """Whether nodes that are down or drained now could make up for what is missing."""
-    chosen, profile = _requested(request, partitions), request.profile
-    cpus = profile.ranks * (profile.cpus or 1)
-    fitting = [p for p in chosen if int(p.cpus.rstrip("+")) >= cpus and p.gpus >= profile.gpus_per_node]
-    away = [p for p in fitting if re.match(r"down|drain|drng|maint|reserved|fail|unk|no_resp|power", p.state)]
-    return bool(away) and sum(int(p.nodes) for p in fitting) >= request.nodes.min
-
-
-def check_time_limit(request: JobRequest, asked: int, partitions: Sequence[Partition]) -> None:
-    """Raise UsageError about a job that most clusters would queue and never start; ``--test-only`` says nothing either."""
-    limits = [p.time for p in _requested(request, partitions)]
-    if not limits or any(limit in ("infinite", "n/a") or parse_minutes(limit) >= asked for limit in limits):
-        return
-    raise UsageError(explain_rejection("The time limit is longer than the partition's", request, partitions))
-
-
-def explain_rejection(said: str, request: JobRequest, partitions: Sequence[Partition]) -> str:
-    """What Slurm said, what was asked for, and what there is."""
-    errors = re.findall(r"(?:sbatch: error: |allocation failure: |Batch job submission failed: )([^\n]+)", said)
-    words = errors[-1].rpartition("failed: ")[2] if errors else " ".join(said.split())
+    """Whether the job fits once nodes that are down or drained now are back."""
     profile = request.profile
-    asked = [f"{request.nodes} node{'' if request.nodes.max == 1 else 's'} of {_count(profile.ranks, 'rank')}"]
-    asked += [f"{_count(profile.gpus_per_node, 'GPU')} per node"] if profile.gpus_per_node else []
-    asked += [f"{_count(profile.cpus, 'CPU')} per rank"] if profile.cpus else []
-    asked += [f"{profile.mem} of memory per node"] if profile.mem else []
-    asked += [f"{profile.time} of time"] if profile.time else []
-    asked += [f"an array of {request.runs} runs (MaxArraySize of slurm.conf is the limit)"] if request.runs > 1 else []
+    cpus = profile.ranks * (profile.cpus or 1)
+    suitable = [
+        p for p in _requested(request, partitions) if int(p.cpus.rstrip("+")) >= cpus and p.gpus >= profile.gpus_per_node
+    ]
+    unavailable = any(re.match(r"down|drain|drng|maint|reserved|fail|unk|no_resp|power", p.state) for p in suitable)
+    return unavailable and sum(int(p.nodes) for p in suitable) >= request.options.nodes.min
+
+
+def check_time_limit(request: JobRequest, minutes: int, partitions: Sequence[Partition]) -> None:
+    """Check the time limit of a job, which neither ``sbatch`` nor ``--test-only`` does on most clusters.
+
+    Raises:
+        UsageError: It exceeds that of the partitions, so the job would never start.
+    """
+    limits = [p.time for p in _requested(request, partitions)]
+    if limits and not any(limit in ("infinite", "n/a") or parse_minutes(limit) >= minutes for limit in limits):
+        raise UsageError(explain_rejection("The time limit exceeds that of the partition", request, partitions))
+
+
+def explain_rejection(output: str, request: JobRequest, partitions: Sequence[Partition]) -> str:
+    """Return a sentence with the error in ``output`` of ``sbatch``, the requested resources, and the available ones."""
+    errors = re.findall(r"(?:sbatch: error: |allocation failure: |Batch job submission failed: )([^\n]+)", output)
+    error = errors[-1].rpartition("failed: ")[2] if errors else " ".join(output.split())
+    profile = request.profile
+    requested = [
+        f"{request.options.nodes} node{'' if request.options.nodes.max == 1 else 's'} of {_count(profile.ranks, 'rank')}"
+    ]
+    requested += [f"{_count(profile.gpus_per_node, 'GPU')} per node"] if profile.gpus_per_node else []
+    requested += [f"{_count(profile.cpus, 'CPU')} per rank"] if profile.cpus else []
+    requested += [f"{profile.mem} of memory per node"] if profile.mem else []
+    requested += [f"{profile.time} of time"] if profile.time else []
+    requested += [f"an array of {request.runs} runs (limited by MaxArraySize in slurm.conf)"] if request.runs > 1 else []
     kinds: dict[Partition, int] = {}
     for partition in _requested(request, partitions):
         kind = replace(partition, nodes="", state="")
         kinds[kind] = kinds.get(kind, 0) + int(partition.nodes)
-    there_is = "; ".join(str(replace(kind, nodes=str(nodes))) for kind, nodes in kinds.items())
-    if not there_is:
+    available = "; ".join(str(replace(kind, nodes=str(nodes))) for kind, nodes in kinds.items())
+    if not available:
         names = dict.fromkeys(p.name for p in partitions)
-        there_is = f"partitions are {', '.join(names)}" if names else "sinfo knows no partition"
-    return f"Slurm does not take this job: {words.rstrip('.')}. Asked for: {', '.join(asked)}; {there_is}."
+        available = f"partitions are {', '.join(names)}" if names else "sinfo lists no partitions"
+    return f"Slurm rejects this job: {error.rstrip('.')}. Requested: {', '.join(requested)}; {available}."
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

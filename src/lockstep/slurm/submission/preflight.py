@@ -1,4 +1,4 @@
-"""What only torch and the classes of a config can tell, asked of another process before anything is queued. No torch here."""
+"""Checks before submission that need torch and the classes of the config; they run in another process."""
 
 import json
 import os
@@ -12,56 +12,56 @@ from lockstep.slurm.submission.submission import Submission
 
 
 def resolve_config(submission: Submission, env: Mapping[str, str]) -> str:
-    """The complete config, built as the ranks will build it.
+    """Return the complete config as YAML, built as the ranks will build it.
 
     Raises:
-        UsageError: What the job would have said.
+        UsageError: The ranks would reject the config.
     """
-    return _run_module(["lockstep.cli", "train"], submission, ["--print_config"], env).stdout
+    return _run_cli(["train"], submission, ["--print_config"], env).stdout
 
 
 def plan_memory(submission: Submission, env: Mapping[str, str]) -> tuple[str, str]:
-    """Which ways to train the model fit into the memory that the profile tells of, and what could not be found out.
+    """Return a table of the strategies that fit into the profile's memory, and notes on what remains unknown.
 
     Raises:
-        UsageError: What the job would have said, or the model cannot be planned for.
+        UsageError: The ranks would reject the config, or the planner does not support the model.
     """
     profile = submission.profile
     on_gpu = profile.gpus_per_node > 0
     node = parse_size(profile.mem) if profile.mem else 0
     memory = profile.gpu_memory and parse_size(profile.gpu_memory) if on_gpu else node // profile.ranks
     resources = {
-        "nodes": submission.nodes.max,
+        "nodes": submission.options.nodes.max,
         "ranks": profile.ranks,
         "on_gpu": on_gpu,
         "memory": memory or None,
         "host": node or None,
     }
-    asked = _run_module(["lockstep.cli", "plan", json.dumps(resources)], submission, [], env)
-    return asked.stdout, asked.stderr
+    done = _run_cli(["plan", json.dumps(resources)], submission, [], env)
+    return done.stdout, done.stderr
 
 
-def _run_module(
-    module: Sequence[str], submission: Submission, more: Sequence[str], env: Mapping[str, str]
+def _run_cli(
+    command: Sequence[str], submission: Submission, flags: Sequence[str], env: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a module with the arguments of the (first) run, in the Python of the ranks; where that is in an image, the one here.
+    """Run a command of ``lockstep`` on the first run, with the Python of the ranks; for a container, the launcher's.
 
     Raises:
-        UsageError: What it said when it failed.
+        UsageError: It failed; the message is its last line.
     """
     profile = submission.profile
     python = sys.executable if profile.container or not profile.python else profile.python
     paths = os.pathsep.join(map(str, submission.live_code(env).paths))
-    command = [python, "-m", *module, submission.command, *submission.first_run_arguments(), *more]
+    arguments = [*command, submission.command, *submission.run_arguments(), *flags]
     env = {**env, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     try:
-        asked = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run([python, "-m", "lockstep.cli", *arguments], env=env, capture_output=True, text=True)
     except OSError as error:
-        raise UsageError(f"python: {python} cannot be run here ({error.strerror}); give the path of an interpreter.") from None
-    if asked.returncode:
-        lines = asked.stderr.strip().splitlines() or [
-            f"{python} ended with status {asked.returncode} and without a word; was there too little memory?"
+        raise UsageError(f"python: cannot run {python} ({error.strerror}); give the path of an interpreter.") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [
+            f"{python} ended with exit status {done.returncode} and without a message; it may have run out of memory."
         ]
-        said = lines[-1].removeprefix("lockstep: ")
-        raise UsageError(said + (" (Said by the Python here; that of the image was not asked.)" if profile.container else ""))
-    return asked
+        note = " (Checked with the Python of this machine, not with that of the image.)" if profile.container else ""
+        raise UsageError(lines[-1].removeprefix("lockstep: ") + note)
+    return done

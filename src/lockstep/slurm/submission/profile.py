@@ -1,12 +1,9 @@
-"""What is special about one cluster: ``configs/cluster/NAME.yaml``, and the launcher's flags, which win over it.
-
-No torch here: the launcher uses this room.
-"""
+"""Profiles describe one cluster: ``configs/cluster/NAME.yaml``, overridden by the launcher's flags."""
 
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -15,7 +12,6 @@ import yaml
 from lockstep.core import UsageError, did_you_mean
 
 _MAX_MINUTES = 10 * 365 * 24 * 60
-"""Minutes."""
 
 
 _RESERVED_SBATCH = {
@@ -24,26 +20,24 @@ _RESERVED_SBATCH = {
     "ntasks-per-node": "; use --ranks-per-node", "cpus-per-task": "; use --cpus-per-rank", "open-mode": "", "output": "",
     "parsable": "", "signal": "", "test-only": "; use --dry-run", "wrap": "",
 }  # fmt: skip
-"""Arguments of sbatch that would break what the launcher does with its own, and what to use instead."""
+"""Arguments of sbatch that the launcher sets itself, and the flag to use instead."""
 
 
 _SECRET_NAME = re.compile(r"API_?KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 
 def profile_field(text: str, default: Any = None) -> Any:
-    """A field that has ``text`` as its help."""
-    if isinstance(default, tuple | dict):
-        return field(default_factory=lambda: default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+    """A field with ``text`` as the help of its flag."""
+    return field(default_factory=lambda: default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Container:
-    """The image that the ranks run in; the run folder and the folder of submission are mounted at their own paths.
+    """The image that the ranks run in; the run folder and the working directory are mounted at their own paths.
 
     Attributes:
-        image: What ``--container-image`` of pyxis takes, or the file or address of an apptainer image.
-        mounts: More folders, ``from:to``.
+        image: A value of ``--container-image`` for pyxis, or the file or address of an apptainer image.
+        mounts: Additional folders to mount, ``from:to``.
         runtime: ``pyxis`` (enroot, through srun) or ``apptainer``.
     """
 
@@ -54,159 +48,159 @@ class Container:
 
 @dataclass(frozen=True)
 class Profile:
-    """Resources of a job and the ways of a cluster. What is None is left to Slurm's own default."""
+    """Resources of a job and the properties of a cluster; None leaves a value to Slurm."""
 
-    partition: str | None = profile_field("partition, or several with commas")
-    account: str | None = profile_field("account that is charged")
+    partition: str | None = profile_field("partition, or several separated by commas")
+    account: str | None = profile_field("account to charge")
     qos: str | None = profile_field("quality of service")
     constraint: str | None = profile_field("features that the nodes must have")
     reservation: str | None = profile_field("reservation to run in")
     nodelist: str | None = profile_field("nodes to use")
-    exclude: str | None = profile_field("nodes to leave out")
+    exclude: str | None = profile_field("nodes not to use")
     time: str | None = profile_field("time limit: minutes, HH:MM:SS or D-HH:MM:SS")
-    gpus_per_node: int = profile_field("GPUs of each node", 0)
-    gpu_memory: str | None = profile_field("memory of each GPU, such as 80G; --plan says what fits there")
-    ranks_per_node: int | None = profile_field("ranks on each node (default: one per GPU, else 1)")
-    cpus_per_gpu: int | None = profile_field("CPUs for each GPU, shared out to the ranks")
-    cpus_per_rank: int | None = profile_field("CPUs for each rank; wins over cpus_per_gpu")
-    mem: str | None = profile_field("memory of each node, such as 480G; 0 is all of it")
-    exclusive: bool = profile_field("take whole nodes", False)
-    mail_user: str | None = profile_field("who is written to")
-    mail_type: str | None = profile_field("what about: BEGIN,END,FAIL …")
-    sbatch: tuple[str, ...] = profile_field("any further argument of sbatch, --name=value; may be repeated", ())
-    srun: tuple[str, ...] = profile_field("any further argument of srun, --name=value; may be repeated", ())
+    gpus_per_node: int = profile_field("GPUs per node", 0)
+    gpu_memory: str | None = profile_field("memory of a GPU, such as 80G, for --plan")
+    ranks_per_node: int | None = profile_field("ranks per node (default: one per GPU, or 1 without GPUs)")
+    cpus_per_gpu: int | None = profile_field("CPUs per GPU, divided among the ranks")
+    cpus_per_rank: int | None = profile_field("CPUs per rank; overrides cpus_per_gpu")
+    mem: str | None = profile_field("memory per node, such as 480G; 0 requests all of it")
+    exclusive: bool = profile_field("request whole nodes", False)
+    mail_user: str | None = profile_field("mail address for notifications")
+    mail_type: str | None = profile_field("events to send mail for, such as BEGIN,END,FAIL")
+    sbatch: tuple[str, ...] = profile_field("additional argument of sbatch, --name=value; repeatable", ())
+    srun: tuple[str, ...] = profile_field("additional argument of srun, --name=value; repeatable", ())
     modules: tuple[str, ...] = profile_field("environment modules to load", ())
-    setup: tuple[str, ...] = profile_field("lines of shell, run on the first node before the ranks start", ())
-    environment: dict[str, str] = profile_field("variables for the ranks, taken as they are", {})
-    network_interface: str | None = profile_field(
-        "interface of the network between nodes, for NCCL and gloo (ib0, ^docker0,lo …)"
-    )
+    setup: tuple[str, ...] = profile_field("shell lines to run on the first node before the ranks start", ())
+    environment: dict[str, str] = profile_field("environment variables of the ranks; values are not expanded", {})
+    network_interface: str | None = profile_field("interface between nodes for NCCL and gloo (ib0, ^docker0,lo …)")
     container: Container | None = profile_field("image, mounts and runtime of a container")
-    python: str | None = profile_field("the interpreter of the ranks (default: the launcher's own; in a container, python)")
-    scratch: str | None = profile_field("folder on each node for temporary files; $VARIABLES of the job are filled in there")
-    network: bool = profile_field("whether nodes reach the internet; if not, W&B is offline", True)
-    shared_filesystem: bool = profile_field("whether nodes share the data's folder; if not, each prepares its own", True)
+    python: str | None = profile_field("Python interpreter of the ranks (default: the launcher's; in a container, python)")
+    scratch: str | None = profile_field("folder for temporary files on each node; $VARIABLES of the job are expanded there")
+    network: bool = profile_field("whether nodes reach the internet; if not, W&B runs offline", True)
+    shared_filesystem: bool = profile_field("whether nodes share the data folder; if not, each prepares its own data", True)
 
     @property
     def ranks(self) -> int:
-        """Ranks on each node."""
+        """Ranks per node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     @property
     def cpus(self) -> int | None:
-        """CPUs of each rank; None where nobody said."""
+        """CPUs per rank; None leaves it to Slurm."""
         if self.cpus_per_rank is not None or self.cpus_per_gpu is None:
             return self.cpus_per_rank
         return max(1, self.cpus_per_gpu * self.gpus_per_node // self.ranks)
 
     @property
     def minutes(self) -> int | None:
-        """The time limit in minutes, rounded up, as Slurm counts it."""
+        """Time limit in minutes, rounded up, as Slurm counts it."""
         return None if self.time is None else parse_minutes(self.time)
 
+    def non_default_values(self) -> dict[str, Any]:
+        """The fields that differ from those of an empty profile."""
+        default = Profile()
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(default, name)}
 
-_UNITS = "KMGT"
+
+PROFILE_FLAGS: dict[str, type] = {
+    f.name: str if f.type == str | None else int for f in fields(Profile) if f.type in (int, int | None, str | None)
+}
+"""Fields that are flags of the launcher too, and the type of their value: all that hold one text or number."""
 
 
-PROFILE_FLAGS = tuple(f.name for f in fields(Profile) if f.type in (int, int | None, str | None))
-"""Fields that are flags of the launcher too: all that are one text or number."""
+_SIZE_UNITS = "KMGT"
 
 
-def parse_minutes(time: str) -> int:
-    """Minutes in a time as Slurm writes it, rounded up.
+def parse_minutes(time: str, key: str = "time") -> int:
+    """Parse a time as Slurm writes it, in minutes, rounded up.
 
     Raises:
-        UsageError: It is no such time.
+        UsageError: ``time``, the value of ``key``, has another form.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not match:
-        raise UsageError(f"time: {time!r} is no time; write minutes, HH:MM:SS or D-HH:MM:SS, such as 24:00:00.")
+        raise UsageError(f"{key}: {time!r} is not a time; write minutes, HH:MM:SS or D-HH:MM:SS, such as 24:00:00.")
     days, *rest = match.groups()
-    given = [int(part) for part in rest if part is not None]
-    if days is not None:  # D-HH, D-HH:MM, D-HH:MM:SS
-        hours, mins, seconds = [*given, 0, 0][:3]
-    elif len(given) == 3:
-        hours, mins, seconds = given
-    else:  # MM or MM:SS
-        hours, mins, seconds = 0, *[*given, 0][:2]
-    return int(days or 0) * 1440 + hours * 60 + mins + (1 if seconds else 0)
+    parts = [int(part) for part in rest if part is not None]
+    if days is None and len(parts) < 3:  # MM or MM:SS; with days HH, HH:MM or HH:MM:SS
+        parts.insert(0, 0)
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return int(days or 0) * 1440 + hours * 60 + minutes + (1 if seconds else 0)
 
 
-def parse_size(size: str) -> int:
-    """Bytes in a size as Slurm writes it: a number, in MiB or with K, M, G or T behind it.
+def parse_size(size: str, key: str = "mem") -> int:
+    """Parse a size as Slurm writes it, in bytes: a number of MiB, or one with the suffix K, M, G or T.
 
     Raises:
-        UsageError: It is no such size.
+        UsageError: ``size``, the value of ``key``, has another form.
     """
-    match = re.fullmatch(rf"(\d+)([{_UNITS}]?)B?", size.upper())
+    match = re.fullmatch(rf"(\d+)([{_SIZE_UNITS}]?)B?", size.upper())
     if not match:
-        raise UsageError(f"{size!r} is no size; write a number with K, M, G or T behind it, such as 80G.")
-    return int(match[1]) << 10 * (1 + _UNITS.index(match[2] or "M"))
+        raise UsageError(f"{key}: {size!r} is not a size; write a number with the suffix K, M, G or T, such as 80G.")
+    return int(match[1]) << 10 * (1 + _SIZE_UNITS.index(match[2] or "M"))
 
 
 def load_profile(name: str | None, env: Mapping[str, str], folders: Iterable[Path]) -> Profile:
-    """The profile called ``name``, or the one in ``LOCKSTEP_PROFILE``, or one that says nothing.
+    """Load the profile ``name``, or the one named by ``LOCKSTEP_PROFILE``; without either, return an empty one.
 
     Args:
         name: A name, or the path of a file (with a / or .yaml in it).
         env: Environment of the launcher.
-        folders: Where names are looked for, the first hit counts.
+        folders: Where to look for names; the first match wins.
 
     Raises:
-        UsageError: There is no such profile, or one of its keys or values is wrong.
+        UsageError: The profile does not exist, or one of its keys or values is wrong.
     """
     name = name or env.get("LOCKSTEP_PROFILE")
     if not name:
         return Profile()
-    folders = list(folders)
-    if "/" in name or name.endswith(".yaml"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UsageError(f"profile: there is no file {path}.")
-    else:
-        found = [folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()]
-        if not found:
-            known = {file.stem for folder in folders for file in folder.glob("*.yaml")}
-            hint = did_you_mean(name, known) if known else "."
-            raise UsageError(f"profile: there is no {name!r} in {' or '.join(map(str, folders))}{hint}")
-        path = found[0]
+    path = _profile_path(name, list(folders))
     try:
         # Everything as text: YAML would make 86400 of 24:00:00, and true of a variable's "yes".
         content = yaml.load(path.read_text(), yaml.BaseLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"profile: {path} is no valid YAML ({' '.join(str(error).split())}).") from None
+        raise UsageError(f"profile: {path} is not valid YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(content, Mapping):
-        raise UsageError(f"profile: {path} must hold keys with values.")
-    profile: Profile = _validated(Profile, content, str(path))
-    return profile
+        raise UsageError(f"profile: {path}: expected a mapping, got {content!r}.")
+    return _make_profile(content, f"{path}: ")
+
+
+def _profile_path(name: str, folders: list[Path]) -> Path:
+    if "/" in name or name.endswith(".yaml"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UsageError(f"profile: the file {path} does not exist.")
+        return path
+    for folder in folders:
+        if (path := folder / f"{name}.yaml").is_file():
+            return path
+    known = {file.stem for folder in folders for file in folder.glob("*.yaml")}
+    raise UsageError(f"profile: {name!r} is not in {' or '.join(map(str, folders))}{did_you_mean(name, known)}")
 
 
 def apply_flags(base: Profile, flags: Mapping[str, Any]) -> Profile:
-    """``base`` with the flags that were given (not None); lists are added to, everything else is replaced."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    for name in ("sbatch", "srun"):
-        given[name] = (*getattr(base, name), *given.get(name, ()))
-    changed = replace(base, **given)
-    profile: Profile = _validated(Profile, {f.name: getattr(changed, f.name) for f in fields(changed)}, "")
+    """Return ``base`` with the flags that are not None: they extend lists and replace everything else."""
+    values = {f.name: getattr(base, f.name) for f in fields(base)}
+    for name, value in flags.items():
+        if value is not None:
+            values[name] = (*values[name], *value) if name in ("sbatch", "srun") else value
+    return _make_profile(values, "")
+
+
+def _make_profile(content: Mapping[Any, Any], place: str) -> Profile:
+    profile = Profile(**_convert_fields(Profile, content, place))
+    _check_values(profile, place)
     return profile
 
 
-def _validated(cls: Any, content: Mapping[Any, Any], where: str) -> Any:
-    """``content`` as ``cls``, every value of the right type."""
-    place = f"{where}: " if where else ""
-    known = {f.name: f for f in fields(cls)}
+def _convert_fields(cls: type[Profile | Container], content: Mapping[Any, Any], place: str) -> dict[str, Any]:
+    """``content`` with each value as the type of its field of ``cls``; ``place`` begins an error message."""
     hints = get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        if key not in known:
-            raise UsageError(f"{place}{key}: a profile has no such key{did_you_mean(str(key), known)}")
-        values[key] = _convert(f"{place}{key}", value, hints[key])
-    if missing := [name for name in ("image",) if name in known and name not in values]:
-        raise UsageError(f"{place}{missing[0]}: must be set.")
-    made = cls(**values)
-    if isinstance(made, Profile):
-        _check_values(made, place)
-    return made
+    for key in content:
+        if key not in hints:
+            raise UsageError(f"{place}{key}: unknown key{did_you_mean(str(key), hints)}")
+    return {key: _convert(f"{place}{key}", value, hints[key]) for key, value in content.items()}
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
@@ -214,26 +208,18 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if type(None) in choices and (value is None or value in ("", "null", "~")):
         return None
     if Container in choices:
-        if isinstance(value, Container):
-            return value
-        if isinstance(value, str):
-            value = {"image": value}
-        if isinstance(value, Mapping):
-            return _validated(Container, value, key)
-        raise UsageError(f"{key}: {value!r} must be an image, or keys image, mounts and runtime.")
+        return _convert_container(key, value)
     if "pyxis" in choices and value not in choices:
         raise UsageError(f"{key}: {value!r} is not valid{did_you_mean(str(value), choices)}")
     if hint == dict[str, str]:
         if not isinstance(value, Mapping) or not all(re.fullmatch(r"[A-Za-z_]\w*", str(name)) for name in value):
             raise UsageError(f"{key}: {value!r} must be variables with values, such as {{NCCL_DEBUG: WARN}}.")
-        if wrong := [name for name, item in value.items() if isinstance(item, Mapping | list)]:
-            raise UsageError(f"{key}.{wrong[0]}: {value[wrong[0]]!r} must be a text.")
-        return {str(name): str(item) for name, item in value.items()}
+        return {str(name): _convert_text(f"{key}.{name}", item) for name, item in value.items()}
     if hint == tuple[str, ...]:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
             raise UsageError(f"{key}: {value!r} must be a list of texts.")
-        return tuple(map(str, items))
+        return tuple(items)
     if hint is bool:
         if str(value).lower() not in ("true", "false"):
             raise UsageError(f"{key}: {value!r} must be true or false.")
@@ -242,26 +228,35 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if not re.fullmatch(r"\d+", str(value)):
             raise UsageError(f"{key}: {value!r} must be a whole number.")
         return int(value)
-    if isinstance(value, Mapping | list) or "\n" in str(value):
+    if "\n" in str(value):
         raise UsageError(f"{key}: {value!r} must be a text of one line.")
+    return _convert_text(key, value)
+
+
+def _convert_text(key: str, value: Any) -> str:
+    if isinstance(value, Mapping | list):
+        raise UsageError(f"{key}: {value!r} must be a text.")
     return str(value)
 
 
+def _convert_container(key: str, value: Any) -> Container:
+    if isinstance(value, Container):
+        return value
+    content = {"image": value} if isinstance(value, str) else value
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{key}: {value!r} must be an image, or a mapping with image, mounts and runtime.")
+    if "image" not in content:
+        raise UsageError(f"{key}.image: must be set.")
+    return Container(**_convert_fields(Container, content, f"{key}."))
+
+
 def _check_values(profile: Profile, place: str) -> None:
-    if profile.time is not None:
-        try:
-            asked = parse_minutes(profile.time)
-        except UsageError as error:
-            raise UsageError(f"{place}{error.message}") from None
-        if not 0 < asked < _MAX_MINUTES:
-            raise UsageError(f"{place}time: {profile.time!r} must be more than 0, and less than ten years.")
-    for name in ("gpu_memory", "mem"):
-        if (size := getattr(profile, name)) is not None:
-            try:
-                if not parse_size(size) and name == "gpu_memory":
-                    raise UsageError(f"{size!r} must be more than 0.")
-            except UsageError as error:
-                raise UsageError(f"{place}{name}: {error.message}") from None
+    if profile.time is not None and not 0 < parse_minutes(profile.time, f"{place}time") < _MAX_MINUTES:
+        raise UsageError(f"{place}time: {profile.time!r} must be more than 0, and less than ten years.")
+    if profile.mem is not None:
+        parse_size(profile.mem, f"{place}mem")
+    if profile.gpu_memory is not None and not parse_size(profile.gpu_memory, f"{place}gpu_memory"):
+        raise UsageError(f"{place}gpu_memory: {profile.gpu_memory!r} must be more than 0.")
     for mount in profile.container.mounts if profile.container else ():
         if ":" not in mount:
             raise UsageError(f"{place}container.mounts: {mount!r} must be of the form from:to.")
@@ -272,25 +267,25 @@ def _check_values(profile: Profile, place: str) -> None:
         for argument in getattr(profile, name):
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", argument) or "\n" in argument:
                 raise UsageError(f"{place}{name}: {argument!r} must be one line of the form --name or --name=value.")
-            if name == "sbatch" and (owned := argument[2:].partition("=")[0]) in _RESERVED_SBATCH:
-                raise UsageError(f"{place}sbatch: {argument!r}: {owned} belongs to the launcher{_RESERVED_SBATCH[owned]}.")
-            if name == "sbatch" and re.match(r"--clusters?(=|$)", argument):
-                raise UsageError(f"{place}sbatch: {argument!r} leads to another cluster; submit on its own login node.")
+    for argument in profile.sbatch:
+        if (flag := argument[2:].partition("=")[0]) in _RESERVED_SBATCH:
+            raise UsageError(f"{place}sbatch: {argument!r}: the launcher sets {flag} itself{_RESERVED_SBATCH[flag]}.")
+        if flag in ("cluster", "clusters"):
+            raise UsageError(f"{place}sbatch: {argument!r} selects another cluster; submit on the login node of that cluster.")
     if profile.scratch is not None and not re.fullmatch(r"[\w./${}@+-]+", profile.scratch):
         raise UsageError(
             f"{place}scratch: {profile.scratch!r} must be a path of letters, digits and . _ - + @, with $VARIABLES."
         )
-    in_setup = [name for line in profile.setup for name in re.findall(r"(\w+)=", line)]
-    for name in (*profile.environment, *in_setup):
+    in_setup = [f"setup.{name}" for line in profile.setup for name in re.findall(r"(\w+)=", line)]
+    for name in (*(f"environment.{name}" for name in profile.environment), *in_setup):
         if _SECRET_NAME.search(name):
-            where = "environment" if name in profile.environment else "setup"
             raise UsageError(
-                f"{place}{where}.{name}: a secret does not belong into a profile, it would be written into every job's "
-                "script; export it in the shell that submits, or keep it where its own tool does (wandb login)."
+                f"{place}{name}: a secret must not be in a profile, because the script of every job would contain it; "
+                "export it in the shell that submits, or log in with the service's own tool (wandb login)."
             )
 
 
-def profile_folders(env: Mapping[str, str], here: Path, toolkit: Path) -> list[Path]:
-    """Where profiles are looked for: the current folder, the user's own configuration, the toolkit's examples."""
+def profile_folders(env: Mapping[str, str], project: Path, toolkit: Path) -> list[Path]:
+    """Where to look for profiles: the project, the user's own configuration, the toolkit's examples."""
     own = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", os.sep)) / ".config")
-    return list(dict.fromkeys((here / "configs" / "cluster", own / "lockstep" / "cluster", toolkit / "configs" / "cluster")))
+    return list(dict.fromkeys((project / "configs" / "cluster", own / "lockstep" / "cluster", toolkit / "configs" / "cluster")))

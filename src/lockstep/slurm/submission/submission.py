@@ -1,27 +1,23 @@
-"""One call of the launcher: checked, shown, or sent. No torch here."""
+"""A submission of one run or sweep: check it, show it, or send it to Slurm."""
 
 import logging
-import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lockstep
 from lockstep.config import SweepPoint, check_checkpoint_path, check_deepspeed, check_run_root, check_sweep_keys, sweep_points
 from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError, python_path, wandb_api_key
 from lockstep.runs import (
     CodePaths,
+    ConfigFreezer,
     LaunchRecord,
     Run,
-    RunResult,
     check_not_ignored,
-    config_files_of,
-    freeze_config_files,
     git_state,
     live_code,
     new_run_id,
@@ -29,282 +25,231 @@ from lockstep.runs import (
 )
 from lockstep.slurm import SubmittedJob, TrainTask, register_job
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script
+from lockstep.slurm.submission.options import LaunchOptions
 from lockstep.slurm.submission.profile import Profile
-from lockstep.slurm.submission.resources import NodeRange, check_resources
 from lockstep.slurm.submission.sbatch import check_dependency, check_schedulable, submit_job
 
 log = logging.getLogger(__name__)
 
 
-_PACKAGE = Path(lockstep.__file__).resolve().parent
-
-
 _MIN_KEY_LENGTH = 20
-"""Characters. W&B's have 40 and more; a shorter one is a stand-in, and may be part of innocent words."""
+"""Characters. W&B keys have 40 or more; a shorter one is a placeholder, which may be part of innocent words."""
 
 
-def _is_finished(run: Run) -> bool:
-    result = RunResult.read(run.result)
-    return result is not None and result.is_finished
+_PREVIEWED_RUNS = 10
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is to be sent, and everything that was found out about it without torch.
+    """A run or sweep to submit, with everything checked that needs no torch.
 
     Attributes:
         command: fit, validate, test or predict.
-        arguments: Keys of the config, as they were typed.
-        config: What they say, as ``check`` gave it.
-        profile: Resources, flags included.
-        nodes: Number of nodes, or a range.
-        here: Folder of submission.
-        folder: Run folder, or folder of the sweep; not made yet.
-        job_name: Name of the job.
-        after: Job that must have ended well before.
-        points: The runs of a sweep; a single empty one without a sweep.
-        array_parallelism: How many of them run at the same time.
-        snapshot: Whether to copy the code.
-        typed: The whole command line.
-        secrets: What must not be written anywhere.
-        resume: A run to go on with, in its own folder and on its own code; None makes a new one.
+        arguments: Keys of the config, as typed.
+        config: The values of all keys, as far as known without the classes.
+        profile: Resources, with the launcher's flags applied.
+        options: All other options of the launcher.
+        folder: Folder of the run or sweep; created by ``submit``.
+        sweep_points: The values of each run of a sweep; one empty point without a sweep.
+        secrets: Texts that must not be written anywhere.
     """
 
     command: str
     arguments: tuple[str, ...]
     config: Mapping[str, Any]
     profile: Profile
-    nodes: NodeRange
-    here: Path
+    options: LaunchOptions
     folder: Path
-    job_name: str
-    after: str | None
-    points: tuple[SweepPoint, ...]
-    array_parallelism: int
-    snapshot: bool
-    typed: tuple[str, ...]
+    sweep_points: tuple[SweepPoint, ...]
     secrets: tuple[str, ...]
-    resume: Run | None = None
 
     @classmethod
     def create(
         cls,
         arguments: Sequence[str],
         profile: Profile,
-        nodes: NodeRange,
-        here: Path,
-        *,
-        typed: Sequence[str],
-        flags: Sequence[str] = (),
-        job_name: str | None = None,
-        after: str | None = None,
-        sweep: Mapping[str, Sequence[str]] | None = None,
-        array_parallelism: int = 256,
-        snapshot: bool = True,
-        resume: Run | None = None,
+        options: LaunchOptions,
         env: Mapping[str, str],
+        launcher_flags: Sequence[str] = (),
     ) -> "Submission":
-        """A submission whose mistakes, as far as they show without torch, are found.
+        """Check everything that needs neither torch nor Slurm, and return the submission.
+
+        Args:
+            arguments: An optional command, then keys of the config.
+            launcher_flags: Names of the launcher's flags, to suggest for misspelt keys.
 
         Raises:
-            UsageError: The first of them.
+            UsageError: Describes the first mistake.
         """
-        if resume and (sweep or _is_finished(resume)):
-            raise UsageError(f"--resume: {resume.folder} is {'one run, no sweep' if sweep else 'finished'}.")
-        if array_parallelism < 1:
-            raise UsageError(f"--array-parallelism: {array_parallelism} must be 1 or more.")
-        if after is not None and not re.fullmatch(r"\d+(_\d+)?", after):
-            raise UsageError(f"--after: {after!r} is no job; write the number that sbatch or this launcher gave.")
         key = wandb_api_key(env)
         secrets = (key,) if key and len(key) >= _MIN_KEY_LENGTH else ()
-        if any(secret in argument for secret in secrets for argument in typed):
+        if any(secret in argument for secret in secrets for argument in options.command_line):
             raise UsageError(
-                "The W&B key stands in an argument, which everybody can read; leave it in WANDB_API_KEY, or use wandb login."
+                "The W&B key is in an argument, which all users can read; set WANDB_API_KEY instead, or use wandb login."
             )
-        check_sweep_keys(sweep or {}, flags)
-        elsewhere = profile.container is not None or profile.python is not None
-        config = validate_arguments(arguments, flags, [here, *python_path(env)], sweep, elsewhere)
+        check_sweep_keys(options.sweep, launcher_flags)
+        here = options.working_directory
+        other_python = profile.container is not None or profile.python is not None
+        config = validate_arguments(arguments, launcher_flags, [here, *python_path(env)], options.sweep, other_python)
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_name(name)
         check_run_root(root, name, here)
-        has_command = bool(arguments) and not arguments[0].startswith("-")
-        check_checkpoint_path(arguments[0] if has_command else "fit", config["ckpt_path"], sweep or {})
+        keys = list(arguments)
+        command = keys.pop(0) if keys and not keys[0].startswith("-") else "fit"
+        check_checkpoint_path(command, config["ckpt_path"], options.sweep)
         check_deepspeed(config)
-        check_resources(config, profile, nodes)
-        return cls(
-            command=arguments[0] if has_command else "fit",
-            arguments=tuple(arguments[1:] if has_command else arguments),
-            config=config,
-            profile=profile,
-            nodes=nodes,
-            here=here,
-            folder=resume.folder if resume else root / name / new_run_id(),
-            job_name=job_name or name,
-            after=after,
-            points=sweep_points(sweep or {}),
-            array_parallelism=array_parallelism,
-            snapshot=snapshot,
-            typed=tuple(typed),
-            secrets=secrets,
-            resume=resume,
-        )
+        options.check(config, profile)
+        folder = options.resume.folder if options.resume else root / name / new_run_id()
+        return cls(command, tuple(keys), config, profile, options, folder, sweep_points(options.sweep), secrets)
 
     def check_with_slurm(self, env: Mapping[str, str]) -> None:
-        """Have Slurm say whether it would ever run this.
+        """Check with Slurm that it would run this job.
 
         Raises:
-            UsageError: It would not, or it is not here.
+            UsageError: It would not, or Slurm is not installed here.
         """
         if shutil.which("sbatch", path=env.get("PATH")) is None:
             raise UsageError(
-                "sbatch is not found: this is no login node of a Slurm cluster; see slurm/cluster.py for one here."
+                "sbatch is not found: this is not a login node of a Slurm cluster; slurm/cluster.py starts a cluster here."
             )
-        if self.after is not None:
-            check_dependency(self.after, env)
+        if self.options.after is not None:
+            check_dependency(self.options.after, env)
         check_schedulable(self._request(self.live_code(env)), env)
 
     def live_code(self, env: Mapping[str, str]) -> CodePaths:
-        """The code as it is now."""
-        return live_code(self.here, _PACKAGE, env.get("PYTHONPATH", ""))
+        """The code where it is now, without a snapshot."""
+        return live_code(self.options.working_directory, python_path(env))
 
-    def first_run_arguments(self) -> list[str]:
-        """All arguments of the first run."""
-        return self._run_arguments(self.arguments, self.points[0], {})
+    def run_arguments(self, index: int = 0) -> list[str]:
+        """Return all arguments of a run: the given ones, those that its job needs, and the values of the sweep."""
+        added, deepspeed = [], self.config["deepspeed"]["config"]
+        if deepspeed is not None and not self._has_argument("--deepspeed.config"):
+            added.append(f"--deepspeed.config={deepspeed}")  # as an argument it is copied like other config files
+        if self._is_sweep and not self.config["wandb"]["group"]:
+            added.append(f"--wandb.group={self.folder.name}")
+        if not self.profile.shared_filesystem and not self._has_argument("--shared_filesystem"):
+            added.append("--shared_filesystem=false")
+        return [*self.arguments, *added, *(f"--{key}={value}" for key, value in self.sweep_points[index].items())]
 
     def preview(self, env: Mapping[str, str]) -> str:
-        """The batch script, and what each run is told, as ``submit`` would send them."""
+        """Return the batch script and the arguments of each run, as ``submit`` would send them."""
         script = batch_script(self._request(self.live_code(env)))
-        shown = [
-            f"# {run.folder}: {shlex.join([self.command, *self._run_arguments(self.arguments, point, {})])}".replace(
-                "\n", "\n# "
-            )
-            for run, point in self._runs()
+        runs = self._runs()
+        lines = [
+            f"# {run.folder}: {shlex.join([self.command, *self.run_arguments(index)])}"
+            for index, run in enumerate(runs[:_PREVIEWED_RUNS])
         ]
-        more = [f"# … and {len(shown) - 10} more runs"] if len(shown) > 10 else []
-        return "\n".join([script, *shown[:10], *more, ""])
+        if len(runs) > _PREVIEWED_RUNS:
+            lines.append(f"# … and {len(runs) - _PREVIEWED_RUNS} more runs")
+        return "\n".join([script, *(line.replace("\n", "\n# ") for line in lines), ""])
 
     def submit(self, env: MutableMapping[str, str]) -> SubmittedJob:
-        """Make the run folders, queue the job, and return it.
+        """Create the run folders and queue the job.
 
         Raises:
-            UsageError: A folder or file cannot be written, or Slurm does not take the job; nothing is left behind.
+            UsageError: A folder or file cannot be written, or Slurm rejects the job; nothing is left behind.
         """
-        if self.resume is not None:
-            return self._submit_resume(self.resume, env)
-        new = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
-        made: list[Run] = []
+        if self.options.resume is not None:
+            return self._submit_resume(self.options.resume, env)
+        new_folders = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
+        created: list[Run] = []
         try:
-            for run in dict.fromkeys([Run(self.folder), *(run for run, _ in self._runs())]):
-                made.append(Run.create(run.folder.parent.parent, run.name, run.id))
+            for run in dict.fromkeys([Run(self.folder), *self._runs()]):
+                created.append(Run.create(run.folder.parent.parent, run.name, run.id))
             code = self._code(env)
-            if self.snapshot:
-                check_not_ignored(self.config, code, self.here, env)
-            arguments = freeze_config_files(self.arguments, code, self.folder, self.secrets)
-            own = self.config["deepspeed"]["config"]
-            if own is not None and not any(argument.startswith("--deepspeed.config") for argument in arguments):
-                arguments = (*arguments, *freeze_config_files([f"--deepspeed.config={own}"], code, self.folder, self.secrets))
-            git = git_state(self.here)
-            swept = {text for point in self.points for text in config_files_of(point)}
-            files = {text: freeze_config_files([text], code, self.folder, self.secrets)[0] for text in swept}
-            jobs = [
-                self._job(run, point, [*self._run_arguments(arguments, point, files)], code, git, index)
-                for index, (run, point) in enumerate(self._runs())
-            ]
-            job = submit_job(self._request(code), jobs, env)
+            job = submit_job(self._request(code), self._tasks(code, env), env)
         except BaseException as error:
-            for script in self.folder.glob("slurm/*_submission.sh"):  # queued, and then something went wrong
-                subprocess.run(["scancel", script.name.partition("_")[0]], env=dict(env), capture_output=True)
-            for run in made:
-                shutil.rmtree(run.folder)
-            for folder in sorted(new, key=lambda path: len(path.parts), reverse=True):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            self._roll_back(created, new_folders, env)
             if isinstance(error, OSError):
                 raise UsageError(f"The run folder {self.folder} cannot be written ({error}); nothing was queued.") from None
             raise
-        return self._recorded(job, env)
+        return self._register(job, env)
 
     def _submit_resume(self, run: Run, env: MutableMapping[str, str]) -> SubmittedJob:
-        """Queue a job that goes on with ``run``."""
+        """Queue a job that resumes ``run`` with the code and in the folder that it was submitted with."""
         launch = LaunchRecord.read(run.launch)
         if launch is None or launch.paths is None or launch.folder is None:
             raise UsageError(f"--resume: {run.launch} does not say how the run was submitted; resume it with launch/local.py.")
         code = CodePaths(tuple(map(Path, launch.paths)), None, launch.code or "")
-        train = TrainTask(run.folder, self.command, self.arguments, code.digest, self.profile.cpus)
-        return self._recorded(submit_job(replace(self._request(code), here=Path(launch.folder)), [train], env), env)
+        task = TrainTask(run.folder, self.command, self.arguments, code.digest, self.profile.cpus)
+        options = replace(self.options, working_directory=Path(launch.folder))
+        return self._register(submit_job(replace(self._request(code), options=options), [task], env), env)
 
-    def _recorded(self, job: str, env: Mapping[str, str]) -> SubmittedJob:
-        queued = SubmittedJob(job, self.folder, self.job_name, len(self.points), env.get("SLURM_CONF", ""))
+    def _roll_back(self, created: Sequence[Run], new_folders: Sequence[Path], env: Mapping[str, str]) -> None:
+        """Cancel the job, if it was queued, and remove what a failed submission has created."""
+        for script in self.folder.glob("slurm/*_submission.sh"):
+            subprocess.run(["scancel", script.name.partition("_")[0]], env=dict(env), capture_output=True)
+        for run in created:
+            shutil.rmtree(run.folder)
+        for folder in sorted(new_folders, key=lambda path: len(path.parts), reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _register(self, job: str, env: Mapping[str, str]) -> SubmittedJob:
+        submitted = SubmittedJob(job, self.folder, self._job_name, len(self.sweep_points), env.get("SLURM_CONF", ""))
         try:
-            register_job(queued, env)
+            register_job(submitted, env)
         except OSError as error:
-            log.warning("job %s is queued, but jobs.py will not know it: %s.", job, error)
-        return queued
+            log.warning("job %s is queued, but jobs.py will not list it: %s.", job, error)
+        return submitted
 
-    def _runs(self) -> list[tuple[Run, SweepPoint]]:
-        """Each run and its values; the runs of a sweep lie beside the folder of the sweep."""
+    def _runs(self) -> list[Run]:
+        """The runs, in the order of ``sweep_points``; those of a sweep are siblings of the sweep's folder."""
         if not self._is_sweep:
-            return [(Run(self.folder), self.points[0])]
-        digits = max(3, len(str(len(self.points) - 1)))
-        return [
-            (Run(self.folder.with_name(f"{self.folder.name}-{index:0{digits}}")), point)
-            for index, point in enumerate(self.points)
-        ]
+            return [Run(self.folder)]
+        count = len(self.sweep_points)
+        digits = max(3, len(str(count - 1)))
+        return [Run(self.folder.with_name(f"{self.folder.name}-{index:0{digits}}")) for index in range(count)]
+
+    def _has_argument(self, flag: str) -> bool:
+        return any(argument.startswith(flag) for argument in self.arguments)
 
     @property
     def _is_sweep(self) -> bool:
-        return len(self.points) > 1
+        return len(self.sweep_points) > 1
+
+    @property
+    def _job_name(self) -> str:
+        return self.options.job_name or str(self.config["run"]["name"])
 
     def _code(self, env: Mapping[str, str]) -> CodePaths:
-        if not self.snapshot:
+        """Copy the code into the run folder, unless the options say otherwise."""
+        if not self.options.snapshot:
             return self.live_code(env)
-        return take_snapshot(self.here, _PACKAGE, self.folder, env.get("PYTHONPATH", ""), self.secrets)
+        here = self.options.working_directory
+        code = take_snapshot(here, self.folder, python_path(env), self.secrets)
+        check_not_ignored(self.config, code, here, env)
+        return code
 
-    def _run_arguments(self, arguments: Sequence[str], point: SweepPoint, files: Mapping[str, str]) -> list[str]:
-        """All arguments of one run; ``files`` are what stands for those that name a file."""
-        told = list(arguments)
-        if self._is_sweep and not self.config["wandb"]["group"]:
-            told.append(f"--wandb.group={self.folder.name}")
-        if not self.profile.shared_filesystem and not any(word.startswith("--shared_filesystem") for word in arguments):
-            told.append("--shared_filesystem=false")
-        return [*told, *(files.get(text, text) for text in (f"--{key}={value}" for key, value in point.items()))]
+    def _tasks(self, code: CodePaths, env: Mapping[str, str]) -> list[TrainTask]:
+        """Freeze the config files of each run, write its launch record, and return its task."""
+        freezer = ConfigFreezer(code, self.folder / "configs", self.secrets)
+        git = git_state(self.options.working_directory)
+        tasks = []
+        for index, run in enumerate(self._runs()):
+            self._describe(run, index, code, git)
+            arguments = freezer.freeze(self.run_arguments(index))
+            tasks.append(TrainTask(run.folder, self.command, arguments, code.digest, self.profile.cpus))
+        return tasks
 
-    def _job(
-        self, run: Run, point: SweepPoint, told: Sequence[str], code: CodePaths, git: Mapping[str, Any] | None, index: int
-    ) -> TrainTask:
-        """Describe the run in its folder and make what its ranks get."""
-        if self._is_sweep and self.snapshot:
+    def _describe(self, run: Run, index: int, code: CodePaths, git: Mapping[str, Any] | None) -> None:
+        """Write the launch record of a run, and link the snapshot of a sweep into its folder."""
+        if self._is_sweep and self.options.snapshot:
             for name in ("code", "code.sha256"):
                 (run.folder / name).symlink_to(Path("..") / self.folder.name / name)
-        default = Profile()
-        resources = {
-            f.name: getattr(self.profile, f.name)
-            for f in fields(Profile)
-            if getattr(self.profile, f.name) != getattr(default, f.name)
-        }
-        launch = LaunchRecord(
-            shlex.join(self.typed),
-            str(self.nodes),
+        sweep = {"id": self.folder.name, "index": index, "values": self.sweep_points[index]}
+        record = LaunchRecord(
+            shlex.join(self.options.command_line),
+            str(self.options.nodes),
             self.profile.ranks,
             git,
-            folder=str(self.here),
-            slurm={key: str(value) for key, value in resources.items()},
+            folder=str(self.options.working_directory),
+            slurm={key: str(value) for key, value in self.profile.non_default_values().items()},
             code=code.digest,
             paths=[str(path) for path in code.paths],
-            sweep={"id": self.folder.name, "index": index, "values": point} if self._is_sweep else None,
+            sweep=sweep if self._is_sweep else None,
         )
-        launch.write(run.launch)
-        return TrainTask(run.folder, self.command, tuple(told), code.digest, self.profile.cpus)
+        record.write(run.launch)
 
     def _request(self, code: CodePaths) -> JobRequest:
-        return JobRequest(
-            self.job_name,
-            self.folder,
-            self.here,
-            code,
-            self.nodes,
-            self.profile,
-            self.after,
-            len(self.points),
-            self.array_parallelism,
-        )
+        return JobRequest(self._job_name, self.folder, code, self.profile, self.options, len(self.sweep_points))

@@ -1,0 +1,135 @@
+"""Start the W&B run of a run folder, online or offline, and find what its files hold."""
+
+import contextlib
+import http.client
+import logging
+import signal
+import ssl
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lockstep.config import WandbOptions
+from lockstep.distributed import STOP_SIGNALS
+from lockstep.runs import Run
+
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+_FINISH_SECONDS = 60.0
+"""How long finishing a run waits for uploads; the rest stays on disk."""
+
+_CONNECT_SECONDS = 5.0
+"""How long to wait for the server before the run starts offline."""
+
+
+@dataclass(frozen=True)
+class WandbClient:
+    """Starts the W&B run of a run folder; both have the same id.
+
+    Attributes:
+        run: The run folder.
+        options: The config's ``wandb`` section.
+        config: What W&B shows as the config.
+        online: Whether to use the server if it can be reached.
+    """
+
+    run: Run
+    options: WandbOptions
+    config: Mapping[str, Any]
+    online: bool
+
+    def start(self) -> tuple["wandb.Run", int]:
+        """Start or resume the W&B run; return it with the number of metrics rows that it has."""
+        import wandb  # takes a second and a half, on rank zero only
+
+        arguments: dict[str, Any] = {
+            "id": self.run.id,
+            "resume": "allow",
+            "name": f"{self.run.name}-{self.run.id}",
+            "dir": self.run.folder,
+            "project": self.options.project,
+            "entity": self.options.entity,
+            "group": self.options.group,
+            "tags": self.options.tags or None,
+            "notes": self.options.notes,
+            "config": dict(self.config),
+            # Silent: what matters in its messages is logged here.
+            "settings": wandb.Settings(silent=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True),
+        }
+        # W&B's service inherits the mask, so that a signal to the whole job does not kill it.
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            try:
+                wandb_run = self._init(arguments)
+            except ConnectionError:  # the service of a previous start is dead
+                _teardown_service()
+                wandb_run = self._init(arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        # As Lightning's logger does for a run that it starts itself: optimizer steps are the x axis.
+        wandb_run.define_metric("trainer/global_step")
+        wandb_run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        if wandb_run.offline:
+            log.info("W&B is offline; upload the run with: %s", sync_command(self.run))
+            return wandb_run, self.rows_on_disk()
+        log.info("W&B: %s", wandb_run.url)
+        return wandb_run, max(0, wandb_run.step - 1) if wandb_run.resumed else 0
+
+    def _init(self, arguments: Mapping[str, Any]) -> "wandb.Run":
+        """The W&B run; offline if the server cannot be reached or rejects it, so that training continues."""
+        import wandb
+
+        online = self.online
+        if online and not is_reachable(wandb.setup().settings.base_url):
+            log.warning("W&B cannot be reached; the run is offline, and W&B is tried again at its end")
+            online = False
+        try:
+            return wandb.init(mode="online" if online else "offline", **arguments)
+        except wandb.Error as error:
+            log.warning("W&B rejects the run (%s); it is offline", one_line(error))
+            _teardown_service()
+            return wandb.init(mode="offline", **arguments)
+
+    def rows_on_disk(self) -> int:
+        """The highest row number in the offline files of all attempts."""
+        from lockstep.compat.wandb import last_logged_step
+
+        files = self.run.folder.glob("wandb/*run-*/run-*.wandb")
+        return max((last_logged_step(file, _FINISH_SECONDS) for file in files), default=0)
+
+
+def is_reachable(address: str) -> bool:
+    """Whether the server at ``address`` answers within five seconds; W&B itself tries for a minute and a half."""
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # W&B's client has its own certificates
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return True
+
+
+def _teardown_service() -> None:
+    """Stop W&B's service, which is dead or still holds the run's id."""
+    import wandb
+
+    with contextlib.suppress(ConnectionError):
+        wandb.teardown()
+
+
+def sync_command(run: Run) -> str:
+    """The command that uploads an offline run; ``lockstep sync`` if the server has a part of it already."""
+    is_partly_online = any(run.folder.glob("wandb/run-*"))
+    return f"lockstep sync {run.folder}" if is_partly_online else f"wandb sync {run.folder}/wandb/offline-run-*"
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an error, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,90 @@
+"""The launcher's own options: all flags that are neither keys of a profile nor of a config."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lockstep.core import UsageError
+from lockstep.runs import Run, RunResult
+from lockstep.slurm.submission.profile import Profile
+
+
+@dataclass(frozen=True)
+class NodeRange:
+    """The number of nodes of a job: fixed where ``min`` equals ``max``, else chosen by Slurm at each start of the job."""
+
+    min: int
+    max: int
+
+    def __str__(self) -> str:
+        return f"{self.min}-{self.max}" if self.is_range else str(self.max)
+
+    @property
+    def is_range(self) -> bool:
+        """Whether Slurm chooses the number."""
+        return self.min != self.max
+
+    @classmethod
+    def parse(cls, text: str) -> "NodeRange":
+        """Parse ``4`` or ``2-4``.
+
+        Raises:
+            argparse.ArgumentTypeError: ``text`` has another form.
+        """
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        if not match:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of nodes; write 4, or 2-4")
+        nodes = cls(int(match[1]), int(match[2] or match[1]))
+        if not 1 <= nodes.min <= nodes.max:
+            raise argparse.ArgumentTypeError(f"{text} must be 1 or more, the smaller number first")
+        return nodes
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How to submit a run or sweep.
+
+    Attributes:
+        working_directory: Folder of submission, and current folder of the ranks.
+        command_line: The launcher's whole command line, for the record.
+        nodes: Number of nodes, or a range.
+        job_name: Job name; None takes that of the run.
+        after: Id of a job that must finish successfully first.
+        sweep: Keys of the config and the values of each; empty without a sweep.
+        array_parallelism: How many runs of a sweep may run at the same time.
+        snapshot: Whether the job runs a copy of the code.
+        resume: A run to resume with its own code; None creates a new one.
+    """
+
+    working_directory: Path
+    command_line: Sequence[str] = ()
+    nodes: NodeRange = NodeRange(1, 1)
+    job_name: str | None = None
+    after: str | None = None
+    sweep: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    array_parallelism: int = 256
+    snapshot: bool = True
+    resume: Run | None = None
+
+    def check(self, config: Mapping[str, Any], profile: Profile) -> None:
+        """Raise UsageError if ``resume`` is impossible, or the config does not suit the number of GPUs and ranks."""
+        if self.resume and self.sweep:
+            raise UsageError(f"--resume: {self.resume.folder} is a single run; it cannot be combined with --sweep.")
+        result = RunResult.read(self.resume.result) if self.resume else None
+        if self.resume and result and result.is_finished:
+            raise UsageError(f"--resume: {self.resume.folder} is finished.")
+        accelerator = config["trainer"].get("accelerator")
+        has_gpus = profile.gpus_per_node or any("gpu" in argument for argument in profile.sbatch)
+        if accelerator in ("gpu", "cuda") and not has_gpus:
+            raise UsageError(f"trainer.accelerator: {accelerator!r} needs GPUs; request some with --gpus-per-node.")
+        data = config["data"]
+        size = data.get("init_args", {}).get("batch_size") if isinstance(data, Mapping) else None
+        if str(data and data.get("class_path")).startswith("lockstep.data.") and isinstance(size, int):
+            if size < 1:
+                raise UsageError(f"data.batch_size: {size} must be 1 or more.")
+            for ranks in (number * profile.ranks for number in range(self.nodes.min, self.nodes.max + 1)):
+                if size % ranks:
+                    raise UsageError(f"data.batch_size: the global batch size {size} is not divisible by {ranks} ranks.")
