@@ -64,7 +64,7 @@ bench: setup slurm ## benchmark a training step, a checkpoint and a submission a
 	$(PYTHON) slurm/cluster.py run -- $(PYTHON) benchmarks/launch.py
 
 faults: setup slurm ## inject faults into jobs on a one-machine Slurm cluster, and print the lost steps and time
-	$(PYTHON) benchmarks/faults.py
+	$(PYTHON) benchmarks/faults.py $(if $(ROWS),--rows $(ROWS))
 
 lock: ## pin the dependencies of pyproject.toml in requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra dev pyproject.toml -o requirements.lock

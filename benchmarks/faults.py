@@ -107,7 +107,7 @@ def judge(row: Row, job: Job, status: dict[str, Any], baseline: Job) -> tuple[li
     lost = result.get("seconds", {}).get("lost", 0)
     cells = [str(status["attempt"]), str(len(steps) - len(set(steps))), f"{lost:.1f}"]
     if row.state == "failed":
-        is_stopped = status["attempt"] == row.attempts and "It has ended 2 times in a row" in status["message"]
+        is_stopped = status["attempt"] == row.attempts and "It has failed 2 times in a row" in status["message"]
         return [*cells, "", ""], status["state"] == row.state and is_stopped
     actual, expected = job.history(), baseline.history()
     is_complete = actual == expected
