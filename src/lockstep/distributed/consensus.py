@@ -15,7 +15,6 @@ from torch.distributed import ReduceOp, Work
 from lockstep.core import World
 
 _INTERVAL_SECONDS = 0.25
-"""Time between two all-reduces."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class StopConsensus:
         self._last_time = time.monotonic()
 
     def poll(self, stop: int, save: bool) -> Decision:
-        """The decision for this step, equal on all ranks, given what this rank wants: to stop for a signal, to save."""
+        """The decision for this step, equal on all ranks; the arguments say what this rank wants, as in ``Decision``."""
         if self._group is None:
             return Decision(stop, save)
         self._step += 1

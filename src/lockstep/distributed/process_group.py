@@ -75,14 +75,12 @@ def local_devices(world: World, accelerator: str) -> list[torch.device]:
         return [torch.device("cpu")] * world.local_size
     if accelerator not in ("gpu", "cuda"):
         raise UsageError(f"trainer.accelerator: {accelerator!r} is not valid; valid are auto, cpu, gpu and cuda.")
-    if bound:
-        return [torch.device("cuda", 0)] * world.local_size
-    if visible < world.local_size:
+    if not bound and visible < world.local_size:
         raise UsageError(
             f"{world.local_size} ranks on this node, but only {visible} GPUs are visible; "
             "use fewer ranks or --trainer.accelerator cpu."
         )
-    return [torch.device("cuda", index) for index in range(world.local_size)]
+    return [torch.device("cuda", 0 if bound else index) for index in range(world.local_size)]
 
 
 def init_process_group(world: World, device: torch.device, timeout: timedelta, alone: bool = False) -> None:

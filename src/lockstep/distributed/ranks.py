@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,14 +47,19 @@ class _Outcome:
     time: float = field(default_factory=time.time)
 
 
-@dataclass(frozen=True)
 class _RankProcess:
     """A forked rank: its process, the pipe for its result, and a descriptor that becomes readable when it ends."""
 
-    world: World
-    process: BaseProcess
-    receiver: Connection
-    end: int
+    def __init__(self, target: Callable[[World], Any], world: World, log: Path | None) -> None:
+        context = multiprocessing.get_context("fork")
+        self.world = world
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=_run_rank, args=(target, world, sender, log, os.getpid()))
+        self.process.start()
+        # Before the next fork: a later rank must not hold the sending end, or the pipe would not close when this rank ends.
+        sender.close()
+        # Process.sentinel is a pipe too, and a DataLoader worker of a dead rank still holds its other end.
+        self.end = os.pidfd_open(self.process.pid or 0) if sys.platform == "linux" else os.dup(self.process.sentinel)
 
 
 def fork_ranks(
@@ -80,7 +84,7 @@ def fork_ranks(
         try:
             for rank in range(size):
                 world = World(rank, size, rank % ranks, ranks, f"file://{folder}/rendezvous", "local")
-                forked.append(_fork(target, world, logs(rank) if logs is not None and rank else None))
+                forked.append(_RankProcess(target, world, logs(rank) if logs is not None and rank else None))
             return _collect(forked)
         except (KeyboardInterrupt, Interrupted):
             # A terminal sends Ctrl-C to the ranks too: let them save and stop together. A second Ctrl-C ends the wait.
@@ -98,18 +102,6 @@ def fork_ranks(
 
 def _raise_interrupted(*_: object) -> None:
     raise Interrupted(143)
-
-
-def _fork(target: Callable[[World], Any], world: World, log: Path | None) -> _RankProcess:
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run_rank, args=(target, world, sender, log, os.getpid()))
-    process.start()
-    # Before the next fork: a later rank must not hold the sending end, or the pipe would not close when this rank ends.
-    sender.close()
-    # Process.sentinel is a pipe too, and a DataLoader worker of a dead rank still holds its other end.
-    end = os.pidfd_open(process.pid or 0) if sys.platform == "linux" else os.dup(process.sentinel)
-    return _RankProcess(world, process, receiver, end)
 
 
 def _run_rank(target: Callable[[World], Any], world: World, sender: Connection, log: Path | None, parent: int) -> None:
