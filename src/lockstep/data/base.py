@@ -19,12 +19,7 @@ log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 
-_SPLITS: dict[str, tuple[Split, ...]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    "predict": ("test",),
-}
+_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 """The splits that each stage of the Trainer reads."""
 
 
@@ -70,16 +65,13 @@ class ImageData(LightningDataModule):
                 f"data.batch_size: {batch_size} and data.batch_size_per_rank: {batch_size_per_rank} are both set; "
                 "set one of them to null."
             )
-        for key, value, least in (
-            ("batch_size", batch_size, 1),
-            ("batch_size_per_rank", batch_size_per_rank, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value is not None and value < least:
-                raise UsageError(f"data.{key}: {value} must be {least} or more.")
         self.root = Path(root)
         self.batch_size, self.batch_size_per_rank = batch_size, batch_size_per_rank
         self.num_workers, self.drop_last, self.seed = num_workers, drop_last, seed
+        for key, least in (("batch_size", 1), ("batch_size_per_rank", 1), ("num_workers", 0)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UsageError(f"data.{key}: {value} must be {least} or more.")
         self._datasets: dict[Split, Dataset[Any]] = {}
         self._normalization: tuple[Tensor, Tensor] | None = None
 
@@ -152,9 +144,7 @@ class ImageData(LightningDataModule):
         """Each sample once, in order."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Each sample of the test set once, in order."""
-        return self._loader("test")
+    predict_dataloader = test_dataloader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Normalize uint8 images to float32: (image / 255 - mean) / std, per channel."""
@@ -162,21 +152,14 @@ class ImageData(LightningDataModule):
         if images.dtype != torch.uint8:
             return batch
         if self._normalization is None or self._normalization[0].device != images.device:
-            mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-            std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
-            self._normalization = mean * 255, 1 / (std * 255)
+            mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
+            self._normalization = mean, 1 / std
         mean, factor = self._normalization
         return images.to(torch.float32).sub_(mean).mul_(factor), labels
 
 
 class InMemoryImages(Dataset[Any]):
-    """Images in memory.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,).
-        transform: Applied to each image (C, H, W); may be random.
-    """
+    """Images, uint8 (N, C, H, W), and labels, int64 (N,), in memory; ``transform`` of an image (C, H, W) may be random."""
 
     def __init__(self, images: Tensor, labels: Tensor, transform: v2.Transform | None = None) -> None:
         self.images, self.labels, self.transform = images, labels, transform
@@ -198,10 +181,7 @@ class InMemoryImages(Dataset[Any]):
 
 
 def split_indices(samples: int, val_samples: int, seed: int, split: Split) -> Tensor:
-    """The indices of ``train`` or ``val`` among ``samples``, drawn from ``seed`` and so equal on every rank.
-
-    Returns:
-        int64 (samples - val_samples,) for train, (val_samples,) for val.
+    """The indices of ``train`` or ``val`` among ``samples``, int64 (n,), drawn from ``seed`` and so equal on every rank.
 
     Raises:
         UsageError: ``val_samples`` leaves no sample for training.

@@ -15,8 +15,6 @@ from torchvision.transforms import v2
 
 from lockstep.data.base import ImageData, InMemoryImages, Split, split_indices
 
-_TEST_SAMPLES, _TEST_SEED = 360, 1998
-
 
 class Digits(ImageData):
     """Digits 0 to 9 as images (1, 8, 8): 1,280 for training, 157 for validation, 360 for testing.
@@ -42,10 +40,8 @@ class Digits(ImageData):
         with files("lockstep.data").joinpath("digits.csv.gz").open("rb") as packed, gzip.open(packed) as lines:
             table = torch.from_numpy(np.loadtxt(lines, delimiter=",", dtype=np.uint8))
         images, labels = table[:, :64].reshape(-1, 1, 8, 8) * 15, table[:, 64].long()
-        if split == "test":
-            chosen = split_indices(len(table), _TEST_SAMPLES, _TEST_SEED, "val")
-            return InMemoryImages(images[chosen], labels[chosen])
-        rest = split_indices(len(table), _TEST_SAMPLES, _TEST_SEED, "train")
-        chosen = rest[split_indices(len(rest), 157, self.seed, split)]
+        chosen = split_indices(len(table), 360, seed=1998, split="val" if split == "test" else "train")
+        if split != "test":
+            chosen = chosen[split_indices(len(chosen), 157, self.seed, split)]
         transform = v2.RandomCrop(8, padding=1) if split == "train" and self.augment else None
         return InMemoryImages(images[chosen], labels[chosen], transform)

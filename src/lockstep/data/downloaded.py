@@ -71,7 +71,6 @@ class MNIST(DownloadedData):
     transform = v2.RandomCrop(28, padding=2)
 
     def tensors(self, raw: Any) -> tuple[Tensor, Tensor]:
-        """Images, uint8 (N, 1, 28, 28), and labels, int64 (N,)."""
         return raw.data.unsqueeze(1), raw.targets
 
 
@@ -90,5 +89,4 @@ class CIFAR10(DownloadedData):
     transform = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
 
     def tensors(self, raw: Any) -> tuple[Tensor, Tensor]:
-        """Images, uint8 (N, 3, 32, 32), and labels, int64 (N,)."""
         return torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(raw.targets)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,11 +90,7 @@ class ImageFolder(ImageData):
         extract_archive(self.archive, folder)
 
     def setup(self, stage: str) -> None:
-        """List the files of the splits that ``stage`` needs.
-
-        Raises:
-            UsageError: Two splits have different classes.
-        """
+        """List the files of the splits that ``stage`` needs; UsageError if two splits have different classes."""
         super().setup(stage)
         found = {split: files.classes for split, files in self._datasets.items() if isinstance(files, ImageFiles)}
         # The training set decides if it exists: a test set that lacks a class would number the other classes wrongly.
@@ -127,19 +122,15 @@ class ImageFolder(ImageData):
         """
         corrupt = [sample for sample in samples if isinstance(sample, CorruptFile)]
         if corrupt and self.on_corrupt == "raise":
-            raise RunError(corrupt[0].message)
+            raise RunError(corrupt[0].error)
         decoded = [sample for sample in samples if not isinstance(sample, CorruptFile)]
         if not decoded:
-            raise RunError(f"None of the {len(samples)} files of a batch can be decoded; the first: {corrupt[0].message}")
+            raise RunError(f"None of the {len(samples)} files of a batch can be decoded; the first: {corrupt[0].error}")
         images, labels = default_collate(decoded)
         return images, labels, [sample.path for sample in corrupt]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Remove the paths of the files that could not be decoded from the batch; log and count them.
-
-        Raises:
-            RunError: There is one, and the command is ``predict``.
-        """
+        """Remove the paths of undecodable files from the batch, log and count them; in predict, raise RunError."""
         images, labels, corrupt = batch
         if corrupt and self.trainer is not None and self.trainer.predicting:
             raise RunError(f"{corrupt[0]} cannot be decoded, and predict skips no sample; replace the file or remove it.")
@@ -157,38 +148,28 @@ def class_names(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class CorruptFile:
-    """The sample of a file that cannot be decoded, and the reason that the decoder gives."""
+    """The sample of a file that cannot be decoded."""
 
     path: str
-    reason: str
-
-    @property
-    def message(self) -> str:
-        """An error message."""
-        return f"{self.path} is not a complete JPEG or PNG ({self.reason}); replace it, or set --data.on_corrupt skip."
+    error: str
 
 
 class ImageFiles(Dataset[Any]):
-    """The files of one split; a sample is an image, uint8 (3, size, size), and its label, or a ``CorruptFile``.
+    """The files of one split, in one subfolder for each class; labels follow the order of the subfolders' names.
 
-    Args:
-        folder: Holds one subfolder for each class; labels follow the order of their names.
-        transform: Applied to each decoded image, uint8 (3, H, W).
-        deterministic: Whether ``transform`` uses no random numbers.
+    A sample is ``transform`` of the decoded image, uint8 (3, H, W), and its label, or a ``CorruptFile``.
 
     Raises:
         UsageError: The folder is missing, has no classes, or a class has no image.
     """
 
     def __init__(self, folder: Path, transform: v2.Transform, deterministic: bool) -> None:
-        if not folder.is_dir():
-            raise UsageError(f"data.root: {folder} does not exist; it must hold one subfolder of images for each class.")
-        names = class_names(folder)
-        if not names:
-            raise UsageError(f"data.root: {folder} has no subfolder; it must hold one subfolder of images for each class.")
-        self.classes: Sequence[str] = names
+        self.classes = class_names(folder) if folder.is_dir() else []
+        if not self.classes:
+            problem = "has no subfolder" if folder.is_dir() else "does not exist"
+            raise UsageError(f"data.root: {folder} {problem}; it must hold one subfolder of images for each class.")
         self.files: list[tuple[str, int]] = []
-        for label, name in enumerate(names):
+        for label, name in enumerate(self.classes):
             # Path.rglob takes ten times as long for a million files.
             files = [os.path.join(at, file) for at, _, found in os.walk(folder / name, followlinks=True) for file in found]
             images = sorted(path for path in files if path.lower().endswith(_SUFFIXES))
@@ -205,5 +186,7 @@ class ImageFiles(Dataset[Any]):
         try:
             image = decode_image(path, mode="RGB")
         except (RuntimeError, ValueError) as error:
-            return CorruptFile(path, str(error).splitlines()[0].rpartition(": ")[2])
+            reason = str(error).splitlines()[0].rpartition(": ")[2]
+            message = f"{path} is not a complete JPEG or PNG ({reason}); replace it, or set --data.on_corrupt skip."
+            return CorruptFile(path, message)
         return self.transform(image), label

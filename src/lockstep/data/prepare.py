@@ -19,10 +19,6 @@ def prepare_folder(target: Path, fill: Callable[[Path], None]) -> None:
     Other processes that prepare the same folder wait. The kernel releases the lock of a killed process, and the next process
     removes its temporary folder.
 
-    Args:
-        target: The folder to prepare.
-        fill: Called with an empty folder; downloads, verifies and unpacks into it.
-
     Raises:
         UsageError: The folder cannot be written, or the download failed.
     """
@@ -32,15 +28,13 @@ def prepare_folder(target: Path, fill: Callable[[Path], None]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(target.with_name(f".{target.name}.lock"))
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             log.info("waiting for another job to prepare %s", target)
-            lock.acquire()
-        try:
+            held = lock.acquire()
+        with held:
             if not target.exists():
                 _fill_and_publish(target, fill)
-        finally:
-            lock.release()
     # torchvision raises a RuntimeError if no mirror answers or a checksum is wrong.
     except (OSError, RuntimeError) as error:
         raise UsageError(

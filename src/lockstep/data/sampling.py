@@ -4,6 +4,7 @@ The ``batch_size`` of a DataLoader is the global batch size: the samples of one 
 same samples on 1, 2 or 64 ranks, and each rank takes a consecutive slice of it.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,7 @@ from lockstep.data.seeding import SampleKey, derive_seed, preserve_rng_state, se
 
 @dataclass(frozen=True)
 class DataPosition:
-    """A position in the training data.
-
-    Attributes:
-        epoch: Number of the epoch, from 0.
-        batch: Number of batches of this epoch that are already used.
-    """
+    """A position in the training data: the epoch, from 0, and the number of its batches that are already used."""
 
     epoch: int
     batch: int
@@ -30,16 +26,12 @@ class DataPosition:
 class EpochSampler(Sampler[int]):
     """The indices of one epoch for all ranks, in the order in which they are used.
 
-    Args:
-        sampler: Decides the order. ``RandomSampler`` gives a permutation drawn from (seed, epoch), ``SequentialSampler`` gives
-            0, 1, 2 …, and any other sampler runs with its random numbers seeded with (seed, epoch).
-        seed: The run's seed.
+    ``RandomSampler`` gives a permutation drawn from (seed, epoch), ``SequentialSampler`` gives 0, 1, 2 …, and any other sampler
+    runs with its random numbers seeded with (seed, epoch).
     """
 
     def __init__(self, sampler: Sampler[int], seed: int) -> None:
-        self.sampler = sampler
-        self.seed = seed
-        self.epoch = 0
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
         self.is_shuffled = not isinstance(sampler, SequentialSampler)
 
     def set_epoch(self, epoch: int) -> None:
@@ -54,9 +46,9 @@ class EpochSampler(Sampler[int]):
 
     def indices(self) -> Sequence[int]:
         """All indices of the current epoch."""
-        sampler = self.sampler
-        if isinstance(sampler, SequentialSampler):
+        if not self.is_shuffled:
             return range(len(self))
+        sampler = self.sampler
         seed = derive_seed(self.seed, self.epoch) >> 1
         if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source):
             return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -73,17 +65,7 @@ class GlobalBatchSampler(BatchSampler):
     All ranks have the same number of batches, each with at least one sample. Together they have every sample of the epoch
     once, except those that ``drop_last`` drops. In the last, smaller batch some ranks may have one sample more than others;
     ``rank_weight`` corrects the mean over ranks. In evaluation, a last batch with fewer samples than ranks is joined to the
-    batch before it.
-
-    Args:
-        epoch_sampler: Indices for all ranks.
-        batch_size: Global batch size, in samples.
-        drop_last: Drop the last, smaller batch.
-        world: The ranks that share the batches.
-        name: Name of the loader in error messages.
-
-    Attributes:
-        start: Where iteration starts in that epoch; other epochs start at their first batch.
+    batch before it. ``start`` is where iteration starts in that epoch; other epochs start at their first batch.
 
     Raises:
         UsageError: The batch size is not divisible by the number of ranks, or a shuffled epoch or the data set has too few
@@ -96,20 +78,20 @@ class GlobalBatchSampler(BatchSampler):
         self.sampler = self.epoch_sampler = epoch_sampler  # Lightning calls sampler.set_epoch
         self.drop_last = drop_last
         self.world = world
-        if epoch_sampler.is_shuffled and batch_size % world.size:
-            near = sorted({max(1, batch_size // world.size) * world.size, -(-batch_size // world.size) * world.size})
+        self.batch_size = -(-batch_size // world.size) * world.size
+        if epoch_sampler.is_shuffled and batch_size != self.batch_size:
+            near = [str(size) for size in (self.batch_size - world.size, self.batch_size) if size]
             raise UsageError(
                 f"{name}: batch_size={batch_size} is the global batch size and is not divisible by {world.size} ranks; "
-                f"use {' or '.join(map(str, near))}."
+                f"use {' or '.join(near)}."
             )
-        self.batch_size = -(-batch_size // world.size) * world.size
         self.start = DataPosition(0, 0)
-        self._bounds = self._split(len(epoch_sampler), name)
+        self._bounds = list(itertools.pairwise([0, *self._batch_ends(len(epoch_sampler), name)]))
 
-    def _split(self, samples: int, name: str) -> list[tuple[int, int]]:
-        """The first and the one-past-last position of each global batch."""
-        full, rest = divmod(samples, self.batch_size)
-        ends = [self.batch_size * (i + 1) for i in range(full)]
+    def _batch_ends(self, samples: int, name: str) -> list[int]:
+        """The position after the last sample of each global batch."""
+        ends = list(range(self.batch_size, samples + 1, self.batch_size))
+        rest = samples % self.batch_size
         if samples < self.world.size:
             raise UsageError(f"{name}: {self.world.size} ranks are more than its {samples} samples; use fewer ranks.")
         if self.drop_last and not ends:
@@ -127,7 +109,7 @@ class GlobalBatchSampler(BatchSampler):
                 )
             else:
                 ends[-1] = samples
-        return list(zip([0, *ends[:-1]], ends, strict=True))
+        return ends
 
     def __len__(self) -> int:
         return len(self._bounds)

@@ -51,15 +51,10 @@ class SeededDataset(Dataset[Any]):
 
     Reading restores the random state of the process. A dataset whose attribute ``deterministic`` is true uses no random
     numbers; its own ``__getitems__`` is called if it has one.
-
-    Args:
-        dataset: The map-style dataset to read from.
-        seed: The run's seed.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
+        self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -79,9 +74,9 @@ class SeededDataset(Dataset[Any]):
             if hasattr(self.dataset, "__getitems__"):
                 return self.dataset.__getitems__(indices)
             return [self.dataset[index] for index in indices]
+        samples = []
         with preserve_rng_state():
-            return [self._seeded(*key) for key in keys]
-
-    def _seeded(self, epoch: int, index: int) -> Any:
-        seed_cpu(derive_seed(self.seed, epoch, index))
-        return self.dataset[index]
+            for epoch, index in keys:
+                seed_cpu(derive_seed(self.seed, epoch, index))
+                samples.append(self.dataset[index])
+        return samples

@@ -1,5 +1,6 @@
 """Shard the batches of any DataLoader over the ranks of a run."""
 
+import functools
 import itertools
 import logging
 import signal
@@ -14,35 +15,13 @@ from lockstep.compat.torch import copy_data_loader
 from lockstep.core import World
 from lockstep.data.sampling import EpochSampler, GlobalBatchSampler
 from lockstep.data.seeding import SeededDataset
-from lockstep.distributed import STOP_SIGNALS, block_signals
+from lockstep.distributed import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
 
-class WorkerInit:
-    """``worker_init_fn`` that blocks stop signals, so that a signal to the whole job does not kill DataLoader workers.
-
-    Args:
-        worker_init_fn: The loader's own function, called afterwards.
-        in_job: Whether the ranks run in a Slurm job. Elsewhere only Ctrl-C is blocked, as torch ends workers with SIGTERM.
-    """
-
-    def __init__(self, worker_init_fn: Callable[[int], None] | None, in_job: bool) -> None:
-        self.worker_init_fn, self.in_job = worker_init_fn, in_job
-
-    def __call__(self, worker: int) -> None:
-        block_signals(*STOP_SIGNALS if self.in_job else (signal.SIGINT,))
-        if self.worker_init_fn is not None:
-            self.worker_init_fn(worker)
-
-
 class SkipFirstBatches:
-    """A loader that lockstep does not shard, without its first batches in the first iteration.
-
-    Args:
-        loader: Any iterable of batches.
-        batches: Number of batches to read and drop.
-    """
+    """A loader that lockstep does not shard; its first iteration reads and drops the first ``batches`` batches."""
 
     def __init__(self, loader: Any, batches: int) -> None:
         self.loader, self._batches = loader, batches
@@ -62,27 +41,17 @@ class SkipFirstBatches:
 
 @dataclass(frozen=True)
 class DataSharding:
-    """Shards the DataLoaders of a run.
-
-    Args:
-        world: The ranks that share the data.
-        seed: The run's seed.
-    """
+    """Shards the DataLoaders of a run."""
 
     world: World
     seed: int
     _warned: set[str] = field(default_factory=set, compare=False)
 
     def shard(self, loader: Any, name: str = "DataLoader", whole: bool = False) -> Any:
-        """A copy of ``loader`` with this rank's samples only, in the run's order.
+        """A copy of ``loader`` with this rank's samples only, in the run's order; ``whole`` overrides its ``drop_last``.
 
         These are returned unchanged, with one warning if there are several ranks: a DataLoader of an IterableDataset, with
         its own batch sampler or a DistributedSampler, or with ``batch_size=None``. So is any other object.
-
-        Args:
-            loader: What a ``*_dataloader`` hook returned.
-            name: Name of the loader in messages.
-            whole: Keep the last, smaller batch, whatever ``drop_last`` says.
 
         Raises:
             UsageError: The ranks cannot share its batches; see ``GlobalBatchSampler``.
@@ -92,15 +61,13 @@ class DataSharding:
         if reason := _why_unsharded(loader):
             if self.world.size > 1 and self.world.is_rank_zero and reason not in self._warned:
                 self._warned.add(reason)
-                log.warning(
-                    "%s is not sharded because it has %s: it must give each of the %d ranks different samples itself.",
-                    name,
-                    reason,
-                    self.world.size,
-                )
+                remedy = f"it must give each of the {self.world.size} ranks different samples itself."
+                log.warning("%s is not sharded because it has %s: %s", name, reason, remedy)
             return loader
         sampler = EpochSampler(loader.sampler, self.seed)  # type: ignore[arg-type]
         assert loader.batch_size is not None
+        # A signal to a whole Slurm job must not kill the workers. Elsewhere they accept SIGTERM, with which torch ends them.
+        blocked = STOP_SIGNALS if self.world.launcher in ("slurm", "submitit") else (signal.SIGINT,)
         return copy_data_loader(
             loader,
             dataset=SeededDataset(loader.dataset, self.seed),
@@ -108,8 +75,15 @@ class DataSharding:
             batch_sampler=GlobalBatchSampler(sampler, loader.batch_size, loader.drop_last and not whole, self.world, name),
             # Without it, each epoch would draw the seed of the workers from the generator that drives dropout.
             generator=loader.generator or torch.Generator(),
-            worker_init_fn=WorkerInit(loader.worker_init_fn, self.world.launcher in ("slurm", "submitit")),
+            worker_init_fn=functools.partial(_init_worker, loader.worker_init_fn, blocked),
         )
+
+
+def _init_worker(own: Callable[[int], None] | None, blocked: tuple[signal.Signals, ...], worker: int) -> None:
+    """Block signals in a DataLoader worker, then call the loader's own ``worker_init_fn``."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    if own is not None:
+        own(worker)
 
 
 def _why_unsharded(loader: DataLoader[Any]) -> str | None:

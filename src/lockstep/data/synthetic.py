@@ -11,23 +11,13 @@ from lockstep.core import UsageError
 from lockstep.data.base import ImageData, InMemoryImages, Split
 from lockstep.data.seeding import derive_seed
 
-_POOL = 256
-"""Number of different images."""
-
 
 class SyntheticImages(InMemoryImages):
-    """Any number of samples from a pool of 256 random images in memory.
-
-    Args:
-        samples: Length of the data set.
-        shape: Shape of an image, (C, H, W).
-        num_classes: Labels are 0 to ``num_classes - 1``.
-        seed: Seed of the pool.
-    """
+    """Any number of samples, of shape (C, H, W), from a pool of 256 random images in memory."""
 
     def __init__(self, samples: int, shape: Sequence[int], num_classes: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        size = min(samples, _POOL)
+        size = min(samples, 256)
         images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, generator=generator)
         super().__init__(images, torch.randint(0, num_classes, (size,), generator=generator))
         self.samples = samples

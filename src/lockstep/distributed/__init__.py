@@ -11,4 +11,4 @@ from lockstep.distributed.process_group import (
     local_devices,
 )
 from lockstep.distributed.ranks import RankFailed, fork_ranks
-from lockstep.distributed.signals import STOP_SIGNALS, SignalReceiver, allocation_end_time, block_signals
+from lockstep.distributed.signals import STOP_SIGNALS, SignalReceiver, allocation_end_time

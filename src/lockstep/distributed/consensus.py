@@ -9,68 +9,50 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed import ReduceOp, Work
 
 from lockstep.core import World
 
 _INTERVAL_SECONDS = 0.25
-"""Time between two all-reduces."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after a step.
-
-    Attributes:
-        stop: Number of the signal to stop for; 0 to continue.
-        save: Whether to save a checkpoint.
-    """
+    """What all ranks do after a step: stop for a signal, by its number (0: continue), and save a checkpoint."""
 
     stop: int = 0
     save: bool = False
 
 
 class StopConsensus:
-    """Reaches the same decision on all ranks; every rank must poll after every optimizer step.
-
-    Args:
-        world: The ranks that decide together.
-    """
+    """Reaches the same decision on all ranks; every rank must poll after every optimizer step."""
 
     def __init__(self, world: World) -> None:
         self._group: Any = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
         self._work: Work | None = None
-        self._reduced = np.zeros(3, dtype=np.int64)  # stop, save, steps until the next all-reduce
+        self._reduced = torch.tensor([0, 0, 1], device="cpu")  # stop, save, steps until the next all-reduce
         self._step = 0
         self._next_step = 1
         self._last_time = time.monotonic()
 
     def poll(self, stop: int, save: bool) -> Decision:
-        """The decision for this step, equal on all ranks.
-
-        Args:
-            stop: Number of the signal that this rank wants to stop for; 0 for none.
-            save: Whether this rank wants to save.
-        """
+        """The decision for this step, equal on all ranks; the arguments say what this rank wants, as in ``Decision``."""
         if self._group is None:
             return Decision(stop, save)
         self._step += 1
         if self._step < self._next_step:
             return Decision()
-        decision, interval = Decision(), 1
         if self._work is not None:
             self._work.wait()
-            decision, interval = Decision(int(self._reduced[0]), bool(self._reduced[1])), int(self._reduced[2])
+        agreed_stop, agreed_save, interval = self._reduced.tolist()
         now = time.monotonic()
         steps = max(1, int(interval * _INTERVAL_SECONDS / max(now - self._last_time, 1e-4)))
         self._last_time = now
-        self._reduced[:] = stop, save, min(steps, 4 * interval, 10_000)
-        shared = torch.from_numpy(self._reduced)  # shares its memory, which the all-reduce writes to
-        self._work = torch.distributed.all_reduce(shared, ReduceOp.MAX, group=self._group, async_op=True)
+        self._reduced = torch.tensor([stop, save, min(steps, 4 * interval, 10_000)], device="cpu")
+        self._work = torch.distributed.all_reduce(self._reduced, ReduceOp.MAX, group=self._group, async_op=True)
         self._next_step = self._step + interval
-        return decision
+        return Decision(agreed_stop, bool(agreed_save))
 
     def reduce_max(self, number: int, on_wait: Callable[[], None] = lambda: None) -> int:
         """The maximum of ``number`` over all ranks; calls ``on_wait`` repeatedly while it waits for them."""

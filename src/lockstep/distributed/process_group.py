@@ -59,11 +59,7 @@ class WorldEnvironment(ClusterEnvironment):
 
 
 def local_devices(world: World, accelerator: str) -> list[torch.device]:
-    """The device of each rank of this node, by local rank.
-
-    Args:
-        world: Gives the number of ranks on the node.
-        accelerator: As in Lightning's Trainer; ``auto`` uses GPUs if there is one for every rank, else the CPU.
+    """The device of each rank of this node, by local rank; ``auto`` is GPUs if there is one for every rank, else the CPU.
 
     Raises:
         UsageError: There are fewer GPUs than ranks, or the accelerator is not supported.
@@ -79,36 +75,30 @@ def local_devices(world: World, accelerator: str) -> list[torch.device]:
         return [torch.device("cpu")] * world.local_size
     if accelerator not in ("gpu", "cuda"):
         raise UsageError(f"trainer.accelerator: {accelerator!r} is not valid; valid are auto, cpu, gpu and cuda.")
-    if bound:
-        return [torch.device("cuda", 0)] * world.local_size
-    if visible < world.local_size:
+    if not bound and visible < world.local_size:
         raise UsageError(
             f"{world.local_size} ranks on this node, but only {visible} GPUs are visible; "
             "use fewer ranks or --trainer.accelerator cpu."
         )
-    return [torch.device("cuda", index) for index in range(world.local_size)]
+    return [torch.device("cuda", 0 if bound else index) for index in range(world.local_size)]
 
 
 def init_process_group(world: World, device: torch.device, timeout: timedelta, alone: bool = False) -> None:
-    """Start the process group: nccl on GPUs, gloo on CPUs.
+    """Start the process group: nccl on GPUs, gloo on CPUs; for a single process only if ``alone``.
 
-    Args:
-        world: The ranks.
-        device: Device of this rank.
-        timeout: How long a collective waits for a rank before it fails.
-        alone: Start one for a single process too.
+    A collective that has waited ``timeout`` for another rank fails.
     """
     set_rank_zero(world.rank)
     if world.size == 1 and not alone:
         return
     on_gpu = device.type == "cuda"
-    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+    if on_gpu:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
         # As torchrun does: the ranks of a node share its cores. Without the variable, Lightning would use cores / ranks of the
         # node, and the last digit of a sum would depend on how the ranks are spread over nodes.
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
-    if on_gpu:
-        torch.cuda.set_device(device)
     torch.distributed.init_process_group(
         backend="nccl" if on_gpu else "gloo",
         init_method=world.rendezvous if world.size > 1 else None,

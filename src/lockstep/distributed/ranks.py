@@ -4,6 +4,7 @@
 initialized before the fork.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -15,9 +16,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from lockstep.core import Interrupted, World
 from lockstep.runs import Failure
@@ -29,11 +31,7 @@ _GRACE_SECONDS = 3.0
 
 
 class RankFailed(Exception):
-    """A rank failed, and the other ranks were ended.
-
-    Attributes:
-        failure: The failure of the rank that failed first.
-    """
+    """A rank failed, and the other ranks were ended; ``failure`` is that of the rank that failed first."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(f"rank {failure.rank} of {failure.world_size} (node {failure.node}) failed: {failure.report}")
@@ -49,25 +47,27 @@ class _Outcome:
     time: float = field(default_factory=time.time)
 
 
-@dataclass(frozen=True)
 class _RankProcess:
     """A forked rank: its process, the pipe for its result, and a descriptor that becomes readable when it ends."""
 
-    world: World
-    process: BaseProcess
-    receiver: Connection
-    end: int
+    def __init__(self, target: Callable[[World], Any], world: World, log: Path | None) -> None:
+        context = multiprocessing.get_context("fork")
+        self.world = world
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=_run_rank, args=(target, world, sender, log, os.getpid()))
+        self.process.start()
+        # Before the next fork: a later rank must not hold the sending end, or the pipe would not close when this rank ends.
+        sender.close()
+        # Process.sentinel is a pipe too, and a DataLoader worker of a dead rank still holds its other end.
+        self.end = os.pidfd_open(self.process.pid or 0) if sys.platform == "linux" else os.dup(self.process.sentinel)
 
 
 def fork_ranks(
     target: Callable[[World], T], nodes: int = 1, ranks: int = 1, logs: Callable[[int], Path] | None = None
 ) -> list[T]:
-    """Run ``target(world)`` in ``nodes`` × ``ranks`` forked processes and return the results by rank.
+    """Run ``target(world)`` in ``nodes`` × ``ranks`` forked processes and return the results, which must pickle, by rank.
 
     Args:
-        target: The function of a rank; its result must pickle.
-        nodes: Number of simulated nodes.
-        ranks: Ranks on each node.
         logs: The log file of a rank, used for every rank except zero; None inherits the caller's output.
 
     Raises:
@@ -84,18 +84,16 @@ def fork_ranks(
         try:
             for rank in range(size):
                 world = World(rank, size, rank % ranks, ranks, f"file://{folder}/rendezvous", "local")
-                forked.append(_fork(target, world, logs(rank) if logs is not None and rank else None))
+                forked.append(_RankProcess(target, world, logs(rank) if logs is not None and rank else None))
             return _collect(forked)
         except (KeyboardInterrupt, Interrupted):
             # A terminal sends Ctrl-C to the ranks too: let them save and stop together. A second Ctrl-C ends the wait.
             _join(forked, _GRACE_SECONDS)
             _terminate(forked)
-            _join(forked)
             raise
         finally:
             signal.signal(signal.SIGTERM, previous)
-            _terminate(forked)
-            _join(forked, _GRACE_SECONDS)
+            _terminate(forked, _GRACE_SECONDS)
             for rank_process in forked:
                 rank_process.process.kill()
                 rank_process.process.join()
@@ -106,21 +104,13 @@ def _raise_interrupted(*_: object) -> None:
     raise Interrupted(143)
 
 
-def _fork(target: Callable[[World], Any], world: World, log: Path | None) -> _RankProcess:
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run_rank, args=(target, world, sender, log, os.getpid()))
-    process.start()
-    # Before the next fork: a later rank must not hold the sending end, or the pipe would not close when this rank ends.
-    sender.close()
-    # Process.sentinel is a pipe too, and a DataLoader worker of a dead rank still holds its other end.
-    end = os.pidfd_open(process.pid or 0) if sys.platform == "linux" else os.dup(process.sentinel)
-    return _RankProcess(world, process, receiver, end)
-
-
 def _run_rank(target: Callable[[World], Any], world: World, sender: Connection, log: Path | None, parent: int) -> None:
     """Run ``target`` in a forked process, send its result or failure, and exit."""
-    _exit_with_parent(parent)
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG: Linux kills this process when its parent ends, even after SIGKILL.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if log is not None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -129,8 +119,7 @@ def _run_rank(target: Callable[[World], Any], world: World, sender: Connection, 
         # Python's streams too: in the parent, sys.stdout may be something other than file descriptor 1.
         sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
     os.environ.update(world.environ())
-    if (devices := _visible_devices(world, os.environ.get("CUDA_VISIBLE_DEVICES"))) is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    _select_gpus(world)
     status = 1
     try:
         sender.send(_Outcome(target(world)))
@@ -147,58 +136,42 @@ def _run_rank(target: Callable[[World], Any], world: World, sender: Connection, 
         os._exit(status)  # without the exit handlers of the parent
 
 
-def _exit_with_parent(parent: int) -> None:
-    """Make Linux kill this process when its parent ends, even after SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def _visible_devices(world: World, visible: str | None) -> str | None:
-    """CUDA_VISIBLE_DEVICES for the GPUs of this rank's simulated node; None to keep it, on one node or without GPUs."""
-    import torch
-
-    count = torch.cuda.device_count()
-    if world.nodes == 1 or count == 0:
-        return None
-    names = visible.split(",") if visible else [str(index) for index in range(count)]
-    first = world.node_rank * world.local_size
-    return ",".join(names[first : first + world.local_size]) if world.size <= count else ""
+def _select_gpus(world: World) -> None:
+    """Let this rank see the GPUs of its simulated node only; none if there are fewer GPUs than ranks."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if world.nodes > 1 and count:
+        names = visible.split(",") if visible else [str(index) for index in range(count)]
+        first = world.node_rank * world.local_size
+        own = names[first : first + world.local_size] if world.size <= count else []
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
 
 
 def _collect(forked: Sequence[_RankProcess]) -> list[Any]:
-    """The results of all ranks, by rank.
-
-    Raises:
-        RankFailed: At least one rank failed; names the first.
-    """
+    """The results of all ranks, by rank; raises RankFailed for the one that failed first."""
     outcomes: dict[int, _Outcome] = {}
-    deadline: float | None = None
-    while len(outcomes) < len(forked) and (deadline is None or time.time() < deadline):
-        running = [rank for rank in forked if rank.world.rank not in outcomes]
-        handles = [handle for rank in running for handle in (rank.receiver, rank.end)]
-        ready = wait(handles, timeout=None if deadline is None else max(0.0, deadline - time.time()))
+    timeout: float | None = None
+    while running := [rank for rank in forked if rank.world.rank not in outcomes]:
+        ready = wait([handle for rank in running for handle in (rank.receiver, rank.end)], timeout)
+        if not ready:
+            break
         for rank in running:
             if rank.receiver in ready or rank.end in ready:
                 outcome = outcomes[rank.world.rank] = _receive(rank)
                 # Its peers fail too, and may report sooner: wait for them before naming the first. After a stop signal the
-                # ranks still have work to finish, so there is no deadline.
+                # ranks still have work to finish, so there is no timeout.
                 if outcome.failure is not None and not outcome.failure.is_interruption:
-                    deadline = deadline or time.time() + 0.3
-    failed = sorted((outcome.time, rank, outcome.failure) for rank, outcome in outcomes.items() if outcome.failure is not None)
+                    timeout = 0.3
+    failed = [(outcome.time, rank, outcome.failure) for rank, outcome in outcomes.items() if outcome.failure is not None]
     if failed:
-        raise RankFailed(failed[0][2])
+        raise RankFailed(min(failed)[2])
     return [outcomes[rank].result for rank in range(len(forked))]
 
 
 def _receive(rank: _RankProcess) -> _Outcome:
-    try:
+    with contextlib.suppress(EOFError):
         if rank.receiver.poll():
             outcome: _Outcome = rank.receiver.recv()
             return outcome
-    except EOFError:
-        pass
     rank.process.join(1)
     code, world = rank.process.exitcode, rank.world
     how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with status {code}"
@@ -207,9 +180,10 @@ def _receive(rank: _RankProcess) -> _Outcome:
     return _Outcome(failure=failure, time=time.time() - 0.2)
 
 
-def _terminate(forked: Sequence[_RankProcess]) -> None:
+def _terminate(forked: Sequence[_RankProcess], seconds: float | None = None) -> None:
     for rank in forked:
         rank.process.terminate()
+    _join(forked, seconds)
 
 
 def _join(forked: Sequence[_RankProcess], seconds: float | None = None) -> None:

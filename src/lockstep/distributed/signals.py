@@ -11,12 +11,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class SignalReceiver:
-    """Records the first stop signal of this process; the ranks act on it between two steps.
+    """Records the first stop signal of this process in ``received``; the ranks act on it between two steps.
 
     A second Ctrl-C raises KeyboardInterrupt as usual.
-
-    Attributes:
-        received: The first stop signal; None before it.
     """
 
     def __init__(self) -> None:
@@ -39,14 +36,6 @@ class SignalReceiver:
             signal.default_int_handler(number, frame)
 
 
-def block_signals(*signals: signal.Signals) -> None:
-    """Block these signals in this process; for DataLoader workers, which their rank ends."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-
-
 def allocation_end_time() -> float | None:
-    """End of the Slurm allocation, in seconds since 1970; None without a time limit.
-
-    The batch script sets LOCKSTEP_ENDS for each attempt.
-    """
+    """End of the Slurm allocation, in seconds since 1970, as the batch script sets it; None without a time limit."""
     return float(os.environ.get("LOCKSTEP_ENDS", "0")) or None

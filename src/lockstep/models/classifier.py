@@ -25,11 +25,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class ClassificationMetrics(nn.Module):
-    """Mean loss and accuracy over many batches and all ranks; updates do not wait for the device.
-
-    Args:
-        num_classes: Outputs of the network.
-    """
+    """Mean loss and accuracy over many batches and all ranks; updates do not wait for the device."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -129,22 +125,15 @@ class Classifier(LightningModule):
             {f"{stage}_scores": ClassificationMetrics(num_classes) for stage in ("train", "val", "test")}
         )
 
-    @property
-    def _input_dtype(self) -> torch.dtype:
-        """Type of the network's weights; ZeRO converts them without telling the module."""
-        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
-
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of ``images`` (B, C, H, W)."""
-        logits: Tensor = self.network(images.to(dtype=self._input_dtype, memory_format=self.memory_format))
+        # ZeRO converts the weights without telling the module.
+        dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
+        logits: Tensor = self.network(images.to(dtype=dtype, memory_format=self.memory_format))
         return logits
 
     def setup(self, stage: str) -> None:
-        """Check that the network has an output for each class of the data.
-
-        Raises:
-            UsageError: It has fewer outputs.
-        """
+        """Raise UsageError if the network has fewer outputs than the data has classes."""
         classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         if classes is not None and classes > self.num_classes:
             raise UsageError(
@@ -187,20 +176,15 @@ class Classifier(LightningModule):
             self._log_scores("train")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch of the validation set to the metrics."""
         self._score(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss and accuracy of the validation set."""
         self._log_scores("val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch of the test set to the metrics."""
         self._score(batch, "test")
 
     def on_test_epoch_end(self) -> None:
-        """Log loss, accuracy and counts of the test set."""
-        self._log_on_all_ranks("test", self._scores("test").counts())
         self._log_scores("test")
 
     def predict_step(self, batch: Tensor | Sequence[Any], batch_idx: int) -> Tensor:
@@ -209,9 +193,8 @@ class Classifier(LightningModule):
         return self._logits(images).float().softmax(1)
 
     def _log_scores(self, stage: str) -> None:
-        self._log_on_all_ranks(stage, self._scores(stage).compute_and_reset())
-
-    def _log_on_all_ranks(self, stage: str, values: dict[str, Tensor]) -> None:
+        scores = self._scores(stage)
+        values = (scores.counts() if stage == "test" else {}) | scores.compute_and_reset()
         # The values are equal on all ranks: the maximum changes nothing, and Lightning does not warn.
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, reduce_fx="max", sync_dist=stage != "train")
 

@@ -45,11 +45,9 @@ class ConvNet(nn.Module):
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (32, 64)) -> None:
         super().__init__()
-        channels = [in_channels, *widths]
         blocks: list[nn.Module] = []
-        for number, (fan_in, fan_out) in enumerate(itertools.pairwise(channels)):
-            stride = 1 if number == 0 else 2
-            blocks += [self._unit(fan_in, fan_out, stride), self._unit(fan_out, fan_out, 1)]
+        for fan_in, fan_out in itertools.pairwise([in_channels, *widths]):
+            blocks += [self._unit(fan_in, fan_out, stride=2 if blocks else 1), self._unit(fan_out, fan_out, stride=1)]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(widths[-1], num_classes)
 

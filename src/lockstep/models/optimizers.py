@@ -1,7 +1,7 @@
 """Optimizers by name or class path."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,19 +27,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, fused: bool, arguments: Mapping[str, Any]) -> Optimizer:
-    """Create an optimizer.
-
-    Args:
-        name: ``adamw``, ``sgd`` or the import path of a class, such as ``torch.optim.NAdam``.
-        groups: Parameter groups.
-        lr: Learning rate.
-        fused: Update all parameters in one kernel; for adamw and sgd.
-        arguments: Further arguments of the class.
+    """Create ``adamw``, ``sgd`` or an optimizer by import path; the first two in one kernel if ``fused``.
 
     Raises:
         UsageError: The optimizer is unknown, or does not take one of the arguments.
     """
-    cls: Callable[..., Any]
+    cls: Any
     if name in _FUSED:
         cls, arguments = _FUSED[name], {"fused": fused, **arguments}
     else:
@@ -51,8 +44,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, fused: bo
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
             raise UsageError(f"model.optimizer: {name!r} is not a subclass of torch.optim.Optimizer.")
     try:
-        optimizer = cls(groups, lr=lr, **arguments)
+        optimizer: Optimizer = cls(groups, lr=lr, **arguments)
     except TypeError as error:
         raise UsageError(f"model.optimizer_args: {error}.") from None
-    assert isinstance(optimizer, Optimizer)
     return optimizer

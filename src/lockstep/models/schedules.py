@@ -14,13 +14,8 @@ ScheduleName = Literal["constant", "cosine", "step"]
 class LearningRateSchedule:
     """A linear warm-up to the full learning rate, then a schedule.
 
-    Attributes:
-        name: ``constant``; ``cosine`` from 1 to ``final`` (Loshchilov and Hutter 2017, without restarts);
-            ``step``: times ``gamma`` every ``step_size`` steps.
-        warmup_steps: Steps of the warm-up; the schedule follows it, but a cosine still ends at the last step of the run.
-        final: Last factor of the cosine.
-        step_size: Steps between two decays.
-        gamma: Factor of each decay.
+    The schedule is ``constant``; ``cosine`` from 1 to ``final`` (Loshchilov and Hutter 2017, without restarts), which ends at
+    the last step of the run whatever the warm-up; or ``step``: times ``gamma`` every ``step_size`` steps.
 
     Raises:
         UsageError: A number is out of range; names the key.
@@ -40,10 +35,6 @@ class LearningRateSchedule:
 
     def factor(self, total_steps: float = math.inf, warmup_start: float = 0.0) -> Callable[[int], float]:
         """The factor on the learning rate at each optimizer step, for ``torch.optim.lr_scheduler.LambdaLR``.
-
-        Args:
-            total_steps: Optimizer steps of the run.
-            warmup_start: Factor before the warm-up.
 
         Raises:
             UsageError: A cosine needs a run with an end.
