@@ -36,11 +36,7 @@ def private(library: str, owner: Any, name: str) -> Any:
 
 @contextmanager
 def private_imports(library: str) -> Iterator[None]:
-    """Import private names of ``library`` in the body of a ``with`` statement.
-
-    Raises:
-        LockstepError: The installed version does not have one; names the library and both versions.
-    """
+    """Import private names of ``library`` in the body of a ``with`` statement; raises as ``private``."""
     try:
         yield
     except ImportError as error:
@@ -55,11 +51,7 @@ def _missing(library: str, what: str) -> LockstepError:
 
 
 def patch(library: str, owner: Any, name: str, new: Any) -> None:
-    """Replace the attribute ``name`` of ``owner`` by ``new``, where the installed version has it.
-
-    Raises:
-        LockstepError: As ``private``; an assignment would silently do nothing.
-    """
+    """Replace the attribute ``name`` of ``owner`` by ``new``; raises as ``private``, where an assignment would do nothing."""
     private(library, owner, name)
     setattr(owner, name, new)
 

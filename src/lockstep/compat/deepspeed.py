@@ -15,10 +15,6 @@ from torch.optim import Optimizer
 from lockstep.compat import patch, private
 from lockstep.core import RunError, UsageError
 
-_READ_ALIGNMENT = 512
-"""Memory addresses that a direct read fills must be multiples of so many bytes."""
-
-_ZERO_NAMES = ("optimizer", "loss_scaler")
 _STAGE_3_NAMES = (
     "optimizer_swapper",
     "grad_position",
@@ -55,23 +51,15 @@ def gathered(parameter: Any, modifier_rank: int | None = None) -> AbstractContex
     """Gather a partitioned parameter on every rank; ``modifier_rank`` is the rank whose changes all ranks take over."""
     if not is_partitioned(parameter):
         return nullcontext()
-    gather: AbstractContextManager[Any] = import_module("deepspeed").zero.GatheredParameters(
-        [parameter], modifier_rank=modifier_rank
-    )
+    gather: AbstractContextManager[Any] = import_module("deepspeed").zero.GatheredParameters([parameter], modifier_rank)
     return gather
 
 
 class ZeroOptimizer:
     """The optimizer of a DeepSpeed engine in ZeRO stage 1, 2 or 3, and the state that it partitions.
 
-    Args:
-        engine: DeepSpeed's engine, set up for training.
-
     Attributes:
         inner: The optimizer of the module, which steps flat tensors instead of parameters.
-
-    Raises:
-        LockstepError: The installed DeepSpeed lacks a private name.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -79,7 +67,7 @@ class ZeroOptimizer:
         self._zero: Any = engine.optimizer
         self._is_stage_3 = hasattr(self._zero, "fp32_partitioned_groups_flat")
         names = _STAGE_3_NAMES if self._is_stage_3 else ("single_partition_of_fp32_groups", "update_lp_params")
-        for owner, needed in ((self._zero, (*_ZERO_NAMES, *names)), (engine, _COUNTERS)):
+        for owner, needed in ((self._zero, ("optimizer", "loss_scaler", *names)), (engine, _COUNTERS)):
             for name in needed:
                 private("deepspeed", owner, name)
         self.inner: Optimizer = self._zero.optimizer
@@ -87,8 +75,7 @@ class ZeroOptimizer:
     @property
     def flats(self) -> list[Tensor]:
         """The tensors that ``inner`` steps: for each group, or part of one, this rank's elements of all its parameters."""
-        zero = self._zero
-        return list(zero.fp32_partitioned_groups_flat if self._is_stage_3 else zero.single_partition_of_fp32_groups)
+        return list(self._zero.fp32_partitioned_groups_flat if self._is_stage_3 else self._zero.single_partition_of_fp32_groups)
 
     def capture_counters(self) -> dict[str, dict[str, Any]]:
         """State of the loss ``scaler``, and ``counters`` of steps, samples and batches."""
@@ -100,9 +87,8 @@ class ZeroOptimizer:
 
     def restore_counters(self, scaler: dict[str, Any], counters: dict[str, int]) -> None:
         """Restore what ``capture_counters`` returned."""
-        for owner, values in ((self._zero.loss_scaler, scaler), (self._engine, counters)):
-            for name, value in values.items():
-                setattr(owner, name, value)
+        vars(self._zero.loss_scaler).update(scaler)
+        vars(self._engine).update(counters)
 
     def update_model_weights(self) -> None:
         """Copy the weights that the optimizer steps to those of the model; stage 3 does so at the end of ``in_memory``."""
@@ -112,14 +98,12 @@ class ZeroOptimizer:
     @contextmanager
     def in_memory(self, index: int) -> Iterator[None]:
         """Keep flat tensor ``index`` and its optimizer state in memory, then write them back to where they are offloaded."""
-        if not self._is_stage_3:
-            yield
-            return
-        is_swapped = self._zero._swappable_optimizer_subgroup(index)
+        is_swapped = self._is_stage_3 and self._zero._swappable_optimizer_subgroup(index)
         if is_swapped:
             self._zero._optimizer_states_and_gradient_swap_in(index)
         yield
-        self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        if self._is_stage_3:
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if is_swapped:
             self._zero._optimizer_states_and_gradient_swap_out(index)
 
@@ -162,7 +146,6 @@ class Fragment:
     """This rank's part of a parameter.
 
     Attributes:
-        name: Name of the parameter.
         shape: Shape of the whole parameter.
         start, size: First element and number of elements, in the flattened parameter.
         padded: Number of elements with padding, which the last rank of stage 3 may have.
@@ -205,31 +188,21 @@ def patch_nvme() -> None:
 
     Raises:
         UsageError: Python runs without assert statements, in which DeepSpeed waits for its reads and writes.
-        LockstepError: The installed DeepSpeed lacks a private name.
     """
     if not __debug__:
         raise UsageError(
             "deepspeed.nvme_path: offload to NVMe does not work under python -O, because DeepSpeed waits for reads and writes "
             "inside assert statements; run without -O and PYTHONOPTIMIZE."
         )
-    modules = {
-        name: import_module(f"deepspeed.runtime.swap_tensor.{name}")
-        for name in (
-            "partitioned_param_swapper",
-            "partitioned_optimizer_swapper",
-            "pipelined_optimizer_swapper",
-            "optimizer_utils",
-            "utils",
-            "async_swapper",
-        )
-    }
-    for name, module in modules.items():
+    folder = "deepspeed.runtime.swap_tensor"
+    parameters, optimizer = (import_module(f"{folder}.partitioned_{name}_swapper") for name in ("param", "optimizer"))
+    others = [import_module(f"{folder}.{name}") for name in ("pipelined_optimizer_swapper", "optimizer_utils", "utils")]
+    for module in (parameters, optimizer, *others):
+        patch("deepspeed", module, "swap_in_tensors", _start_read)
         patch("deepspeed", module, "swap_out_tensors", _start_write)
-        if name != "async_swapper":
-            patch("deepspeed", module, "swap_in_tensors", _start_read)
-    swapper = modules["partitioned_optimizer_swapper"].PartitionedOptimizerSwapper
-    patch("deepspeed", swapper, "_swap_in_pinned_gradients", _read_gradients)
-    swapper = modules["partitioned_param_swapper"].AsyncPartitionedParameterSwapper
+    patch("deepspeed", import_module(f"{folder}.async_swapper"), "swap_out_tensors", _start_write)
+    patch("deepspeed", optimizer.PartitionedOptimizerSwapper, "_swap_in_pinned_gradients", _read_gradients)
+    swapper = parameters.AsyncPartitionedParameterSwapper
     swap_in = private("deepspeed", swapper, "swap_in")
     init = import_module("deepspeed.runtime.zero.partition_parameters").Init
     set_dtype = private("deepspeed", init, "_set_dtype")
@@ -249,7 +222,7 @@ def patch_nvme() -> None:
 def _start_read(handle: Any, tensors: Sequence[Tensor], paths: Sequence[str]) -> None:
     """Start to read each file into its tensor; DeepSpeed would leave a tensor at an unaligned address unchanged."""
     for tensor, path in zip(tensors, paths, strict=True):
-        if handle.is_pinned(tensor) and tensor.data_ptr() % _READ_ALIGNMENT:
+        if handle.is_pinned(tensor) and tensor.data_ptr() % 512:  # a direct read needs aligned memory
             raise RunError(
                 f"deepspeed.config: DeepSpeed would read {path} to an unaligned address; remove options such as pipeline_read."
             )
@@ -261,12 +234,9 @@ def _start_write(handle: Any, tensors: Sequence[Tensor], paths: Sequence[str]) -
     """Start to write each tensor to its file; the space is allocated first, because on a full disk writes fail silently."""
     for tensor, path in zip(tensors, paths, strict=True):
         try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-            try:
-                if os.fstat(file).st_size < tensor.nbytes:
-                    os.posix_fallocate(file, 0, tensor.nbytes)
-            finally:
-                os.close(file)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+                if os.fstat(file.fileno()).st_size < tensor.nbytes:
+                    os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
         except OSError as error:
             raise RunError(
                 f"deepspeed.nvme_path: {path} cannot be written ({error.strerror}); free space, and restart the run."

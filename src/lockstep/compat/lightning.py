@@ -24,21 +24,11 @@ with private_imports("lightning"):
 
 # Methods too: an override of one that Lightning no longer calls would silently do nothing.
 for _owner, _names in (
-    (
-        _TrainingEpochLoop,
-        (
-            "_broadcast_sigterm_tensor",
-            "_is_training_done",
-            "_on_after_fetch",
-            "_on_before_fetch",
-            "_should_accumulate",
-            "_should_check_val_fx",
-        ),
-    ),
+    (_TrainingEpochLoop, ("_broadcast_sigterm_tensor", "_on_after_fetch", "_on_before_fetch")),
+    (_TrainingEpochLoop, ("_is_training_done", "_should_accumulate", "_should_check_val_fx")),
     (_CheckpointConnector, ("dump_checkpoint",)),
     (_LoggerConnector, ("should_update_logs",)),
     (DeepSpeedStrategy, ("_format_config", "_init_deepspeed_distributed", "_init_optimizers")),
-    (rank_zero_only, ("rank",)),
 ):
     for _name in _names:
         private("lightning", _owner, _name)
@@ -46,7 +36,7 @@ for _owner, _names in (
 
 def set_rank_zero(rank: int) -> None:
     """Tell Lightning the global rank; it reads the environment when imported, which is too early for a forked rank."""
-    rank_zero_only.rank = rank  # type: ignore[attr-defined]
+    patch("lightning", rank_zero_only, "rank", rank)
 
 
 def is_accumulating(trainer: Trainer) -> bool:
@@ -90,8 +80,7 @@ class LightningFitLoop(_FitLoop):
     @property
     def train_loaders(self) -> list[Any]:
         """The DataLoaders of this epoch, after ``setup_data``."""
-        loaders: list[Any] = private("lightning", self, "_combined_loader").flattened
-        return loaders
+        return list(private("lightning", self, "_combined_loader").flattened)
 
     def clear_restarting(self) -> None:
         """Let Lightning derive nothing from the loops' counters when the run starts.
@@ -118,16 +107,9 @@ def keep_dataloaders(trainer: Trainer) -> None:
     patch("lightning", connector, "_prepare_dataloader", lambda dataloader, shuffle, mode: dataloader)
 
 
-_METADATA_FIELDS = (
-    "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "dataloader_idx",
-    "metric_attribute",
-)  # fmt: skip
-
-
 def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
     """Lightning's checkpoint: weights, optimizers, schedules, loops and callbacks; tensors are live."""
-    checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-    return checkpoint
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def is_training_done(trainer: Trainer) -> bool:
@@ -164,10 +146,11 @@ def restore_logged_values(trainer: Trainer, states: Sequence[Mapping[str, Any]])
 
 
 def _capture_result(result: Any) -> dict[str, Any]:
-    meta = result.meta
+    meta = dict(vars(result.meta))
+    sync = meta.pop("_sync")
     return {
-        "meta": {name: getattr(meta, name) for name in _METADATA_FIELDS} | {"reduce_fx": meta.reduce_fx.__name__},
-        "sync": {"_should": meta.sync._should, "rank_zero_only": meta.sync.rank_zero_only},
+        "meta": meta | {"reduce_fx": meta["reduce_fx"].__name__},
+        "sync": {"_should": sync._should, "rank_zero_only": sync.rank_zero_only},
         "is_tensor": result.is_tensor,
         "last": result._forward_cache,
         "metric": capture_metric(result),

@@ -4,19 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from submitit import SlurmExecutor
-from submitit.core import utils
 
-from lockstep.compat import private
+from lockstep.compat import private, private_imports
 
-SUBMISSION_ERRORS: tuple[type[Exception], ...] = (
-    private("submitit", utils, "FailedJobError"),
-    private("submitit", utils, "FailedSubmissionError"),
-)
+with private_imports("submitit"):
+    from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
+
+SUBMISSION_ERRORS = (FailedJobError, FailedSubmissionError)
 """Raised where ``sbatch`` refuses a job, or prints something other than a job id."""
-
-_DelayedSubmission = private("submitit", utils, "DelayedSubmission")
-_make_script = private("submitit", SlurmExecutor, "_make_submission_file_text")
-private("submitit", SlurmExecutor, "_submitit_command_str")
 
 
 class ScriptExecutor(SlurmExecutor):
@@ -31,9 +26,10 @@ def batch_script_text(executor: ScriptExecutor, runs: int) -> str:
     """Return the script that ``executor`` submits for a job, or for an array of more than one run."""
     if runs > 1:
         executor.parameters["map_count"] = runs
-    return str(_make_script(executor, executor._submitit_command_str, ""))
+    command = private("submitit", executor, "_submitit_command_str")
+    return str(private("submitit", executor, "_make_submission_file_text")(command, ""))
 
 
 def load_task(path: Path) -> Any:
     """Return the callable in ``path``, one of the ``<job>_submitted.pkl`` that an executor writes."""
-    return _DelayedSubmission.load(path).function
+    return DelayedSubmission.load(path).function

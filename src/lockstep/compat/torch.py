@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader
 from lockstep.compat import private, private_imports
 
 with private_imports("torch"):
+    from torch._C import DisableTorchFunction as no_torch_function  # switches off modes and subclasses of Tensor
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
     from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+    from torch.nn.parallel.distributed import _DDPSink
     from torch.utils._pytree import tree_leaves, tree_map_only
 
 
@@ -32,12 +34,6 @@ def copy_data_loader(loader: DataLoader[Any], **attributes: Any) -> DataLoader[A
     return copied
 
 
-no_torch_function = private("torch", torch._C, "DisableTorchFunction")
-"""Switches off, in a ``with`` statement, modes and subclasses of Tensor that change what functions do."""
-
-_ACTIVATIONS = [private("torch", _MemRefType, name) for name in ("ACT", "TEMP", "OTH")]
-
-
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Give new tensors a shape, a type and a device, but no memory; ``real_tensors`` suspends that."""
@@ -49,7 +45,7 @@ def fake_tensors() -> Iterator[None]:
 def peak_activations(tracker: MemTracker, device: torch.device) -> int:
     """Return the bytes on ``device`` at the peak, without parameters, gradients, buffers and the optimizer's state."""
     peak = tracker.get_tracker_snapshot("peak")[device]
-    return sum(peak[kind] for kind in _ACTIVATIONS)
+    return sum(peak[private("torch", _MemRefType, kind)] for kind in ("ACT", "TEMP", "OTH"))
 
 
 def apply_to_states(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
@@ -57,7 +53,6 @@ def apply_to_states(module: nn.Module, function: Callable[[Tensor], Tensor]) -> 
     private("torch", module, "_apply")(function)
 
 
-_DDPSink = private("torch", torch.nn.parallel.distributed, "_DDPSink")
 for _name in ("prepare_for_forward", "prepare_for_backward"):
     private("torch", private("torch", torch.distributed, "Reducer"), _name)
 

@@ -21,10 +21,7 @@ def capture_metric(metric: Metric) -> dict[str, Any]:
 def merge_metric(metric: Metric, saved: Mapping[str, Any], reduce: Callable[[Tensor], Tensor] | None = None) -> None:
     """Add the updates in ``saved``, from ``capture_metric``, to those that ``metric`` has accumulated.
 
-    Args:
-        metric: A metric of the same kind; without updates it takes over the state.
-        saved: The state of another rank or another attempt.
-        reduce: Combines the stacked states, shape (2, *state); None takes the metric's own reductions.
+    ``reduce`` combines the stacked states, shape (2, *state); None takes the metric's own reductions.
     """
     is_new = metric._update_count == 0
     for name, value in saved["values"].items():

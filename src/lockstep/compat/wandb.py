@@ -14,12 +14,8 @@ _get_core_path = private("wandb", wandb.util, "get_core_path")
 def last_logged_step(file: Path, timeout: float) -> int:
     """The highest history step in an offline ``.wandb`` file; 0 if it holds none.
 
-    Args:
-        file: The file.
-        timeout: Seconds that reading may take.
-
     Raises:
-        subprocess.TimeoutExpired: Reading took longer.
+        subprocess.TimeoutExpired: Reading took more than ``timeout`` seconds.
     """
     # What `wandb leet inspect` runs, without the time to start Python.
     command = [_get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]

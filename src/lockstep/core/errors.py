@@ -47,7 +47,6 @@ class Stopped(SystemExit):
 
     Attributes:
         signal: Number of the signal that caused the stop; SIGUSR2 also at the end of the allocation.
-        step: Optimizer steps done.
         together: Whether all ranks agreed on the step; in an evaluation each rank stops by itself.
     """
 
@@ -61,7 +60,6 @@ def did_you_mean(name: str, valid: Iterable[str], rest: str = "") -> str:
 
     Args:
         name: The unknown name. A dotted name is compared whole, then by its last part.
-        valid: Valid names.
         rest: What followed ``name`` after a dot; appended to each suggestion.
     """
     valid = sorted(set(valid))

@@ -8,38 +8,17 @@ from typing import Any
 
 
 def atomic_write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace ``path`` atomically by ``content`` as JSON; NaN and infinity become null, since JSON has neither.
-
-    Raises:
-        OSError: The file cannot be written; its old content is kept.
-    """
+    """Replace ``path`` atomically by ``content`` as JSON; NaN and infinity become null, since JSON has neither."""
     atomic_write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of ``atomic_write_json``; a missing file reads as an empty mapping."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    return content
-
-
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace ``path`` atomically by ``text``: a reader sees the old file or the new one, never a part.
-
-    Raises:
-        OSError: The file cannot be written; its old content is kept.
-    """
+    """Replace ``path`` atomically by ``text``: a reader sees the old file or the new one, never a part."""
     atomic_write(path, lambda temporary: temporary.write_text(text))
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace ``path`` atomically by the file that ``write(temporary_path)`` writes.
-
-    Raises:
-        Exception: Raised by ``write``, or an OSError; the old content of ``path`` is kept.
-    """
+    """Replace ``path`` atomically by the file that ``write(temporary_path)`` writes; an error leaves ``path`` as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)

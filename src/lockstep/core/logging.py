@@ -1,4 +1,4 @@
-"""Log to standard error with the rank in front; ranks other than zero log warnings and errors only."""
+"""Log to standard error with the rank in front; ranks other than zero, and Lightning, log warnings and errors only."""
 
 import logging
 import os
@@ -10,20 +10,18 @@ from lockstep.core.world import World
 
 
 def setup_logging(world: World, file: Path | None = None) -> None:
-    """Send the log of lockstep to standard error and, on rank zero, to ``file`` as well.
-
-    Ranks other than zero show warnings and errors only. So does Lightning on every rank.
-    """
+    """Send the log of lockstep to standard error and, on rank zero, to ``file`` as well."""
     prefix = f"[rank {world.rank}] " if world.size > 1 else ""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if file is not None and world.is_rank_zero and not _is_stderr(file):
-        handlers.append(logging.FileHandler(file))
     formatter = logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S")
     logger = logging.getLogger("lockstep")
     reset_logging()
-    for handler in handlers:
+    logger.addHandler(logging.StreamHandler(sys.stderr))
+    if file is not None and world.is_rank_zero:
+        is_stderr = file.exists() and os.path.samestat(file.stat(), os.fstat(2))
+        if not is_stderr:
+            logger.addHandler(logging.FileHandler(file))
+    for handler in logger.handlers:
         handler.setFormatter(formatter)
-        logger.addHandler(handler)
     logger.setLevel(logging.INFO if world.is_rank_zero else logging.WARNING)
     logger.propagate = False
     # Lightning 2.6 calls an API that torch 2.15 deprecates.
@@ -37,11 +35,6 @@ def setup_logging(world: World, file: Path | None = None) -> None:
     # These log only what a config asks for.
     for name in ("callbacks.early_stopping", "callbacks.model_summary", "profilers.profiler"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
-
-
-def _is_stderr(file: Path) -> bool:
-    """Whether standard error already goes to ``file``."""
-    return file.exists() and os.path.samestat(file.stat(), os.fstat(2))
 
 
 def reset_logging() -> None:

@@ -1,7 +1,7 @@
 """The rank and world size of this process, read once from the environment and checked."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lockstep.core.errors import UsageError
@@ -13,8 +13,6 @@ class World:
 
     Attributes:
         rank: Rank of this process, 0 to ``size - 1``; the ranks of a node are consecutive.
-        size: Number of ranks of the job.
-        local_rank: Number of this rank on its node.
         local_size: Ranks on each node; every node has the same number.
         rendezvous: ``init_method`` of ``torch.distributed.init_process_group``: ``file://…``, ``tcp://address:port``
             or ``env://``. Empty for a single process.
@@ -71,7 +69,6 @@ class World:
         """
         step = "SLURM_STEP_ID" in env and "SLURM_PROCID" in env
         if "TORCHELASTIC_RUN_ID" not in env and "LOCKSTEP_LAUNCHER" not in env and step:
-            _check_agreement(env, ("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
             return cls._from_slurm(env)
         if "RANK" in env or "WORLD_SIZE" in env:
             return cls._from_torchrun(env)
@@ -87,15 +84,16 @@ class World:
         rendezvous = "env://" if "TORCHELASTIC_RUN_ID" in env else env.get("LOCKSTEP_RENDEZVOUS", address)
         if size > 1 and not rendezvous:
             raise UsageError(f"WORLD_SIZE={size} needs MASTER_ADDR and MASTER_PORT, where the ranks meet; set both.")
-        return cls._checked(
-            env,
-            names=("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
-            rendezvous=rendezvous,
-            launcher=env.get("LOCKSTEP_LAUNCHER", "torchrun"),
-        )
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+        return cls._checked(env, names, rendezvous, env.get("LOCKSTEP_LAUNCHER", "torchrun"))
 
     @classmethod
     def _from_slurm(cls, env: Mapping[str, str]) -> "World":
+        for ours, theirs in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
+            if ours in env and _number(env, ours) != _number(env, theirs):
+                raise UsageError(
+                    f"{ours}={env[ours]} contradicts {theirs}={env[theirs]}; unset {ours} or start the ranks another way."
+                )
         tasks, nodes = _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_STEP_NUM_NODES")
         layout = env.get("SLURM_STEP_TASKS_PER_NODE", "")
         if tasks % nodes or "," in layout:
@@ -111,13 +109,10 @@ class World:
             )
         # Any port that all ranks can compute; a launcher may set MASTER_PORT instead.
         port = env.get("MASTER_PORT") or str(15000 + _number(env, "SLURM_JOB_ID") % 10000)
+        rendezvous = f"tcp://{address}:{port}" if tasks > 1 else ""
         counted = dict(env) | {"SLURM_STEP_TASKS_PER_NODE": str(tasks // nodes)}
-        return cls._checked(
-            counted,
-            names=("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"),
-            rendezvous=f"tcp://{address}:{port}" if tasks > 1 else "",
-            launcher="submitit" if "SUBMITIT_EXECUTOR" in env else "slurm",
-        )
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID")
+        return cls._checked(counted, names, rendezvous, "submitit" if "SUBMITIT_EXECUTOR" in env else "slurm")
 
     @classmethod
     def _from_submitit(cls, env: Mapping[str, str]) -> "World":
@@ -125,21 +120,12 @@ class World:
         rendezvous = env.get("LOCKSTEP_RENDEZVOUS", "")
         if size > 1 and not rendezvous:
             raise UsageError(f"SUBMITIT_LOCAL_NTASKS={size} needs LOCKSTEP_RENDEZVOUS, where the ranks meet; set it.")
-        return cls._checked(
-            dict(env) | {"SUBMITIT_LOCAL_TASKS_PER_NODE": str(size)},
-            names=(
-                "SUBMITIT_LOCAL_GLOBALID",
-                "SUBMITIT_LOCAL_NTASKS",
-                "SUBMITIT_LOCAL_LOCALID",
-                "SUBMITIT_LOCAL_TASKS_PER_NODE",
-                "SUBMITIT_LOCAL_NODEID",
-            ),
-            rendezvous=rendezvous,
-            launcher="submitit",
-        )
+        counted = dict(env) | {"SUBMITIT_LOCAL_TASKS_PER_NODE": str(size)}
+        names = [f"SUBMITIT_LOCAL_{name}" for name in ("GLOBALID", "NTASKS", "LOCALID", "TASKS_PER_NODE", "NODEID")]
+        return cls._checked(counted, names, rendezvous, "submitit")
 
     @classmethod
-    def _checked(cls, env: Mapping[str, str], names: tuple[str, str, str, str, str], rendezvous: str, launcher: str) -> "World":
+    def _checked(cls, env: Mapping[str, str], names: Sequence[str], rendezvous: str, launcher: str) -> "World":
         """Read the five variables ``names``: rank, world size, local rank, ranks per node and node rank."""
         rank, size, local_rank, local_size = (_number(env, name) for name in names[:4])
         values = ", ".join(f"{name}={env[name]}" for name in names if name in env)
@@ -164,11 +150,3 @@ def _number(env: Mapping[str, str], name: str) -> int:
         return int(env[name])
     except ValueError:
         raise UsageError(f"{name}={env[name]!r} is not an integer.") from None
-
-
-def _check_agreement(env: Mapping[str, str], *pairs: tuple[str, str]) -> None:
-    for ours, theirs in pairs:
-        if ours in env and theirs in env and _number(env, ours) != _number(env, theirs):
-            raise UsageError(
-                f"{ours}={env[ours]} contradicts {theirs}={env[theirs]}; unset {ours} or start the ranks another way."
-            )
