@@ -1,11 +1,9 @@
 """Decide after each step whether to save and whether to stop, and remember which checkpoints score best."""
 
-import json
 import logging
 import math
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,7 +15,7 @@ from lockstep.checkpoint.serialization import check_loadable, to_plain_types
 from lockstep.checkpoint.writer import CheckpointWriter
 from lockstep.compat.lightning import dump_checkpoint, is_training_done
 from lockstep.config import CheckpointOptions
-from lockstep.core import Stopped, atomic_write_json
+from lockstep.core import Stopped, atomic_write_json, read_json
 from lockstep.distributed import SignalReceiver, StopConsensus, allocation_end_time
 from lockstep.monitoring import CsvMetricsLogger, ThroughputMonitor
 from lockstep.runs import Run
@@ -25,24 +23,15 @@ from lockstep.strategies import LockstepStrategy
 
 log = logging.getLogger(__name__)
 
-
 _SHUTDOWN_SECONDS = 10.0
 """Time that a stop takes besides its save: to reach consensus, to close W&B and to be requeued."""
-
 
 _RETRY_MINUTES = 1.0
 """Time after which a failed save is repeated."""
 
 
 class CheckpointCallback(Callback):
-    """Saves and stops, together with all other ranks.
-
-    Args:
-        run: The run whose checkpoints it saves.
-        options: When to save, and which checkpoints to keep.
-        throughput: Measures the time spent in training steps.
-        signals: Signals that this rank has received.
-        writer: Writes this rank's files; None if the run saves nothing.
+    """Saves and stops, together with all other ranks; without a ``writer`` it only stops.
 
     Attributes:
         seconds_lost: Time lost to restarts: from each checkpoint to the first step after it.
@@ -63,6 +52,7 @@ class CheckpointCallback(Callback):
         self._saved_step, self._saved_any = -1, False
         self._saved_at = time.monotonic()
         self._previous_save: float | None = None
+        self._scores_file = run.checkpoints / "scores.json"
         self._scores = self._read_scores()
         self._allocation_end = allocation_end_time()
 
@@ -131,11 +121,10 @@ class CheckpointCallback(Callback):
         self._saved_step, self._saved_at = progress.step, time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        monitor = self.options.monitor
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._raise_if_signalled(trainer)
-        if monitor is None or not trainer.is_global_zero or trainer.global_step != self._saved_step:
+        if (monitor := self.options.monitor) is None or not trainer.is_global_zero or trainer.global_step != self._saved_step:
             return
         value = trainer.callback_metrics.get(monitor)
         if value is None:
@@ -148,23 +137,20 @@ class CheckpointCallback(Callback):
             except OSError as error:
                 log.warning("%s could not be written (%s)", self._scores_file, error.strerror)
 
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self._raise_if_signalled(trainer)
-
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._consensus is not None:
             if self.writer is not None:
                 self.writer.wait_until_finished(self._consensus)
             self._consensus.close()
 
-    def _raise_if_signalled(self, trainer: Trainer) -> None:
+    def _raise_if_signalled(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Stop without consensus: an evaluation has no state to save, and the step before it is saved."""
         if self.signals.received is not None:
             if self.writer is not None:
                 self.writer.wait(_SHUTDOWN_SECONDS)
             raise Stopped(self.signals.received, trainer.global_step, together=False)
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _raise_if_signalled
 
     def _stop_signal(self, trainer: Trainer) -> int:
         """Number of the signal for which this rank wants to stop; 0 for none."""
@@ -185,21 +171,13 @@ class CheckpointCallback(Callback):
 
     def _best_steps(self) -> set[int]:
         """Steps of the checkpoints with the best scores."""
-        if self.options.monitor is None:
-            return set()
         ranked = sorted(self._scores, key=lambda step: (self._scores[step], step), reverse=self.options.mode == "max")
-        return set(ranked[: self.options.save_top_k])
-
-    @property
-    def _scores_file(self) -> Path:
-        return self.run.checkpoints / "scores.json"
+        return set(ranked[: self.options.save_top_k] if self.options.monitor is not None else ())
 
     def _read_scores(self) -> dict[int, float]:
         """Scores of this run's checkpoints so far, by step."""
         try:
-            return {int(step): float(score) for step, score in json.loads(self._scores_file.read_text()).items()}
-        except FileNotFoundError:
-            return {}
+            return {int(step): float(score) for step, score in read_json(self._scores_file).items()}
         except (AttributeError, OSError, TypeError, ValueError) as error:
             log.warning("%s cannot be read (%s); scores so far are ignored", self._scores_file, error)
             return {}
@@ -208,11 +186,10 @@ class CheckpointCallback(Callback):
 def _is_last_step(trainer: Trainer) -> bool:
     """Whether training ends with this step."""
     loop = trainer.fit_loop
-    if not is_training_done(trainer):
-        return False
     assert loop.max_epochs is not None
     by_steps = loop.max_steps != -1 and trainer.global_step >= loop.max_steps
-    return by_steps or (loop.max_epochs != -1 and _completed_epochs(trainer) + 1 >= loop.max_epochs)
+    by_epochs = loop.max_epochs != -1 and _completed_epochs(trainer) + 1 >= loop.max_epochs
+    return is_training_done(trainer) and (by_steps or by_epochs)
 
 
 def _completed_epochs(trainer: Trainer) -> int:

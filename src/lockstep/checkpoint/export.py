@@ -16,38 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lockstep.checkpoint.reader import Checkpoint, find_checkpoint
-from lockstep.core import CommandLineParser, LockstepError, UsageError
+from lockstep.core import CommandLineParser, LockstepError, UsageError, atomic_write
 from lockstep.strategies import ShardedState
 
 
-def load_weights(checkpoint: Checkpoint | Path) -> dict[str, Tensor]:
-    """All weights and buffers of a checkpoint, by name, on the CPU; floating-point ones in float32.
-
-    Raises:
-        UsageError: It is not a checkpoint.
-    """
-    model = checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint
+def export_weights(place: Path, out: Path, part: str | None = None) -> int:
+    """Write the weights and buffers at ``place`` to ``out`` in the safetensors format; return the number of their elements."""
+    found = find_checkpoint(place, "RUN")
+    model = found.model if isinstance(found, Checkpoint) else found
     try:
         weights: dict[str, Tensor] = torch.load(model, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     except Exception as error:  # the user may have named any file
         raise UsageError(f"{model} is not a checkpoint of Lightning ({type(error).__name__}).") from None
     if (sharded := ShardedState.from_shards(model.parent)) is not None:
         weights |= sharded.full_weights()
-    return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-
-
-def export_weights(place: Path, out: Path, part: str | None = None) -> int:
-    """Write weights to ``out`` in the safetensors format and return the number of their elements.
-
-    Args:
-        place: A checkpoint, or a run folder, which means its newest complete checkpoint.
-        out: File to write.
-        part: Name of a submodule: export only its weights, without the prefix.
-
-    Raises:
-        UsageError: The checkpoint or the part does not exist, or ``out`` cannot be written.
-    """
-    weights = load_weights(find_checkpoint(place, "RUN"))
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     if part is not None:
         parts = sorted({name.partition(".")[0] for name in weights})
         weights = {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
@@ -57,12 +40,9 @@ def export_weights(place: Path, out: Path, part: str | None = None) -> int:
     for name, value in weights.items():  # safetensors refuses tensors that share memory, such as tied weights
         weights[name] = value.clone() if value.untyped_storage().data_ptr() in seen else value.contiguous()
         seen.add(value.untyped_storage().data_ptr())
-    hidden = out.with_name(f".{out.name}")
     try:
-        save_file(weights, hidden)
-        hidden.replace(out)
+        atomic_write(out, lambda temporary: save_file(weights, temporary))
     except (OSError, SafetensorError) as error:
-        hidden.unlink(missing_ok=True)
         raise UsageError(f"--out: {out} cannot be written ({error}).") from None
     return sum(value.numel() for value in weights.values())
 
@@ -77,8 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--part", metavar="NAME", help="only this submodule, such as network")
     try:
         options = parser.parse_args(arguments)
-        count = export_weights(options.run, options.out, options.part)
-        print(f"{options.out}: {count:,} numbers")
+        print(f"{options.out}: {export_weights(options.run, options.out, options.part):,} numbers")
         return 0
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)

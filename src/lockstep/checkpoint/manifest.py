@@ -15,8 +15,7 @@ class Progress:
     """How far a run has come when it saves.
 
     Attributes:
-        step: Optimizer steps done.
-        epoch: Epochs done.
+        step, epoch: Optimizer steps and epochs done.
         batch: Batches used of the current epoch.
         metric_rows: Rows written to ``metrics.csv``.
         train_seconds: Time spent in training steps, over all attempts.
@@ -40,9 +39,6 @@ class Manifest:
     """What ``manifest.json`` records.
 
     Attributes:
-        progress: State of the run.
-        world_size: Number of ranks that saved.
-        attempt: Number of the attempt that saved.
         published_at: When the checkpoint was complete, in seconds since 1970.
         files: Size in bytes and SHA-256 of each file, by name.
     """
@@ -54,12 +50,11 @@ class Manifest:
     files: Mapping[str, tuple[int, str]]
 
     def write(self, folder: Path) -> None:
-        """Write ``manifest.json`` into ``folder``."""
         atomic_write_json(folder / MANIFEST_FILE, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read the manifest in ``folder``.
+        """The manifest in ``folder``.
 
         Raises:
             OSError: It cannot be read.

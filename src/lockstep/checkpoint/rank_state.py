@@ -5,21 +5,21 @@ The state consists of tensors and plain values, so that it loads with ``weights_
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torchmetrics import Metric
 
-from lockstep.checkpoint.serialization import State
 from lockstep.compat.lightning import capture_logged_values, restore_logged_values
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
 
 
-def capture_state(trainer: Trainer) -> State:
+def capture_state(trainer: Trainer) -> dict[str, Any]:
     """The state of this rank between two steps; tensors are live."""
     module = trainer.lightning_module
-    state: State = {
+    state: dict[str, Any] = {
         "random": capture_rng_state(trainer.strategy.root_device),
         "metrics": {name: capture_metric(m) for name, m in module.named_modules() if isinstance(m, Metric)},
         **capture_logged_values(trainer),
@@ -30,11 +30,10 @@ def capture_state(trainer: Trainer) -> State:
     return state
 
 
-def restore_state(trainer: Trainer, states: Sequence[State], seed: int) -> None:
+def restore_state(trainer: Trainer, states: Sequence[dict[str, Any]], seed: int) -> None:
     """Give this rank the state in ``states``.
 
     Args:
-        trainer: Trainer whose model and loops are restored.
         states: The state of this rank; in a world of another size those of the ranks that it replaces, perhaps none.
         seed: Seed for random numbers, unless there is exactly one state.
     """
@@ -57,7 +56,7 @@ def restore_state(trainer: Trainer, states: Sequence[State], seed: int) -> None:
         torch.manual_seed(seed)
 
 
-def capture_rng_state(device: torch.device) -> State:
+def capture_rng_state(device: torch.device) -> dict[str, Any]:
     """States of the random number generators of torch (CPU and ``device``), numpy and ``random``."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     version, words, gauss = random.getstate()
@@ -69,7 +68,7 @@ def capture_rng_state(device: torch.device) -> State:
     }
 
 
-def restore_rng_state(state: State, device: torch.device) -> None:
+def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
     """Set the generators to what ``capture_rng_state`` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and device.type == "cuda":

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from lockstep.core import RunError
 
-State = dict[str, Any]
-
 
 def copy_to_cpu(value: Any) -> Any:
     """A copy of a nested ``value`` whose tensors are on the CPU and share no memory with the original."""
@@ -48,32 +46,19 @@ def allow_numpy_globals() -> None:
     torch.serialization.add_safe_globals([np.ndarray, np.dtype, *constructors, *dtypes])
 
 
-def check_loadable(state: Mapping[str, Any]) -> None:
-    """Check before training goes on that a checkpoint with ``state`` could be loaded.
-
-    Raises:
-        RunError: ``torch.load(weights_only=True)`` would refuse it; names the place in ``state``.
-    """
-    if (found := _find_unloadable(state, "")) is not None:
-        place, reason = found
-        refused = re.search(r"GLOBAL (\S+)", reason)
-        raise RunError(
-            f"A checkpoint cannot hold {place} ({refused[1] if refused else ' '.join(reason.split())}): torch.load(weights_only"
-            "=True) would refuse it; save tensors, numbers, strings, lists and dicts (in state_dict or on_save_checkpoint)."
-        )
-
-
-def _find_unloadable(value: Any, place: str) -> tuple[str, str] | None:
-    """The place in ``value`` of what cannot be loaded, and the reason; None if all of it can."""
+def check_loadable(value: Any, place: str = "") -> None:
+    """Raise a RunError if ``torch.load(weights_only=True)`` would refuse ``value``; it names the ``place`` of the cause."""
     file = BytesIO()
     try:
         torch.save(_map_tensors(value, lambda tensor: tensor.detach().to("meta")), file)
         file.seek(0)
         torch.load(file, weights_only=True)
-        return None
     except Exception as error:  # pickle may raise anything
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if (found := _find_unloadable(item, f"{place}[{key!r}]")) is not None:
-                    return found
-        return place, str(error)
+        for key, item in value.items() if isinstance(value, dict) else ():
+            check_loadable(item, f"{place}[{key!r}]")
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        raise RunError(
+            f"A checkpoint cannot hold {place} ({refused[1] if refused else ' '.join(str(error).split())}): torch.load("
+            "weights_only=True) would refuse it; save tensors, numbers, strings, lists and dicts (in state_dict or "
+            "on_save_checkpoint)."
+        ) from None

@@ -5,15 +5,15 @@ manifest and renames the folder, which publishes the checkpoint. What a checkpoi
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 
@@ -21,12 +21,11 @@ from lockstep.checkpoint.manifest import Manifest, Progress
 from lockstep.checkpoint.reader import file_sha256, published_checkpoints
 from lockstep.checkpoint.serialization import copy_to_cpu
 from lockstep.config import CheckpointOptions
-from lockstep.core import World, atomic_write_json, fsync
+from lockstep.core import World, atomic_write_json, fsync, read_json
 from lockstep.distributed import StopConsensus
 from lockstep.runs import Run
 
 log = logging.getLogger(__name__)
-
 
 _PART_TIMEOUT_SECONDS = 600.0
 """How long rank zero waits for the files of the other ranks."""
@@ -36,10 +35,7 @@ class CheckpointWriter:
     """Writes the files of one rank, one checkpoint at a time.
 
     Args:
-        run: The run whose checkpoints it writes.
-        world: The ranks that save together.
         attempt: Number of this attempt; a newer attempt prevents publication.
-        options: Whether to write in the background, and how many checkpoints to keep.
         on_wait: Called about ten times a second during a wait.
 
     Attributes:
@@ -64,16 +60,10 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, progress: Progress, parts: Mapping[str, Any], consensus: StopConsensus, known_error: str = "") -> None:
-        """Save ``parts`` as this rank's files of a checkpoint; every rank must call.
+        """Save ``parts`` as this rank's files of a checkpoint, by name; every rank must call.
 
         Returns once the parts are copied; without ``async_save``, once the checkpoint is published. A failure does not end
-        the run: it is logged, and in ``error``.
-
-        Args:
-            progress: How far the run has come.
-            parts: Content of each file, by its name.
-            consensus: Tells all ranks which one has failed.
-            known_error: Reason for which this rank cannot save; empty if it can.
+        the run: it is logged, and in ``error``. ``known_error`` is the reason for which this rank cannot save, if it cannot.
         """
         self.wait_until_finished(consensus)
         if self.options.async_save:
@@ -140,7 +130,7 @@ class CheckpointWriter:
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"rank {rank} has not written its part in {_PART_TIMEOUT_SECONDS:g} seconds")
                 time.sleep(0.01)
-            files |= json.loads(written.read_text())
+            files |= read_json(written)
             written.unlink()
         for name, (_, digest) in files.items():
             if file_sha256(hidden / name) != digest:
@@ -173,25 +163,20 @@ class CheckpointWriter:
 
 def _write_part(path: Path, content: Any) -> tuple[int, str]:
     """Write ``content``, flush it to disk, and return its size and SHA-256."""
-    with path.open("wb") as file:
-        hashing = _HashingFile(file)
-        torch.save(content, cast(IO[bytes], hashing))
+    with _HashingWriter(FileIO(path, "w")) as file:
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    return hashing.size, hashing.digest.hexdigest()
+        return file.tell(), file.digest.hexdigest()
 
 
-class _HashingFile:
+class _HashingWriter(BufferedWriter):
     """A file whose checksum is computed while it is written."""
 
-    def __init__(self, file: Any) -> None:
-        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+    def __init__(self, file: FileIO) -> None:
+        super().__init__(file)
+        self.digest = hashlib.sha256()
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        self.size += len(data)
-        self.file.write(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+        return super().write(data)

@@ -21,7 +21,6 @@ class ResumePoint:
     """What one rank needs to resume, beside Lightning's checkpoint.
 
     Attributes:
-        position: Position in the data.
         states: This rank's saved state; in a world of another size those of the ranks that it replaces, perhaps none.
         seed: Seed for the random numbers of a rank that does not have exactly one state.
         gradient_ready_order: Indices of the parameters in the order in which DDP reduces their gradients; None without DDP.
@@ -34,12 +33,7 @@ class ResumePoint:
 
 
 class LockstepStrategy(Strategy):
-    """Base of all strategies: shards every DataLoader, and gives each sample of an uneven last batch the same weight.
-
-    Attributes:
-        sharding: The world, and how its ranks share the data.
-        gradient_ready_order: See ``ResumePoint``.
-    """
+    """Base of all strategies: shards every DataLoader, and gives each sample of an uneven last batch the same weight."""
 
     sharding: DataSharding
     gradient_ready_order: list[int] | None = None
@@ -83,9 +77,7 @@ class LockstepStrategy(Strategy):
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
         self._sharded_state = saved = ShardedState.from_shards(Path(checkpoint_path).parent)
         if saved is not None:  # ZeRO has saved it
-            parameters = dict(self.module.named_parameters())
-            saved.include({name: value for name, value in checkpoint["state_dict"].items() if name in parameters})
-            saved.check_same_model({name: p.shape for name, p in parameters.items()})
+            saved.include_weights(checkpoint["state_dict"], self.module)
             checkpoint["state_dict"] |= saved.full_weights()
         return checkpoint
 
@@ -102,28 +94,22 @@ class LockstepStrategy(Strategy):
                         state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def process_dataloader(self, dataloader: object) -> object:
-        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        owner = type(getattr(trainer, "datamodule", None) or self.lightning_module).__name__
-        loader = self.sharding.shard(dataloader, owner, whole=trainer is not None and trainer.predicting)
-        point = self._resume_point if trainer is not None and trainer.training else None
+        trainer = self.module.trainer
+        owner = type(getattr(trainer, "datamodule", None) or self.module).__name__
+        loader = self.sharding.shard(dataloader, owner, whole=trainer.predicting)
+        point = self._resume_point if trainer.training else None
         if not (isinstance(loader, DataLoader) and isinstance(loader.batch_sampler, GlobalBatchSampler)):
             return SkipFirstBatches(loader, point.position.batch) if point else loader
         # Set the epoch now: Lightning does so only after the workers have begun to fetch.
+        loader.batch_sampler.epoch_sampler.set_epoch(point.position.epoch if point else trainer.current_epoch)
         if point:
-            loader.batch_sampler.epoch_sampler.set_epoch(point.position.epoch)
             loader.batch_sampler.start = point.position
-        elif trainer is not None:
-            loader.batch_sampler.epoch_sampler.set_epoch(trainer.current_epoch)
         return loader
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        weight = self._batch_weight()
-        return super().backward(closure_loss if weight == 1 else closure_loss * weight, optimizer, *args, **kwargs)
-
-    def _batch_weight(self) -> float:
-        """Factor of this rank's loss that makes the mean over ranks the mean over samples."""
-        if self.lightning_module is None or self.sharding.world.size == 1:
-            return 1.0
-        trainer = self.lightning_module.trainer
+        trainer = self.module.trainer
         batches = getattr(trainer.train_dataloader, "batch_sampler", None)
-        return batches.rank_weight(trainer.fit_loop.batch_idx) if isinstance(batches, GlobalBatchSampler) else 1.0
+        # A weighted loss makes the mean over ranks the mean over samples.
+        if isinstance(batches, GlobalBatchSampler) and (weight := batches.rank_weight(trainer.fit_loop.batch_idx)) != 1:
+            closure_loss = closure_loss * weight
+        return super().backward(closure_loss, optimizer, *args, **kwargs)

@@ -1,6 +1,5 @@
 """``strategy: ddp``: every rank holds the whole model; a single rank trains without a process group."""
 
-from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -17,12 +16,6 @@ from lockstep.config import DDPOptions
 from lockstep.data import DataSharding
 from lockstep.distributed import WorldEnvironment
 from lockstep.strategies.base import LockstepStrategy
-
-_COMPRESSION_HOOKS: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "bf16": default_hooks.bf16_compress_hook,
-    "fp16": default_hooks.fp16_compress_hook,
-}
 
 
 class SingleDevice(LockstepStrategy, SingleDeviceStrategy):
@@ -46,22 +39,18 @@ class DDP(LockstepStrategy, DDPStrategy):
             bucket_cap_mb=options.bucket_cap_mb,
             gradient_as_bucket_view=options.gradient_as_bucket_view,
         )
-        self._hook = _COMPRESSION_HOOKS[options.gradient_compression]
-        self._rebuckets = not options.find_unused_parameters
-        self.sharding = sharding
+        self.sharding, self.options = sharding, options
 
     def setup(self, trainer: Trainer) -> None:
-        super().setup(trainer)
-        if trainer.state.fn == "fit" and self._rebuckets:
-            self._restore_bucket_order(trainer)
-
-    def _restore_bucket_order(self, trainer: Trainer) -> None:
-        """Sum gradients in the same order after a restart as before it.
+        """Set up, and sum gradients in the same order after a restart as before it.
 
         After its first backward pass, DDP sorts gradients into buckets by the order in which they became ready, which changes
         the order of summation from the second step on. That order is recorded and saved. After a restart a backward pass of
         zeros repeats it, so that the first step already uses the final buckets.
         """
+        super().setup(trainer)
+        if trainer.state.fn != "fit" or self.options.find_unused_parameters:
+            return
         assert isinstance(self.model, DistributedDataParallel)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.gradient_ready_order is None:
@@ -72,9 +61,9 @@ class DDP(LockstepStrategy, DDPStrategy):
 
     def configure_ddp(self) -> None:
         super().configure_ddp()
-        if self._hook is not None:  # not ``ddp_comm_hook=``, which Lightning ignores on CPUs
+        if (name := self.options.gradient_compression) != "none":  # not ``ddp_comm_hook=``, which Lightning ignores on CPUs
             assert isinstance(self.model, DistributedDataParallel)
-            self.model.register_comm_hook(None, self._hook)
+            self.model.register_comm_hook(None, getattr(default_hooks, f"{name}_compress_hook"))
 
 
 def _record_ready_order(parameters: list[torch.nn.Parameter]) -> list[int]:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lockstep.compat.deepspeed import ZeroOptimizer, full_shape, gathered, is_partitioned, patch_nvme, prepare_cpu
@@ -24,20 +24,11 @@ from lockstep.data import DataSharding
 from lockstep.distributed import WorldEnvironment
 from lockstep.strategies.base import LockstepStrategy
 from lockstep.strategies.deepspeed_ops import select_accelerator
-from lockstep.strategies.deepspeed_state import capture_shards, restore_shards
-from lockstep.strategies.sharded_state import ShardedState, State, parameter_names
+from lockstep.strategies.sharded_state import WEIGHT, ShardedState, State, parameter_names
 
 
 class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
-    """ZeRO over all ranks of the world, which may be a single one.
-
-    Args:
-        devices: Devices of the ranks of this node.
-        sharding: The world, and how its ranks share the data.
-        options: What ZeRO partitions, and what it offloads.
-        timeout: How long a collective waits for a rank.
-        folder: This rank's folder in ``options.nvme_path``; None without offload to NVMe.
-    """
+    """ZeRO over all ranks of the world, which may be a single one; ``folder`` is this rank's own, for offload to NVMe."""
 
     def __init__(
         self,
@@ -56,8 +47,7 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
             process_group_backend="nccl" if self.on_gpu else "gloo",
             timeout=timeout,
         )
-        self.sharding = sharding
-        self.folder = folder
+        self.sharding, self.folder = sharding, folder
         self._names: list[str] = []
 
     def setup_environment(self) -> None:
@@ -80,7 +70,7 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
         return super().root_device if self.on_gpu else torch.device("cpu", 0)
 
     def shards(self) -> State | None:
-        return capture_shards(ZeroOptimizer(self.deepspeed_engine), self.module)
+        return _capture_shards(ZeroOptimizer(self.deepspeed_engine), self.module)
 
     def format_config(self) -> None:
         super().format_config()
@@ -166,24 +156,20 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         module = self.module
         checkpoint: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
-        parameters = dict(module.named_parameters())
-        names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        weights = {name: value for name, value in checkpoint["state_dict"].items() if name in parameters}
-        is_fitting = module.trainer.state.fn == TrainerFn.FITTING
-        saved = ShardedState.from_shards(Path(checkpoint_path).parent)
-        if saved is None:
-            states = checkpoint.get("optimizer_states") if is_fitting else None
-            saved = ShardedState.from_full_state(weights, states[0] if states else None, self._names)
-        saved.include(weights)
-        saved.check_same_model({name: full_shape(p) for name, p in parameters.items()})
-        if is_fitting:
-            restore_shards(ZeroOptimizer(self.deepspeed_engine), module, saved)
-        loaded = self._stepped() if is_fitting else set()
+        saved = ShardedState.from_shards(Path(checkpoint_path).parent) or ShardedState()
+        saved.include_weights(checkpoint["state_dict"], module)
+        loaded = set()
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            if any(states := checkpoint.get("optimizer_states", ())):  # of DDP; those of ZeRO are in the shards
+                saved.include_optimizer(states[0], self._names)
+            _restore_shards(ZeroOptimizer(self.deepspeed_engine), module, saved)
+            loaded = self._stepped()
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in module.named_parameters():
                 if name not in loaded:
                     with gathered(parameter, modifier_rank=0):
-                        parameter.copy_(saved.full_weight(name))
+                        parameter.copy_(saved.full_tensor(name))
+        names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in names}
         return checkpoint
 
@@ -193,3 +179,51 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self.module.load_state_dict(checkpoint["state_dict"], strict=False)
+
+
+def _capture_shards(zero: ZeroOptimizer, module: nn.Module) -> State:
+    """This rank's shard; tensors are live, or mapped from NVMe."""
+    names, flats, inner = parameter_names(module), zero.flats, zero.inner
+    state = inner.state[flats[0]] if flats and flats[0] in inner.state else {}
+    keys = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == flats[0].shape]
+    return {
+        "slices": {
+            part.name: {
+                "start": part.start,
+                "shape": part.shape,
+                WEIGHT: part.read(),
+                **({} if part.flat is None else {key: part.read(key) for key in keys}),
+            }
+            for part in zero.fragments(module)
+        },
+        "aliases": {
+            alias: names[id(p)] for alias, p in module.named_parameters(remove_duplicate=False) if names[id(p)] != alias
+        },
+        "scalars": {key: value for key, value in state.items() if key not in keys},
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups],
+        **zero.capture_counters(),
+    }
+
+
+def _restore_shards(zero: ZeroOptimizer, module: nn.Module, saved: ShardedState) -> None:
+    """Set the weights that the optimizer steps, and its state, on this rank to what is ``saved``."""
+    inner, keys = zero.inner, saved.keys
+    parts = [part for part in zero.fragments(module) if part.flat is not None]
+    # The step of a fused optimizer is on the device.
+    on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
+    for index, flat in enumerate(zero.flats):
+        with torch.no_grad(), zero.in_memory(index):
+            inner.state[flat] = {key: torch.zeros_like(flat) for key in keys}
+            for name, value in saved.scalars.items():
+                is_tensor = isinstance(value, Tensor)
+                inner.state[flat][name] = (
+                    value.to(flat.device if on_device else value.device, copy=True) if is_tensor else value
+                )
+            for part in parts:
+                if part.flat == index:
+                    for key in (None, *keys):
+                        part.write(key, saved.slice(part.name, key or WEIGHT, part.start, part.size))
+    zero.update_model_weights()
+    for group, options in zip(inner.param_groups, saved.groups, strict=bool(saved.groups)):
+        group.update(options)
+    zero.restore_counters(saved.scaler, saved.counters)

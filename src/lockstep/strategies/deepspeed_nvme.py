@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -17,7 +17,6 @@ from lockstep.core import UsageError, World
 from lockstep.distributed import all_gather
 
 _PREFIX, _LOCK = "lockstep-", "lock"
-
 
 _LOCKING_SECONDS = 5.0
 """A rank may not have locked its folder yet while the folder is newer than this."""
@@ -61,28 +60,19 @@ def private_folder(place: Path | None, world: World) -> Iterator[Path | None]:
 def _remove_abandoned(place: Path) -> None:
     """Remove the folders of ranks that have died."""
     for folder in place.glob(f"{_PREFIX}*"):
-        try:
-            if time.time() - folder.stat().st_mtime < _LOCKING_SECONDS:
-                continue
-            with (folder / _LOCK).open("a") as lock:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-        except OSError:  # its rank lives, another user owns it, or another rank was faster
-            continue
+        # An error means that its rank lives, another user owns it, or another rank was faster.
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime >= _LOCKING_SECONDS:
+                with (folder / _LOCK).open("a") as lock:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
 
 
 def _check_direct_io(folder: Path) -> None:
-    """Check that files in ``folder`` can be written as DeepSpeed writes them: past the cache, in blocks of 1024 bytes.
-
-    Raises:
-        UsageError: The file system does not support it.
-    """
+    """Check that files in ``folder`` can be written as DeepSpeed writes them: past the cache, in blocks of 1024 bytes."""
     try:
-        file = os.open(folder / "direct", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-        try:
-            os.write(file, memoryview(mmap.mmap(-1, 4096))[:1024])
-        finally:
-            os.close(file)
+        with open(folder / "direct", "wb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_DIRECT)) as file:
+            file.write(memoryview(mmap.mmap(-1, 4096))[:1024])
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

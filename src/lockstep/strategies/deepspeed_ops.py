@@ -32,16 +32,11 @@ from lockstep.distributed import all_gather
 
 log = logging.getLogger(__name__)
 
+_OPTIMIZERS = ("DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion", "FusedAdam", "FusedLamb", "FusedLion")
+"""The optimizers that load an op."""
 
-_OPTIMIZERS = {
-    "DeepSpeedCPUAdam": "CPUAdamBuilder",
-    "DeepSpeedCPUAdagrad": "CPUAdagradBuilder",
-    "DeepSpeedCPULion": "CPULionBuilder",
-    "FusedAdam": "FusedAdamBuilder",
-    "FusedLamb": "FusedLambBuilder",
-    "FusedLion": "FusedLionBuilder",
-}
-"""Builder classes in ``deepspeed.ops.op_builder``, by the optimizer that loads their op."""
+_BUILD_RECORD = "lockstep-build"
+"""A file beside a compiled op that holds the build id under which it was compiled and loaded."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,6 @@ class Op:
     Attributes:
         builder: Name of its class in ``deepspeed.ops.op_builder``.
         reason: Key and value that need it.
-        remedy: How to do without it.
         packages: Debian packages that it takes to compile it.
     """
 
@@ -62,11 +56,7 @@ class Op:
 
 
 def required_ops(config: Namespace) -> list[Op]:
-    """The ops that a config needs.
-
-    Raises:
-        UsageError: The options for offload contradict each other.
-    """
+    """The ops that a config needs; UsageError if its options for offload contradict each other."""
     ops = []
     if config.strategy == "deepspeed":
         check_offload(config.deepspeed)
@@ -76,7 +66,7 @@ def required_ops(config: Namespace) -> list[Op]:
     optimizer = str(config.get("model.init_args.optimizer"))
     package, _, name = optimizer.rpartition(".")
     if package.startswith("deepspeed.") and name in _OPTIMIZERS:
-        ops.append(Op(_OPTIMIZERS[name], f"model.optimizer: {optimizer!r}", "use adamw or sgd"))
+        ops.append(Op(f"{name.removeprefix('DeepSpeed')}Builder", f"model.optimizer: {optimizer!r}", "use adamw or sgd"))
     return ops
 
 
@@ -98,12 +88,9 @@ def load_ops(ops: Sequence[Op], world: World, device: torch.device) -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions" / _build_id()))
     _share_compiled_ops()
     for first_rank_loads in (True, False):
-        own: list[str] = []
-        loading = Thread(target=lambda own=own: own.append(_load_all(ops)), daemon=True)
-        if first_rank_loads == (world.local_rank == 0):
-            loading.start()
-        else:
-            own.append("")
+        own = [] if first_rank_loads == (world.local_rank == 0) else [""]
+        if not own:
+            Thread(target=lambda own=own: own.append(next(filter(None, map(_load, ops)), "")), daemon=True).start()
         # Poll, because compiling may take longer than the timeout of a collective.
         while None in (problems := all_gather(own[0] if own else None, world)):
             time.sleep(0.2)
@@ -127,13 +114,8 @@ def _library(name: str) -> Path:
     return Path(os.environ["TORCH_EXTENSIONS_DIR"]) / name / f"{name}.so"
 
 
-def _build_record(name: str) -> Path:
-    """A file beside a compiled op that holds the build id under which it was compiled and loaded."""
-    return _library(name).with_name("lockstep-build")
-
-
 def _is_compiled(name: str) -> bool:
-    record = _build_record(name)
+    record = _library(name).with_name(_BUILD_RECORD)
     return _library(name).exists() and record.exists() and record.read_text() == _build_id()
 
 
@@ -147,11 +129,11 @@ def _share_compiled_ops() -> None:
     compile_and_load, loaded = builder_class.jit_load, private("deepspeed", builder_class, "_loaded_ops")
 
     def jit_load(builder: Any, verbose: bool = True) -> Any:
-        name = builder.name
+        name, record = builder.name, _library(builder.name).with_name(_BUILD_RECORD)
         if not _is_compiled(name):
-            _build_record(name).unlink(missing_ok=True)
+            record.unlink(missing_ok=True)
             module = compile_and_load(builder, verbose)
-            atomic_write_text(_build_record(name), _build_id())
+            atomic_write_text(record, _build_id())
             return module
         spec = spec_from_file_location(name, _library(name))
         assert spec is not None and spec.loader is not None
@@ -163,12 +145,8 @@ def _share_compiled_ops() -> None:
     patch("deepspeed", builder_class, "jit_load", jit_load)
 
 
-def _load_all(ops: Sequence[Op]) -> str:
-    """Load ``ops`` and return the message about the first one that fails, else an empty string."""
-    return next(filter(None, map(_load, ops)), "")
-
-
 def _load(op: Op) -> str:
+    """Load ``op`` and return an empty string, or why it cannot be loaded."""
     name = op.builder
     try:
         builder = getattr(import_module("deepspeed.ops.op_builder"), op.builder)()

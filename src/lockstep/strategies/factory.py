@@ -16,14 +16,7 @@ AnyStrategy = SingleDevice | DDP | DeepSpeed
 def make_strategy(
     config: Namespace, devices: list[torch.device], sharding: DataSharding, folder: Path | None = None
 ) -> AnyStrategy:
-    """Make this rank's strategy; a single rank needs no DDP, but may use ZeRO for its offload.
-
-    Args:
-        config: The parsed config.
-        devices: Devices of the ranks of this node.
-        sharding: The world, and how its ranks share the data.
-        folder: This rank's folder for offload to NVMe, if any.
-    """
+    """Make this rank's strategy; a single rank needs no DDP, but may use ZeRO for its offload."""
     timeout = timedelta(minutes=config.distributed.timeout_minutes)
     if config.strategy == "deepspeed":
         return DeepSpeed(devices, sharding, config.deepspeed, timeout, folder)

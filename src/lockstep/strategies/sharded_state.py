@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lockstep.compat.deepspeed import full_shape
 from lockstep.core import UsageError
 
 State = dict[str, Any]
@@ -39,23 +40,14 @@ class ShardedState:
     Attributes:
         slices: For each parameter the slices that its ranks have saved.
         aliases, scalars, groups, scaler, counters: As in a shard, see above.
-        shapes: Shapes of the parameters, by name.
-        keys: Names of the optimizer's tensors, such as ``exp_avg``.
     """
 
-    slices: dict[str, list[State]]
+    slices: dict[str, list[State]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     scalars: State = field(default_factory=dict)
     groups: list[State] = field(default_factory=list)
     scaler: State = field(default_factory=dict)
     counters: State = field(default_factory=dict)
-    shapes: dict[str, torch.Size] = field(init=False)
-    keys: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.shapes = {name: torch.Size(parts[0]["shape"]) for name, parts in self.slices.items()}
-        names = {key for parts in self.slices.values() for part in parts for key in part}
-        self.keys = sorted(names - {"start", "shape", WEIGHT})
 
     @classmethod
     def from_shards(cls, folder: Path) -> "ShardedState | None":
@@ -68,37 +60,49 @@ class ShardedState:
         for shard in shards:
             for name, part in shard["slices"].items():
                 slices.setdefault(name, []).append(part)
-        return cls(slices, **{key: value for key, value in shards[0].items() if key != "slices"})
+        return cls(**{**shards[0], "slices": slices})
 
-    @classmethod
-    def from_full_state(
-        cls, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None, names: Sequence[str]
-    ) -> "ShardedState":
-        """The state in a checkpoint of DDP.
+    @property
+    def keys(self) -> list[str]:
+        """Names of the optimizer's tensors, such as ``exp_avg``."""
+        names = {key for parts in self.slices.values() for part in parts for key in part}
+        return sorted(names - {"start", "shape", WEIGHT})
 
-        Args:
-            weights: The ``state_dict`` of the module.
-            optimizer: The ``state_dict`` of the optimizer; None for the weights only.
-            names: Names of the parameters in the order of the optimizer.
+    def include_weights(self, state_dict: Mapping[str, Tensor], module: nn.Module) -> None:
+        """Add the weights in ``state_dict`` that are not partitioned, such as frozen ones; now all must be those of ``module``.
+
+        Raises:
+            UsageError: They are not; names the first parameters that differ.
         """
-        full = cls({})
-        full.include(weights)
-        if optimizer is None:
-            return full
-        states: Mapping[int, State] = optimizer["state"]
+        shapes = {name: full_shape(p) for name, p in module.named_parameters()}
+        for name, value in state_dict.items():
+            if name in shapes and name not in self.slices:
+                self.slices[name] = [{"start": 0, "shape": value.shape, WEIGHT: value.reshape(-1)}]
+        saved = {name: torch.Size(parts[0]["shape"]) for name, parts in self.slices.items()}
+        wrong = [
+            f"{name} is {list(shape)} in the model and {list(saved[name])} in the checkpoint"
+            if name in saved
+            else f"{name} is not in the checkpoint"
+            for name, shape in shapes.items()
+            if saved.get(name) != shape
+        ]
+        wrong += [f"{name} is not in the model" for name in saved if name not in shapes]
+        if wrong:
+            more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise UsageError(f"The checkpoint is of another model: {'; '.join(wrong[:3])}{more}.")
+
+    def include_optimizer(self, state_dict: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Add the ``state_dict`` of an optimizer under DDP, which has the parameters ``names`` in this order."""
+        states: Mapping[int, State] = state_dict["state"]
         first: State = next(iter(states.values()), {})
         keys = [key for key, value in first.items() if isinstance(value, Tensor) and value.dim() > 0]
         for index, state in states.items():
-            full.slices[names[index]][0].update({key: state[key].reshape(-1) for key in keys if key in state})
-        scalars = {key: value for key, value in first.items() if key not in keys}
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
-        return cls(full.slices, scalars=scalars, groups=groups)
+            self.slices[names[index]][0].update({key: state[key].reshape(-1) for key in keys if key in state})
+        self.scalars = {key: value for key, value in first.items() if key not in keys}
+        self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state_dict["param_groups"]]
 
     def slice(self, name: str, key: str, start: int, size: int) -> Tensor:
-        """Elements ``start`` to ``start + size`` of a flattened tensor of parameter ``name``.
-
-        Returns:
-            float32 (size,); zeros where the optimizer has no state yet.
+        """Elements ``start`` to ``start + size`` of a flattened tensor, in float32; zeros without optimizer state yet.
 
         Raises:
             UsageError: The checkpoint lacks the parameter, or elements of it.
@@ -116,59 +120,27 @@ class ShardedState:
             raise UsageError(f"The checkpoint is of another model: it lacks {missing} of {size} elements of {name}.")
         return found
 
-    def check_same_model(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Check that the checkpoint has the parameters in ``shapes``, and no others.
-
-        Raises:
-            UsageError: It does not; names the first parameters that differ.
-        """
-        wrong = [
-            f"{name} is {list(shape)} in the model and {list(self.shapes[name])} in the checkpoint"
-            if name in self.shapes
-            else f"{name} is not in the checkpoint"
-            for name, shape in shapes.items()
-            if self.shapes.get(name) != shape
-        ]
-        wrong += [f"{name} is not in the model" for name in self.shapes if name not in shapes]
-        if wrong:
-            more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise UsageError(f"The checkpoint is of another model: {'; '.join(wrong[:3])}{more}.")
-
-    def include(self, weights: Mapping[str, Tensor]) -> None:
-        """Add weights that are not partitioned, such as frozen ones."""
-        for name, value in weights.items():
-            if name not in self.shapes:
-                self.slices[name] = [{"start": 0, "shape": value.shape, WEIGHT: value.reshape(-1)}]
-                self.shapes[name] = value.shape
+    def full_tensor(self, name: str, key: str = WEIGHT) -> Tensor:
+        """One weight in float32, or what the optimizer keeps for it under ``key``."""
+        shape = torch.Size(self.slices[name][0]["shape"])
+        return self.slice(name, key, 0, shape.numel()).reshape(shape)
 
     def full_weights(self) -> dict[str, Tensor]:
         """All weights in float32; a tied one under each of its names."""
-        weights = {name: self.full_weight(name) for name in self.shapes}
+        weights = {name: self.full_tensor(name) for name in self.slices}
         return weights | {alias: weights[name] for alias, name in self.aliases.items()}
 
-    def full_weight(self, name: str) -> Tensor:
-        """One weight in float32."""
-        return self.slice(name, WEIGHT, 0, self.shapes[name].numel()).reshape(self.shapes[name])
-
     def optimizer_state(self, optimizer: Optimizer, names: Mapping[int, str]) -> State:
-        """The ``state_dict`` that ``optimizer`` would have under DDP.
-
-        Args:
-            optimizer: The optimizer of the module's own parameters.
-            names: Names of the parameters by ``id``.
-        """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        """The ``state_dict`` that ``optimizer`` would have under DDP; ``names`` are those of the parameters, by ``id``."""
+        keys, parameters = self.keys, [p for group in optimizer.param_groups for p in group["params"]]
         state = {
             index: {
                 **{key: v.clone() if isinstance(v, Tensor) else v for key, v in self.scalars.items()},
-                **{key: self.slice(names[id(p)], key, 0, p.numel()).reshape(p.shape) for key in self.keys},
+                **{key: self.full_tensor(names[id(p)], key) for key in keys},
             }
             for index, p in enumerate(parameters)
             # A frozen parameter's step would not grow, but ZeRO would take it for that of all parameters.
             if p.requires_grad
         }
-        groups, first = [], 0
-        for group, options in zip(optimizer.param_groups, self.groups, strict=True):
-            groups.append({**options, "params": list(range(first, first + len(group["params"])))})
-            first += len(group["params"])
-        return {"state": state, "param_groups": groups}
+        groups = zip(optimizer.state_dict()["param_groups"], self.groups, strict=True)
+        return {"state": state, "param_groups": [{**options, "params": group["params"]} for group, options in groups]}
