@@ -12,6 +12,12 @@ def atomic_write_json(path: Path, content: Mapping[str, Any]) -> None:
     atomic_write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of ``atomic_write_json``; a missing file reads as an empty mapping."""
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Replace ``path`` atomically by ``text``: a reader sees the old file or the new one, never a part."""
     atomic_write(path, lambda temporary: temporary.write_text(text))
