@@ -10,8 +10,8 @@ JOB is the id that launch/slurm.py printed, one run of a sweep (12_3), or a run 
 
 exit status of status and logs -f:
     0 finished · 1 failed · 2 usage error, of this command or of the run · 3 waits or runs · 4 cancelled ·
-    5 over its time limit · 6 out of memory · 7 a node failed · 130, 143 interrupted
-for a sweep, that of the first run that did not finish
+    5 over its time limit · 6 out of memory · 7 a node failed · 130, 138, 140, 143 interrupted
+For a sweep: the status of its first run that did not finish.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
             return show(job, options.json)
         if options.command == "logs":
             return show_log(job, options.rank, options.tail, options.follow)
-        return end(job)
+        return cancel_job(job)
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
@@ -111,10 +111,10 @@ def sweep_row(status: RunStatus) -> Row:
     """One run of a sweep: its values, state, step and scores."""
     values = (status.sweep or {}).get("values", {})
     scores = {name: f"{value:.4g}" for name, value in status.metrics.items() if name.endswith(("loss", "accuracy"))}
-    return {"job": status.job, **values, "state": status.state, "step": steps(status), **scores}
+    return {"job": status.job, **values, "state": status.state, "step": format_steps(status), **scores}
 
 
-def steps(status: RunStatus) -> str:
+def format_steps(status: RunStatus) -> str:
     """The step, and the number of steps where it is known."""
     result, progress = status.result, status.progress
     step = result.global_step if result is not None else progress.step if progress is not None else None
@@ -138,7 +138,7 @@ def print_facts(status: RunStatus) -> None:
         **{f"attempt {a.attempt}": f"ended at step {a.step}: {a.reason}" for a in attempts},
         "warning": progress.warning if status.is_active else "",
         "lost": f"{lost:.0f} s" if lost else "",
-        "step": steps(status),
+        "step": format_steps(status),
         "speed": f"{progress.samples_per_second:g} samples/s" if progress.samples_per_second else "",
         "time left": f"{left:.0f} s" if left and status.is_active else "",
         **{name: f"{value:.5g}" for name, value in sorted(status.metrics.items()) if not name.startswith("rate/")},
@@ -190,7 +190,7 @@ def show_log(job: SubmittedJob, rank: int, tail: int | None, following: bool) ->
     return follow(job, os.environ, rank, status) if following else 0
 
 
-def end(job: SubmittedJob) -> int:
+def cancel_job(job: SubmittedJob) -> int:
     """Cancel a job.
 
     Raises:
@@ -201,7 +201,7 @@ def end(job: SubmittedJob) -> int:
         raise UsageError(f"job {job.job} has ended already: {statuses[0].state}.")
     done = subprocess.run(["scancel", job.job], capture_output=True, text=True)
     if done.returncode:
-        raise UsageError(f"Slurm does not cancel {job.job}: {done.stderr.strip()}")
+        raise UsageError(f"job {job.job}: scancel failed ({done.stderr.strip()})")
     mark_cancelled(statuses)
     print(f"job {job.job} is cancelled", file=sys.stderr)
     return 0

@@ -25,12 +25,16 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.ya
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train as ``arguments`` say and return the exit status: 0, 1 (failed while running), 2 (usage), 130 (Ctrl-C)."""
+    """Parse ``arguments``, train and return the exit status: 0, 1 (failed), 2 (usage), 130, 138, 140, 143 (signal)."""
     parser = CommandLineParser(
         prog="launch/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--nodes", type=int_at_least(1), help="simulated nodes (default 1; with --resume, as before)")
-    parser.add_argument("--ranks", type=int_at_least(1), help="ranks on each node (default 1; with --resume, as before)")
+    parser.add_argument(
+        "--nodes", type=int_at_least(1), help="simulated nodes (default 1; with --resume: as in the previous attempt)"
+    )
+    parser.add_argument(
+        "--ranks", type=int_at_least(1), help="ranks on each node (default 1; with --resume: as in the previous attempt)"
+    )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder, with its own config")
     try:
         options, rest = parser.parse_known_args(arguments)
@@ -40,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
             rest[at:at] = ["--config", str(resume.config)]
         elif not any(argument == "--config" or argument.startswith("--config=") for argument in rest):
             rest[at:at] = ["--config", str(DEFAULT_CONFIG)]
-        flags = [name[2:] for action in parser._actions for name in action.option_strings]
+        flags = [*vars(options), "help"]
         config = validate_arguments(rest, flags, [Path.cwd(), *python_path(os.environ)])
         if not any(map(shows_only, rest)):
             check_checkpoint_path(rest[0] if at else "fit", config["ckpt_path"], {})

@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def job_id(text: str) -> str:
-    """A type of flags: the id of a job, or of a task of an array."""
+    """Parse a job id such as 1234 or 1234_5 (argparse type)."""
     if not re.fullmatch(r"\d+(_\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a job id; give the number that sbatch or this launcher printed")
     return text
@@ -125,7 +125,7 @@ def _submit(arguments: Sequence[str]) -> int:
     if flags.plan:
         table, unknown = plan_memory(submission, os.environ)
         if flags.sweep:
-            print("This is the first run of the sweep.")
+            print("--plan covers only the first run of the sweep.")
         print(unknown, file=sys.stderr, end="")
         print(table, end="")
         return 0

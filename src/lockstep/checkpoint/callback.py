@@ -64,7 +64,7 @@ class CheckpointCallback(Callback):
         if self._previous_save is not None:
             self.seconds_lost += time.time() - self._previous_save
             self._previous_save = None
-        capture_state(trainer)  # fails now, not at the first save, where a private name of a library is gone
+        capture_state(trainer)  # Fail now instead of at the first save if a private name is missing.
         self.trainer = trainer
         assert isinstance(trainer.strategy, LockstepStrategy)
         self._consensus = StopConsensus(trainer.strategy.sharding.world)

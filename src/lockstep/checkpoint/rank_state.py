@@ -31,7 +31,7 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore_state(trainer: Trainer, states: Sequence[dict[str, Any]], seed: int) -> None:
-    """Give this rank the state in ``states``.
+    """Restore the state of this rank.
 
     Args:
         states: The state of this rank; in a world of another size those of the ranks that it replaces, perhaps none.

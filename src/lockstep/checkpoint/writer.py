@@ -137,7 +137,7 @@ class CheckpointWriter:
                 raise RuntimeError(f"{name}: checksum mismatch after write")
         Manifest(progress, self.world.size, self.attempt, time.time(), files).write(hidden)
         fsync(hidden)
-        if self.run.newest_attempt != self.attempt:  # an older attempt may live on, on a node that Slurm has given up
+        if self.run.newest_attempt != self.attempt:  # an older attempt may still run on a node that Slurm considers lost
             raise RuntimeError("another attempt of this run has begun")
         if final.exists():  # damaged, or the run would have resumed from it
             shutil.rmtree(final)

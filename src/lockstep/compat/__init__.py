@@ -1,4 +1,4 @@
-"""Private names of other libraries, one module per library, each of which fails at once where a name is gone.
+"""Private names of other libraries, one module per library; a missing name raises at import or at start.
 
 Import the module of a library, not this room: the launcher must not import torch.
 """

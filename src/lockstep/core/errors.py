@@ -39,7 +39,7 @@ SIGNAL_EXIT_STATUSES = (130, 138, 140, 143)
 
 
 class Interrupted(SystemExit):
-    """A signal ended the run: exit status 130 after Ctrl-C, 143 after SIGTERM."""
+    """A signal ended the run; the exit status is 128 plus its number."""
 
 
 class Stopped(SystemExit):

@@ -127,7 +127,7 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of ``images`` (B, C, H, W)."""
-        # ZeRO converts the weights without telling the module.
+        # ZeRO converts the weights without notifying the module.
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
         logits: Tensor = self.network(images.to(dtype=dtype, memory_format=self.memory_format))
         return logits

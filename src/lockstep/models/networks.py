@@ -35,7 +35,7 @@ class ConvNet(nn.Module):
     """Blocks of two 3×3 convolutions with group norm and SiLU, at half the resolution from block to block; then the mean.
 
     Computes the same on any number of ranks. Group norm does not depend on how many samples a rank has, as batch norm does.
-    SiLU is smooth: at the kink of ReLU, rounding that depends on the number of ranks would decide about a gradient.
+    SiLU is smooth: at the kink of ReLU, rounding that depends on the number of ranks could switch a gradient on or off.
 
     Args:
         in_channels: Channels of the input (B, C, H, W); any size.

@@ -121,7 +121,7 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
                 f"deepspeed.config: DeepSpeed rejects {name} ({first['input']!r}) in {error.title}: {first['msg']}."
             ) from None
         if self.module.trainer.training:
-            ZeroOptimizer(self.deepspeed_engine)  # fails now, not at the first save, where a private name is gone
+            ZeroOptimizer(self.deepspeed_engine)  # Fail now instead of at the first save if a private name is missing.
 
     def make_optimizer(self) -> tuple[Optimizer, Any]:
         try:
