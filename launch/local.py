@@ -30,10 +30,10 @@ def main(arguments: Sequence[str]) -> int:
         prog="launch/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--nodes", type=int_at_least(1), help="simulated nodes (default 1; with --resume: as in the previous attempt)"
+        "--nodes", type=int_at_least(1), help="simulated nodes (default 1; with --resume, as in the last attempt)"
     )
     parser.add_argument(
-        "--ranks", type=int_at_least(1), help="ranks on each node (default 1; with --resume: as in the previous attempt)"
+        "--ranks", type=int_at_least(1), help="ranks on each node (default 1; with --resume, as in the last attempt)"
     )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder, with its own config")
     try:
