@@ -26,12 +26,7 @@ class Run:
 
     @classmethod
     def create(cls, root: Path, name: str, identity: str | None = None) -> "Run":
-        """Make a new, empty run folder.
-
-        Args:
-            root: Folder of all runs.
-            name: Name of the run.
-            identity: Name of its folder; a new one by default.
+        """Make a new, empty run folder named ``identity``, by default a new id.
 
         Raises:
             UsageError: ``name`` cannot name a folder, the folder cannot be written, or other users could replace it.
@@ -72,11 +67,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """Return the run in ``folder``.
-
-        Raises:
-            UsageError: ``folder`` is not a run folder.
-        """
+        """Return the run in ``folder``; raise UsageError if that is not a run folder."""
         run = cls(folder.absolute())
         if not run.config.is_file():
             raise UsageError(f"{folder} is not a run folder: it has no config.yaml.")
@@ -145,12 +136,8 @@ class Run:
     def claim_attempt(self, owner: Owner, is_alive: Callable[[Owner], bool] = lambda owner: False) -> int:
         """Claim the run and return the number of the next attempt, from 1. Called once, before the ranks start.
 
-        Args:
-            owner: Who claims it.
-            is_alive: Whether another owner still has the run.
-
         Raises:
-            UsageError: Another owner has it.
+            UsageError: Another owner has it, who ``is_alive``.
         """
         held, attempt = Owner.read(self.owner), 1 + self.newest_attempt
         is_taken = held is not None and held != owner and is_alive(held)
@@ -176,12 +163,7 @@ class Run:
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     def output(self, slurm: Path, job: str) -> str:
-        """Output of the batch script and of srun since the newest attempt of this job started.
-
-        Args:
-            slurm: Folder of the job's scripts and output.
-            job: Its id.
-        """
+        """Output of the batch script and of srun, in the folder ``slurm``, since the newest attempt of ``job`` started."""
         start = AttemptStart.read(self.start_record(self.newest_attempt))
         try:
             with (slurm / f"{job}_0_log.out").open(errors="replace") as file:
