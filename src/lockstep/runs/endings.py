@@ -52,7 +52,6 @@ class JobState(Record):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the job is over."""
         return self.state in TERMINAL_STATES
 
 
@@ -98,7 +97,6 @@ class Ending:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is complete."""
         return self.state == "finished"
 
     @property

@@ -108,7 +108,6 @@ class RunResult(Record):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is complete."""
         return self.status == "finished"
 
 

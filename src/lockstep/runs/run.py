@@ -19,10 +19,37 @@ RUN_ID_PATTERN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}(-\d{3,})?")
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """The path of a file or folder inside a run folder, as an attribute of ``Run``."""
+
+    name: str
+
+    def __get__(self, run: "Run", owner: "type[Run]") -> Path:
+        return run.folder / self.name
+
+
+@dataclass(frozen=True)
 class Run:
     """One training and its folder, which is private to the user (mode 0700)."""
 
     folder: Path
+
+    config = _Entry("config.yaml")
+    """The complete, resolved config."""
+    checkpoints = _Entry("checkpoints")
+    """Folder of the checkpoints."""
+    metrics = _Entry("metrics.csv")
+    """Logged metrics, one row per logged step."""
+    result = _Entry("result.json")
+    """``RunResult`` of the newest attempt, written at its end."""
+    predictions = _Entry("predictions.safetensors")
+    """What ``predict`` writes, one row per sample."""
+    status = _Entry("status.json")
+    """``RunProgress``, written every few seconds."""
+    launch = _Entry("launch.yaml")
+    """``LaunchRecord``."""
+    owner = _Entry("owner.json")
+    """``Owner``: who may write to the run."""
 
     @classmethod
     def create(cls, root: Path, name: str, identity: str | None = None) -> "Run":
@@ -82,46 +109,6 @@ class Run:
     def name(self) -> str:
         """Name of the run in its config."""
         return self.folder.parent.name
-
-    @property
-    def config(self) -> Path:
-        """The complete, resolved config."""
-        return self.folder / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """Logged metrics, one row per logged step."""
-        return self.folder / "metrics.csv"
-
-    @property
-    def result(self) -> Path:
-        """``RunResult`` of the newest attempt, written at its end."""
-        return self.folder / "result.json"
-
-    @property
-    def predictions(self) -> Path:
-        """What ``predict`` writes, one row per sample."""
-        return self.folder / "predictions.safetensors"
-
-    @property
-    def status(self) -> Path:
-        """``RunProgress``, written every few seconds."""
-        return self.folder / "status.json"
-
-    @property
-    def launch(self) -> Path:
-        """``LaunchRecord``."""
-        return self.folder / "launch.yaml"
-
-    @property
-    def owner(self) -> Path:
-        """``Owner``: who may write to the run."""
-        return self.folder / "owner.json"
 
     def start_record(self, attempt: int) -> Path:
         """``AttemptStart`` of an attempt on Slurm."""

@@ -21,7 +21,6 @@ def reason_to_give_up(run: Run, ended: Sequence[Attempt], is_explained: bool) ->
     """Return why another attempt would end like the last ones; empty if it may succeed.
 
     Args:
-        run: The run.
         ended: All attempts so far.
         is_explained: Whether the cause of the last ending is known. A kill from outside has none, and may happen twice.
     """
