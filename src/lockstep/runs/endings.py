@@ -38,7 +38,6 @@ class JobState(Record):
         start: When it started, or is expected to.
         elapsed, limit: Time used, and allowed.
         exit_status: Of the batch script; 128 and more for a signal.
-        restarts: How often Slurm has restarted it.
     """
 
     state: str
@@ -61,12 +60,10 @@ class Evidence:
 
     Attributes:
         result: ``result.json`` of this attempt.
-        failure: The rank that failed first.
         output: Output of the batch script and of srun.
         exit_status: Of srun or of the batch script; None if unknown.
         job: Slurm's view of the job that has ended; None while it runs, or where Slurm has forgotten it.
         was_cancelled: Whether ``jobs.py cancel`` was called.
-        is_forgotten: Whether Slurm has forgotten the job.
     """
 
     result: RunResult | None = None
@@ -84,8 +81,7 @@ class Ending:
 
     Attributes:
         state: ``finished``, ``failed``, ``interrupted``, or one of the words of ``TERMINAL_STATES``.
-        exit_status: For a person's script: 0 finished, 1 failed, 2 usage error, 4 to 7 as in ``TERMINAL_STATES``, 128 and
-            more for a signal.
+        exit_status: 0 finished, 1 failed, 2 usage error, 4 to 7 as in ``TERMINAL_STATES``, 128 and more for a signal.
         reason: One sentence; may be empty.
         is_explained: Whether the cause is known. A kill from outside has none: it may happen twice and is not a bug.
     """

@@ -26,11 +26,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Build the record from what ``as_dict`` returned.
-
-        Raises:
-            TypeError: A field without a default is missing.
-        """
+        """Build the record from what ``as_dict`` returned; TypeError if a field without a default is missing."""
         hints = get_type_hints(cls)
         values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         for name, value in values.items():
@@ -56,11 +52,7 @@ class Record:
             return None
 
     def write(self, path: Path) -> None:
-        """Write the record atomically.
-
-        Raises:
-            OSError: The file cannot be written; the old one is kept.
-        """
+        """Write the record atomically; after an OSError the old file remains."""
         if path.suffix == ".yaml":
             atomic_write_text(path, yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
         else:
@@ -117,10 +109,8 @@ class RunProgress(Record):
 
     Attributes:
         status: ``training``, ``trained``, or the status of the result.
-        step: Optimizer steps done.
         steps: Optimizer steps of the whole run; None if it has no end.
         samples_per_second: Of all ranks.
-        seconds_left: Estimated time to the end of training.
         warning: What is wrong with the files of the run; empty if nothing.
         time: Of writing, in seconds since 1970.
     """
@@ -156,12 +146,7 @@ class Owner(Record):
 
 @dataclass(frozen=True)
 class AttemptStart(Record):
-    """``logs/<attempt>/start.json``: when an attempt started.
-
-    Attributes:
-        time: In seconds since 1970.
-        output: Bytes that the job had printed before.
-    """
+    """``logs/<attempt>/start.json``: when an attempt started (seconds since 1970), and bytes of ``output`` before that."""
 
     job: str
     time: float
@@ -175,12 +160,10 @@ class LaunchRecord(Record):
     Attributes:
         nodes: Number of nodes, or a range such as 2-4.
         git: Commit and whether the checkout has changes; None outside a checkout.
-        folder: Folder of submission.
         slurm: Resources of the job that differ from the defaults.
         code: SHA-256 of the code snapshot; empty without one.
         paths: Where the ranks import from.
         sweep: Id, index and values, for a run of a sweep.
-        host, python: Machine of the launcher, and version of its Python.
         time: Of the launch, ISO 8601.
     """
 

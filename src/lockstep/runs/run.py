@@ -53,11 +53,7 @@ class Run:
 
     @classmethod
     def create(cls, root: Path, name: str, identity: str | None = None) -> "Run":
-        """Make a new, empty run folder named ``identity``, by default a new id.
-
-        Raises:
-            UsageError: ``name`` cannot name a folder, the folder cannot be written, or other users could replace it.
-        """
+        """Make a new run folder named ``identity``; UsageError if it cannot be written, or other users could replace it."""
         cls.check_name(name)
         folder = root.absolute() / name / (identity or new_run_id())
         try:
@@ -121,11 +117,7 @@ class Run:
         return folder / f"{rank}.log"
 
     def claim_attempt(self, owner: Owner, is_alive: Callable[[Owner], bool] = lambda owner: False) -> int:
-        """Claim the run and return the number of the next attempt, from 1. Called once, before the ranks start.
-
-        Raises:
-            UsageError: Another owner has it, who ``is_alive``.
-        """
+        """Claim the run before its ranks start; return the number of the attempt. UsageError if another owner has it."""
         held, attempt = Owner.read(self.owner), 1 + self.newest_attempt
         is_taken = held is not None and held != owner and is_alive(held)
         try:

@@ -92,11 +92,7 @@ def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: t
 
 
 def verify_snapshot(run: Path, digest: str) -> int:
-    """Verify the checksum of every file in ``run/code`` and return the number of files.
-
-    Raises:
-        RunError: The snapshot differs from what was submitted; names the first file that does.
-    """
+    """Verify the checksum of every file in ``run/code`` and return their number; RunError names the first that differs."""
     try:
         manifest = (run / "code.sha256").read_bytes()
     except OSError as error:

@@ -77,11 +77,7 @@ def _read_registry(env: Mapping[str, str]) -> list[SubmittedJob]:
 
 
 def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
-    """Return the submission with this job id, run id of a sweep, or run folder; the newest one if None.
-
-    Raises:
-        UsageError: The registry has no such job.
-    """
+    """Return the submission with this job id, run id of a sweep, or run folder; the newest one if None."""
     if name is None:
         jobs = registered_jobs(env)
         if not jobs:

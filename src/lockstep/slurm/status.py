@@ -136,16 +136,9 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
             return RunStatus(job, run, ACTIVE, "waiting", _pending_reason(state), state, progress, result)
         message = f"Attempt {run.newest_attempt} has failed: {failure.reason}" if failure is not None else ""
         return RunStatus(job, run, ACTIVE, state.state.lower(), message, state, progress, result)
-    evidence = endings.Evidence(
-        result,
-        failure,
-        run.output(slurm, job),
-        _read_exit_status(exit_file),
-        state,
-        was_cancelled=(slurm / f"{job}.cancelled").exists(),
-        is_forgotten=state is None,
-    )
-    ending = endings.classify_ending(evidence)
+    was_cancelled = (slurm / f"{job}.cancelled").exists()
+    output, status = run.output(slurm, job), _read_exit_status(exit_file)
+    ending = endings.classify_ending(endings.Evidence(result, failure, output, status, state, was_cancelled, state is None))
     return RunStatus(job, run, ending.exit_status, ending.state, ending.reason, state, progress, result)
 
 

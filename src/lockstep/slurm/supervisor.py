@@ -20,11 +20,7 @@ from lockstep.slurm.restart_policy import REQUEUE, RESTART, reason_to_give_up
 
 
 def start(run: Run, slurm: Path, env: Mapping[str, str]) -> int:
-    """Claim the next attempt for this job and return its number.
-
-    Raises:
-        LockstepError: Another job has the run.
-    """
+    """Claim the next attempt for this job and return its number; UsageError if another job has the run."""
     number = run.claim_attempt(Owner(job=env["SLURM_JOB_ID"]), lambda owner: is_owner_alive(owner, env, SLURM_TIMEOUT_SECONDS))
     output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
     printed = output.stat().st_size if output.exists() else 0
@@ -34,11 +30,7 @@ def start(run: Run, slurm: Path, env: Mapping[str, str]) -> int:
 
 
 def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int:
-    """Record how the attempt ended and decide what follows.
-
-    Returns:
-        0 if the run is finished, ``RESTART``, ``REQUEUE``, or the exit status of the run.
-    """
+    """Record how the attempt ended; return 0 if the run is finished, RESTART, REQUEUE, or the exit status of the run."""
     number, job = run.newest_attempt, env["SLURM_JOB_ID"]
     result, failure = RunResult.read(run.result), read_first_failure(run, number)
     if result is not None and result.attempts != number and not result.is_finished:

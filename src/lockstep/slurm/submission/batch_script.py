@@ -17,12 +17,7 @@ from lockstep.slurm.submission.profile import Profile
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job, or a job array, to submit.
-
-    Attributes:
-        folder: Folder of the run or sweep; scripts, pickles and the output of srun go into its ``slurm/``.
-        runs: Number of runs; more than one make an array.
-    """
+    """A job to submit, or an array of ``runs``; scripts, pickles and the output of srun go into ``folder/slurm``."""
 
     name: str
     folder: Path

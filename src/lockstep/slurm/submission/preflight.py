@@ -17,11 +17,7 @@ def resolve_config(submission: Submission, env: Mapping[str, str]) -> str:
 
 
 def plan_memory(submission: Submission, env: Mapping[str, str]) -> tuple[str, str]:
-    """Return a table of the strategies that fit into the profile's memory, and notes on what remains unknown.
-
-    Raises:
-        UsageError: The ranks would reject the config, or the planner does not support the model.
-    """
+    """Return a table of the strategies that fit into the profile's memory, and notes on what remains unknown."""
     profile = submission.profile
     on_gpu = profile.gpus_per_node > 0
     node = parse_size(profile.mem) if profile.mem else 0

@@ -134,9 +134,6 @@ def load_profile(name: str | None, env: Mapping[str, str], folders: Iterable[Pat
     Args:
         name: A name, or the path of a file (with a / or .yaml in it).
         folders: Where to look for names; the first match wins.
-
-    Raises:
-        UsageError: The profile does not exist, or one of its keys or values is wrong.
     """
     name = name or env.get("LOCKSTEP_PROFILE")
     if not name:

@@ -60,11 +60,7 @@ def check_dependency(job: str, env: Mapping[str, str]) -> None:
 
 
 def submit_job(request: JobRequest, tasks: Sequence[TrainTask], env: MutableMapping[str, str]) -> str:
-    """Submit ``tasks``, one per run, with one call of ``sbatch``, and return the job id.
-
-    Raises:
-        UsageError: Slurm rejects the job; nothing is queued.
-    """
+    """Submit ``tasks``, one per run, with one ``sbatch``, and return the job id; after a UsageError nothing is queued."""
     executor = make_executor(request)
     (request.folder / "slurm").mkdir(mode=0o700, exist_ok=True)
     # Not in the script, where a line break in a name would begin a new line.

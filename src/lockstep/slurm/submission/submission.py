@@ -58,12 +58,7 @@ class Submission:
         env: Mapping[str, str],
         launcher_flags: Sequence[str] = (),
     ) -> "Submission":
-        """Check everything that needs neither torch nor Slurm, and return the submission.
-
-        Args:
-            arguments: An optional command, then keys of the config.
-            launcher_flags: Names of the launcher's flags, to suggest for misspelt keys.
-        """
+        """Check everything that needs neither torch nor Slurm; ``launcher_flags`` are suggested for misspelt keys."""
         key = wandb_api_key(env)
         secrets = (key,) if key and len(key) >= _MIN_KEY_LENGTH else ()
         if any(secret in argument for secret in secrets for argument in options.command_line):
@@ -122,11 +117,7 @@ class Submission:
         return "\n".join([script, *(line.replace("\n", "\n# ") for line in lines), ""])
 
     def submit(self, env: MutableMapping[str, str]) -> SubmittedJob:
-        """Create the run folders and queue the job.
-
-        Raises:
-            UsageError: A folder or file cannot be written, or Slurm rejects the job; nothing is left behind.
-        """
+        """Create the run folders and queue the job; after a UsageError nothing is left behind."""
         if self.options.resume is not None:
             return self._submit_resume(self.options.resume, env)
         new_folders = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
