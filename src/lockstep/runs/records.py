@@ -1,4 +1,4 @@
-"""Typed records in a run folder: each is written atomically; a damaged one is named and ignored."""
+"""Typed records in a run folder, as JSON or YAML; a damaged one is named and ignored."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from typing import Any, Self, get_args, get_type_hints
 
 import yaml
 
-from lockstep.core import atomic_write_json, atomic_write_text
+from lockstep.core import atomic_write_json
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ class Record:
             return None
 
     def write(self, path: Path) -> None:
-        """Write the record atomically; after an OSError the old file remains."""
-        if path.suffix == ".yaml":
-            atomic_write_text(path, yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+        """Write the record, JSON atomically: after an OSError the old file remains."""
+        if path.suffix == ".yaml":  # written once: flushing that of each run of a large sweep to disk would take seconds
+            path.write_text(yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
         else:
             atomic_write_json(path, self.as_dict())
 

@@ -102,9 +102,8 @@ def _raise_interrupted(*_: object) -> None:
 def _record_failure(error: BaseException, world: World, run: Run, attempt: int) -> int:
     """Record why this rank failed, unless another failed first, and return its exit status."""
     mine = Failure.from_exception(error, world)
-    first = (failure.wait_for_first_failure(run, attempt) if mine.is_secondary else None) or failure.record_failure(
-        run, attempt, mine
-    )
+    first = failure.wait_for_first_failure(run, attempt) if mine.is_secondary else None
+    first = first or failure.record_failure(run, attempt, mine)
     if first.rank != world.rank:
         print(f"lockstep: rank {world.rank} ended because of {first.reason}", flush=True)
         if first.report != mine.report and not mine.is_secondary:

@@ -76,9 +76,8 @@ def submit_job(request: JobRequest, tasks: Sequence[TrainTask], env: MutableMapp
                 return str(jobs[0].job_id).partition("_")[0]
             except SUBMISSION_ERRORS as error:
                 if not retries.wait_after(str(error)):
-                    raise UsageError(
-                        partitions.explain_rejection(str(error), request, partitions.query_partitions(env))
-                    ) from None
+                    found = partitions.query_partitions(env)
+                    raise UsageError(partitions.explain_rejection(str(error), request, found)) from None
                 _cancel_unconfirmed(request, env)
     finally:
         del env["SBATCH_JOB_NAME"]
