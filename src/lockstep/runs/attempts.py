@@ -14,8 +14,6 @@ class Attempt(Record):
     """One start of a run, once it has ended.
 
     Attributes:
-        attempt: Its number.
-        job: Id of the Slurm job.
         reason: Why it ended; empty if the run finished.
         exit_status: Of srun.
         started_at, ended_at: In seconds since 1970.

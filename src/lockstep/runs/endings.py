@@ -23,7 +23,11 @@ TERMINAL_STATES = {
 }
 """Slurm's states of a job that has ended: exit status of ``follow`` and ``status``, and a word."""
 
-_REASONS_IN_OUTPUT = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
+_ENDED_BY_SLURM = re.compile(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|PREEMPTION)")
+_STATES_IN_OUTPUT = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
+"""What slurmstepd writes when it ends a job, and the state of the job."""
+
+_OVER_MEMORY = "It used more memory than it had asked for; ask for more with --mem."
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,9 @@ class JobState(Record):
     """Slurm's view of a job; times as Slurm writes them.
 
     Attributes:
-        state: PENDING, RUNNING, FAILED and so on.
-        reason: Why it is in that state.
         start: When it started, or is expected to.
         elapsed, limit: Time used, and allowed.
-        nodes: Its nodes.
         exit_status: Of the batch script; 128 and more for a signal.
-        restarts: How often Slurm has restarted it.
     """
 
     state: str
@@ -51,7 +51,6 @@ class JobState(Record):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the job is over."""
         return self.state in TERMINAL_STATES
 
 
@@ -61,12 +60,10 @@ class Evidence:
 
     Attributes:
         result: ``result.json`` of this attempt.
-        failure: The rank that failed first.
         output: Output of the batch script and of srun.
         exit_status: Of srun or of the batch script; None if unknown.
         job: Slurm's view of the job that has ended; None while it runs, or where Slurm has forgotten it.
         was_cancelled: Whether ``jobs.py cancel`` was called.
-        is_forgotten: Whether Slurm has forgotten the job.
     """
 
     result: RunResult | None = None
@@ -84,8 +81,7 @@ class Ending:
 
     Attributes:
         state: ``finished``, ``failed``, ``interrupted``, or one of the words of ``TERMINAL_STATES``.
-        exit_status: For a person's script: 0 finished, 1 failed, 2 usage error, 4 to 7 as in ``TERMINAL_STATES``, 128 and
-            more for a signal.
+        exit_status: 0 finished, 1 failed, 2 usage error, 4 to 7 as in ``TERMINAL_STATES``, 128 and more for a signal.
         reason: One sentence; may be empty.
         is_explained: Whether the cause is known. A kill from outside has none: it may happen twice and is not a bug.
     """
@@ -97,7 +93,6 @@ class Ending:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is complete."""
         return self.state == "finished"
 
     @property
@@ -122,8 +117,8 @@ def classify_ending(evidence: Evidence) -> Ending:
         return Ending("out of memory", 6, f"{_OVER_MEMORY} {said}", is_explained=True)
     if evidence.is_forgotten and evidence.was_cancelled:
         return Ending("cancelled", 4)
-    if evidence.is_forgotten and (state := _state_in_output(evidence.output)):
-        status, word = TERMINAL_STATES[state]
+    if evidence.is_forgotten and (why := _ENDED_BY_SLURM.search(evidence.output)):
+        status, word = TERMINAL_STATES[_STATES_IN_OUTPUT[why[1]]]
         return Ending(word, status, "Slurm says so in the output of the job.")
     if said and not was_interrupted:
         return Ending("failed", 1, said, is_explained=": Killed (" not in said)
@@ -144,14 +139,10 @@ def classify_ending(evidence: Evidence) -> Ending:
     return Ending(state, _run_exit_status(status), reason)
 
 
-_OVER_MEMORY = "It used more memory than it had asked for; ask for more with --mem."
-
-
 def _ending_by_slurm(job: JobState, said: str) -> Ending:
     """The ending of a job that Slurm itself ended."""
     status, word = TERMINAL_STATES[job.state]
-    is_out_of_memory = said.startswith("Slurm says")
-    if job.state == "OUT_OF_MEMORY" or (job.state == "CANCELLED" and is_out_of_memory):
+    if job.state == "OUT_OF_MEMORY" or (job.state == "CANCELLED" and said.startswith("Slurm says")):
         return Ending("out of memory", 6, f"{_OVER_MEMORY} {said}".strip(), is_explained=True)
     reasons = {
         "TIMEOUT": f"It was ended at its time limit of {job.limit}; ask for more with --time.",
@@ -166,21 +157,14 @@ def _run_exit_status(status: int) -> int:
     return status if status == 2 or status in SIGNAL_EXIT_STATUSES else 1
 
 
-def _state_in_output(output: str) -> str:
-    """Slurm's state of a forgotten job, from what slurmstepd wrote when the job ended; empty if nothing."""
-    why = re.search(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|PREEMPTION)", output)
-    return _REASONS_IN_OUTPUT[why[1]] if why else ""
-
-
 def killed_task(output: str) -> str:
     """The sentence about a task that was killed, from srun's words in the output of an attempt; empty if none was."""
     if over := re.search(r"(?i)error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)", output):
         return f"Slurm says: {over[1].strip().rstrip('.')}."
-    killed = re.findall(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", output)
-    if killed:
-        node, task, how = killed[0]
-        return f"rank {task} on {node}: {how} (a signal ended it; SIGKILL may be the kernel, out of memory)."
-    return ""
+    killed = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", output)
+    if killed is None:
+        return ""
+    return f"rank {killed[2]} on {killed[1]}: {killed[3]} (a signal ended it; SIGKILL may be the kernel, out of memory)."
 
 
 def exited_task(output: str, failure: Failure | None) -> str:

@@ -13,7 +13,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lockstep.core import SIGNAL_EXIT_STATUSES, Interrupted, LockstepError, RunError, World
+from lockstep.core import SIGNAL_EXIT_STATUSES, Interrupted, LockstepError, World
 from lockstep.runs.records import Record, RunResult
 from lockstep.runs.run import Run, update_status
 
@@ -26,12 +26,9 @@ class Failure(Record):
     """Why a rank failed.
 
     Attributes:
-        rank: The rank.
-        world_size: Number of ranks.
         node: Number of its node.
         host: Name of its machine; may be empty.
         report: One sentence, or a traceback.
-        exit_status: Exit status of the rank.
         is_secondary: Whether it only lost a connection because another rank was gone.
         is_permanent: Whether another attempt would fail in the same way.
     """
@@ -136,9 +133,7 @@ def _failure_path(run: Run, attempt: int) -> Path:
 def _is_connection_loss(error: BaseException) -> bool:
     """Whether ``error`` is that of a collective whose peer is gone."""
     torch = sys.modules.get("torch")  # not imported yet: no collective either
-    if torch is None:
-        return False
-    if isinstance(error, torch.distributed.DistError):
+    if torch is not None and isinstance(error, torch.distributed.DistError):
         return True
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "NCCL")
-    return isinstance(error, RuntimeError) and not isinstance(error, RunError) and any(word in str(error) for word in words)
+    return torch is not None and isinstance(error, RuntimeError) and any(word in str(error) for word in words)

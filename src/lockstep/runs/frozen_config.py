@@ -12,13 +12,7 @@ from lockstep.runs.snapshot import CodePaths, check_secrets
 
 @dataclass(frozen=True)
 class ConfigFreezer:
-    """Replaces the config files in arguments by their copies: in the snapshot, else in a folder.
-
-    Attributes:
-        code: The snapshot.
-        folder: For copies of files that the snapshot does not contain.
-        secrets: Texts that no file may contain.
-    """
+    """Replaces the config files in arguments by their copies: in the snapshot ``code``, else in ``folder``."""
 
     code: CodePaths
     folder: Path
@@ -26,11 +20,7 @@ class ConfigFreezer:
     _copies: dict[str, Path] = field(default_factory=dict)
 
     def freeze(self, arguments: Sequence[str]) -> tuple[str, ...]:
-        """Return ``arguments`` with the path of each config file replaced.
-
-        Raises:
-            UsageError: A file contains a secret.
-        """
+        """Return ``arguments`` with the path of each config file replaced; raise UsageError if one contains a secret."""
         frozen: list[str] = []
         flag = ""  # the one before, where its value is an argument of its own
         for argument in arguments:
@@ -58,13 +48,12 @@ class ConfigFreezer:
 def check_not_ignored(config: Mapping[str, Any], code: CodePaths, here: Path, env: Mapping[str, str]) -> None:
     """Raise UsageError if a module of the config lies in the folder of submission, but git ignores it."""
     for name in sorted(_imported_packages(config)):
-        for folder in (here, *python_path(env)):
-            for path in (folder / name, folder / f"{name}.py"):
-                exists = path.is_file() if path.suffix else path.is_dir()
-                if exists and path.resolve().is_relative_to(here) and code.inside(path) is None:
-                    raise UsageError(
-                        f"snapshot: {path} is needed, but git ignores it; remove it from .gitignore, or use --no-snapshot."
-                    )
+        for path in (folder / part for folder in (here, *python_path(env)) for part in (name, f"{name}.py")):
+            exists = path.is_file() if path.suffix else path.is_dir()
+            if exists and path.resolve().is_relative_to(here) and code.inside(path) is None:
+                raise UsageError(
+                    f"snapshot: {path} is needed, but git ignores it; remove it from .gitignore, or use --no-snapshot."
+                )
 
 
 def _imported_packages(config: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""Typed records in a run folder: each is written in one piece and read with care."""
+"""Typed records in a run folder, as JSON or YAML; a damaged one is named and ignored."""
 
 import json
 import logging
@@ -22,15 +22,11 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON file with known fields. Fields that are None are not written, unknown ones are not read."""
+    """A JSON or YAML file with known fields. Fields that are None are not written, unknown ones are not read."""
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Build the record from what ``as_dict`` returned.
-
-        Raises:
-            TypeError: A field without a default is missing.
-        """
+        """Build the record from what ``as_dict`` returned; TypeError if a field without a default is missing."""
         hints = get_type_hints(cls)
         values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         for name, value in values.items():
@@ -47,20 +43,20 @@ class Record:
     def read(cls, path: Path) -> Self | None:
         """Read the record; None where the file is missing, or damaged, which the log says."""
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            text = path.read_text()
+            return cls.from_dict(yaml.load(text, _Loader) if path.suffix == ".yaml" else json.loads(text))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            log.warning("%s is damaged and ignored: %s", path, error)
+        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            log.warning("%s is damaged and ignored: %s", path, " ".join(str(error).split()))
             return None
 
     def write(self, path: Path) -> None:
-        """Write the record atomically.
-
-        Raises:
-            OSError: The file cannot be written; the old one is kept.
-        """
-        atomic_write_json(path, self.as_dict())
+        """Write the record, JSON atomically: after an OSError the old file remains."""
+        if path.suffix == ".yaml":  # written once: flushing that of each run of a large sweep to disk would take seconds
+            path.write_text(yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+        else:
+            atomic_write_json(path, self.as_dict())
 
 
 @dataclass(frozen=True)
@@ -78,19 +74,13 @@ class RunResult(Record):
 
     Attributes:
         status: ``finished``, ``failed`` or ``interrupted``.
-        command: fit, validate, test or predict.
-        world_size: Number of ranks.
         attempts: Number of the attempt.
         reasons: Why earlier attempts ended.
         reason: Why this attempt ended; None if it finished.
         global_step: Optimizer steps done.
-        epochs: Epochs done.
-        seconds: Time it took.
-        metrics: The newest value of each metric.
         weights_sha256: Hash of the final weights, see ``monitoring.weights_sha256``.
         skipped_files: Number of data files that were skipped as corrupt.
-        samples: Number of predicted samples.
-        predictions: File of the predictions.
+        samples, predictions: Number of predicted samples, and their file.
     """
 
     status: str
@@ -110,7 +100,6 @@ class RunResult(Record):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is complete."""
         return self.status == "finished"
 
 
@@ -120,14 +109,8 @@ class RunProgress(Record):
 
     Attributes:
         status: ``training``, ``trained``, or the status of the result.
-        step: Optimizer steps done.
         steps: Optimizer steps of the whole run; None if it has no end.
-        epoch: Epochs done.
-        samples_per_second: Samples of all ranks per second.
-        seconds_left: Estimated time to the end of training.
-        attempt: Number of the attempt.
-        world_size: Number of ranks.
-        metrics: The newest value of each metric.
+        samples_per_second: Of all ranks.
         warning: What is wrong with the files of the run; empty if nothing.
         time: Of writing, in seconds since 1970.
     """
@@ -147,13 +130,7 @@ class RunProgress(Record):
 
 @dataclass(frozen=True)
 class Owner(Record):
-    """``owner.json``: the Slurm job, or the process on a machine, that may write to a run.
-
-    Attributes:
-        job: Id of the Slurm job; None for a local process.
-        host: Name of the machine of a local process.
-        pid: Its process id.
-    """
+    """``owner.json``: the Slurm job, or else the process on a machine, that may write to a run."""
 
     job: str | None = None
     host: str | None = None
@@ -161,7 +138,6 @@ class Owner(Record):
 
     @classmethod
     def this_process(cls) -> "Owner":
-        """This process on this machine."""
         return cls(host=platform.node(), pid=os.getpid())
 
     def __str__(self) -> str:
@@ -170,13 +146,7 @@ class Owner(Record):
 
 @dataclass(frozen=True)
 class AttemptStart(Record):
-    """``logs/<attempt>/start.json``: when an attempt started.
-
-    Attributes:
-        job: Id of the Slurm job.
-        time: In seconds since 1970.
-        output: Bytes that the job had printed before.
-    """
+    """``logs/<attempt>/start.json``: when an attempt started (seconds since 1970), and bytes of ``output`` before that."""
 
     job: str
     time: float
@@ -188,17 +158,12 @@ class LaunchRecord(Record):
     """``launch.yaml``: how a run was started.
 
     Attributes:
-        command: The command line.
         nodes: Number of nodes, or a range such as 2-4.
-        ranks_per_node: Number of ranks on each.
         git: Commit and whether the checkout has changes; None outside a checkout.
-        folder: Folder of submission.
         slurm: Resources of the job that differ from the defaults.
         code: SHA-256 of the code snapshot; empty without one.
         paths: Where the ranks import from.
         sweep: Id, index and values, for a run of a sweep.
-        host: Machine of the launcher.
-        python: Version of its Python.
         time: Of the launch, ISO 8601.
     """
 
@@ -214,21 +179,6 @@ class LaunchRecord(Record):
     host: str = field(default_factory=platform.node)
     python: str = field(default_factory=platform.python_version)
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-
-    @classmethod
-    def read(cls, path: Path) -> Self | None:
-        """Read the record; None where the file is missing, or damaged, which the log says."""
-        try:
-            return cls.from_dict(yaml.load(path.read_text(), _Loader))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            log.warning("%s is damaged and ignored: %s", path, " ".join(str(error).split()))
-            return None
-
-    def write(self, path: Path) -> None:
-        """Write the record as YAML."""
-        path.write_text(yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
     @property
     def max_nodes(self) -> int:

@@ -19,23 +19,41 @@ RUN_ID_PATTERN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}(-\d{3,})?")
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """The path of a file or folder inside a run folder, as an attribute of ``Run``."""
+
+    name: str
+
+    def __get__(self, run: "Run", owner: "type[Run]") -> Path:
+        return run.folder / self.name
+
+
+@dataclass(frozen=True)
 class Run:
     """One training and its folder, which is private to the user (mode 0700)."""
 
     folder: Path
 
+    config = _Entry("config.yaml")
+    """The complete, resolved config."""
+    checkpoints = _Entry("checkpoints")
+    """Folder of the checkpoints."""
+    metrics = _Entry("metrics.csv")
+    """Logged metrics, one row per logged step."""
+    result = _Entry("result.json")
+    """``RunResult`` of the newest attempt, written at its end."""
+    predictions = _Entry("predictions.safetensors")
+    """What ``predict`` writes, one row per sample."""
+    status = _Entry("status.json")
+    """``RunProgress``, written every few seconds."""
+    launch = _Entry("launch.yaml")
+    """``LaunchRecord``."""
+    owner = _Entry("owner.json")
+    """``Owner``: who may write to the run."""
+
     @classmethod
     def create(cls, root: Path, name: str, identity: str | None = None) -> "Run":
-        """Make a new, empty run folder.
-
-        Args:
-            root: Folder of all runs.
-            name: Name of the run.
-            identity: Name of its folder; a new one by default.
-
-        Raises:
-            UsageError: ``name`` cannot name a folder, the folder cannot be written, or other users could replace it.
-        """
+        """Make a new run folder named ``identity``; UsageError if it cannot be written, or other users could replace it."""
         cls.check_name(name)
         folder = root.absolute() / name / (identity or new_run_id())
         try:
@@ -72,11 +90,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """Return the run in ``folder``.
-
-        Raises:
-            UsageError: ``folder`` is not a run folder.
-        """
+        """Return the run in ``folder``; raise UsageError if that is not a run folder."""
         run = cls(folder.absolute())
         if not run.config.is_file():
             raise UsageError(f"{folder} is not a run folder: it has no config.yaml.")
@@ -92,46 +106,6 @@ class Run:
         """Name of the run in its config."""
         return self.folder.parent.name
 
-    @property
-    def config(self) -> Path:
-        """The complete, resolved config."""
-        return self.folder / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """Logged metrics, one row per logged step."""
-        return self.folder / "metrics.csv"
-
-    @property
-    def result(self) -> Path:
-        """``RunResult`` of the newest attempt, written at its end."""
-        return self.folder / "result.json"
-
-    @property
-    def predictions(self) -> Path:
-        """What ``predict`` writes, one row per sample."""
-        return self.folder / "predictions.safetensors"
-
-    @property
-    def status(self) -> Path:
-        """``RunProgress``, written every few seconds."""
-        return self.folder / "status.json"
-
-    @property
-    def launch(self) -> Path:
-        """``LaunchRecord``."""
-        return self.folder / "launch.yaml"
-
-    @property
-    def owner(self) -> Path:
-        """``Owner``: who may write to the run."""
-        return self.folder / "owner.json"
-
     def start_record(self, attempt: int) -> Path:
         """``AttemptStart`` of an attempt on Slurm."""
         return self.folder / "logs" / str(attempt) / "start.json"
@@ -143,15 +117,7 @@ class Run:
         return folder / f"{rank}.log"
 
     def claim_attempt(self, owner: Owner, is_alive: Callable[[Owner], bool] = lambda owner: False) -> int:
-        """Claim the run and return the number of the next attempt, from 1. Called once, before the ranks start.
-
-        Args:
-            owner: Who claims it.
-            is_alive: Whether another owner still has the run.
-
-        Raises:
-            UsageError: Another owner has it.
-        """
+        """Claim the run before its ranks start; return the number of the attempt. UsageError if another owner has it."""
         held, attempt = Owner.read(self.owner), 1 + self.newest_attempt
         is_taken = held is not None and held != owner and is_alive(held)
         try:
@@ -176,12 +142,7 @@ class Run:
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     def output(self, slurm: Path, job: str) -> str:
-        """Output of the batch script and of srun since the newest attempt of this job started.
-
-        Args:
-            slurm: Folder of the job's scripts and output.
-            job: Its id.
-        """
+        """Output of the batch script and of srun, in the folder ``slurm``, since the newest attempt of ``job`` started."""
         start = AttemptStart.read(self.start_record(self.newest_attempt))
         try:
             with (slurm / f"{job}_0_log.out").open(errors="replace") as file:

@@ -21,10 +21,8 @@ from lockstep.runs.run import RUN_ID_PATTERN
 LIMIT_MB, LIMIT_FILES = 100, 20_000
 """A larger snapshot contains data, which belong elsewhere."""
 
-
 _PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of lockstep's own package."""
-
 
 _REMEDY = "add it to .gitignore, submit from a folder with only your code, or use --no-snapshot"
 
@@ -63,7 +61,7 @@ def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: t
         here: Folder of submission; modules are imported from it. The checkout around it is copied.
         run: Run folder.
         python_path: PYTHONPATH of the launcher; entries inside the checkout are replaced by their copies.
-        secrets: Texts that no file may contain, such as the W&B key.
+        secrets: Texts that no file may contain.
 
     Raises:
         UsageError: A file contains a secret or cannot be read, or the files are too large or too many.
@@ -76,8 +74,8 @@ def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: t
     has_lockstep = _PACKAGE.is_relative_to(root) and (code / "project" / _PACKAGE.relative_to(root)).is_dir()
     if not has_lockstep:
         checksums |= _copy(_PACKAGE, code / "lockstep" / _PACKAGE.name, _folder_files(_PACKAGE), secrets)
-    text = "".join(f"{digest}  {path.relative_to(code)}\n" for path, digest in sorted(checksums.items()))
-    manifest = text.encode(errors="surrogateescape")
+    lines = [f"{digest}  {path.relative_to(code)}\n" for path, digest in sorted(checksums.items())]
+    manifest = "".join(lines).encode(errors="surrogateescape")
     (run / "code.sha256").write_bytes(manifest)
     if checkout and has_commit:
         patch = _git(root, "diff", "--binary", "HEAD")
@@ -94,11 +92,7 @@ def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: t
 
 
 def verify_snapshot(run: Path, digest: str) -> int:
-    """Verify the checksum of every file in ``run/code`` and return the number of files.
-
-    Raises:
-        RunError: The snapshot differs from what was submitted; names the first file that does.
-    """
+    """Verify the checksum of every file in ``run/code`` and return their number; RunError names the first that differs."""
     try:
         manifest = (run / "code.sha256").read_bytes()
     except OSError as error:
@@ -128,8 +122,10 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
                 raise UsageError(f"snapshot: the file name {str(name)!r} contains a line break; rename it, or {_REMEDY}.")
             with suppress(FileNotFoundError):  # tracked, but deleted
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_symlink():
-                    target.symlink_to(_link_target(source, root, into, target.parent))
+                if source.is_symlink():  # to the copy of its target, or to the target itself where that is outside
+                    end = (source.parent / source.readlink()).resolve()
+                    inside = end.is_relative_to(root)
+                    target.symlink_to(os.path.relpath(into / end.relative_to(root), target.parent) if inside else end)
                     continue
                 size = source.stat().st_size
                 total, largest = total + size, max(largest, (size, source))
@@ -146,12 +142,6 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
         remedy = "choose another disk with --run.root" if disk_is_full else _REMEDY
         raise UsageError(f"snapshot: {error.filename or source} cannot be copied ({error.strerror}); {remedy}.") from None
     return checksums
-
-
-def _link_target(link: Path, root: Path, into: Path, folder: Path) -> Path | str:
-    """The target of the copy of ``link`` in ``folder``: the copy of the original target, or that itself outside ``root``."""
-    target = (link.parent / os.readlink(link)).resolve()
-    return os.path.relpath(into / target.relative_to(root), folder) if target.is_relative_to(root) else target
 
 
 def check_secrets(path: Path, content: bytes, secrets: tuple[str, ...]) -> None:
@@ -191,11 +181,7 @@ def _folder_files(root: Path) -> Iterator[Path]:
 
 
 def _find_checkout(here: Path) -> tuple[Path | None, bool]:
-    """Return the root of the git checkout around ``here`` (None without one), and whether it has a commit.
-
-    Raises:
-        UsageError: Git refuses to read it.
-    """
+    """The root of the git checkout around ``here`` (None without one), and whether it has a commit."""
     command = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "--verify", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True)

@@ -15,8 +15,6 @@ from lockstep.runs import JobState, Owner
 SLURM_TIMEOUT_SECONDS = 600.0
 """How long a running job retries while Slurm does not answer."""
 
-_FIELDS = ("JobID", "ArrayJobID", "ArrayTaskID", "State", "Reason", "StartTime", "TimeUsed", "TimeLimit", "NodeList")
-
 
 def check_slurm_conf(env: Mapping[str, str]) -> None:
     """Raise UsageError if SLURM_CONF names no readable file: each Slurm command would retry for a minute."""
@@ -32,22 +30,18 @@ def query_slurm(command: list[str], env: Mapping[str, str]) -> "subprocess.Compl
     return subprocess.run(command, env=clean, capture_output=True, text=True)
 
 
-def has_command(name: str, env: Mapping[str, str]) -> bool:
-    """Whether a Slurm command is installed."""
+def _has_command(name: str, env: Mapping[str, str]) -> bool:
     return shutil.which(name, path=env.get("PATH")) is not None
 
 
 def is_owner_alive(owner: Owner, env: Mapping[str, str], timeout: float = 0.0) -> bool:
     """Whether the owner of a run, a Slurm job or a process on this machine, is still running.
 
-    Args:
-        owner: Who claimed the run.
-        env: With SLURM_CONF and PATH.
-        timeout: How long to retry while Slurm does not answer, in seconds; after that the owner counts as alive.
+    While Slurm does not answer, it retries for ``timeout`` seconds; after that the owner counts as alive.
     """
     if owner.job is None:
         return owner.host == platform.node() and Path("/proc", str(owner.pid)).exists()
-    if not has_command("squeue", env):
+    if not _has_command("squeue", env):
         return False
     deadline = time.monotonic() + timeout
     while True:
@@ -63,9 +57,10 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
     """Return the state of each job that Slurm or its accounting knows, and why Slurm does not answer, if so."""
     if not ids:
         return {}, ""
-    if not has_command("squeue", env):
+    if not _has_command("squeue", env):
         return {}, "squeue is not installed here."
-    format_ = ",".join(f"{name}:|" for name in (*_FIELDS, "exit_code", "RestartCnt"))
+    fields = "JobID,ArrayJobID,ArrayTaskID,State,Reason,StartTime,TimeUsed,TimeLimit,NodeList,exit_code,RestartCnt"
+    format_ = fields.replace(",", ":|,") + ":|"
     # Not --jobs: squeue fails as a whole where Slurm has forgotten one of them.
     answer = query_slurm(["squeue", "--all", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"], env)
     if answer.returncode:
@@ -81,8 +76,8 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
 
 
 def _query_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, JobState]:
-    """Return the state of each job that ``sacct`` knows, where there is accounting."""
-    if not ids or not has_command("sacct", env):
+    """The state of each job that ``sacct`` knows, where there is accounting."""
+    if not ids or not _has_command("sacct", env):
         return {}
     jobs = ",".join(sorted({id_.partition("_")[0] for id_ in ids}))
     fields = "JobID,State,Reason,Start,Elapsed,Timelimit,NodeList,ExitCode"

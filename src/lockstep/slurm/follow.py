@@ -1,8 +1,10 @@
 """Follow the log of a job until the job ends."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
+from lockstep.runs import Run
 from lockstep.slurm.registry import SubmittedJob
 from lockstep.slurm.status import RunStatus, query_status
 
@@ -14,19 +16,15 @@ def follow(job: SubmittedJob, env: Mapping[str, str], rank: int = 0, seen: RunSt
     """Print the log of a rank until the job ends and return its exit status; Ctrl-C ends the following, not the job.
 
     For a sweep, print one line whenever one of its runs changes; the exit status is that of the first that did not finish.
-
-    Args:
-        job: The job.
-        env: Environment for Slurm's commands.
-        rank: Whose log.
-        seen: A status of just now, whose log was printed already.
+    ``seen`` is a status of just now, whose log was printed already.
     """
-    log = _RankLog(job, rank, seen.attempt if seen else 0) if job.runs == 1 else None
+    logs = [_RankLog(job.members[0][1], rank, seen.attempt if seen else 0)] if job.runs == 1 else []
     printed: dict[str, tuple[str, str]] = {}
     asked = time.monotonic() if seen else 0.0
     try:
         while True:
-            _print_news(log)
+            for log in logs:
+                log.print_news()
             if time.monotonic() - asked < POLL_SECONDS:
                 time.sleep(0.2)
                 continue
@@ -37,7 +35,8 @@ def follow(job: SubmittedJob, env: Mapping[str, str], rank: int = 0, seen: RunSt
                     printed[status.job] = status.state, status.message
                     print(f"job {status.job}: {status.state}. {status.message}".rstrip(), flush=True)
             if not any(status.is_active for status in statuses):
-                _print_news(log)
+                for log in logs:
+                    log.print_news()
                 return next((status.exit_status for status in statuses if status.exit_status), 0)
     except KeyboardInterrupt:
         command = f"logs -f {job.job}" if job.runs == 1 else f"status {job.job}"
@@ -45,36 +44,24 @@ def follow(job: SubmittedJob, env: Mapping[str, str], rank: int = 0, seen: RunSt
         return 130
 
 
-def _print_news(log: "_RankLog | None") -> None:
-    for text in log.news() if log is not None else ():
-        print(text, end="", flush=True)
-
-
 class _RankLog:
-    """The log of a rank while it grows, attempt after attempt.
+    """The log of a rank while it grows, attempt after attempt; that of ``attempt`` was printed already."""
 
-    Args:
-        job: The job.
-        rank: Whose log.
-        printed: Number of the attempt whose log was printed already; 0 for none.
-    """
+    def __init__(self, run: Run, rank: int, attempt: int) -> None:
+        self._run, self._rank, self._attempt = run, rank, attempt
+        path = self._path(attempt)
+        self._read = path.stat().st_size if path.exists() else 0
 
-    def __init__(self, job: SubmittedJob, rank: int, printed: int) -> None:
-        self._logs, self._rank = job.members[0][1].folder / "logs", rank
-        self._run = job.members[0][1]
-        path = self._logs / str(printed) / f"{rank}.log"
-        self._attempt, self._read = printed, path.stat().st_size if path.exists() else 0
-
-    def news(self) -> Iterator[str]:
-        """What was written since the last call."""
+    def print_news(self) -> None:
+        """Print what was written since the last call."""
         for attempt in range(max(1, self._attempt), self._run.newest_attempt + 1):
             if attempt != self._attempt:
                 self._attempt, self._read = attempt, 0
-            path = self._logs / str(attempt) / f"{self._rank}.log"
-            if path.exists():
+            if (path := self._path(attempt)).exists():
                 with path.open(errors="replace", newline="") as file:
                     file.seek(self._read)
-                    text = file.read()
+                    print(file.read(), end="", flush=True)
                     self._read = file.tell()
-                if text:
-                    yield text
+
+    def _path(self, attempt: int) -> Path:
+        return self._run.folder / "logs" / str(attempt) / f"{self._rank}.log"

@@ -18,8 +18,6 @@ class SubmittedJob:
     Attributes:
         job: Its id.
         folder: Run folder, or folder of the sweep.
-        name: Name of the job.
-        runs: Number of runs.
         conf: ``SLURM_CONF`` at submission, which identifies the cluster.
         time: Of submission, in seconds since 1970.
         is_recycled: Whether Slurm has given its id to another job since.
@@ -36,13 +34,14 @@ class SubmittedJob:
     @property
     def members(self) -> list[tuple[str, Run]]:
         """Job id and folder of every run."""
-        if self.runs == 1:
-            return [(self.job, Run(self.folder))]
-        digits = max(3, len(str(self.runs - 1)))
-        return [
-            (f"{self.job}_{index}", Run(self.folder.with_name(f"{self.folder.name}-{index:0{digits}}")))
-            for index in range(self.runs)
-        ]
+        names = [self.job] if self.runs == 1 else [f"{self.job}_{index}" for index in range(self.runs)]
+        return list(zip(names, member_runs(self.folder, self.runs), strict=True))
+
+
+def member_runs(folder: Path, count: int) -> list[Run]:
+    """The runs of a submission: that in ``folder``, or those of a sweep, which are siblings of the sweep's folder."""
+    digits = max(3, len(str(count - 1)))
+    return [Run(folder if count == 1 else folder.with_name(f"{folder.name}-{index:0{digits}}")) for index in range(count)]
 
 
 def register_job(job: SubmittedJob, env: Mapping[str, str]) -> None:
@@ -51,12 +50,10 @@ def register_job(job: SubmittedJob, env: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     row = asdict(job) | {"folder": str(job.folder), "time": time.time()}
     del row["is_recycled"]
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
-        is_partial = (
-            file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
-        )  # after a full disk
-        # One write: other launchers append too.
-        file.write((b"\n" if is_partial else b"") + (json.dumps(row, ensure_ascii=False) + "\n").encode())
+    is_partial = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # after a full disk
+    line = ("\n" if is_partial else "") + json.dumps(row, ensure_ascii=False) + "\n"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as file:
+        file.write(line.encode())  # one write: other launchers append too
 
 
 def registered_jobs(env: Mapping[str, str]) -> list[SubmittedJob]:
@@ -80,11 +77,7 @@ def _read_registry(env: Mapping[str, str]) -> list[SubmittedJob]:
 
 
 def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
-    """Return the submission with this job id, run id of a sweep, or run folder; the newest one if None.
-
-    Raises:
-        UsageError: The registry has no such job.
-    """
+    """Return the submission with this job id, run id of a sweep, or run folder; the newest one if None."""
     if name is None:
         jobs = registered_jobs(env)
         if not jobs:

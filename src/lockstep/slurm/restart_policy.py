@@ -18,13 +18,7 @@ _NO_PROGRESS_LIMIT = 25
 
 
 def reason_to_give_up(run: Run, ended: Sequence[Attempt], is_explained: bool) -> str:
-    """Return why another attempt would end like the last ones; empty if it may succeed.
-
-    Args:
-        run: The run.
-        ended: All attempts so far.
-        is_explained: Whether the cause of the last ending is known. A kill from outside has none, and may happen twice.
-    """
+    """Return why another attempt would end like the last of all ``ended`` ones; empty if it may succeed."""
     last = ended[-1]
     config = yaml.safe_load(run.config.read_text()) if run.config.exists() else {}
     limit = config.get("run", {}).get("max_restarts", RunOptions.max_restarts)

@@ -9,17 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.runs import (
-    Evidence,
-    JobState,
-    LaunchRecord,
-    Run,
-    RunProgress,
-    RunResult,
-    classify_ending,
-    read_attempts,
-    read_first_failure,
-)
+from lockstep.runs import JobState, LaunchRecord, Run, RunProgress, RunResult, endings, read_attempts, read_first_failure
 from lockstep.slurm.client import query_jobs
 from lockstep.slurm.registry import SubmittedJob
 
@@ -54,15 +44,11 @@ class RunStatus:
     """The status of one run.
 
     Attributes:
-        job: Id of its job.
-        run: Its folder.
         exit_status: 0 finished · 1 failed · 2 usage error · 3 waits, runs or unknown · 4 cancelled · 5 over its time limit ·
             6 out of memory · 7 a node failed · 130, 143 interrupted.
         state: One or a few words.
         message: One sentence; may be empty.
         slurm: Slurm's view; None if it has forgotten the job.
-        progress: ``status.json``.
-        result: ``result.json``.
     """
 
     job: str
@@ -150,16 +136,9 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
             return RunStatus(job, run, ACTIVE, "waiting", _pending_reason(state), state, progress, result)
         message = f"Attempt {run.newest_attempt} has failed: {failure.reason}" if failure is not None else ""
         return RunStatus(job, run, ACTIVE, state.state.lower(), message, state, progress, result)
-    evidence = Evidence(
-        result,
-        failure,
-        run.output(slurm, job),
-        _read_exit_status(exit_file),
-        state,
-        was_cancelled=(slurm / f"{job}.cancelled").exists(),
-        is_forgotten=state is None,
-    )
-    ending = classify_ending(evidence)
+    was_cancelled = (slurm / f"{job}.cancelled").exists()
+    output, status = run.output(slurm, job), _read_exit_status(exit_file)
+    ending = endings.classify_ending(endings.Evidence(result, failure, output, status, state, was_cancelled, state is None))
     return RunStatus(job, run, ending.exit_status, ending.state, ending.reason, state, progress, result)
 
 

@@ -14,30 +14,13 @@ from pathlib import Path
 
 from lockstep.compat.submitit import load_task
 from lockstep.core import LockstepError
-from lockstep.runs import (
-    Attempt,
-    AttemptStart,
-    Evidence,
-    Owner,
-    Run,
-    RunProgress,
-    RunResult,
-    append_attempt,
-    classify_ending,
-    read_attempts,
-    read_first_failure,
-    update_status,
-)
+from lockstep.runs import AttemptStart, Owner, Run, RunProgress, RunResult, attempts, endings, read_first_failure, update_status
 from lockstep.slurm.client import SLURM_TIMEOUT_SECONDS, allocation_end, cancel_steps, is_owner_alive, is_preempted
 from lockstep.slurm.restart_policy import REQUEUE, RESTART, reason_to_give_up
 
 
 def start(run: Run, slurm: Path, env: Mapping[str, str]) -> int:
-    """Claim the next attempt for this job and return its number.
-
-    Raises:
-        LockstepError: Another job has the run.
-    """
+    """Claim the next attempt for this job and return its number; UsageError if another job has the run."""
     number = run.claim_attempt(Owner(job=env["SLURM_JOB_ID"]), lambda owner: is_owner_alive(owner, env, SLURM_TIMEOUT_SECONDS))
     output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
     printed = output.stat().st_size if output.exists() else 0
@@ -47,18 +30,14 @@ def start(run: Run, slurm: Path, env: Mapping[str, str]) -> int:
 
 
 def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int:
-    """Record how the attempt ended and decide what follows.
-
-    Returns:
-        0 if the run is finished, ``RESTART``, ``REQUEUE``, or the exit status of the run.
-    """
+    """Record how the attempt ended; return 0 if the run is finished, RESTART, REQUEUE, or the exit status of the run."""
     number, job = run.newest_attempt, env["SLURM_JOB_ID"]
     result, failure = RunResult.read(run.result), read_first_failure(run, number)
     if result is not None and result.attempts != number and not result.is_finished:
         result = None  # that of the attempt before
-    ending = classify_ending(Evidence(result, failure, run.output(slurm, env["LOCKSTEP_JOB"]), status))
+    ending = endings.classify_ending(endings.Evidence(result, failure, run.output(slurm, env["LOCKSTEP_JOB"]), status))
     start, progress = AttemptStart.read(run.start_record(number)), RunProgress.read(run.status)
-    attempt = Attempt(
+    attempt = attempts.Attempt(
         attempt=number,
         job=job,
         reason=ending.reason,
@@ -69,8 +48,8 @@ def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | 
         step=(result and result.global_step) or (progress.step if progress is not None else 0),
         crashed=not (ending.is_finished or ending.is_interrupted),
     )
-    ended = [*read_attempts(run), attempt]
-    append_attempt(run, attempt)
+    ended = [*attempts.read_attempts(run), attempt]
+    attempts.append_attempt(run, attempt)
     if status > 128:
         cancel_steps(job, env)
     if ending.is_finished:
@@ -87,26 +66,25 @@ def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | 
 
 def _record_lost_attempts(run: Run, newest: int) -> None:
     """Record attempts that ended together with the batch script, so that nothing could record them then."""
-    recorded = {attempt.attempt for attempt in read_attempts(run)}
+    recorded = {attempt.attempt for attempt in attempts.read_attempts(run)}
     result, progress = RunResult.read(run.result), RunProgress.read(run.status)
     for number in range(1, newest):
         start = AttemptStart.read(run.start_record(number))
         if number in recorded or start is None:
             continue
         reason = result.reason if result is not None and result.attempts == number else None
-        is_newest = progress is not None and progress.attempt == number
-        attempt = Attempt(
+        attempt = attempts.Attempt(
             attempt=number,
             job=start.job,
             reason=reason or "Slurm ended the job: preempted, requeued, or a node was lost.",
             exit_status=1,
             started_at=start.time,
-            ended_at=progress.time if progress is not None and is_newest else start.time,
+            ended_at=progress.time if progress is not None and progress.attempt == number else start.time,
             saved_step=run.latest_saved_step,
             step=progress.step if progress is not None else 0,
             crashed=False,
         )
-        append_attempt(run, attempt)
+        attempts.append_attempt(run, attempt)
 
 
 def _give_up(run: Run, status: int, why: str) -> int:
@@ -117,20 +95,15 @@ def _give_up(run: Run, status: int, why: str) -> int:
     return status or 1
 
 
-def _run_of(slurm: Path, env: Mapping[str, str]) -> Run:
-    """The run of this job, or of this task of an array."""
-    return Run(Path(load_task(slurm / f"{env['LOCKSTEP_JOB']}_submitted.pkl").folder))
-
-
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     """Run ``FOLDER start`` or ``FOLDER finish STATUS`` and return the exit status."""
-    folder, what, *rest = arguments
+    slurm, what, *rest = Path(arguments[0]), *arguments[1:]
     try:
-        run = _run_of(Path(folder), env)
+        run = Run(load_task(slurm / f"{env['LOCKSTEP_JOB']}_submitted.pkl").folder)
         if what == "start":
-            print(start(run, Path(folder), env), allocation_end(env["SLURM_JOB_ID"], env))
-            return 0
-        print(finish(run, Path(folder), int(rest[0]), env))
+            print(start(run, slurm, env), allocation_end(env["SLURM_JOB_ID"], env))
+        else:
+            print(finish(run, slurm, int(rest[0]), env))
         return 0
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)

@@ -10,15 +10,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from lockstep.core import Interrupted, RunError, Stopped, World, setup_logging
-from lockstep.runs import (
-    Failure,
-    Run,
-    RunResult,
-    record_failure,
-    verify_snapshot,
-    wait_for_first_failure,
-    write_failed_result,
-)
+from lockstep.runs import Failure, Run, RunResult, failure, verify_snapshot
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +24,6 @@ class TrainTask:
 
     Attributes:
         folder: The run folder.
-        command: fit, validate, test or predict.
         arguments: Keys of the config; files in them are copies in the run folder.
         digest: SHA-256 of the code snapshot; empty without one.
         cpus: CPUs that each rank was promised; None if unknown.
@@ -111,7 +102,8 @@ def _raise_interrupted(*_: object) -> None:
 def _record_failure(error: BaseException, world: World, run: Run, attempt: int) -> int:
     """Record why this rank failed, unless another failed first, and return its exit status."""
     mine = Failure.from_exception(error, world)
-    first = (wait_for_first_failure(run, attempt) if mine.is_secondary else None) or record_failure(run, attempt, mine)
+    first = failure.wait_for_first_failure(run, attempt) if mine.is_secondary else None
+    first = first or failure.record_failure(run, attempt, mine)
     if first.rank != world.rank:
         print(f"lockstep: rank {world.rank} ended because of {first.reason}", flush=True)
         if first.report != mine.report and not mine.is_secondary:
@@ -119,5 +111,5 @@ def _record_failure(error: BaseException, world: World, run: Run, attempt: int) 
     elif world.rank:
         print(f"lockstep: {mine.report}", flush=True)
     if first.rank == world.rank or world.is_rank_zero:
-        write_failed_result(run, attempt, first)
+        failure.write_failed_result(run, attempt, first)
     return mine.exit_status

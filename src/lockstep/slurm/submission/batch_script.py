@@ -17,16 +17,7 @@ from lockstep.slurm.submission.profile import Profile
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job, or a job array, to submit.
-
-    Attributes:
-        name: Job name.
-        folder: Folder of the run or sweep; scripts, pickles and the output of srun go into its ``slurm/``.
-        code: Where the ranks import modules from.
-        profile: Resources.
-        options: The launcher's options.
-        runs: Number of runs; more than one make an array.
-    """
+    """A job to submit, or an array of ``runs``; scripts, pickles and the output of srun go into ``folder/slurm``."""
 
     name: str
     folder: Path
@@ -84,15 +75,19 @@ def _srun_arguments(request: JobRequest) -> list[str]:
     arguments = ["--kill-on-bad-exit=1", "--open-mode=append"]
     if request.profile.cpus is not None:
         arguments.append(f"--cpus-per-task={request.profile.cpus}")  # srun does not inherit it
+    return [*arguments, *_pyxis_arguments(request), *request.profile.srun]
+
+
+def _pyxis_arguments(request: JobRequest) -> list[str]:
     container = request.profile.container
-    if container and container.runtime == "pyxis":
-        mounts = ",".join([*(f"{folder}:{folder}" for folder in _container_mounts(request)), *container.mounts])
-        arguments += [
-            f"--container-image={container.image}",
-            f"--container-mounts={mounts}",
-            f"--container-workdir={request.options.working_directory}",
-        ]
-    return [*arguments, *request.profile.srun]
+    if container is None or container.runtime != "pyxis":
+        return []
+    mounts = ",".join([*(f"{folder}:{folder}" for folder in _container_mounts(request)), *container.mounts])
+    return [
+        f"--container-image={container.image}",
+        f"--container-mounts={mounts}",
+        f"--container-workdir={request.options.working_directory}",
+    ]
 
 
 def _python_command(request: JobRequest) -> str:
@@ -183,31 +178,19 @@ def _setup_lines(request: JobRequest) -> list[str]:
 
 def _fill_in(template: str, request: JobRequest) -> list[str]:
     """Lines of a shell template with its ``@names@`` replaced by values, quoted for the shell."""
+    supervisor = f"{_python_command(request)} -m lockstep.slurm.supervisor"
+    if pyxis := _pyxis_arguments(request):
+        supervisor = f"command srun --overlap --nodes=1 --ntasks=1 {shlex.join(pyxis)} {supervisor}"
+    task_counts, ranks = "", request.profile.ranks
+    if request.options.nodes.is_range:  # sbatch cannot know the number of ranks
+        cpus = "" if request.profile.cpus else "--cpus-per-task=1 "
+        task_counts = f"--ntasks=$((SLURM_NNODES * {ranks})) --ntasks-per-node={ranks} {cpus}"
     values = {
         "restart": RESTART,
         "requeue": REQUEUE,
-        "task_counts": _task_count_arguments(request),
-        "supervisor": _supervisor_command(request),
+        "task_counts": task_counts,
+        "supervisor": supervisor,
         "slurm": shlex.quote(str(request.folder / "slurm")),
         "folder": shlex.quote(str(request.folder)),
     }
     return [re.sub("@(\\w+)@", lambda name: values[name[1]], line) for line in template.strip().splitlines()]
-
-
-def _task_count_arguments(request: JobRequest) -> str:
-    """Number of ranks for srun, where sbatch cannot know it because the number of nodes is a range."""
-    if not request.options.nodes.is_range:
-        return ""
-    ranks = request.profile.ranks
-    cpus = "" if request.profile.cpus else "--cpus-per-task=1 "
-    return f"--ntasks=$((SLURM_NNODES * {ranks})) --ntasks-per-node={ranks} {cpus}"
-
-
-def _supervisor_command(request: JobRequest) -> str:
-    """The shell command that starts ``lockstep.slurm.supervisor`` on the first node."""
-    container = request.profile.container
-    command = f"{_python_command(request)} -m lockstep.slurm.supervisor"
-    if container is None or container.runtime != "pyxis":
-        return command
-    arguments = [argument for argument in _srun_arguments(request) if argument.startswith("--container")]
-    return f"command srun --overlap --nodes=1 --ntasks=1 {shlex.join(arguments)} {command}"

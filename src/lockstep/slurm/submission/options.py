@@ -24,16 +24,11 @@ class NodeRange:
 
     @property
     def is_range(self) -> bool:
-        """Whether Slurm chooses the number."""
         return self.min != self.max
 
     @classmethod
     def parse(cls, text: str) -> "NodeRange":
-        """Parse ``4`` or ``2-4``.
-
-        Raises:
-            argparse.ArgumentTypeError: ``text`` has another form.
-        """
+        """Parse ``4`` or ``2-4``; a type of flags."""
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         if not match:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of nodes; write 4, or 2-4")
@@ -50,12 +45,10 @@ class LaunchOptions:
     Attributes:
         working_directory: Folder of submission, and current folder of the ranks.
         command_line: The launcher's whole command line, for the record.
-        nodes: Number of nodes, or a range.
-        job_name: Job name; None takes that of the run.
+        job_name: None takes that of the run.
         after: Id of a job that must finish successfully first.
         sweep: Keys of the config and the values of each; empty without a sweep.
         array_parallelism: How many runs of a sweep may run at the same time.
-        snapshot: Whether the job runs a copy of the code.
         resume: A run to resume with its own code; None creates a new one.
     """
 
@@ -73,8 +66,7 @@ class LaunchOptions:
         """Raise UsageError if ``resume`` is impossible, or the config does not suit the number of GPUs and ranks."""
         if self.resume and self.sweep:
             raise UsageError(f"--resume: {self.resume.folder} is a single run; it cannot be combined with --sweep.")
-        result = RunResult.read(self.resume.result) if self.resume else None
-        if self.resume and result and result.is_finished:
+        if self.resume and (result := RunResult.read(self.resume.result)) and result.is_finished:
             raise UsageError(f"--resume: {self.resume.folder} is finished.")
         accelerator = config["trainer"].get("accelerator")
         has_gpus = profile.gpus_per_node or any("gpu" in argument for argument in profile.sbatch)

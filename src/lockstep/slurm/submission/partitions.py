@@ -61,11 +61,7 @@ def fits_when_all_nodes_are_up(request: JobRequest, partitions: Sequence[Partiti
 
 
 def check_time_limit(request: JobRequest, minutes: int, partitions: Sequence[Partition]) -> None:
-    """Check the time limit of a job, which neither ``sbatch`` nor ``--test-only`` does on most clusters.
-
-    Raises:
-        UsageError: It exceeds that of the partitions, so the job would never start.
-    """
+    """Raise UsageError if the time limit exceeds that of the partitions; most clusters queue such a job for ever."""
     limits = [p.time for p in _requested(request, partitions)]
     if limits and not any(limit in ("infinite", "n/a") or parse_minutes(limit) >= minutes for limit in limits):
         raise UsageError(explain_rejection("The time limit exceeds that of the partition", request, partitions))
@@ -76,9 +72,8 @@ def explain_rejection(output: str, request: JobRequest, partitions: Sequence[Par
     errors = re.findall(r"(?:sbatch: error: |allocation failure: |Batch job submission failed: )([^\n]+)", output)
     error = errors[-1].rpartition("failed: ")[2] if errors else " ".join(output.split())
     profile = request.profile
-    requested = [
-        f"{request.options.nodes} node{'' if request.options.nodes.max == 1 else 's'} of {_count(profile.ranks, 'rank')}"
-    ]
+    plural = "" if request.options.nodes.max == 1 else "s"
+    requested = [f"{request.options.nodes} node{plural} of {_count(profile.ranks, 'rank')}"]
     requested += [f"{_count(profile.gpus_per_node, 'GPU')} per node"] if profile.gpus_per_node else []
     requested += [f"{_count(profile.cpus, 'CPU')} per rank"] if profile.cpus else []
     requested += [f"{profile.mem} of memory per node"] if profile.mem else []

@@ -12,20 +12,12 @@ from lockstep.slurm.submission.submission import Submission
 
 
 def resolve_config(submission: Submission, env: Mapping[str, str]) -> str:
-    """Return the complete config as YAML, built as the ranks will build it.
-
-    Raises:
-        UsageError: The ranks would reject the config.
-    """
+    """Return the complete config as YAML, built as the ranks will build it; raise UsageError if they would reject it."""
     return _run_cli(["train"], submission, ["--print_config"], env).stdout
 
 
 def plan_memory(submission: Submission, env: Mapping[str, str]) -> tuple[str, str]:
-    """Return a table of the strategies that fit into the profile's memory, and notes on what remains unknown.
-
-    Raises:
-        UsageError: The ranks would reject the config, or the planner does not support the model.
-    """
+    """Return a table of the strategies that fit into the profile's memory, and notes on what remains unknown."""
     profile = submission.profile
     on_gpu = profile.gpus_per_node > 0
     node = parse_size(profile.mem) if profile.mem else 0
@@ -44,11 +36,7 @@ def plan_memory(submission: Submission, env: Mapping[str, str]) -> tuple[str, st
 def _run_cli(
     command: Sequence[str], submission: Submission, flags: Sequence[str], env: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command of ``lockstep`` on the first run, with the Python of the ranks; for a container, the launcher's.
-
-    Raises:
-        UsageError: It failed; the message is its last line.
-    """
+    """Run a command of ``lockstep`` on the first run, with the Python of the ranks; for a container, the launcher's."""
     profile = submission.profile
     python = sys.executable if profile.container or not profile.python else profile.python
     paths = os.pathsep.join(map(str, submission.live_code(env).paths))

@@ -13,7 +13,6 @@ from lockstep.core import UsageError, did_you_mean
 
 _MAX_MINUTES = 10 * 365 * 24 * 60
 
-
 _RESERVED_SBATCH = {
     "array": "; use --sweep", "chdir": "", "dependency": "; use --after", "error": "", "export": "; use environment",
     "job-name": "; use --job-name", "nodes": "; use --nodes", "ntasks": "; use --ranks-per-node",
@@ -22,8 +21,9 @@ _RESERVED_SBATCH = {
 }  # fmt: skip
 """Arguments of sbatch that the launcher sets itself, and the flag to use instead."""
 
-
 _SECRET_NAME = re.compile(r"API_?KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+
+_SIZE_UNITS = "KMGT"
 
 
 def profile_field(text: str, default: Any = None) -> Any:
@@ -98,9 +98,7 @@ class Profile:
 
     def non_default_values(self) -> dict[str, Any]:
         """The fields that differ from those of an empty profile."""
-        default = Profile()
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if value != getattr(default, name)}
+        return {name: value for name, value in vars(self).items() if value != vars(Profile())[name]}
 
 
 PROFILE_FLAGS: dict[str, type] = {
@@ -109,15 +107,8 @@ PROFILE_FLAGS: dict[str, type] = {
 """Fields that are flags of the launcher too, and the type of their value: all that hold one text or number."""
 
 
-_SIZE_UNITS = "KMGT"
-
-
 def parse_minutes(time: str, key: str = "time") -> int:
-    """Parse a time as Slurm writes it, in minutes, rounded up.
-
-    Raises:
-        UsageError: ``time``, the value of ``key``, has another form.
-    """
+    """Parse a time as Slurm writes it, the value of ``key``, in minutes, rounded up."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not match:
         raise UsageError(f"{key}: {time!r} is not a time; write minutes, HH:MM:SS or D-HH:MM:SS, such as 24:00:00.")
@@ -130,11 +121,7 @@ def parse_minutes(time: str, key: str = "time") -> int:
 
 
 def parse_size(size: str, key: str = "mem") -> int:
-    """Parse a size as Slurm writes it, in bytes: a number of MiB, or one with the suffix K, M, G or T.
-
-    Raises:
-        UsageError: ``size``, the value of ``key``, has another form.
-    """
+    """Parse a size as Slurm writes it, the value of ``key``, in bytes: a number of MiB, or one with the suffix K, M, G or T."""
     match = re.fullmatch(rf"(\d+)([{_SIZE_UNITS}]?)B?", size.upper())
     if not match:
         raise UsageError(f"{key}: {size!r} is not a size; write a number with the suffix K, M, G or T, such as 80G.")
@@ -146,11 +133,7 @@ def load_profile(name: str | None, env: Mapping[str, str], folders: Iterable[Pat
 
     Args:
         name: A name, or the path of a file (with a / or .yaml in it).
-        env: Environment of the launcher.
         folders: Where to look for names; the first match wins.
-
-    Raises:
-        UsageError: The profile does not exist, or one of its keys or values is wrong.
     """
     name = name or env.get("LOCKSTEP_PROFILE")
     if not name:
@@ -181,7 +164,7 @@ def _profile_path(name: str, folders: list[Path]) -> Path:
 
 def apply_flags(base: Profile, flags: Mapping[str, Any]) -> Profile:
     """Return ``base`` with the flags that are not None: they extend lists and replace everything else."""
-    values = {f.name: getattr(base, f.name) for f in fields(base)}
+    values = dict(vars(base))
     for name, value in flags.items():
         if value is not None:
             values[name] = (*values[name], *value) if name in ("sbatch", "srun") else value
@@ -205,7 +188,7 @@ def _convert_fields(cls: type[Profile | Container], content: Mapping[Any, Any], 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
     choices = get_args(hint)
-    if type(None) in choices and (value is None or value in ("", "null", "~")):
+    if type(None) in choices and value in (None, "", "null", "~"):
         return None
     if Container in choices:
         return _convert_container(key, value)

@@ -9,13 +9,8 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from lockstep.compat.submitit import SUBMISSION_ERRORS
 from lockstep.core import UsageError
 from lockstep.slurm import TrainTask, query_slurm
+from lockstep.slurm.submission import partitions
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script, make_executor
-from lockstep.slurm.submission.partitions import (
-    check_time_limit,
-    explain_rejection,
-    fits_when_all_nodes_are_up,
-    query_partitions,
-)
 
 _INHERITED_VARIABLES = re.compile(
     r"(SLURM_(?!CONF$)|SBATCH_|SRUN_|SALLOC_|SUBMITIT_|PMI|TORCHELASTIC_|LOCKSTEP_(?!PROFILE$)|GOMP_CPU_AFFINITY$|KMP_AFFINITY$"
@@ -23,7 +18,6 @@ _INHERITED_VARIABLES = re.compile(
     r"|CUDA_VISIBLE_DEVICES$|ROCR_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$)"
 )
 """Variables that an enclosing job has set in the shell; the new job must not inherit them."""
-
 
 _RETRY_SECONDS = 60.0
 """How long to retry a command of Slurm while its controller does not answer: it may be restarting."""
@@ -38,34 +32,25 @@ def scrub_environment(env: MutableMapping[str, str]) -> list[str]:
 
 
 def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
-    """Check with Slurm that it would run this job.
-
-    Raises:
-        UsageError: It would not; the message has Slurm's own words, the requested resources and the available ones.
-    """
+    """Raise UsageError if Slurm would reject this job: Slurm's own words, the requested and the available resources."""
     command, script = ["sbatch", "--test-only"], batch_script(request)
     env = {**env, "SBATCH_JOB_NAME": request.name}
     answer = _with_retries(lambda: subprocess.run(command, input=script, env=env, capture_output=True, text=True))
     if answer.returncode:
-        partitions = query_partitions(env)
         # Unlike a submission, --test-only considers only nodes that are up: during maintenance it rejects jobs that can wait.
-        if not ("node configuration is not available" in answer.stderr and fits_when_all_nodes_are_up(request, partitions)):
-            raise UsageError(explain_rejection(answer.stderr, request, partitions))
+        found, is_for_nodes = partitions.query_partitions(env), "node configuration is not available" in answer.stderr
+        if not (is_for_nodes and partitions.fits_when_all_nodes_are_up(request, found)):
+            raise UsageError(partitions.explain_rejection(answer.stderr, request, found))
     profile = request.profile
     flags = {argument[2:].partition("=")[0] for argument in profile.sbatch}
     if profile.minutes is not None and not profile.qos and not flags & {"qos", "partition", "time"}:
-        check_time_limit(request, profile.minutes, query_partitions(env))
+        partitions.check_time_limit(request, profile.minutes, partitions.query_partitions(env))
 
 
 def check_dependency(job: str, env: Mapping[str, str]) -> None:
-    """Check that a job can still finish successfully, or just has.
-
-    Raises:
-        UsageError: It failed, or Slurm does not know it; Slurm would ignore the dependency, or never start the new job.
-    """
+    """Raise UsageError for a failed or unknown job: Slurm would ignore the dependency, or never start the new job."""
     command = ["squeue", "--all", "--array", "--states=all", "--noheader", f"--jobs={job}", "--Format=State"]
-    answer = query_slurm(command, env)
-    states = set(answer.stdout.split())
+    states = set(query_slurm(command, env).stdout.split())
     if not states:
         raise UsageError(f"--after: Slurm does not know job {job} (any more); if it finished successfully, omit --after.")
     if bad := states - {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "COMPLETED"}:
@@ -75,11 +60,7 @@ def check_dependency(job: str, env: Mapping[str, str]) -> None:
 
 
 def submit_job(request: JobRequest, tasks: Sequence[TrainTask], env: MutableMapping[str, str]) -> str:
-    """Submit ``tasks``, one per run, with one call of ``sbatch``, and return the job id.
-
-    Raises:
-        UsageError: Slurm rejects the job; nothing is queued.
-    """
+    """Submit ``tasks``, one per run, with one ``sbatch``, and return the job id; after a UsageError nothing is queued."""
     executor = make_executor(request)
     (request.folder / "slurm").mkdir(mode=0o700, exist_ok=True)
     # Not in the script, where a line break in a name would begin a new line.
@@ -95,7 +76,8 @@ def submit_job(request: JobRequest, tasks: Sequence[TrainTask], env: MutableMapp
                 return str(jobs[0].job_id).partition("_")[0]
             except SUBMISSION_ERRORS as error:
                 if not retries.wait_after(str(error)):
-                    raise UsageError(explain_rejection(str(error), request, query_partitions(env))) from None
+                    found = partitions.query_partitions(env)
+                    raise UsageError(partitions.explain_rejection(str(error), request, found)) from None
                 _cancel_unconfirmed(request, env)
     finally:
         del env["SBATCH_JOB_NAME"]

@@ -12,18 +12,8 @@ from typing import Any
 from lockstep.config import SweepPoint, check_checkpoint_path, check_deepspeed, check_run_root, check_sweep_keys, sweep_points
 from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError, python_path, wandb_api_key
-from lockstep.runs import (
-    CodePaths,
-    ConfigFreezer,
-    LaunchRecord,
-    Run,
-    check_not_ignored,
-    git_state,
-    live_code,
-    new_run_id,
-    take_snapshot,
-)
-from lockstep.slurm import SubmittedJob, TrainTask, register_job
+from lockstep.runs import CodePaths, LaunchRecord, Run, frozen_config, git_state, new_run_id, snapshot
+from lockstep.slurm import SubmittedJob, TrainTask, member_runs, register_job
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script
 from lockstep.slurm.submission.options import LaunchOptions
 from lockstep.slurm.submission.profile import Profile
@@ -31,10 +21,8 @@ from lockstep.slurm.submission.sbatch import check_dependency, check_schedulable
 
 log = logging.getLogger(__name__)
 
-
 _MIN_KEY_LENGTH = 20
 """Characters. W&B keys have 40 or more; a shorter one is a placeholder, which may be part of innocent words."""
-
 
 _PREVIEWED_RUNS = 10
 
@@ -44,11 +32,9 @@ class Submission:
     """A run or sweep to submit, with everything checked that needs no torch.
 
     Attributes:
-        command: fit, validate, test or predict.
         arguments: Keys of the config, as typed.
         config: The values of all keys, as far as known without the classes.
         profile: Resources, with the launcher's flags applied.
-        options: All other options of the launcher.
         folder: Folder of the run or sweep; created by ``submit``.
         sweep_points: The values of each run of a sweep; one empty point without a sweep.
         secrets: Texts that must not be written anywhere.
@@ -72,15 +58,7 @@ class Submission:
         env: Mapping[str, str],
         launcher_flags: Sequence[str] = (),
     ) -> "Submission":
-        """Check everything that needs neither torch nor Slurm, and return the submission.
-
-        Args:
-            arguments: An optional command, then keys of the config.
-            launcher_flags: Names of the launcher's flags, to suggest for misspelt keys.
-
-        Raises:
-            UsageError: Describes the first mistake.
-        """
+        """Check everything that needs neither torch nor Slurm; ``launcher_flags`` are suggested for misspelt keys."""
         key = wandb_api_key(env)
         secrets = (key,) if key and len(key) >= _MIN_KEY_LENGTH else ()
         if any(secret in argument for secret in secrets for argument in options.command_line):
@@ -103,11 +81,7 @@ class Submission:
         return cls(command, tuple(keys), config, profile, options, folder, sweep_points(options.sweep), secrets)
 
     def check_with_slurm(self, env: Mapping[str, str]) -> None:
-        """Check with Slurm that it would run this job.
-
-        Raises:
-            UsageError: It would not, or Slurm is not installed here.
-        """
+        """Raise UsageError if Slurm would not run this job, or is not installed here."""
         if shutil.which("sbatch", path=env.get("PATH")) is None:
             raise UsageError(
                 "sbatch is not found: this is not a login node of a Slurm cluster; slurm/cluster.py starts a cluster here."
@@ -118,7 +92,7 @@ class Submission:
 
     def live_code(self, env: Mapping[str, str]) -> CodePaths:
         """The code where it is now, without a snapshot."""
-        return live_code(self.options.working_directory, python_path(env))
+        return snapshot.live_code(self.options.working_directory, python_path(env))
 
     def run_arguments(self, index: int = 0) -> list[str]:
         """Return all arguments of a run: the given ones, those that its job needs, and the values of the sweep."""
@@ -134,30 +108,25 @@ class Submission:
     def preview(self, env: Mapping[str, str]) -> str:
         """Return the batch script and the arguments of each run, as ``submit`` would send them."""
         script = batch_script(self._request(self.live_code(env)))
-        runs = self._runs()
         lines = [
             f"# {run.folder}: {shlex.join([self.command, *self.run_arguments(index)])}"
-            for index, run in enumerate(runs[:_PREVIEWED_RUNS])
+            for index, run in enumerate(self._runs[:_PREVIEWED_RUNS])
         ]
-        if len(runs) > _PREVIEWED_RUNS:
-            lines.append(f"# … and {len(runs) - _PREVIEWED_RUNS} more runs")
+        if (more := len(self._runs) - _PREVIEWED_RUNS) > 0:
+            lines.append(f"# … and {more} more runs")
         return "\n".join([script, *(line.replace("\n", "\n# ") for line in lines), ""])
 
     def submit(self, env: MutableMapping[str, str]) -> SubmittedJob:
-        """Create the run folders and queue the job.
-
-        Raises:
-            UsageError: A folder or file cannot be written, or Slurm rejects the job; nothing is left behind.
-        """
+        """Create the run folders and queue the job; after a UsageError nothing is left behind."""
         if self.options.resume is not None:
             return self._submit_resume(self.options.resume, env)
         new_folders = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
         created: list[Run] = []
         try:
-            for run in dict.fromkeys([Run(self.folder), *self._runs()]):
+            for run in dict.fromkeys([Run(self.folder), *self._runs]):
                 created.append(Run.create(run.folder.parent.parent, run.name, run.id))
             code = self._code(env)
-            job = submit_job(self._request(code), self._tasks(code, env), env)
+            job = submit_job(self._request(code), self._tasks(code), env)
         except BaseException as error:
             self._roll_back(created, new_folders, env)
             if isinstance(error, OSError):
@@ -193,16 +162,12 @@ class Submission:
             log.warning("job %s is queued, but jobs.py will not list it: %s.", job, error)
         return submitted
 
-    def _runs(self) -> list[Run]:
-        """The runs, in the order of ``sweep_points``; those of a sweep are siblings of the sweep's folder."""
-        if not self._is_sweep:
-            return [Run(self.folder)]
-        count = len(self.sweep_points)
-        digits = max(3, len(str(count - 1)))
-        return [Run(self.folder.with_name(f"{self.folder.name}-{index:0{digits}}")) for index in range(count)]
-
     def _has_argument(self, flag: str) -> bool:
         return any(argument.startswith(flag) for argument in self.arguments)
+
+    @property
+    def _runs(self) -> list[Run]:
+        return member_runs(self.folder, len(self.sweep_points))
 
     @property
     def _is_sweep(self) -> bool:
@@ -217,39 +182,34 @@ class Submission:
         if not self.options.snapshot:
             return self.live_code(env)
         here = self.options.working_directory
-        code = take_snapshot(here, self.folder, python_path(env), self.secrets)
-        check_not_ignored(self.config, code, here, env)
+        code = snapshot.take_snapshot(here, self.folder, python_path(env), self.secrets)
+        frozen_config.check_not_ignored(self.config, code, here, env)
         return code
 
-    def _tasks(self, code: CodePaths, env: Mapping[str, str]) -> list[TrainTask]:
-        """Freeze the config files of each run, write its launch record, and return its task."""
-        freezer = ConfigFreezer(code, self.folder / "configs", self.secrets)
-        git = git_state(self.options.working_directory)
-        tasks = []
-        for index, run in enumerate(self._runs()):
-            self._describe(run, index, code, git)
-            arguments = freezer.freeze(self.run_arguments(index))
-            tasks.append(TrainTask(run.folder, self.command, arguments, code.digest, self.profile.cpus))
-        return tasks
-
-    def _describe(self, run: Run, index: int, code: CodePaths, git: Mapping[str, Any] | None) -> None:
-        """Write the launch record of a run, and link the snapshot of a sweep into its folder."""
-        if self._is_sweep and self.options.snapshot:
-            for name in ("code", "code.sha256"):
-                (run.folder / name).symlink_to(Path("..") / self.folder.name / name)
-        sweep = {"id": self.folder.name, "index": index, "values": self.sweep_points[index]}
+    def _tasks(self, code: CodePaths) -> list[TrainTask]:
+        """Write the launch record of each run, freeze its config files, and return its task."""
+        freezer = frozen_config.ConfigFreezer(code, self.folder / "configs", self.secrets)
         record = LaunchRecord(
             shlex.join(self.options.command_line),
             str(self.options.nodes),
             self.profile.ranks,
-            git,
+            git_state(self.options.working_directory),
             folder=str(self.options.working_directory),
             slurm={key: str(value) for key, value in self.profile.non_default_values().items()},
             code=code.digest,
             paths=[str(path) for path in code.paths],
-            sweep=sweep if self._is_sweep else None,
         )
-        record.write(run.launch)
+        tasks = []
+        for index, run in enumerate(self._runs):
+            if self._is_sweep:
+                values = self.sweep_points[index]
+                record = replace(record, sweep={"id": self.folder.name, "index": index, "values": values})
+                for name in ("code", "code.sha256") if self.options.snapshot else ():
+                    (run.folder / name).symlink_to(Path("..") / self.folder.name / name)
+            record.write(run.launch)
+            arguments = freezer.freeze(self.run_arguments(index))
+            tasks.append(TrainTask(run.folder, self.command, arguments, code.digest, self.profile.cpus))
+        return tasks
 
     def _request(self, code: CodePaths) -> JobRequest:
         return JobRequest(self._job_name, self.folder, code, self.profile, self.options, len(self.sweep_points))
