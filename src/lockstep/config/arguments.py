@@ -3,9 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from lockstep.config.messages import missing_value, not_a_flag, unknown_command
 from lockstep.config.schema import COMMANDS
-from lockstep.core import UsageError
+from lockstep.core import UsageError, did_you_mean
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -17,7 +16,7 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if not arguments or arguments[0].startswith("-"):
         return "fit", list(arguments)
     if arguments[0] not in COMMANDS:
-        raise UsageError(unknown_command(arguments[0]))
+        raise UsageError(f"{arguments[0]!r} is not a command{did_you_mean(arguments[0], COMMANDS)}")
     return arguments[0], list(arguments[1:])
 
 
@@ -33,13 +32,15 @@ def split_keys(arguments: Sequence[str]) -> list[tuple[str, str]]:
         if argument == "-h":
             argument = "--help"
         if not _is_flag(argument) or argument == "--":
-            raise UsageError(not_a_flag(argument))
+            raise UsageError(
+                f"{argument!r} is not a key: keys begin with --; a command ({', '.join(COMMANDS)}) must be the first argument."
+            )
         key, equals, value = argument[2:].partition("=")
         if not equals and key != "help":
             if rest and not _is_flag(rest[0]) and not re.fullmatch(r"-[a-zA-Z]\S*", rest[0]):
                 value = rest.pop(0)
             elif key != "print_config" and not key.endswith(".help"):
-                raise UsageError(missing_value(key))
+                raise UsageError(f"{key}: needs a value: --{key} VALUE.")
         pairs.append((key, value))
     return pairs
 

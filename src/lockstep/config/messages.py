@@ -2,23 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from lockstep.config.schema import COMMANDS, RESERVED_TRAINER_KEYS
+from lockstep.config.schema import RESERVED_TRAINER_KEYS
 from lockstep.core import did_you_mean
-
-
-def unknown_command(name: str) -> str:
-    """Message about a first argument that is not a command."""
-    return f"{name!r} is not a command{did_you_mean(name, COMMANDS)}"
-
-
-def not_a_flag(argument: str) -> str:
-    """Message about an argument that is not a key."""
-    return f"{argument!r} is not a key: keys begin with --; a command ({', '.join(COMMANDS)}) must be the first argument."
-
-
-def missing_value(key: str) -> str:
-    """Message about a key that no value follows."""
-    return f"{key}: needs a value: --{key} VALUE."
 
 
 def unknown_key(key: str, value: object, valid: Iterable[str], owner: str = "") -> str:
@@ -69,23 +54,3 @@ def invalid_key_type(key: str, name: object) -> str:
 def class_not_set(key: str, inner: str, value: object) -> str:
     """Message about ``inner``, an argument of the class that ``key`` does not name yet."""
     return f"{inner} (value {value}): the class is not known yet; set {key} before its arguments."
-
-
-def unknown_class_name(key: str, name: str, valid: Iterable[str]) -> str:
-    """Message about a class name without its module that no known class has."""
-    return f"{key}: unknown class {name!r}{did_you_mean(name, valid)}"
-
-
-def missing_module(key: str, path: str, module: str) -> str:
-    """Message about an import path whose module does not exist."""
-    return f"{key}: {path} does not exist (No module named {module!r}); run from the folder that contains your module."
-
-
-def missing_class(key: str, path: str, valid: Iterable[str]) -> str:
-    """Message about a class that its module does not have; ``valid`` are import paths of the classes that it has."""
-    return f"{key}: {path} does not exist{did_you_mean(path, valid)}"
-
-
-def wrong_base_class(key: str, path: str, base: str) -> str:
-    """Message about a class that does not inherit from ``base``."""
-    return f"{key}: {path} is not a {base}."
