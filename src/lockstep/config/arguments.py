@@ -8,11 +8,7 @@ from lockstep.core import UsageError, did_you_mean
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the command at the start of ``arguments``, fit by default, and the other arguments.
-
-    Raises:
-        UsageError: The first argument is neither a command nor a key.
-    """
+    """Return the command at the start of ``arguments``, fit by default, and the other arguments."""
     if not arguments or arguments[0].startswith("-"):
         return "fit", list(arguments)
     if arguments[0] not in COMMANDS:
@@ -21,11 +17,7 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def split_keys(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Return pairs of a key, without its dashes, and its value, in their order.
-
-    Raises:
-        UsageError: An argument is not a key, or a key has no value.
-    """
+    """Return pairs of a key, without its dashes, and its value; raise UsageError for anything else."""
     pairs, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)

@@ -6,22 +6,14 @@ from lockstep.config.schema import RESERVED_TRAINER_KEYS
 from lockstep.core import did_you_mean
 
 
-def unknown_key(key: str, value: object, valid: Iterable[str], owner: str = "") -> str:
-    """Message about a key that does not exist.
-
-    Args:
-        key: The dotted key.
-        value: Its value; an empty string is left out of the sentence.
-        valid: Keys that exist.
-        owner: Import path of the class whose argument ``key`` would be, if any.
-    """
+def unknown_key(key: str, value: object, valid: Sequence[str], owner: str = "") -> str:
+    """Message about a key that does not exist, or is not an argument of the class ``owner``; an empty value is left out."""
     given = f" (value {value})" if value != "" else ""
     first, _, rest = key.partition(".")
     if first == "trainer" and rest in RESERVED_TRAINER_KEYS:
         return f"{key}{given}: cannot be set in a config; {RESERVED_TRAINER_KEYS[rest]}."
     if owner:
         return f"{key}{given}: unknown argument of {owner}{did_you_mean(key, valid)}"
-    valid = list(valid)
     groups = {name.partition(".")[0] for name in valid}
     if rest and first not in groups:
         return f"{key}{given}: unknown key{did_you_mean(first, groups, rest)}"

@@ -15,9 +15,10 @@ from lockstep.config.validation.lookup import Definition, SourceIndex
 from lockstep.config.validation.signature import Argument, class_hierarchy
 from lockstep.config.validation.source import ModuleSource, Undecidable
 
-_SIMPLE = {f"builtins.{name}": name for name in ("int", "float", "bool", "str")} | {
+_SIMPLE = {
     "pathlib.Path": "Path",
     "os.PathLike": "Path",
+    **{f"builtins.{name}": name for name in ("int", "float", "bool", "str")},
 }
 
 _LISTS, _MAPPINGS = (

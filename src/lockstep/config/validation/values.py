@@ -144,8 +144,7 @@ class ValueMerger:
         if name == "init_args":
             if more:
                 return self._set_argument(spec, more, value, expected, key)
-            arguments = self.mapping(value)
-            if arguments is None:
+            if (arguments := self.mapping(value)) is None:
                 raise UsageError(messages.expected_mapping(f"{key}.init_args", value))
             for argument_name, item in arguments.items():
                 spec = self._set_argument(spec, str(argument_name).split("."), item, expected, key)
