@@ -6,7 +6,6 @@ from lockstep.config.checks import check_checkpoint_path, check_deepspeed, check
 from lockstep.config.deepspeed import check_offload, deepspeed_config, missing_nvme_folder
 from lockstep.config.schema import (
     COMMANDS,
-    GROUPS,
     RESERVED_TRAINER_KEYS,
     SHARED_CLASSES,
     CheckpointOptions,

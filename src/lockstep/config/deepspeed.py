@@ -34,7 +34,6 @@ _OWNED_KEYS = {
 }
 """Keys of DeepSpeed's JSON, and the key of our config that sets each."""
 
-
 _UNSAFE_KEYS = {
     "zero_optimization.offload_optimizer.pipeline_read": "reads gradients before they are written",
     "zero_optimization.offload_optimizer.pipeline_write": "leaves a write open while a checkpoint is saved",
@@ -47,7 +46,6 @@ def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> d
     """DeepSpeed's JSON config: the options, merged with the user's JSON.
 
     Args:
-        options: DeepSpeed options of the run.
         folder: Folder for this rank's NVMe offload, instead of ``options.nvme_path``.
 
     Raises:
@@ -76,8 +74,7 @@ def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> d
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-    merged: dict[str, Any] = _deep_merge(own, _read_json_config(options.config, options.stage)) if options.config else own
-    return merged
+    return _deep_merge(own, _read_json_config(options.config, options.stage)) if options.config else own
 
 
 def check_offload(options: DeepSpeedOptions) -> None:
@@ -146,8 +143,10 @@ def _dotted_items(content: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
             yield from _dotted_items(value, f"{prefix}{key}.")
 
 
-def _deep_merge(base: Any, changes: Any) -> Any:
+def _deep_merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Merge nested mappings; ``changes`` override ``base``."""
-    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
-        return changes
-    return {**base, **{key: _deep_merge(base.get(key), value) for key, value in changes.items()}}
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = _deep_merge(merged[key], value) if nested else value
+    return merged

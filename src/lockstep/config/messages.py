@@ -2,41 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 
-from lockstep.config.schema import COMMANDS, RESERVED_TRAINER_KEYS
+from lockstep.config.schema import RESERVED_TRAINER_KEYS
 from lockstep.core import did_you_mean
 
 
-def unknown_command(name: str) -> str:
-    """Message about a first argument that is not a command."""
-    return f"{name!r} is not a command{did_you_mean(name, COMMANDS)}"
-
-
-def not_a_flag(argument: str) -> str:
-    """Message about an argument that is not a key."""
-    return f"{argument!r} is not a key: keys begin with --; a command ({', '.join(COMMANDS)}) must be the first argument."
-
-
-def missing_value(key: str) -> str:
-    """Message about a key that no value follows."""
-    return f"{key}: needs a value: --{key} VALUE."
-
-
-def unknown_key(key: str, value: object, valid: Iterable[str], owner: str = "") -> str:
-    """Message about a key that does not exist.
-
-    Args:
-        key: The dotted key.
-        value: Its value; an empty string is left out of the sentence.
-        valid: Keys that exist.
-        owner: Import path of the class whose argument ``key`` would be, if any.
-    """
+def unknown_key(key: str, value: object, valid: Sequence[str], owner: str = "") -> str:
+    """Message about a key that does not exist, or is not an argument of the class ``owner``; an empty value is left out."""
     given = f" (value {value})" if value != "" else ""
     first, _, rest = key.partition(".")
     if first == "trainer" and rest in RESERVED_TRAINER_KEYS:
         return f"{key}{given}: cannot be set in a config; {RESERVED_TRAINER_KEYS[rest]}."
     if owner:
         return f"{key}{given}: unknown argument of {owner}{did_you_mean(key, valid)}"
-    valid = list(valid)
     groups = {name.partition(".")[0] for name in valid}
     if rest and first not in groups:
         return f"{key}{given}: unknown key{did_you_mean(first, groups, rest)}"
@@ -69,23 +46,3 @@ def invalid_key_type(key: str, name: object) -> str:
 def class_not_set(key: str, inner: str, value: object) -> str:
     """Message about ``inner``, an argument of the class that ``key`` does not name yet."""
     return f"{inner} (value {value}): the class is not known yet; set {key} before its arguments."
-
-
-def unknown_class_name(key: str, name: str, valid: Iterable[str]) -> str:
-    """Message about a class name without its module that no known class has."""
-    return f"{key}: unknown class {name!r}{did_you_mean(name, valid)}"
-
-
-def missing_module(key: str, path: str, module: str) -> str:
-    """Message about an import path whose module does not exist."""
-    return f"{key}: {path} does not exist (No module named {module!r}); run from the folder that contains your module."
-
-
-def missing_class(key: str, path: str, valid: Iterable[str]) -> str:
-    """Message about a class that its module does not have; ``valid`` are import paths of the classes that it has."""
-    return f"{key}: {path} does not exist{did_you_mean(path, valid)}"
-
-
-def wrong_base_class(key: str, path: str, base: str) -> str:
-    """Message about a class that does not inherit from ``base``."""
-    return f"{key}: {path} is not a {base}."

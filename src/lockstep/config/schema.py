@@ -1,21 +1,18 @@
 """lockstep's own config keys: types, defaults and help texts. Lightning's and the classes' keys come from their sources."""
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
-
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"]
-
 
 SHARED_CLASSES = {
     "model": ["lockstep.models.Classifier"],
     "data": [f"lockstep.data.{name}" for name in ("CIFAR10", "Digits", "ImageFolder", "MNIST", "Synthetic")],
 }
 """lockstep's own classes for the keys that take a class."""
-
 
 RESERVED_TRAINER_KEYS = {
     "strategy": "set strategy (ddp or deepspeed) and its options (ddp.*, deepspeed.*) at the top level",
@@ -171,7 +168,3 @@ class Options:
     activation_checkpointing: list[str] = field(default_factory=list)
     shared_filesystem: bool = True
     ckpt_path: str | None = None
-
-
-GROUPS = tuple(field.name for field in fields(Options) if is_dataclass(field.type))
-"""Those of lockstep's own keys that are groups of keys."""

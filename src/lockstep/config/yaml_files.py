@@ -19,7 +19,6 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
-
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -32,11 +31,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """Parse a YAML text.
-
-    Raises:
-        yaml.YAMLError: The text is not valid YAML.
-    """
+    """Parse a YAML text; raise yaml.YAMLError if it is not valid YAML."""
     return yaml.load(text, _Loader)
 
 
@@ -76,7 +71,7 @@ def read_config_file(source: str, folder: Path = Path()) -> dict[Any, Any]:
 
 
 def _read_text(path: Path) -> str | None:
-    """The text of a file; None if the file does not exist."""
+    """The text of a file; None if it does not exist."""
     try:
         if path.is_dir():
             raise UsageError(f"config: {path} is a folder, not a file.")

@@ -1,7 +1,9 @@
 """Check values against simple type annotations as jsonargparse does; other annotations accept anything."""
 
 import ast
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,16 @@ from lockstep.config.validation.lookup import Definition, SourceIndex
 from lockstep.config.validation.signature import Argument, class_hierarchy
 from lockstep.config.validation.source import ModuleSource, Undecidable
 
-_SIMPLE = {f"builtins.{name}": name for name in ("int", "float", "bool", "str")} | {
+_SIMPLE = {
     "pathlib.Path": "Path",
     "os.PathLike": "Path",
+    **{f"builtins.{name}": name for name in ("int", "float", "bool", "str")},
 }
 
-
-_LISTS = {"list", "List", "Sequence", "MutableSequence", "Iterable"}
-
-
-_MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping"}
-
+_LISTS, _MAPPINGS = (
+    {f"{module}.{name}" for module in ("builtins", "typing", "collections.abc") for name in names}
+    for names in (("list", "List", "Sequence", "MutableSequence", "Iterable"), ("dict", "Dict", "Mapping", "MutableMapping"))
+)
 
 INVALID = object()
 """Returned by ``ExpectedType.accept`` for a value that is certainly not valid."""
@@ -37,8 +38,6 @@ class ExpectedType:
         simple: Those of int, float, bool, str, Path and null.
         choices: Values of a ``Literal``.
         classes: Classes whose instances are accepted; a config gives them by class path.
-        items: Type of the items of a list.
-        mappings: Whether a mapping is accepted.
         anything: Whether any value may be accepted.
         default: The default, which is accepted whatever the annotation.
     """
@@ -73,8 +72,8 @@ class ExpectedType:
         return [*dict.fromkeys(names), *(["null"] if "null" in self.simple else [])]
 
     def accept(self, value: Any) -> Any:
-        """Convert a value that is not a class instance; return INVALID if it is not accepted."""
-        if self.anything or (type(value) is type(self.default) and value == self.default):
+        """Convert a value that is neither an item list, a mapping nor a class; return INVALID if it is not accepted."""
+        if type(value) is type(self.default) and value == self.default:
             return value
         for candidate in [parse_scalar(value), value] if isinstance(value, str) else [value]:
             if candidate in self.choices:
@@ -94,15 +93,10 @@ class ExpectedType:
                         return candidate
                     if "Path" in self.simple:
                         return Path(candidate)
-                case Mapping() if self.mappings:
-                    return candidate
                 case None | int() | float() | Mapping() | list():
                     pass
                 case _:  # types that only YAML has, such as a set
                     return candidate
-        if isinstance(value, list) and self.items is not None:
-            items = [self.items.accept(item) for item in value]
-            return INVALID if any(item is INVALID for item in items) else items
         return INVALID
 
 
@@ -140,6 +134,7 @@ def _constant_value(sources: SourceIndex, module: ModuleSource, node: ast.expr) 
 
 
 def _from_annotation(sources: SourceIndex, module: ModuleSource, node: ast.expr) -> ExpectedType:
+    generic, parts = node, []
     match node:
         case ast.Constant(value=None):
             return ExpectedType(simple=("null",))
@@ -150,29 +145,32 @@ def _from_annotation(sources: SourceIndex, module: ModuleSource, node: ast.expr)
                 return ANYTHING
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return _from_annotation(sources, module, left) | _from_annotation(sources, module, right)
-        case ast.Subscript(value=value, slice=inner):
-            return _subscript(sources, module, value, inner)
+        case ast.Subscript(value=generic, slice=inner):
+            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
     try:
-        found = sources.resolve(module, node)
+        found = sources.resolve(module, generic)
     except Undecidable:
         return ANYTHING
-    if found.path in _SIMPLE:
-        return ExpectedType(simple=(_SIMPLE[found.path],))
-    if _is_one_of(found.path, _MAPPINGS):
+    path = found.path.replace("typing_extensions.", "typing.")
+    if path in _MAPPINGS:
         return ExpectedType(mappings=True)
-    if _is_one_of(found.path, _LISTS):
-        return ExpectedType(items=ANYTHING)
+    if path in _LISTS and len(parts) < 2:
+        return ExpectedType(items=_from_annotation(sources, module, parts[0]) if parts else ANYTHING)
+    if parts:
+        return _special_form(sources, module, path, parts)
+    if path in _SIMPLE:
+        return ExpectedType(simple=(_SIMPLE[path],))
     if found.module is not None and isinstance(found.node, ast.Assign | ast.AnnAssign) and found.node.value is not None:
         return _from_annotation(sources, found.module, found.node.value)
-    return ExpectedType(classes=(found,)) if _is_plain_class(sources, found) else ANYTHING
-
-
-def _subscript(sources: SourceIndex, module: ModuleSource, value: ast.expr, inner: ast.expr) -> ExpectedType:
     try:
-        path = sources.resolve(module, value).path.replace("typing_extensions.", "typing.")
+        # Of an enum, a dataclass, a NewType … a config can give instances in other ways than by class path.
+        is_plain = not any(cls.decorator_list for cls, _ in class_hierarchy(sources, found))
     except Undecidable:
         return ANYTHING
-    parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+    return ExpectedType(classes=(found,)) if is_plain else ANYTHING
+
+
+def _special_form(sources: SourceIndex, module: ModuleSource, path: str, parts: list[ast.expr]) -> ExpectedType:
     if path == "typing.Literal":
         try:
             choices = tuple(ast.literal_eval(part) for part in parts)
@@ -184,40 +182,19 @@ def _subscript(sources: SourceIndex, module: ModuleSource, value: ast.expr, inne
         for part in parts:
             found |= _from_annotation(sources, module, part)
         return found
-    if _is_one_of(path, _MAPPINGS):
-        return ExpectedType(mappings=True)
-    if _is_one_of(path, _LISTS) and len(parts) == 1:
-        return ExpectedType(items=_from_annotation(sources, module, parts[0]))
     return ANYTHING
-
-
-def _is_one_of(path: str, names: set[str]) -> bool:
-    """Whether an import path is one of these builtin or abstract collections."""
-    module, _, name = path.rpartition(".")
-    return module in ("builtins", "typing", "collections.abc") and name in names
-
-
-def _is_plain_class(sources: SourceIndex, found: Definition) -> bool:
-    """Whether a config can give instances only by class path: the class is not an enum, a dataclass, a NewType …"""
-    try:
-        return not any(node.decorator_list for node, _ in class_hierarchy(sources, found))
-    except Undecidable:
-        return False
 
 
 def parse_scalar(text: str) -> Any:
     """Convert a text to the number, boolean or null that it contains; return other texts unchanged."""
-    stripped = text.strip()
     try:
         value = load_yaml(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, bool | int | float) or (value is None and stripped):
+    if isinstance(value, bool | int | float) or (value is None and text.strip()):
         return value
-    for kind in (int, float):
-        try:
-            if any(character.isdigit() for character in stripped):
-                return kind(stripped)
-        except ValueError:
-            pass
+    if re.search(r"\d", text):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(text)
     return text

@@ -19,7 +19,6 @@ class NotDefined(Exception):
     """The module, or the name in it, certainly does not exist.
 
     Attributes:
-        module: Import path of the module.
         classes: Import paths of the classes in the module; None if the module does not exist.
     """
 
@@ -33,7 +32,7 @@ class Definition:
     """A class, function, assignment or module that an import path leads to.
 
     Attributes:
-        path: Its import path in the module that defines it.
+        path: Import path in the module that defines it.
         module: The defining module, or the module itself; None if its source is not read.
         node: The defining statement; None for a module, or if the source is not read.
     """
@@ -93,13 +92,10 @@ class SourceIndex:
             Undecidable: It is not written in Python.
         """
         parent, _, last = name.rpartition(".")
-        if parent:
-            if (found := self.submodule(self.module(parent), last)) is None:
-                raise NotDefined(name)
-            return found
-        if name not in self._modules:
+        if not parent and name not in self._modules:
             self._modules[name] = self._top_level(name)
-        if (found := self._modules[name]) is None:
+        found = self.submodule(self.module(parent), last) if parent else self._modules[name]
+        if found is None:
             raise NotDefined(name)
         return found
 
@@ -154,20 +150,20 @@ class SourceIndex:
                     raise Undecidable from None
         if module.dynamic or self.submodule(module, name) is not None or module.mentions(name):
             raise Undecidable
-        raise NotDefined(module.name, [f"{module.name}.{other}" for other in self._classes(module)])
+        classes = [*module.classes, *(other for star in module.stars for other in self.module(star).classes)]
+        raise NotDefined(module.name, [f"{module.name}.{other}" for other in classes])
 
     def _assigned_elsewhere(self, module: ModuleSource, name: str) -> bool:
         """Whether another module of the package may set the name on it, as Lightning does for deprecated names."""
-        top = self.module(module.name.partition(".")[0]).folder
-        if top is None or not (top / "__init__.py").exists():
+        package = module.name.partition(".")[0]
+        top = self.module(package).folder
+        if top is None or not (top / "__init__.py").exists() or package == "lockstep":
             return False
-        named = rf"""["']{name}["']"""
-        sets = re.compile(rf"\bsetattr\([\s\S]*{named}|{named}[\s\S]*\bsetattr\(|^\S+\.{name}\s*=".encode(), re.MULTILINE)
+        word = re.escape(name)
+        named = rf"""["']{word}["']"""
+        sets = re.compile(rf"\bsetattr\([\s\S]*{named}|{named}[\s\S]*\bsetattr\(|^\S+\.{word}\s*=".encode(), re.MULTILINE)
         texts = (file.read_bytes() for file in top.rglob("*.py"))
         return any(name.encode() in text and sets.search(text) for text in texts)
-
-    def _classes(self, module: ModuleSource) -> list[str]:
-        return [*module.classes, *(other for star in module.stars for other in self.module(star).classes)]
 
     def _follow(self, module: ModuleSource, name: str, binding: Binding, seen: frozenset[tuple[str, str]]) -> Definition:
         if isinstance(binding, ast.Assign | ast.AnnAssign) and isinstance(binding.value, ast.Name | ast.Attribute):

@@ -2,14 +2,13 @@
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 _DYNAMIC = ("__getattr__", "globals(", "exec(", "sys.modules", "__path__")
 """Text in a module that may define names without a statement."""
-
 
 _DEFINITION = re.compile(r"^(?:async )?(?:class|def) (\w+)", re.MULTILINE)
 
@@ -33,16 +32,13 @@ class ModuleSource:
     """The source of a module.
 
     Args:
-        name: Its import path.
-        text: Its source.
         folder: Folder of its submodules, if it is a package.
         stubbed: Whether a .pyi file has its types.
     """
 
     def __init__(self, name: str, text: str, folder: Path | None = None, stubbed: bool = False) -> None:
         self.name, self.text, self.folder, self.stubbed = name, text, folder, stubbed
-        self._bindings: dict[str, list[Binding]] = {}
-        self._builtin: dict[str, bool] = {}
+        self._scan = cache(self._scan_statements)
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -76,18 +72,13 @@ class ModuleSource:
 
     def bindings(self, name: str) -> list[Binding]:
         """Statements and imports that bind ``name`` in the module, also inside ``if`` and ``try``."""
-        if name not in self._bindings:
-            found = self._scan(name) if self._has_word(name) else []
-            if not found and self._has_word(name):
-                found = list(_find_bindings(self.tree.body, name, self._absolute))
-            self._bindings[name] = found
-        return self._bindings[name]
+        if not self._has_word(name):
+            return []
+        return self._scan(name) or list(self.bindings_in(self.tree.body, name))
 
     def is_builtin(self, name: str) -> bool:
         """Whether the module does not redefine the builtin ``name``, such as ``int``."""
-        if name not in self._builtin:
-            self._builtin[name] = not self._scan(name)
-        return self._builtin[name]
+        return not self._scan(name)
 
     def mentions(self, name: str) -> bool:
         """Whether the module assigns ``name`` anywhere, or contains it as a string."""
@@ -99,11 +90,11 @@ class ModuleSource:
         )
 
     def _has_word(self, name: str) -> bool:
-        return name in self.text and re.search(rf"\b{name}\b", self.text) is not None
+        return name in self.text and re.search(rf"\b{re.escape(name)}\b", self.text) is not None
 
-    def _scan(self, name: str) -> list[Binding]:
+    def _scan_statements(self, name: str) -> list[Binding]:
         """As ``bindings``, from top-level statements that contain the name; empty if one of them cannot be parsed."""
-        word = re.compile(r"import \*" if name == "*" else rf"\b{name}\b")
+        word = re.compile(r"import \*" if name == "*" else rf"\b{re.escape(name)}\b")
         found: list[Binding] = []
         for defined, part in self._parts:
             if defined in ("", name) and (name in part or name == "*") and word.search(part):
@@ -111,7 +102,7 @@ class ModuleSource:
                     body = _class_body(part) if defined else _parse(part)
                 except Undecidable:  # not a statement, but lines of a string that look like one
                     return []
-                found += _find_bindings(body, name, self._absolute)
+                found += self.bindings_in(body, name)
         return found
 
     @cached_property
@@ -119,6 +110,30 @@ class ModuleSource:
         """Top-level statements, each with the name of the class or function that it defines, or an empty name."""
         parts = [(part.startswith(("class ", "def ", "async def ", "@")), part) for part in statements(self.text)]
         return [(found[1] if defines and (found := _DEFINITION.search(part)) else "", part) for defines, part in parts]
+
+    def bindings_in(self, body: Sequence[ast.stmt], name: str) -> Iterator[Binding]:
+        """As ``bindings``, in these statements."""
+        for node in body:
+            match node:
+                case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                    if node.name == name:
+                        yield node
+                case ast.Assign():
+                    if any(isinstance(part, ast.Name) and part.id == name for to in node.targets for part in ast.walk(to)):
+                        yield node
+                case ast.AnnAssign(target=ast.Name(id=target)):
+                    if target == name:
+                        yield node
+                case ast.ImportFrom():
+                    names = [alias.name for alias in node.names if (alias.asname or alias.name) == name]
+                    yield from (Imported(self._absolute(node), imported) for imported in names)
+                case ast.Import():
+                    for alias in node.names:
+                        if (alias.asname or alias.name.partition(".")[0]) == name:
+                            yield Imported(alias.name if alias.asname else name)
+                case _:
+                    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+                        yield from self.bindings_in(getattr(node, field, []), name)
 
     def _absolute(self, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -170,28 +185,3 @@ def _parse(text: str) -> list[ast.stmt]:
         return ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise Undecidable from None
-
-
-def _find_bindings(body: Sequence[ast.stmt], name: str, absolute: Callable[[ast.ImportFrom], str]) -> Iterator[Binding]:
-    for node in body:
-        match node:
-            case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
-                if node.name == name:
-                    yield node
-            case ast.Assign():
-                if any(isinstance(part, ast.Name) and part.id == name for to in node.targets for part in ast.walk(to)):
-                    yield node
-            case ast.AnnAssign(target=ast.Name(id=target)):
-                if target == name:
-                    yield node
-            case ast.ImportFrom():
-                for alias in node.names:
-                    if (alias.asname or alias.name) == name:
-                        yield Imported(absolute(node), alias.name)
-            case ast.Import():
-                for alias in node.names:
-                    if (alias.asname or alias.name.partition(".")[0]) == name:
-                        yield Imported(alias.name if alias.asname else name)
-            case _:
-                for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-                    yield from _find_bindings(getattr(node, field, []), name, absolute)

@@ -5,21 +5,12 @@ Parsing in the run (``trainer.parse_config``) finds more errors; validation neve
 
 import ast
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.config import (
-    GROUPS,
-    RESERVED_TRAINER_KEYS,
-    Options,
-    check_ranges,
-    messages,
-    read_config_file,
-    split_command,
-    split_keys,
-)
+from lockstep.config import RESERVED_TRAINER_KEYS, Options, check_ranges, messages, read_config_file, split_command, split_keys
 from lockstep.config.validation.annotation import ANYTHING, ExpectedType, expected_type
 from lockstep.config.validation.lookup import NotDefined, SourceIndex
 from lockstep.config.validation.signature import Argument, Signature, signature
@@ -56,21 +47,15 @@ def validate_arguments(
     if any(_is_help_key(key) for key, _ in keys):
         return config.content
     common, first = config.content, None
-    for point in _points_to_check(sweep or {}):
+    start = {key: values[0] for key, values in (sweep or {}).items()}
+    points = [start, *(start | {key: value} for key, values in (sweep or {}).items() for value in values[1:])]
+    for point in points:
         config.content = copy.deepcopy(common)
         for key, value in point.items():
             config.set_key(key, value)
         config.check_complete()
         first = first or config.content
     return first or common
-
-
-def _points_to_check(sweep: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
-    """The first value of every key, then each further value of each key."""
-    first = {key: values[0] for key, values in sweep.items()}
-    yield first
-    for key, values in sweep.items():
-        yield from (first | {key: value} for value in values[1:])
 
 
 def shows_only(argument: str) -> bool:
@@ -95,7 +80,6 @@ class ConfigValidator:
     """A config that is merged and checked key by key.
 
     Args:
-        sources: Index in which classes are looked up.
         launcher_flags: Further names to suggest for an unknown key.
 
     Attributes:
@@ -103,18 +87,26 @@ class ConfigValidator:
     """
 
     def __init__(self, sources: SourceIndex, launcher_flags: Iterable[str]) -> None:
-        self.content: dict[str, Any] = {**asdict(Options()), "trainer": {}, "model": None, "data": None}
+        options = Options()
+        self.content: dict[str, Any] = {**asdict(options), "trainer": {}, "model": None, "data": None}
         self._sources, self._values, self._launcher_flags = sources, ValueMerger(sources), list(launcher_flags)
-        self._paths = {name: f"lockstep.config.schema.{type(getattr(Options(), name)).__name__}" for name in GROUPS}
-        self._paths |= {"": "lockstep.config.schema.Options", "trainer": "lightning.pytorch.trainer.trainer.Trainer"}
-        self._groups: dict[str, Signature] = {}
+        self._keys = self._keys_of("lockstep.config.schema.Options")
+        groups = {name: type(value).__name__ for name, value in vars(options).items() if is_dataclass(value)}
+        self._groups = {name: self._keys_of(f"lockstep.config.schema.{cls}") for name, cls in groups.items()}
+        trainer = self._keys_of("lightning.pytorch.trainer.trainer.Trainer")
+        others = {name: argument for name, argument in trainer.arguments.items() if name not in RESERVED_TRAINER_KEYS}
+        schema = sources.module("lockstep.config.schema")
+        precision = Argument("precision", schema, ast.Name("Precision"), ast.Constant("auto"))
+        self._groups["trainer"] = Signature({**others, "precision": precision}, trainer.closed)
+
+    def _keys_of(self, path: str) -> Signature:
+        try:
+            return signature(self._sources, self._sources.find(path))
+        except (Undecidable, NotDefined):
+            return Signature()
 
     def set_key(self, key: str, value: Any) -> None:
-        """Set a key to its value in a flag or config file.
-
-        Raises:
-            UsageError: The key or value is certainly wrong.
-        """
+        """Set a key to its value in a flag or config file; raise UsageError if it is certainly wrong."""
         first, *rest = key.split(".")
         if _is_help_key(key) or key == "$schema":
             return
@@ -122,12 +114,16 @@ class ConfigValidator:
             self._merge_file(value)
         elif first in BASES:
             self._set_class(first, rest, value)
-        elif first and first in self._paths and not rest:
-            self._merge_group(first, value)
-        elif first and first in self._paths:
-            self._set_in_group(self.content[first], self._group(first), rest, value, f"{first}.")
+        elif first not in self._groups:
+            self._set_in_group(self.content, self._keys, [first, *rest], value, "")
+        elif rest:
+            self._set_in_group(self.content[first], self._groups[first], rest, value, f"{first}.")
         else:
-            self._set_in_group(self.content, self._group(""), [first, *rest], value, "")
+            mapping = self._values.mapping(value)
+            if mapping is None:
+                raise UsageError(messages.expected_mapping(first, value))
+            for name, item in mapping.items():
+                self.set_key(f"{first}.{name}", item)
 
     def _set_in_group(self, group: dict[str, Any], keys: Signature, names: Sequence[str], value: Any, prefix: str) -> None:
         name, *rest = names
@@ -160,32 +156,10 @@ class ConfigValidator:
             raise UsageError(messages.class_not_set(key, ".".join([key, *rest]), value))
         self.content[key] = self._values.merge(current, ExpectedType(classes=(BASES[key],)), rest, value, key)
 
-    def _merge_group(self, name: str, value: Any) -> None:
-        mapping = self._values.mapping(value)
-        if mapping is None:
-            raise UsageError(messages.expected_mapping(name, value))
-        for key, item in mapping.items():
-            self.set_key(f"{name}.{key}", item)
-
-    def _group(self, name: str) -> Signature:
-        """The keys of a group; those of the top level for an empty name."""
-        if name not in self._groups:
-            try:
-                keys = signature(self._sources, self._sources.find(self._paths[name]))
-            except (Undecidable, NotDefined):
-                keys = Signature()
-            if name == "trainer":
-                schema = self._sources.module("lockstep.config.schema")
-                precision = Argument("precision", schema, ast.Name("Precision"), ast.Constant("auto"))
-                others = {key: argument for key, argument in keys.arguments.items() if key not in RESERVED_TRAINER_KEYS}
-                keys = Signature({**others, "precision": precision}, keys.closed)
-            self._groups[name] = keys
-        return self._groups[name]
-
     def keys(self) -> list[str]:
         """All keys except arguments of classes."""
-        groups = [f"{name}.{key}" for name in self._paths if name for key in self._group(name).arguments]
-        return [*self._group("").arguments, "trainer", *BASES, "config", *groups]
+        groups = [f"{name}.{key}" for name, group in self._groups.items() for key in group.arguments]
+        return [*self._keys.arguments, "trainer", *BASES, "config", *groups]
 
     def check_complete(self) -> None:
         """Raise UsageError if the whole config lacks a value, names an unknown class or has a number out of range."""
@@ -195,10 +169,10 @@ class ConfigValidator:
         self._values.check_short_names()
         for key, base in BASES.items():
             self._values.check_required(self.content[key], ExpectedType(classes=(base,)), key, linked="data.seed")
-        for name, argument in self._group("trainer").arguments.items() if self.content["trainer"] else ():
+        for name, argument in self._groups["trainer"].arguments.items():
             if name in self.content["trainer"]:
                 expected = expected_type(self._sources, argument)
                 self._values.check_required(self.content["trainer"][name], expected, f"trainer.{name}")
-        for path in self.content["activation_checkpointing"]:
-            self._values.check_exists(path, "activation_checkpointing")
+        for path in filter(None, self.content["activation_checkpointing"]):
+            self._values.class_signature(path, "activation_checkpointing")
         check_ranges(self.content)

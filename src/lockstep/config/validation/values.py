@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from lockstep.config import SHARED_CLASSES, messages, parse_collection, read_config_file
 from lockstep.config.validation.annotation import ANYTHING, INVALID, ExpectedType, expected_type, parse_scalar
 from lockstep.config.validation.lookup import Definition, NotDefined, SourceIndex
-from lockstep.config.validation.names import classes_below, classes_near, function_names
 from lockstep.config.validation.signature import Signature, class_hierarchy, signature
 from lockstep.config.validation.source import Undecidable
 from lockstep.core import UsageError, did_you_mean
@@ -17,12 +17,9 @@ from lockstep.core import UsageError, did_you_mean
 BASES = {"model": Definition("lightning.pytorch.LightningModule"), "data": Definition("lightning.pytorch.LightningDataModule")}
 """Keys whose values are classes, and the required base classes."""
 
-
 _SPEC_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
-
 _CALLBACKS = "lightning.pytorch.callbacks"
-
 
 _KNOWN_PACKAGES = {"lockstep", "lightning", "torch", "torchvision", "torchmetrics"}
 """Packages whose modules do not import user code."""
@@ -31,15 +28,12 @@ _KNOWN_PACKAGES = {"lockstep", "lightning", "torch", "torchvision", "torchmetric
 class ValueMerger:
     """Merge the values of a config with the arguments of its classes.
 
-    Args:
-        sources: Index in which classes are looked up.
-
     Attributes:
         folder: Folder that a relative path in a value starts from.
     """
 
     def __init__(self, sources: SourceIndex) -> None:
-        self.sources, self.folder = sources, Path()
+        self._sources, self.folder = sources, Path()
         self._signatures: dict[str, Signature] = {}
         self._unknown_short_names: list[tuple[str, str, list[str]]] = []
 
@@ -47,8 +41,6 @@ class ValueMerger:
         """Return ``current`` after setting it, or one of its nested arguments, to ``value``.
 
         Args:
-            current: The value so far.
-            expected: Accepted values.
             rest: Path to a nested argument: the argument of the class, the argument of that argument's class, and so on.
             value: The text of a flag, or the value in a config file.
             key: Key of ``current``, for messages.
@@ -115,7 +107,7 @@ class ValueMerger:
         return _set_nested(current, rest, value)
 
     def _accepts(self, cls: Definition, name: str) -> bool:
-        parameters = signature(self.sources, cls) if cls.node else Signature()
+        parameters = signature(self._sources, cls) if cls.node else Signature()
         return not parameters.closed or name in parameters.arguments or name in _SPEC_KEYS
 
     def _merge_spec(self, current: Any, given: Mapping[str, Any], expected: ExpectedType, key: str) -> Any:
@@ -132,7 +124,7 @@ class ValueMerger:
             path = self._full_path(path, expected, key)
             if beside := [name for name in given if name.partition(".")[0] not in _SPEC_KEYS and name != "$schema"]:
                 raise UsageError(f"{key}.{beside[0]}: arguments of {path} belong in init_args; move it there.")
-        parameters = self._signature(path, key)
+        parameters = self.class_signature(path, key)
         arguments = before["init_args"] if before else {}
         if before and before["class_path"] != path and parameters.closed:
             arguments = {name: value for name, value in arguments.items() if name in parameters.arguments}
@@ -152,19 +144,18 @@ class ValueMerger:
         if name == "init_args":
             if more:
                 return self._set_argument(spec, more, value, expected, key)
-            arguments = self.mapping(value)
-            if arguments is None:
+            if (arguments := self.mapping(value)) is None:
                 raise UsageError(messages.expected_mapping(f"{key}.init_args", value))
             for argument_name, item in arguments.items():
                 spec = self._set_argument(spec, str(argument_name).split("."), item, expected, key)
             return spec
         append, name = name.endswith("+") and not more, name.rstrip("+")
-        parameters, owner = self._signature(spec["class_path"], key), spec["class_path"]
+        parameters, owner = self.class_signature(spec["class_path"], key), spec["class_path"]
         argument, inner_key = parameters.arguments.get(name), f"{key}.{name}"
         if argument is None and parameters.closed:
             valid = [f"{key}.{other}" for other in parameters.arguments]
             raise UsageError(messages.unknown_key(".".join([key, *rest]), value, valid, owner))
-        inner = expected_type(self.sources, argument) if argument else ANYTHING
+        inner = expected_type(self._sources, argument) if argument else ANYTHING
         if isinstance(value, str) and not more and argument:
             if parse_scalar(value) is None and "str" not in inner.simple:
                 value = None  # jsonargparse accepts null for any argument of a class
@@ -180,10 +171,11 @@ class ValueMerger:
             return replace(expected, simple=())
         if value.isidentifier():
             try:
-                self.sources.find(f"torchvision.models.{value}")
+                self._sources.find(f"torchvision.models.{value}")
             except NotDefined as missing:
                 if missing.classes is not None:
-                    names = function_names(self.sources, "torchvision.models")
+                    texts = [self._sources.module(star).text for star in self._sources.module("torchvision.models").stars]
+                    names = re.findall(r"^def ([a-z]\w*)", "\n".join(texts), re.MULTILINE)
                     raise UsageError(
                         f"{key}: torchvision has no classification model {value!r}{did_you_mean(value, names)}"
                     ) from None
@@ -195,22 +187,21 @@ class ValueMerger:
         """Complete a class name without its module, which jsonargparse accepts for imported classes."""
         if "." in name:
             return name
-        valid: list[str] = []
+        valid = SHARED_CLASSES.get(key, [])
         if any(cls.path.startswith(_CALLBACKS) for cls in expected.classes):
             try:
-                self.sources.find(f"{_CALLBACKS}.{name}")
+                self._sources.find(f"{_CALLBACKS}.{name}")
                 return f"{_CALLBACKS}.{name}"
             except NotDefined as missing:
                 valid = [path.rpartition(".")[2] for path in missing.classes or []]
             except Undecidable:
                 pass
-        else:
-            valid = SHARED_CLASSES.get(key, [])
         if valid:
             self._unknown_short_names.append((key, name, valid))
         return name
 
-    def _signature(self, path: str, key: str) -> Signature:
+    def class_signature(self, path: str, key: str) -> Signature:
+        """Return the arguments of the class at an import path; raise UsageError if it certainly does not exist."""
         if path not in self._signatures:
             self._signatures[path] = self._look_up(path, key)
         return self._signatures[path]
@@ -219,28 +210,22 @@ class ValueMerger:
         if not re.fullmatch(r"\w+(\.\w+)+", path) or path.endswith((".yaml", ".yml", ".json")):
             return Signature()
         try:
-            found = self.sources.find(path)
-            if key in BASES and found.node is not None:
-                self._check_base_class(found, path, key)
-            return signature(self.sources, found)
+            found = self._sources.find(path)
         except Undecidable:
             return Signature()
         except NotDefined as missing:
-            if missing.classes is None:
-                raise UsageError(messages.missing_module(key, path, missing.module)) from None
-            raise UsageError(messages.missing_class(key, path, missing.classes)) from None
-
-    def _check_base_class(self, found: Definition, path: str, key: str) -> None:
-        base = BASES[key].path.rpartition(".")[2]
-        try:
-            if all(node.name != base for node, _ in class_hierarchy(self.sources, found)):
-                raise UsageError(messages.wrong_base_class(key, path, base))
-        except Undecidable:
-            pass
-
-    def check_exists(self, path: str, key: str) -> None:
-        """Raise UsageError if the class at an import path certainly does not exist."""
-        self._signature(path, key)
+            if missing.classes is not None:
+                raise UsageError(f"{key}: {path} does not exist{did_you_mean(path, missing.classes)}") from None
+            raise UsageError(
+                f"{key}: {path} does not exist (No module named {missing.module!r}); "
+                "run from the folder that contains your module."
+            ) from None
+        if key in BASES and found.node is not None:
+            base = BASES[key].path.rpartition(".")[2]
+            with suppress(Undecidable):
+                if all(node.name != base for node, _ in class_hierarchy(self._sources, found)):
+                    raise UsageError(f"{key}: {path} is not a {base}.")
+        return signature(self._sources, found)
 
     def check_short_names(self) -> None:
         """Raise UsageError for a class name without its module that no module of this run defines."""
@@ -248,10 +233,21 @@ class ValueMerger:
         if any(path.partition(".")[0] not in _KNOWN_PACKAGES for path in named):
             return  # user modules may import any class
         for key, name, valid in self._unknown_short_names:
-            imported = [name for path in named for name in classes_near(self.sources, path)]
-            own = [path.rpartition(".")[2] for path in classes_below(self.sources, "lockstep")]
-            if name not in imported and (key in BASES or name not in own):
-                raise UsageError(messages.unknown_class_name(key, name, valid))
+            known = [] if key in BASES else self._lockstep_classes()
+            if name not in [*known, *(near for path in named for near in self._classes_near(path))]:
+                raise UsageError(f"{key}: unknown class {name!r}{did_you_mean(name, valid)}")
+
+    def _lockstep_classes(self) -> list[str]:
+        folder = self._sources.module("lockstep").folder
+        texts = [file.read_text() for file in folder.rglob("*.py")] if folder else []
+        return [name for text in texts for name in re.findall(r"^class ([a-zA-Z]\w*)", text, re.MULTILINE)]
+
+    def _classes_near(self, path: str) -> list[str]:
+        """Names of the classes in the modules of a class and its bases, which importing the class also imports."""
+        try:
+            return [name for _, module in class_hierarchy(self._sources, self._sources.find(path)) for name in module.classes]
+        except (Undecidable, NotDefined):
+            return []
 
     def check_required(self, value: Any, expected: ExpectedType, key: str, linked: str = "") -> None:
         """Raise UsageError if a class in ``value`` lacks a required argument; the key ``linked`` is set by another key."""
@@ -260,8 +256,8 @@ class ValueMerger:
                 self.check_required(item, expected.items, key)
         if not expected.classes or not _is_spec(value):
             return
-        for name, argument in self._signature(value["class_path"], key).arguments.items():
-            inner_key, inner = f"{key}.{name}", expected_type(self.sources, argument)
+        for name, argument in self.class_signature(value["class_path"], key).arguments.items():
+            inner_key, inner = f"{key}.{name}", expected_type(self._sources, argument)
             if name in value["init_args"]:
                 self.check_required(value["init_args"][name], inner, inner_key)
             elif (
