@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -16,14 +16,12 @@ from torchmetrics import Metric
 from lockstep.compat.torch import apply_to_states, fake_tensors, real_tensors, tree_leaves, tree_map_only
 from lockstep.core import LockstepError, UsageError
 from lockstep.data import ImageData
-from lockstep.planning.fake_step import DTYPES, ModelInspector, NoBatch, run_fake_step
+from lockstep.planning.fake_step import DTYPES, ModelInspector, run_fake_step
 from lockstep.planning.memory import Activations, ModelProfile
 from lockstep.strategies import required_ops
 from lockstep.trainer import instantiate
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _BATCH_SIZES = (2, 4)
 """Samples of the two batches that are measured; activations grow linearly between them."""
@@ -35,8 +33,7 @@ class BatchSource:
 
     Attributes:
         make_batch: Returns a batch of the given number of samples.
-        global_batch: Samples of a step over all ranks; None where each rank has its own number.
-        batch_per_rank: Samples of a step on each rank, where ``global_batch`` is None.
+        global_batch, batch_per_rank: As in ``ModelProfile``.
     """
 
     make_batch: Callable[[int], Any]
@@ -48,10 +45,6 @@ def profile_model(config: Namespace, precision: str) -> ModelProfile:
     """Measure everything that decides how much memory the run of ``config`` needs.
 
     Where activations cannot be measured, the profile has none, and the log gives the reason.
-
-    Args:
-        config: A parsed config.
-        precision: As in Lightning's Trainer, with ``auto`` resolved.
 
     Raises:
         UsageError: The module has several optimizers, or one that DeepSpeed compiles at first use.
@@ -89,37 +82,38 @@ def measure(
         replace_with_fake_tensors(module)
         batch = None if batches is None else batches.make_batch(size)
         try:
-            peaks.append(run_fake_step(config, module, data, batch, precision, inspector))
+            peak = run_fake_step(config, module, data, batch, precision, inspector)
         except Exception as error:
             if isinstance(error, LockstepError) or inspector.profile is None:
                 raise
-            if not isinstance(error, NoBatch):
-                reason = " ".join(str(error).split())[:200]
-                log.warning(
-                    "activations are unknown: a step without tensor contents failed (%s: %s)", type(error).__name__, reason
-                )
-            return inspector.profile, None
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            log.warning("activations are unknown: a step without tensor contents failed (%s)", what)
+            peak = None
+        if peak is None:
+            break
+        peaks.append(peak)
     assert inspector.profile is not None
+    if len(peaks) < len(_BATCH_SIZES):
+        return inspector.profile, None
     per_sample = max(0.0, (peaks[1] - peaks[0]) / (_BATCH_SIZES[1] - _BATCH_SIZES[0]))
     return inspector.profile, Activations(max(0.0, peaks[0] - per_sample * _BATCH_SIZES[0]), per_sample)
 
 
-def instantiate_key(key: str, base: type[T], config: Namespace) -> T:
+def instantiate_key(key: str, base: type, config: Namespace) -> Any:
     """Instantiate the class that ``key`` of ``config`` names."""
     parser = ArgumentParser()
     parser.add_subclass_arguments(base, key, fail_untyped=False)
     alone = config.clone()
     for other in set(vars(alone)) - {key}:
         del alone[other]
-    made: T = instantiate(parser, alone)[key]
-    return made
+    return instantiate(parser, alone)[key]
 
 
 def make_on_meta(config: Namespace, precision: str) -> LightningModule:
     """Make the module on the meta device if possible, with parameters of the type that they are trained in."""
     try:
         with torch.device("meta"):
-            module = instantiate_key("model", LightningModule, config)
+            module: LightningModule = instantiate_key("model", LightningModule, config)
     except RuntimeError:  # its __init__ reads values
         with real_tensors():
             module = instantiate_key("model", LightningModule, config)
