@@ -67,13 +67,10 @@ class CsvMetricsLogger(Logger):
         if self.row_count > self._rows_in_file:
             self._rows_in_file = self.row_count
             self._pending.append({"step": self._step(), "epoch": metrics.get("epoch", "")} | dict(metrics))
-            self._write_pending()
+            self.flush(sync=False)
 
-    def flush(self) -> bool:
-        """Write pending rows, flush the file to disk, and return whether that succeeded, so that a checkpoint can be saved."""
-        return self._write_pending(sync=True)
-
-    def _write_pending(self, sync: bool = False) -> bool:
+    def flush(self, sync: bool = True) -> bool:
+        """Write pending rows, to disk if ``sync``, and return whether that succeeded, so that a checkpoint can be saved."""
         try:
             if self._pending:
                 self._append_pending()

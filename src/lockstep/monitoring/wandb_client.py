@@ -73,15 +73,15 @@ class WandbClient:
             "name": f"{self.run.name}-{self.run.id}",
             "dir": self.run.folder,
             "config": dict(self.config),
+            "mode": "online" if self.online else "offline",
             # Silent: what matters in its messages is logged here.
             "settings": wandb.Settings(silent=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True),
         }
-        online = self.online
-        if online and not is_reachable(wandb.setup().settings.base_url):
+        if self.online and not is_reachable(wandb.setup().settings.base_url):
             log.warning("W&B cannot be reached; the run is offline, and W&B is tried again at its end")
-            online = False
+            arguments["mode"] = "offline"
         try:
-            return wandb.init(**arguments | {"mode": "online" if online else "offline"})
+            return wandb.init(**arguments)
         except wandb.Error as error:
             log.warning("W&B rejects the run (%s); it is offline", one_line(error))
             _teardown_service()

@@ -74,9 +74,9 @@ class FakeDeviceStrategy(SingleDeviceStrategy):
 
     activations: int | None = None
 
-    def __init__(self, tracker: MemTracker) -> None:
+    def __init__(self) -> None:
         super().__init__(device=torch.device("cpu"))
-        self.tracker = tracker
+        self.tracker = MemTracker()
 
     def model_to_device(self) -> None:
         """Do nothing: fake tensors are already on the CPU."""
@@ -112,8 +112,7 @@ def run_fake_step(
     Raises:
         Exception: The module needs the contents of a tensor.
     """
-    tracker = MemTracker()
-    strategy = FakeDeviceStrategy(tracker)
+    strategy = FakeDeviceStrategy()
     bits, _, kind = precision.partition("-")
 
     def fake(tensor: Tensor) -> Tensor:
@@ -137,8 +136,8 @@ def run_fake_step(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with tracker, torch.compiler.set_stance("force_eager"):
-        tracker.track_external(module)
+    with strategy.tracker, torch.compiler.set_stance("force_eager"):
+        strategy.tracker.track_external(module)
         trainer.fit(module, datamodule=data)
     return strategy.activations
 

@@ -50,10 +50,7 @@ def run_prediction(
 
 
 class PredictionWriter(Callback):
-    """Collect the outputs of ``predict_step`` on this rank with the indices of their samples, and write them at the end.
-
-    Args:
-        folder: Folder for the rows of all ranks.
+    """Collect the outputs of ``predict_step`` on this rank with the indices of their samples, and write them to ``folder``.
 
     Attributes:
         batches: Outputs by name, one dict per batch, in CPU memory.
