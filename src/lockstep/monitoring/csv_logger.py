@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lockstep.core import atomic_write_text
+from lockstep.core import atomic_write_text, fsync
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,9 @@ class CsvMetricsLogger(Logger):
         self._pending: list[dict[str, Any]] = []
         if path.exists():
             _truncate_partial_line(path)
-            self._columns, self._rows_in_file = _read_columns(path), len(read_metrics(path))
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self._columns, self._rows_in_file = list(reader.fieldnames or ()), len(list(reader))
 
     @property
     def name(self) -> str:
@@ -65,19 +67,15 @@ class CsvMetricsLogger(Logger):
         if self.row_count > self._rows_in_file:
             self._rows_in_file = self.row_count
             self._pending.append({"step": self._step(), "epoch": metrics.get("epoch", "")} | dict(metrics))
-            self._write_pending()
+            self.flush(sync=False)
 
-    def flush(self) -> bool:
-        """Write pending rows, flush the file to disk, and return whether that succeeded, so that a checkpoint can be saved."""
-        return self._write_pending(sync=True)
-
-    def _write_pending(self, sync: bool = False) -> bool:
+    def flush(self, sync: bool = True) -> bool:
+        """Write pending rows, to disk if ``sync``, and return whether that succeeded, so that a checkpoint can be saved."""
         try:
             if self._pending:
                 self._append_pending()
             if sync and self.path.exists():
-                with self.path.open("a") as file:
-                    os.fsync(file.fileno())
+                fsync(self.path)
             return True
         except OSError as error:
             log.warning("%s cannot be written (%s); training continues, its rows are kept in memory", self.path, error.strerror)
@@ -87,11 +85,10 @@ class CsvMetricsLogger(Logger):
         """Append all pending rows, or none of them."""
         names = dict.fromkeys(name for row in self._pending for name in row)
         if added := [name for name in names if name not in self._columns]:
-            rows = read_metrics(self.path) if self.path.exists() else []
             text = StringIO(newline="")
             writer = csv.DictWriter(text, [*self._columns, *added])
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(read_metrics(self.path))
             atomic_write_text(self.path, text.getvalue())
             self._columns += added
         size = self.path.stat().st_size
@@ -112,12 +109,9 @@ def _truncate_partial_line(path: Path) -> None:
             file.truncate(text.rfind(b"\n") + 1)
 
 
-def _read_columns(path: Path) -> list[str]:
-    with path.open(newline="") as file:
-        return next(csv.reader(file), [])
-
-
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv``; a metric that a row does not have is an empty string."""
+    """The rows of a ``metrics.csv``, if it exists; a metric that a row does not have is an empty string."""
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

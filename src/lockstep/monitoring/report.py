@@ -1,7 +1,7 @@
 """The report at the end of a run: checksum of the weights, plots of the metrics, and a summary."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,11 +14,8 @@ from lockstep.runs import Run, RunResult
 def weights_sha256(weights: Iterable[tuple[str, Tensor]], world: World) -> str:
     """SHA-256 of a state dict on rank zero; an empty string on other ranks.
 
-    Hashes one tensor at a time, as all of them together may not fit into the memory of a rank.
-
-    Args:
-        weights: Names and tensors, sorted by name; every rank iterates over all of them.
-        world: The ranks.
+    Hashes one tensor at a time, as all of them together may not fit into the memory of a rank. ``weights`` are sorted by name;
+    every rank iterates over all of them.
     """
     digest = hashlib.sha256()
     for name, weight in weights:
@@ -30,35 +27,24 @@ def weights_sha256(weights: Iterable[tuple[str, Tensor]], world: World) -> str:
     return digest.hexdigest() if world.is_rank_zero else ""
 
 
-def _metric_series(run: Run) -> Mapping[str, tuple[list[int], list[float]]]:
-    """Steps and values of each metric in ``metrics.csv``, by name."""
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for row in read_metrics(run.metrics) if run.metrics.exists() else []:
-        for name, value in row.items():
-            if value and name not in ("step", "epoch"):
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(int(row["step"]))
-                values.append(float(value))
-    return series
-
-
-def draw_report(run: Run) -> None:
+def draw(run: Run) -> None:
     """Draw loss, accuracy, learning rate and throughput over the steps into ``report.png``."""
     # matplotlib takes a second to import, and only a finished run needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    series = _metric_series(run)
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for row in read_metrics(run.metrics):
+        for name, value in row.items():
+            if value and name not in ("step", "epoch"):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(value))
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{run.name} {run.id}")
-    panels = (
-        ("loss", "loss"),
-        ("accuracy", "accuracy"),
-        ("optim/lr", "learning rate"),
-        ("rate/samples_per_second", "samples/s"),
-    )
-    for axes, (metric, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    labels = {"loss": "loss", "accuracy": "accuracy", "optim/lr": "learning rate", "rate/samples_per_second": "samples/s"}
+    for axes, (metric, label) in zip(figure.subplots(2, 2).flat, labels.items(), strict=True):
         for name, (steps, values) in sorted(series.items()):
             if metric in name and not name.startswith("test"):
                 axes.plot(steps, values, marker="." if len(values) < 30 else "", label=name)
@@ -73,10 +59,7 @@ def draw_report(run: Run) -> None:
 def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]:
     """Five lines about a finished run: outcome, metrics, throughput, weights, and where its files are.
 
-    Args:
-        run: The run.
-        result: Its result.
-        wandb_location: URL of the W&B run, the command that uploads it, or ``off``.
+    ``wandb_location`` is the URL of the W&B run, the command that uploads it, or ``off``.
     """
     metrics = result.metrics or {}
     stage = "test/" if any(name.startswith("test/") for name in metrics) else "val/"
@@ -85,9 +68,8 @@ def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]
     else:
         outcome = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(stage))
     if "rate/samples_per_second" in metrics and "rate/data_wait" in metrics:
-        speed = (
-            f"{metrics['rate/samples_per_second']:.0f} samples/s, {metrics['rate/data_wait']:.0%} of the time waiting for data"
-        )
+        waiting = f"{metrics['rate/data_wait']:.0%} of the time waiting for data"
+        speed = f"{metrics['rate/samples_per_second']:.0f} samples/s, {waiting}"
     elif result.command == "fit":
         speed = "throughput was not measured: fewer steps than trainer.log_every_n_steps"
     else:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,20 +19,11 @@ _INTERVAL_SECONDS = 5.0
 """Time between two reports."""
 
 
-def total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run; None if it has no end."""
-    steps = trainer.estimated_stepping_batches
-    return None if math.isinf(steps) or steps < 0 else int(steps)
-
-
 class StatusReporter(Callback):
     """Writes ``status.json`` and, without a progress bar, a log line on rank zero every few seconds.
 
     Args:
-        run: The run.
-        throughput: Measures the speed.
-        attempt: Number of this attempt.
-        log_lines: Whether to write log lines too.
+        log_lines: Whether there is no progress bar.
         warning: Returns what is currently wrong with the run's files, or an empty string.
     """
 
@@ -66,7 +56,9 @@ class StatusReporter(Callback):
         if not trainer.is_global_zero:
             return
         self._next_report = time.monotonic() + _INTERVAL_SECONDS
-        steps, left = total_steps(trainer), self._seconds_left(trainer)
+        estimated = trainer.estimated_stepping_batches
+        steps = None if math.isinf(estimated) or estimated < 0 else int(estimated)
+        left = self._seconds_left(trainer.global_step, steps)
         progress = RunProgress(
             status=state,
             step=trainer.global_step,
@@ -94,12 +86,11 @@ class StatusReporter(Callback):
                 "" if left is None else f"  {left:.0f} s left",
             )
 
-    def _seconds_left(self, trainer: Trainer) -> float | None:
-        steps = total_steps(trainer)
-        if steps is None or self._start is None or trainer.global_step <= self._start[1]:
+    def _seconds_left(self, step: int, steps: int | None) -> float | None:
+        if steps is None or self._start is None or step <= self._start[1]:
             return None
-        passed, done = time.monotonic() - self._start[0], trainer.global_step - self._start[1]
-        return round(passed / done * (steps - trainer.global_step), 1)
+        passed, done = time.monotonic() - self._start[0], step - self._start[1]
+        return round(passed / done * (steps - step), 1)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -116,8 +107,3 @@ def _format_metrics(trainer: Trainer, stage: str) -> str:
 def latest_metrics(trainer: Trainer) -> dict[str, float]:
     """The metrics that were logged last, as numbers; ``trainer.logged_metrics`` are still on the device."""
     return next((logger.latest for logger in trainer.loggers if isinstance(logger, CsvMetricsLogger)), {})
-
-
-def is_interactive() -> bool:
-    """Whether standard output and standard error are a terminal."""
-    return sys.stderr.isatty() and sys.stdout.isatty()

@@ -31,8 +31,6 @@ class WandbClient:
     """Starts the W&B run of a run folder; both have the same id.
 
     Attributes:
-        run: The run folder.
-        options: The config's ``wandb`` section.
         config: What W&B shows as the config.
         online: Whether to use the server if it can be reached.
     """
@@ -44,30 +42,14 @@ class WandbClient:
 
     def start(self) -> tuple["wandb.Run", int]:
         """Start or resume the W&B run; return it with the number of metrics rows that it has."""
-        import wandb  # takes a second and a half, on rank zero only
-
-        arguments: dict[str, Any] = {
-            "id": self.run.id,
-            "resume": "allow",
-            "name": f"{self.run.name}-{self.run.id}",
-            "dir": self.run.folder,
-            "project": self.options.project,
-            "entity": self.options.entity,
-            "group": self.options.group,
-            "tags": self.options.tags or None,
-            "notes": self.options.notes,
-            "config": dict(self.config),
-            # Silent: what matters in its messages is logged here.
-            "settings": wandb.Settings(silent=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True),
-        }
         # W&B's service inherits the mask, so that a signal to the whole job does not kill it.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             try:
-                wandb_run = self._init(arguments)
+                wandb_run = self._init()
             except ConnectionError:  # the service of a previous start is dead
                 _teardown_service()
-                wandb_run = self._init(arguments)
+                wandb_run = self._init()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         # As Lightning's logger does for a run that it starts itself: optimizer steps are the x axis.
@@ -79,20 +61,31 @@ class WandbClient:
         log.info("W&B: %s", wandb_run.url)
         return wandb_run, max(0, wandb_run.step - 1) if wandb_run.resumed else 0
 
-    def _init(self, arguments: Mapping[str, Any]) -> "wandb.Run":
+    def _init(self) -> "wandb.Run":
         """The W&B run; offline if the server cannot be reached or rejects it, so that training continues."""
-        import wandb
+        import wandb  # takes a second and a half, on rank zero only
 
-        online = self.online
-        if online and not is_reachable(wandb.setup().settings.base_url):
+        arguments: dict[str, Any] = {
+            **vars(self.options),
+            "tags": self.options.tags or None,
+            "id": self.run.id,
+            "resume": "allow",
+            "name": f"{self.run.name}-{self.run.id}",
+            "dir": self.run.folder,
+            "config": dict(self.config),
+            "mode": "online" if self.online else "offline",
+            # Silent: what matters in its messages is logged here.
+            "settings": wandb.Settings(silent=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True),
+        }
+        if self.online and not is_reachable(wandb.setup().settings.base_url):
             log.warning("W&B cannot be reached; the run is offline, and W&B is tried again at its end")
-            online = False
+            arguments["mode"] = "offline"
         try:
-            return wandb.init(mode="online" if online else "offline", **arguments)
+            return wandb.init(**arguments)
         except wandb.Error as error:
             log.warning("W&B rejects the run (%s); it is offline", one_line(error))
             _teardown_service()
-            return wandb.init(mode="offline", **arguments)
+            return wandb.init(**arguments | {"mode": "offline"})
 
     def rows_on_disk(self) -> int:
         """The highest row number in the offline files of all attempts."""

@@ -36,7 +36,6 @@ class WandbRunLogger(WandbLogger):
     If W&B fails, training continues, and ``close`` sends the missing rows from the file.
 
     Args:
-        client: Starts the W&B run.
         step: Returns the number of optimizer steps done.
 
     Attributes:
@@ -130,8 +129,7 @@ class WandbRunLogger(WandbLogger):
         """Start the W&B run and send it the rows that it does not have."""
         self.run, self._sent_rows = self._client.start()
         self._has_failed = False
-        path = self._client.run.metrics
-        rows = read_metrics(path) if path.exists() else []
+        rows = read_metrics(self._client.run.metrics)
         for number, row in enumerate(rows[self._sent_rows :], start=self._sent_rows + 1):
             self._send(number, int(row["step"]), {name: float(row[name]) for name in row if row[name] and name != "step"})
             if self._has_failed:
@@ -166,14 +164,7 @@ def start_wandb_logger(
 ) -> WandbRunLogger | None:
     """Start W&B on rank zero; return None on other ranks and if W&B is disabled.
 
-    W&B shows the complete config, the git commit, the world and the Slurm job.
-
-    Args:
-        run: The run.
-        options: The config's ``wandb`` section.
-        config: The complete config.
-        world: The ranks.
-        step: Returns the number of optimizer steps done.
+    W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` returns the optimizer steps done.
     """
     mode = wandb_mode(options, os.environ)
     if mode == "disabled" or not world.is_rank_zero:

@@ -6,7 +6,6 @@ lowest of them names the rank that does not answer or is behind.
 """
 
 import faulthandler
-import json
 import os
 import sys
 import threading
@@ -17,7 +16,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lockstep.core import World, atomic_write_json
+from lockstep.core import World, atomic_write_json, read_json
 from lockstep.runs import Failure, Run, record_failure
 
 _SLOWDOWN_FACTOR = 10.0
@@ -32,12 +31,7 @@ _REPORT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class StuckRank:
-    """A rank that reached the limit: ``logs/<attempt>/stuck-<rank>.json``.
-
-    Attributes:
-        rank: The rank.
-        heartbeats: Number of its heartbeats.
-    """
+    """A rank that reached the limit, and the number of its heartbeats: ``logs/<attempt>/stuck-<rank>.json``."""
 
     rank: int
     heartbeats: int
@@ -46,11 +40,7 @@ class StuckRank:
 class Watchdog(Callback):
     """Watches over this rank while it trains, validates, tests or predicts.
 
-    Args:
-        run: The run.
-        world: The ranks.
-        attempt: Number of this attempt.
-        seconds: Least time without a heartbeat, in seconds, after which the rank is stuck.
+    ``seconds`` is the least time without a heartbeat after which the rank is stuck.
     """
 
     def __init__(self, run: Run, world: World, attempt: int, seconds: float) -> None:
@@ -119,17 +109,14 @@ class Watchdog(Callback):
 
     def _report(self, silent: float) -> None:
         """Dump the stacks of this rank; the lowest of the stuck ranks records which rank is to blame."""
-        print(
-            f"lockstep: rank {self.world.rank} has made no progress for {silent:.0f} s; its stacks:",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"lockstep: rank {self.world.rank} has made no progress for {silent:.0f} s; its stacks:"
+        print(text, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         folder = self.run.log(self.attempt, 0).parent
         mine = StuckRank(self.world.rank, self._heartbeats)
         atomic_write_json(folder / f"stuck-{self.world.rank}.json", asdict(mine))
         time.sleep(_REPORT_SECONDS)
-        stuck = [StuckRank(**json.loads(path.read_text())) for path in folder.glob("stuck-*.json")]
+        stuck = [StuckRank(**read_json(path)) for path in folder.glob("stuck-*.json")]
         if self.world.rank == min(rank.rank for rank in stuck):
             record_failure(self.run, self.attempt, self._blame(stuck, silent))
 

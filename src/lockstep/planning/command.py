@@ -8,22 +8,16 @@ from collections.abc import Sequence
 from jsonargparse import Namespace
 from rich.console import Console
 
-from lockstep.config import DDPOptions, DeepSpeedOptions
+from lockstep.config import DDPOptions, DeepSpeedOptions, split_command
 from lockstep.core import LockstepError
 from lockstep.planning.memory import TrainingOptions
 from lockstep.planning.model_profile import profile_model
 from lockstep.planning.table import Plan, Resources, format_bytes
-from lockstep.trainer import parse_config, split_command
-
-_WIDTH = 150
+from lockstep.trainer import parse_config
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the plan of a run and return the exit status.
-
-    Args:
-        arguments: ``Resources`` as JSON, then the arguments of the run.
-    """
+    """Print the plan of a run and return the exit status; ``arguments`` are ``Resources`` as JSON, then those of the run."""
     logging.basicConfig(format="lockstep: %(message)s")
     for name in ("lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -34,15 +28,11 @@ def main(arguments: Sequence[str]) -> int:
         precision = config.trainer.precision
         if precision == "auto":
             precision = "bf16-mixed" if resources.on_gpu else "32-true"
-        options = TrainingOptions(
-            precision,
-            DDPOptions(**vars(config.ddp)),
-            DeepSpeedOptions(**vars(config.deepspeed)),
-            config.trainer.accumulate_grad_batches,
-        )
+        ddp, deepspeed = DDPOptions(**vars(config.ddp)), DeepSpeedOptions(**vars(config.deepspeed))
+        options = TrainingOptions(precision, ddp, deepspeed, config.trainer.accumulate_grad_batches)
         plan = Plan(profile_model(config, precision), resources, options, zero_obstacle(config, precision))
         model = plan.model
-        console = Console(width=_WIDTH, highlight=False)
+        console = Console(width=150, highlight=False)
         console.print(
             f"{model.parameters:,} parameters, {model.trainable:,} of them trained, in {precision}; bytes per rank:\n"
         )

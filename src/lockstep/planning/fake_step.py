@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,23 +22,20 @@ from lockstep.trainer import ActivationCheckpointing
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
 
-class NoBatch(Exception):
-    """Training cannot run a step without a batch."""
-
-
 class ModelInspector(Callback):
     """Profile the module when training starts, and end training after one step.
 
     Args:
-        has_batch: Whether there is a batch to train on; else training ends at its start with ``NoBatch``.
+        has_batch: Whether there is a batch to train on; else training ends before its first step.
 
     Attributes:
         profile: The profile without activations and batch size; None before training starts.
     """
 
+    profile: ModelProfile | None = None
+
     def __init__(self, has_batch: bool) -> None:
         self.has_batch = has_batch
-        self.profile: ModelProfile | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if len(trainer.optimizers) != 1:
@@ -55,8 +51,7 @@ class ModelInspector(Callback):
             },
             is_fused=all(group.get("fused") for group in optimizer.param_groups),
         )
-        if not self.has_batch:
-            raise NoBatch
+        trainer.should_stop = not self.has_batch
         # Else the peak of a small batch would be at the end of backward, with all gradients and no activations.
         for parameter in pl_module.parameters():
             if parameter.requires_grad:
@@ -73,23 +68,20 @@ def _drop_gradient(parameter: Tensor) -> None:
 class FakeDeviceStrategy(SingleDeviceStrategy):
     """Leave all tensors where they are; record the peak of forward and backward.
 
-    Args:
-        tracker: Counts the bytes of every tensor.
-
     Attributes:
         activations: Bytes at the peak without weights, gradients and the optimizer's state; None before the first step.
     """
 
-    def __init__(self, tracker: MemTracker) -> None:
+    activations: int | None = None
+
+    def __init__(self) -> None:
         super().__init__(device=torch.device("cpu"))
-        self.tracker = tracker
-        self.activations: int | None = None
+        self.tracker = MemTracker()
 
     def model_to_device(self) -> None:
         """Do nothing: fake tensors are already on the CPU."""
 
-    def teardown(self) -> None:
-        """Do nothing."""
+    teardown = model_to_device
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Run forward and backward only."""
@@ -98,27 +90,8 @@ class FakeDeviceStrategy(SingleDeviceStrategy):
         return result
 
 
-class SingleTypePrecision(Precision):
-    """Convert inputs to the one type of the module, as DeepSpeed and Lightning's ``…-true`` precisions do.
-
-    Args:
-        precision: Such as ``bf16-true``.
-    """
-
-    def __init__(self, precision: Any) -> None:
-        self.precision = precision
-        self.dtype = DTYPES[precision.partition("-")[0]]
-
-    def convert_input(self, data: Any) -> Any:
-        return tree_map_only(Tensor, lambda value: value.to(self.dtype) if value.is_floating_point() else value, data)
-
-
 class RepeatedBatch:
-    """A loader that yields the same batch forever.
-
-    Args:
-        batch: The batch.
-    """
+    """A loader that yields the same batch forever."""
 
     def __init__(self, batch: Any) -> None:
         self.batch = batch
@@ -133,25 +106,28 @@ class RepeatedBatch:
 
 def run_fake_step(
     config: Namespace, module: LightningModule, data: LightningDataModule, batch: Any, precision: Any, inspector: ModelInspector
-) -> int:
-    """Train ``module`` for one step and return the bytes of its activations at the peak of forward and backward.
+) -> int | None:
+    """Train ``module`` for one step and return the bytes of its activations at the peak; None without a batch.
 
     Raises:
-        NoBatch: ``inspector`` has no batch.
         Exception: The module needs the contents of a tensor.
     """
-    tracker = MemTracker()
-    strategy = FakeDeviceStrategy(tracker)
-    loader = RepeatedBatch(tree_map_only(Tensor, torch.empty_like, batch))
+    strategy = FakeDeviceStrategy()
+    bits, _, kind = precision.partition("-")
+
+    def fake(tensor: Tensor) -> Tensor:
+        # DeepSpeed and Lightning's …-true precisions convert inputs to the one type of the module.
+        is_converted = kind == "true" and tensor.is_floating_point()
+        return torch.empty_like(tensor, dtype=DTYPES[bits] if is_converted else tensor.dtype)
+
+    loader = RepeatedBatch(tree_map_only(Tensor, fake, batch))
     vars(data).update(train_dataloader=lambda: loader)
-    is_low_precision = precision.endswith("-true") and precision != "32-true"
     trainer = Trainer(
         **{name: config.trainer[name] for name in ("max_epochs", "max_steps", "gradient_clip_val")},
         strategy=strategy,
         accelerator="cpu",  # also on machines with GPUs
         devices=1,
-        precision=None if is_low_precision else precision,
-        plugins=[SingleTypePrecision(precision)] if is_low_precision else None,
+        precision=None if kind == "true" else precision,
         callbacks=[ActivationCheckpointing(config.activation_checkpointing), inspector],
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -160,10 +136,9 @@ def run_fake_step(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with tracker, torch.compiler.set_stance("force_eager"):
-        tracker.track_external(module)
+    with strategy.tracker, torch.compiler.set_stance("force_eager"):
+        strategy.tracker.track_external(module)
         trainer.fit(module, datamodule=data)
-    assert strategy.activations is not None
     return strategy.activations
 
 

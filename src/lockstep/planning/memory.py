@@ -9,15 +9,13 @@ float32 master weights, the buckets of ``setup_buckets``, and zero/config.py for
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from lockstep.config import DDPOptions, DeepSpeedOptions, deepspeed_config
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
 """Strategies by communication volume: up to stage 2 it equals that of DDP, stage 3 sends half as much again [R, 7]."""
-
-USABLE_FRACTION = 0.9
-"""Usable part of a device's memory; the rest is for the CUDA context, NCCL and fragmentation."""
 
 _FLOAT = 4
 _BYTES = {"16": 2, "bf16": 2, "32": 4, "64": 8}
@@ -29,8 +27,7 @@ class TrainingOptions:
 
     Attributes:
         precision: As in Lightning's Trainer, with ``auto`` resolved.
-        ddp: Options of DDP.
-        deepspeed: Options of DeepSpeed; the strategy decides on stage and offload.
+        deepspeed: The strategy decides on its stage and offload.
         accumulate_grad_batches: Backward passes per optimizer step.
     """
 
@@ -42,14 +39,9 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of activations at the peak of forward and backward, as a linear function of the batch size.
+    """Bytes of activations at the peak of forward and backward, as a linear function of the batch size."""
 
-    Attributes:
-        fixed: Bytes for any batch, such as weights that autocast has cast.
-        per_sample: Bytes for each sample.
-    """
-
-    fixed: float
+    fixed: float  # such as weights that autocast has cast
     per_sample: float
 
     def for_batch(self, batch: float) -> int:
@@ -100,17 +92,13 @@ class ModelProfile:
 
     def max_numel_in_shard(self, ranks: int) -> int:
         """Number of elements of all parameters of which a rank's optimizer shard has a part; the maximum over ranks."""
-        most = 0
-        for rank in range(ranks):
-            total = 0
-            for numels in self.group_numels:
-                shard = -(-sum(numels) // ranks)
-                begin, offset = rank * shard, 0
-                for numel in numels:
-                    total += numel if offset < begin + shard and offset + numel > begin else 0
-                    offset += numel
-            most = max(most, total)
-        return most
+        totals = [0] * ranks
+        for numels in self.group_numels:
+            shard = max(1, -(-sum(numels) // ranks))
+            for numel, end in zip(numels, accumulate(numels), strict=True):
+                for rank in range((end - numel) // shard, -(-end // shard)):
+                    totals[rank] += numel
+        return max(totals)
 
 
 @dataclass(frozen=True)
@@ -143,15 +131,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(strategy: str, model: ModelProfile, ranks: int, batch: float, options: TrainingOptions) -> MemoryEstimate:
-    """Estimate the bytes that each rank needs.
-
-    Args:
-        strategy: One of ``STRATEGIES``.
-        model: The model and its optimizer.
-        ranks: World size.
-        batch: Samples of a backward pass on this rank.
-        options: Precision and options of the strategies.
-    """
+    """Estimate the bytes of each of ``ranks`` with one of ``STRATEGIES`` and ``batch`` samples in its backward pass."""
     bits, _, kind = options.precision.partition("-")
     if strategy == "ddp":
         element = _FLOAT if kind == "mixed" else _BYTES[bits]

@@ -1,21 +1,14 @@
 """A table of the strategies that fit into the memory of a rank, and a recommendation."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from rich.table import Table
 
-from lockstep.planning.memory import (
-    STRATEGIES,
-    USABLE_FRACTION,
-    MemoryEstimate,
-    ModelProfile,
-    TrainingOptions,
-    estimate_memory,
-)
+from lockstep.planning.memory import STRATEGIES, MemoryEstimate, ModelProfile, TrainingOptions, estimate_memory
 
-_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+USABLE_FRACTION = 0.9
+"""Usable part of a device's memory; the rest is for the CUDA context, NCCL and fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +18,6 @@ class Resources:
     Attributes:
         nodes: The maximum number of nodes requested.
         ranks: Ranks per node.
-        on_gpu: Whether each rank has a GPU.
         memory: Bytes per rank, of its GPU or, without one, of its node; None if unknown.
         host: Bytes of CPU memory per node; None if unknown.
     """
@@ -47,10 +39,8 @@ class PlanRow:
     """One strategy on one number of nodes.
 
     Attributes:
-        nodes: Number of nodes.
         batch: Samples per rank in a backward pass; None if unknown or if the global batch is not divisible.
         strategy: One of ``STRATEGIES``.
-        estimate: Bytes per rank.
         obstacle: Why it cannot run, in a few words; empty if it can, None if unknown.
     """
 
@@ -66,9 +56,6 @@ class Plan:
     """All strategies for one model.
 
     Attributes:
-        model: Profile of the model.
-        resources: Resources of the submission.
-        options: Precision and options of the strategies.
         zero_obstacle: Why ZeRO cannot run, in a few words; empty if it can.
     """
 
@@ -85,9 +72,7 @@ class Plan:
     @cached_property
     def rows(self) -> list[PlanRow]:
         """All rows, by number of nodes."""
-        return list(self._rows())
-
-    def _rows(self) -> Iterator[PlanRow]:
+        rows = []
         for nodes in self.resources.node_counts():
             ranks = nodes * self.resources.ranks
             batch = self.model.batch_on(ranks)
@@ -99,7 +84,8 @@ class Plan:
                     obstacle = f"no: {self.zero_obstacle}"
                 else:
                     obstacle = self._memory_obstacle(estimate)
-                yield PlanRow(nodes, batch, strategy, estimate, obstacle)
+                rows.append(PlanRow(nodes, batch, strategy, estimate, obstacle))
+        return rows
 
     def _memory_obstacle(self, estimate: MemoryEstimate) -> str | None:
         """Why ``estimate`` does not fit; empty if it fits, None if unknown."""
@@ -160,7 +146,7 @@ def format_bytes(size: int | None) -> str:
     """Format a number of bytes, such as ``1.5 GiB``."""
     if size is None:
         return "?"
-    for unit, name in _UNITS:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
             return f"{size / unit:.{0 if size >= 100 * unit else 1}f} {name}"
     return "0" if size == 0 else f"{size} B"

@@ -4,7 +4,7 @@ Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
 """
 
 import functools
-import importlib
+import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lockstep.core import UsageError, did_you_mean
 
-_KEY = "activation_checkpointing"
-
 
 class ActivationCheckpointing(Callback):
-    """Recompute every submodule of the given classes in backward.
-
-    Args:
-        paths: Import paths of the classes.
+    """Recompute every submodule of the classes with the import paths ``paths`` in backward.
 
     Raises:
         UsageError: A class is not an ``nn.Module``, or the module has no submodule of it.
@@ -37,18 +32,18 @@ class ActivationCheckpointing(Callback):
             submodules = [module for module in pl_module.modules() if isinstance(module, cls)]
             if not submodules:
                 names = sorted({f"{type(module).__module__}.{type(module).__name__}" for module in pl_module.modules()})
-                raise UsageError(f"{_KEY}: the module has no submodule of class {path}{did_you_mean(path, names)}")
+                hint = did_you_mean(path, names)
+                raise UsageError(f"activation_checkpointing: the module has no submodule of class {path}{hint}")
             for module in submodules:
                 # Not a wrapper module, which would change the names in a checkpoint.
                 module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def _import_class(path: str) -> Any:
-    module, _, name = path.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
+        cls = pkgutil.resolve_name(path)
     except (ImportError, ValueError, AttributeError):
-        raise UsageError(f"{_KEY}: {path!r} is not the import path of a class.") from None
+        raise UsageError(f"activation_checkpointing: {path!r} is not the import path of a class.") from None
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise UsageError(f"{_KEY}: {path!r} is not an nn.Module.")
+        raise UsageError(f"activation_checkpointing: {path!r} is not an nn.Module.")
     return cls

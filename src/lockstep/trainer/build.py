@@ -1,10 +1,10 @@
 """Build the Lightning Trainer of a run."""
 
+import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -15,27 +15,11 @@ from lightning.pytorch.loggers import Logger
 from lockstep.checkpoint import CheckpointCallback, CheckpointWriter
 from lockstep.core import UsageError
 from lockstep.distributed import SignalReceiver
-from lockstep.monitoring import (
-    NanGuard,
-    ProgressBar,
-    StatusReporter,
-    ThroughputMonitor,
-    Watchdog,
-    is_interactive,
-)
+from lockstep.monitoring import NanGuard, ProgressBar, StatusReporter, ThroughputMonitor, Watchdog
 from lockstep.strategies import AnyStrategy, DeepSpeed
 from lockstep.trainer.activation_checkpointing import ActivationCheckpointing
+from lockstep.trainer.context import RunContext
 from lockstep.trainer.loops import replace_loops
-
-if TYPE_CHECKING:
-    from lockstep.trainer.context import RunContext
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Resolve ``auto``: bf16-mixed on a GPU that computes in bfloat16, else 32-true."""
-    if precision != "auto":
-        return precision
-    return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def check_callbacks(callbacks: Any, strategy: AnyStrategy) -> None:
@@ -47,22 +31,18 @@ def check_callbacks(callbacks: Any, strategy: AnyStrategy) -> None:
 
 
 def build_trainer(
-    context: "RunContext",
+    context: RunContext,
     arguments: Namespace,
     strategy: AnyStrategy,
     loggers: Sequence[Logger],
     throughput: ThroughputMonitor,
     signals: SignalReceiver,
-) -> Trainer:
-    """Build the Trainer of a run: the arguments of the config, and what lockstep adds to every run.
+) -> tuple[Trainer, CheckpointCallback]:
+    """Build the Trainer of a run, and its callback that saves: the config's arguments, and what lockstep adds to every run.
 
     Args:
-        context: What was decided before.
         arguments: The ``trainer`` part of the config, with callbacks, loggers and the like instantiated.
-        strategy: How this rank trains with the others.
         loggers: lockstep's own; those of the config follow.
-        throughput: Measures the speed.
-        signals: Receives the signals of this rank.
 
     Raises:
         UsageError: Lightning refuses the arguments.
@@ -72,7 +52,7 @@ def build_trainer(
     callbacks = _as_list(given.pop("callbacks"))
     has_own_bar = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
     bar = given.pop("enable_progress_bar")
-    bar = has_own_bar or is_interactive() if bar is None else bar
+    bar = has_own_bar or (sys.stderr.isatty() and sys.stdout.isatty()) if bar is None else bar
     watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds)
     writer = CheckpointWriter(run, context.world, context.attempt, options, on_wait=watchdog.reset)
     saves = given["enable_checkpointing"] is not False
@@ -87,8 +67,7 @@ def build_trainer(
         watchdog,
         *([ProgressBar()] if bar and not has_own_bar else []),
     ]
-    if given["enable_model_summary"] is None:
-        given["enable_model_summary"] = False
+    given["enable_model_summary"] = bool(given["enable_model_summary"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         try:
@@ -105,7 +84,7 @@ def build_trainer(
             raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
     replace_loops(trainer)
     trainer.fit_loop.epoch_loop.on_step_boundary = checkpoints.on_step_boundary
-    return trainer
+    return trainer, checkpoints
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """Parse a config with jsonargparse, write it as YAML, and instantiate its classes."""
 
 import argparse
+import pkgutil
 import re
 import sys
 import warnings
@@ -11,11 +12,9 @@ import shtab
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lockstep.config import RESERVED_TRAINER_KEYS, Options, Precision
-from lockstep.config import split_command as split_command
+from lockstep.config import RESERVED_TRAINER_KEYS, Options, Precision, messages
 from lockstep.config.validation import known_keys, validate_arguments
 from lockstep.core import UsageError, did_you_mean
-from lockstep.trainer.parse_errors import explain_parse_error
 
 
 def make_parser() -> ArgumentParser:
@@ -29,12 +28,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file of keys; later files override earlier ones.")
     parser.add_class_arguments(Options, instantiate=False)
     parser.add_class_arguments(Trainer, "trainer", skip={*RESERVED_TRAINER_KEYS, "precision"}, instantiate=False)
-    parser.add_argument(
-        "--trainer.precision",
-        type=Precision,
-        default="auto",
-        help="auto: bf16-mixed on GPUs that support it, else 32-true.",
-    )
+    precision_help = "auto: bf16-mixed on GPUs that support it, else 32-true."
+    parser.add_argument("--trainer.precision", type=Precision, default="auto", help=precision_help)
     parser.add_subclass_arguments(LightningModule, "model", required=True, fail_untyped=False)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True, fail_untyped=False)
     parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -60,7 +55,36 @@ def parse_config(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     try:
         return parser, parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise UsageError(explain_parse_error(str(error))) from None
+        raise UsageError(_explain(str(error))) from None
+
+
+def _explain(text: str) -> str:
+    """Reduce the message of an ArgumentError to one sentence: the key, its class and the innermost cause."""
+    key, owner, cause = "", "", text
+    while True:  # each key and class on the way has an indented block of its own
+        if found := re.match(r'\s*Parser key "([^"]+)":', cause):
+            key, cause = f"{key}.{found[1]}".lstrip("."), cause[found.end() :]
+        elif found := re.search(r"^( *)- Problem with given class_path '([^']+)':\n((?:\1 .*\n?)+)", cause, re.MULTILINE):
+            owner, cause = found[2], found[3]
+        else:
+            break
+    if owner and (unknown := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^\s=]+)", cause)):
+        return messages.unknown_key(f"{key}.{unknown[1] or unknown[2]}", "", _argument_keys(key, owner), owner)
+    if owner and (missing := re.search(r"following arguments are required: ([^\s,]+)", cause)):
+        return messages.missing_key(f"{key}.{missing[1]}", owner)
+    cause = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", cause).replace("NoneType", "null")
+    lines = [re.sub("^Expected an? ", "expected ", line.strip(" -")) for line in cause.splitlines()]
+    causes = [line for line in lines if line and not re.match("Does not validate|Subtypes:|Errors:|Given value type:", line)]
+    where = f"{key} ({owner})" if owner else key
+    return ": ".join(filter(None, [where, "; ".join(dict.fromkeys(causes))]))
+
+
+def _argument_keys(key: str, class_path: str) -> list[str]:
+    """Keys of the arguments of a class or function, as jsonargparse finds them."""
+    found, parser = pkgutil.resolve_name(class_path), ArgumentParser()
+    add = parser.add_class_arguments if isinstance(found, type) else parser.add_function_arguments
+    add(found, key, fail_untyped=False)
+    return list(parser.get_defaults().keys())
 
 
 def completion(shell: str) -> str:
@@ -99,16 +123,12 @@ def dump_config(parser: ArgumentParser, config: Namespace) -> str:
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
-    """Instantiate the model, the data and the trainer's callbacks.
-
-    Raises:
-        Exception: An exception of a class, without the one that jsonargparse wraps around it.
-    """
+    """Instantiate the model, the data and the trainer's callbacks; raise what a class raises, as jsonargparse does not."""
     try:
         instances: Namespace = parser.instantiate(config)
+        return instances
     except ValueError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise cause from None
-    return instances

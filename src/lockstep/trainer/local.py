@@ -4,12 +4,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
+from lockstep.config import split_command
 from lockstep.core import Interrupted, World, setup_logging
 from lockstep.distributed import RankFailed, fork_ranks
 from lockstep.runs import LaunchRecord, Owner, Run, read_first_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
-from lockstep.trainer.config_parser import parse_config, split_command
+from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.session import train
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ def run_locally(
         arguments: A command and the keys of the config.
         nodes: Simulated nodes; 1 by default, or as many as the run had.
         ranks: Ranks on each; likewise.
-        command_line: The whole command line, for the launch record.
+        command_line: For the launch record.
         resume: The run to continue, whose config is among ``arguments``; a new run by default.
 
     Raises:
@@ -36,8 +38,7 @@ def run_locally(
     nodes = nodes or (launched.max_nodes if launched is not None else 1)
     ranks = ranks or (launched.ranks_per_node if launched is not None else 1)
     if resume is None:
-        config = parsed[1]
-        run, attempt = Run.start(config.run.root, config.run.name, command_line, nodes, ranks)
+        run, attempt = Run.start(parsed[1].run.root, parsed[1].run.name, command_line, nodes, ranks)
     else:
         run = resume
         attempt = run.claim_attempt(Owner.this_process(), lambda owner: is_owner_alive(owner, os.environ))
@@ -45,30 +46,22 @@ def run_locally(
         train(command, parsed, World(), run, attempt)
         return 0
     try:
-        fork_ranks(
-            lambda world: train(command, parsed, world, run, attempt) and None,
-            nodes,
-            ranks,
-            logs=lambda rank: run.log(attempt, rank),
-        )
+        fork_ranks(lambda world: train(command, parsed, world, run, attempt) and None, nodes, ranks, partial(run.log, attempt))
     except RankFailed as failed:
         # The watchdog of a rank may have recorded that another one hangs.
         failure = read_first_failure(run, attempt) or failed.failure
         if not run.result.exists():  # rank zero had no time to write it
             write_failed_result(run, attempt, failure)
         setup_logging(World())
+        to_resume = f"to resume: launch/local.py --resume {run.folder}"
         if failure.is_interruption:
-            print(f"interrupted; to resume: launch/local.py --resume {run.folder}", file=sys.stderr)
+            print(f"interrupted; {to_resume}", file=sys.stderr)
         elif failure.is_permanent:
             print(f"lockstep: {failure.report}", file=sys.stderr)
         else:
-            log.error(
-                "%s failed first; the other ranks were ended.\n%s\nlogs: %s\nto resume: launch/local.py --resume %s",
-                f"rank {failure.rank} of {failure.world_size} {failure.place}",
-                failure.report.rstrip(),
-                run.log(attempt, 0).parent,
-                run.folder,
-            )
+            who = f"rank {failure.rank} of {failure.world_size} {failure.place}"
+            report, logs = failure.report.rstrip(), run.log(attempt, 0).parent
+            log.error("%s failed first; the other ranks were ended.\n%s\nlogs: %s\n%s", who, report, logs, to_resume)
         return failure.exit_status
     except (KeyboardInterrupt, Interrupted) as interrupted:
         print(f"interrupted; to resume: launch/local.py --resume {run.folder}", file=sys.stderr)

@@ -21,19 +21,13 @@ from torch import Tensor
 from lockstep.core import RunError, UsageError, World, atomic_write
 from lockstep.data import GlobalBatchSampler
 from lockstep.distributed import broadcast_from_rank_zero
-from lockstep.runs import Run
-
-OutputTypes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""The type of each output, and its shape without the first dimension."""
+from lockstep.trainer.context import RunContext
 
 
 def run_prediction(
-    trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None, run: Run, attempt: int
-) -> dict[str, Any]:
-    """Predict the samples of ``predict_dataloader``; every rank must call this.
-
-    Returns:
-        Entries of ``result.json``: the number of samples, and the path of the file.
+    context: RunContext, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None
+) -> int:
+    """Predict the samples of ``predict_dataloader`` and return their number; every rank must call this.
 
     Raises:
         UsageError: The module or the data cannot predict.
@@ -43,27 +37,20 @@ def run_prediction(
         raise UsageError(f"data: {type(data).__name__} has no predict_dataloader; define it to choose what to predict.")
     if not is_overridden("predict_step", module) and not is_overridden("forward", module):
         raise UsageError(f"model: {type(module).__name__} has neither predict_step nor forward; define one of them.")
-    strategy: Any = trainer.strategy
+    run, world = context.run, context.world
     # One folder per attempt: an older attempt may still run on a node that Slurm has given up.
-    writer = PredictionWriter(run.folder / f".predictions-{attempt}", strategy.sharding.world)
+    writer = PredictionWriter(run.folder / f".predictions-{context.attempt}", world)
     trainer.callbacks.append(writer)  # type: ignore[attr-defined]
     trainer.predict(module, datamodule=data, return_predictions=False, ckpt_path=checkpoint, weights_only=True)
     if not writer.batches:
         raise RunError(
             "predict_dataloader gave no batch, so there are no predictions; check the data and trainer.limit_predict_batches."
         )
-    samples = broadcast_from_rank_zero(
-        lambda: _merge_predictions(writer.folder, writer.world.size, run.predictions), writer.world
-    )
-    return {"samples": samples, "predictions": str(run.predictions)}
+    return broadcast_from_rank_zero(lambda: _merge_predictions(writer.folder, world.size, run.predictions), world)
 
 
 class PredictionWriter(Callback):
-    """Collect the outputs of ``predict_step`` on this rank with the indices of their samples, and write them at the end.
-
-    Args:
-        folder: Folder for the rows of all ranks.
-        world: The ranks that share the samples.
+    """Collect the outputs of ``predict_step`` on this rank with the indices of their samples, and write them to ``folder``.
 
     Attributes:
         batches: Outputs by name, one dict per batch, in CPU memory.
@@ -105,7 +92,7 @@ class PredictionWriter(Callback):
             )
         self._indices += indices
         self.batches.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
-        _check_same_types(_output_types(self.batches[-1]), _output_types(self.batches[0]))
+        _check_same_types(self.batches[-1], self.batches[0])
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.batches:
@@ -119,11 +106,7 @@ class PredictionWriter(Callback):
 
 
 def _name_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Return the output of ``predict_step`` as tensors by name.
-
-    Raises:
-        RunError: It is, or holds, something else than tensors.
-    """
+    """Return the output of ``predict_step`` as tensors by name; raise RunError if it holds something else than tensors."""
     named = outputs
     if isinstance(outputs, Tensor):
         named = {"predictions": outputs}
@@ -140,22 +123,19 @@ def _name_outputs(outputs: Any) -> dict[str, Tensor]:
     return {str(name): value for name, value in named.items()}
 
 
-def _output_types(tensors: Mapping[str, Tensor]) -> OutputTypes:
-    return {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
-
-
-def _check_same_types(types: OutputTypes, first: OutputTypes) -> None:
+def _check_same_types(tensors: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> None:
     """Raise RunError where the outputs of a batch differ in type or shape from those of the first batch."""
-    for name in sorted(types.keys() | first.keys()):
-        if (here := types.get(name)) != (there := first.get(name)):
+    for name in sorted(tensors.keys() | first.keys()):
+        here, there = _describe_type(tensors.get(name)), _describe_type(first.get(name))
+        if here != there:
             raise RunError(
-                f"predict_step returns {name} as {_describe_type(there)} for one batch and "
-                f"as {_describe_type(here)} for another; all batches must agree but for the first dimension."
+                f"predict_step returns {name} as {there} for one batch and as {here} for another; "
+                "all batches must agree but for the first dimension."
             )
 
 
-def _describe_type(output: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
-    return "nothing" if output is None else f"{output[0]} ({', '.join(['batch', *map(str, output[1])])})"
+def _describe_type(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{tensor.dtype} ({', '.join(['batch', *map(str, tensor.shape[1:])])})"
 
 
 def _merge_predictions(folder: Path, ranks: int, path: Path) -> int:
@@ -163,7 +143,7 @@ def _merge_predictions(folder: Path, ranks: int, path: Path) -> int:
     try:
         parts = [torch.load(folder / f"{rank}.pt", weights_only=True, mmap=True) for rank in range(ranks)]
         for part in parts:
-            _check_same_types(_output_types(part["tensors"]), _output_types(parts[0]["tensors"]))
+            _check_same_types(part["tensors"], parts[0]["tensors"])
         order = torch.cat([part["indices"] for part in parts]).argsort(stable=True)
         merged = {name: torch.cat([part["tensors"][name] for part in parts])[order] for name in parts[0]["tensors"]}
         atomic_write(path, lambda temporary: save_file(merged, temporary))

@@ -11,32 +11,15 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lockstep.checkpoint import Checkpoint, CheckpointCallback, allow_numpy_globals, find_checkpoint, latest_checkpoint
-from lockstep.core import (
-    Interrupted,
-    LockstepError,
-    RunError,
-    Stopped,
-    UsageError,
-    World,
-    atomic_write_text,
-    setup_logging,
-)
+from lockstep.config import split_command
+from lockstep.core import Interrupted, LockstepError, RunError, Stopped, UsageError, World, atomic_write_text, setup_logging
 from lockstep.data import DataSharding
 from lockstep.distributed import SignalReceiver, all_gather, broadcast_from_rank_zero, destroy_process_group
-from lockstep.monitoring import (
-    CsvMetricsLogger,
-    ThroughputMonitor,
-    WandbRunLogger,
-    draw_report,
-    start_wandb_logger,
-    summary_lines,
-    sync_command,
-    weights_sha256,
-)
+from lockstep.monitoring import CsvMetricsLogger, ThroughputMonitor, WandbRunLogger, report, start_wandb_logger, sync_command
 from lockstep.runs import (
     Durations,
     Evidence,
@@ -51,7 +34,7 @@ from lockstep.runs import (
 )
 from lockstep.strategies import AnyStrategy, load_ops, make_strategy, private_folder, required_ops
 from lockstep.trainer.build import build_trainer, check_callbacks
-from lockstep.trainer.config_parser import dump_config, instantiate, parse_config, split_command
+from lockstep.trainer.config_parser import dump_config, instantiate, parse_config
 from lockstep.trainer.context import RunContext
 from lockstep.trainer.loops import FitLoop
 from lockstep.trainer.predictions import run_prediction
@@ -60,17 +43,14 @@ log = logging.getLogger(__name__)
 
 
 class TrainingSession:
-    """One attempt of a run on one rank. Every rank of the world must have one.
-
-    Args:
-        context: What was decided before.
-    """
+    """One attempt of a run on one rank. Every rank of the world must have one."""
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
         self.signals = SignalReceiver()
         self.throughput = ThroughputMonitor()
         self.trainer: Trainer | None = None
+        self.checkpoints: CheckpointCallback | None = None
         self.wandb: WandbRunLogger | None = None
         self._seconds = 0.0
 
@@ -99,8 +79,9 @@ class TrainingSession:
             raise raised from error
         self._write(result)
         if context.world.is_rank_zero:
-            draw_report(context.run)
-            for line in summary_lines(context.run, result, self._wandb_location()):
+            report.draw(context.run)
+            wandb_location = "off" if self.wandb is None else self.wandb.url or sync_command(context.run)
+            for line in report.summary_lines(context.run, result, wandb_location):
                 log.info(line)
         destroy_process_group()
         return result
@@ -137,7 +118,9 @@ class TrainingSession:
         content = yaml.safe_load(dump_config(context.parser, config))
         self.wandb = start_wandb_logger(context.run, config.wandb, content, context.world, self.global_step)
         loggers = [CsvMetricsLogger(context.run.metrics, self.global_step), *([self.wandb] if self.wandb is not None else [])]
-        self.trainer = build_trainer(context, objects.trainer, strategy, loggers, self.throughput, self.signals)
+        self.trainer, self.checkpoints = build_trainer(
+            context, objects.trainer, strategy, loggers, self.throughput, self.signals
+        )
         if isinstance(checkpoint, Checkpoint) and context.command == "fit":
             self._resume(strategy, checkpoint, is_same_run)
         path = None if checkpoint is None else str(checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint)
@@ -146,14 +129,15 @@ class TrainingSession:
         try:
             with self.signals.installed():
                 if context.command == "predict":
-                    outcome |= run_prediction(self.trainer, objects.model, objects.data, path, context.run, context.attempt)
+                    outcome["samples"] = run_prediction(context, self.trainer, objects.model, objects.data, path)
+                    outcome["predictions"] = str(context.run.predictions)
                 else:
                     outcome["metrics"] = self._fit_or_evaluate(self.trainer, objects.model, objects.data, path)
         except MisconfigurationException as error:
             raise RunError(" ".join(str(error).split())) from error
         finally:
             self._seconds = time.monotonic() - began
-        sha256 = weights_sha256(strategy.full_weights(), context.world)
+        sha256 = report.weights_sha256(strategy.full_weights(), context.world)
         skipped = set().union(*all_gather(getattr(objects.data, "skipped", set()), context.world))
         return replace(self._result("finished"), weights_sha256=sha256, skipped_files=len(skipped), **outcome)
 
@@ -171,17 +155,16 @@ class TrainingSession:
     def _resume(self, strategy: AnyStrategy, checkpoint: Checkpoint, is_same_run: bool) -> None:
         """Continue where ``checkpoint`` was saved; within a run, rows that are logged again are not written again."""
         trainer, progress = self.trainer, checkpoint.manifest.progress
-        assert trainer is not None and isinstance(trainer.fit_loop, FitLoop)
+        assert trainer is not None and isinstance(trainer.fit_loop, FitLoop) and self.checkpoints is not None
         point = checkpoint.resume_point(self.context.world, self.context.config.seed_everything)
         strategy.resume_from(point)
         trainer.fit_loop.resume_point = point
         if is_same_run:
             self.throughput.train_seconds = progress.train_seconds
-            for part in (*trainer.loggers, *_callbacks(trainer)):
-                if isinstance(part, CsvMetricsLogger | WandbRunLogger):
-                    part.row_count = progress.metric_rows
-                elif isinstance(part, CheckpointCallback):
-                    part.resume(progress)
+            self.checkpoints.resume(progress)
+            for logger in trainer.loggers:
+                if isinstance(logger, CsvMetricsLogger | WandbRunLogger):
+                    logger.row_count = progress.metric_rows
         log.info("resuming from step %d (epoch %d, batch %d)", progress.step, progress.epoch, progress.batch)
 
     def _fit_or_evaluate(
@@ -208,17 +191,11 @@ class TrainingSession:
     def _result(self, status: str, reason: str | None = None) -> RunResult:
         """The result as far as it is known now."""
         context = self.context
-        result = RunResult(
-            status,
-            context.command,
-            context.world.size,
-            context.attempt,
-            [attempt.reason for attempt in read_attempts(context.run)],
-            reason,
-        )
-        if self.trainer is None:
+        reasons = [attempt.reason for attempt in read_attempts(context.run)]
+        result = RunResult(status, context.command, context.world.size, context.attempt, reasons, reason)
+        if self.trainer is None or self.checkpoints is None:
             return result
-        lost = sum(part.seconds_lost for part in _callbacks(self.trainer) if isinstance(part, CheckpointCallback))
+        lost = self.checkpoints.seconds_lost
         seconds = Durations(round(self.throughput.train_seconds, 3), round(self._seconds, 3), round(lost, 3))
         return replace(result, global_step=self.trainer.global_step, epochs=self.trainer.current_epoch, seconds=seconds)
 
@@ -236,16 +213,6 @@ class TrainingSession:
             update_status(run, result.status)
         except OSError as error:  # a full disk must not turn a stop into a crash
             log.warning("%s could not be written (%s)", run.result, error.strerror)
-
-    def _wandb_location(self) -> str:
-        """Where W&B has the run: its address, the command that uploads it, or that W&B is off."""
-        return "off" if self.wandb is None else self.wandb.url or sync_command(self.context.run)
-
-
-def _callbacks(trainer: Any) -> list[Callback]:
-    """All callbacks of a Trainer; its type does not declare them."""
-    callbacks: list[Callback] = trainer.callbacks
-    return callbacks
 
 
 def _normalize(error: BaseException) -> BaseException:
