@@ -23,7 +23,7 @@ _SLOWDOWN_FACTOR = 10.0
 """The limit is at least this many times the longest recent interval between heartbeats."""
 
 _FIRST_STEP_SECONDS = 1800.0
-"""Least limit for the first step, which starts workers and may compile the model."""
+"""Minimum limit for the first step, which starts workers and may compile the model."""
 
 _REPORT_SECONDS = 5.0
 """Time for all stuck ranks to write their records."""

@@ -1,4 +1,4 @@
-"""The one classifier of endings: why a run or an attempt ended, from its records, its output and Slurm's word.
+"""The classifier of endings: why a run or an attempt ended, from its records, its output and Slurm's job state.
 
 Ranks, the supervisor of a Slurm job, local launches and ``jobs.py status`` all ask ``classify_ending``.
 """

@@ -1,4 +1,4 @@
-"""Typed records in a run folder, as JSON or YAML; a damaged one is named and ignored."""
+"""Typed records in a run folder; a damaged file is named and ignored."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The Slurm client: every question to squeue, sacct and scontrol, and what the answers mean."""
+"""The Slurm client: query squeue, sacct and scontrol, and parse the answers."""
 
 import os
 import platform
@@ -54,7 +54,7 @@ def is_owner_alive(owner: Owner, env: Mapping[str, str], timeout: float = 0.0) -
 
 
 def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobState], str]:
-    """Return the state of each job that Slurm or its accounting knows, and why Slurm does not answer, if so."""
+    """Return the state of each job that Slurm or its accounting knows, and the error of squeue; empty if it answered."""
     if not ids:
         return {}, ""
     if not _has_command("squeue", env):

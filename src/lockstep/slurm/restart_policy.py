@@ -1,4 +1,4 @@
-"""The restart policy: what follows an attempt that has ended."""
+"""The restart policy: when a run that keeps failing is not restarted."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ RESTART, REQUEUE = "restart", "requeue"
 """What the supervisor prints: restart in this allocation, or wait for another one."""
 
 _SAME_FAILURE_LIMIT = 2
-"""So many attempts in a row that fail at the same step for the same reason are a bug."""
+"""Attempts in a row with the same step and reason after which the run is given up."""
 
 _NO_PROGRESS_LIMIT = 25
-"""So many crashes in a row without a new checkpoint end a run, whatever the cause."""
+"""Crashes in a row without a new checkpoint after which the run is given up."""
 
 
 def reason_to_give_up(run: Run, ended: Sequence[Attempt], is_explained: bool) -> str:

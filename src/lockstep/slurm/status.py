@@ -45,7 +45,7 @@ class RunStatus:
 
     Attributes:
         exit_status: 0 finished · 1 failed · 2 usage error · 3 waits, runs or unknown · 4 cancelled · 5 over its time limit ·
-            6 out of memory · 7 a node failed · 130, 143 interrupted.
+            6 out of memory · 7 a node failed · 130, 138, 140, 143 interrupted.
         state: One or a few words.
         message: One sentence; may be empty.
         slurm: Slurm's view; None if it has forgotten the job.

@@ -65,7 +65,7 @@ def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | 
 
 
 def _record_lost_attempts(run: Run, newest: int) -> None:
-    """Record attempts that ended together with the batch script, so that nothing could record them then."""
+    """Record earlier attempts whose batch script was killed before it could record them."""
     recorded = {attempt.attempt for attempt in attempts.read_attempts(run)}
     result, progress = RunResult.read(run.result), RunProgress.read(run.status)
     for number in range(1, newest):

@@ -15,7 +15,7 @@ from lockstep.runs import Failure, Run, RunResult, failure, verify_snapshot
 log = logging.getLogger(__name__)
 
 ENTRY_POINT = "lockstep.trainer.session:run_rank"
-"""What a rank runs, by name: the trainer is in a room below this one and imports torch."""
+"""Entry point of a rank, resolved by name so that the launcher does not import torch."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TrainTask:
         log.info("%d ranks on %d nodes, rendezvous %s", world.size, world.nodes, world.rendezvous or "none")
         mine = len(os.sched_getaffinity(0))
         if self.cpus is not None and mine < self.cpus:
-            log.warning("rank %d may use %d CPUs, but %d were asked for; see --cpu-bind of srun", world.rank, mine, self.cpus)
+            log.warning("rank %d may use %d CPUs, but %d were requested; see --cpu-bind of srun", world.rank, mine, self.cpus)
         if scratch := os.environ.get("LOCKSTEP_SCRATCH"):  # not TMPDIR itself: Slurm replaces it where the folder is missing
             try:
                 os.makedirs(scratch, exist_ok=True)

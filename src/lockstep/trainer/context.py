@@ -1,4 +1,4 @@
-"""What is decided before an attempt starts."""
+"""The context of an attempt on one rank: config, world, devices, run folder."""
 
 import sys
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from lockstep.runs import Run
 
 @dataclass(frozen=True)
 class RunContext:
-    """One attempt of a run, as one rank sees it. Made once, and handed down whole.
+    """One attempt of a run, as one rank sees it.
 
     Attributes:
         command: fit, validate, test or predict.

@@ -153,7 +153,7 @@ class TrainingSession:
         return own or given, own is not None
 
     def _resume(self, strategy: AnyStrategy, checkpoint: Checkpoint, is_same_run: bool) -> None:
-        """Continue where ``checkpoint`` was saved; within a run, rows that are logged again are not written again."""
+        """Restore progress from ``checkpoint``; in the same run also the row count, so that no row is logged twice."""
         trainer, progress = self.trainer, checkpoint.manifest.progress
         assert trainer is not None and isinstance(trainer.fit_loop, FitLoop) and self.checkpoints is not None
         point = checkpoint.resume_point(self.context.world, self.context.config.seed_everything)
@@ -200,7 +200,7 @@ class TrainingSession:
         return replace(result, global_step=self.trainer.global_step, epochs=self.trainer.current_epoch, seconds=seconds)
 
     def _write(self, result: RunResult) -> None:
-        """Write the result on rank zero. The rank that failed first knows the cause better than rank zero."""
+        """Write the result on rank zero, with the cause that the first failed rank recorded."""
         run = self.context.run
         if not self.context.world.is_rank_zero:
             return
@@ -216,7 +216,7 @@ class TrainingSession:
 
 
 def _normalize(error: BaseException) -> BaseException:
-    """Turn the ways in which a run is stopped into ``Interrupted``, and an exit of user code into an error."""
+    """Convert ``Stopped`` and Ctrl-C to ``Interrupted``, and ``sys.exit`` of user code to ``RunError``."""
     if isinstance(error, Stopped):
         name = signal_name(128 + error.signal)
         log.info("stopped by %s after step %d; another attempt resumes from the newest checkpoint", name, error.step)

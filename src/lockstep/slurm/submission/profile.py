@@ -140,7 +140,7 @@ def load_profile(name: str | None, env: Mapping[str, str], folders: Iterable[Pat
         return Profile()
     path = _profile_path(name, list(folders))
     try:
-        # Everything as text: YAML would make 86400 of 24:00:00, and true of a variable's "yes".
+        # All values as strings: YAML parses 24:00:00 as 86400 and yes as true.
         content = yaml.load(path.read_text(), yaml.BaseLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"profile: {path} is not valid YAML ({' '.join(str(error).split())}).") from None
