@@ -8,6 +8,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks use gloo on CPUs
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ import pytest
 from support.runs import Launch, Outcome
 
 from lockstep.core.logging import reset_logging
+
+# Tests that run in the background inherit an ignored SIGINT, which no shell can trap.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["support.slurm_cluster"]  # the fixtures of tests/slurm
 
