@@ -113,12 +113,12 @@ def run_fake_step(
         Exception: The module needs the contents of a tensor.
     """
     strategy = FakeDeviceStrategy()
-    bits, _, kind = precision.partition("-")
+    is_low_precision = precision.endswith("-true") and precision != "32-true"
 
     def fake(tensor: Tensor) -> Tensor:
         # DeepSpeed and Lightning's …-true precisions convert inputs to the one type of the module.
-        is_converted = kind == "true" and tensor.is_floating_point()
-        return torch.empty_like(tensor, dtype=DTYPES[bits] if is_converted else tensor.dtype)
+        is_converted = is_low_precision and tensor.is_floating_point()
+        return torch.empty_like(tensor, dtype=DTYPES[precision.partition("-")[0]] if is_converted else tensor.dtype)
 
     loader = RepeatedBatch(tree_map_only(Tensor, fake, batch))
     vars(data).update(train_dataloader=lambda: loader)
@@ -127,7 +127,7 @@ def run_fake_step(
         strategy=strategy,
         accelerator="cpu",  # also on machines with GPUs
         devices=1,
-        precision=None if kind == "true" else precision,
+        precision=None if is_low_precision else precision,
         callbacks=[ActivationCheckpointing(config.activation_checkpointing), inspector],
         limit_val_batches=0,
         num_sanity_val_steps=0,
