@@ -78,7 +78,7 @@ class RunResult(Record):
         reasons: Why earlier attempts ended.
         reason: Why this attempt ended; None if it finished.
         global_step: Optimizer steps done.
-        weights_sha256: Hash of the final weights, see ``monitoring.weights_sha256``.
+        weights_sha256: Hash of the final weights, see ``monitoring.report.weights_sha256``.
         skipped_files: Number of data files that were skipped as corrupt.
         samples, predictions: Number of predicted samples, and their file.
     """
