@@ -19,7 +19,7 @@ from lockstep.distributed import all_gather
 _PREFIX, _LOCK = "lockstep-", "lock"
 
 _LOCKING_SECONDS = 5.0
-"""A rank may not have locked its folder yet while the folder is newer than this."""
+"""How long a rank may take to lock its folder, which is hidden until then."""
 
 
 @contextmanager
@@ -41,11 +41,12 @@ def private_folder(place: Path | None, world: World) -> Iterator[Path | None]:
             if not place.is_dir():
                 raise UsageError(missing_nvme_folder(place, f" on {platform.node()}"))
             _remove_abandoned(place)
-            folder = Path(mkdtemp(prefix=_PREFIX, dir=place))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            lock = stack.enter_context((folder / _LOCK).open("w"))
+            hidden = Path(mkdtemp(prefix=f".{_PREFIX}", dir=place))
+            lock = stack.enter_context((hidden / _LOCK).open("w"))
             # Not flock, which DataLoader workers would inherit: they may outlive their rank.
             fcntl.lockf(lock, fcntl.LOCK_EX)
+            folder = hidden.rename(place / hidden.name.removeprefix("."))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
             _check_direct_io(folder)
         except UsageError as error:
             problem = error.message
@@ -59,11 +60,12 @@ def private_folder(place: Path | None, world: World) -> Iterator[Path | None]:
 
 def _remove_abandoned(place: Path) -> None:
     """Remove the folders of ranks that have died."""
-    for folder in place.glob(f"{_PREFIX}*"):
+    for folder in [*place.glob(f"{_PREFIX}*"), *place.glob(f".{_PREFIX}*")]:
         # An error means that its rank lives, another user owns it, or another rank was faster.
         with suppress(OSError):
-            if time.time() - folder.stat().st_mtime >= _LOCKING_SECONDS:
-                with (folder / _LOCK).open("a") as lock:
+            is_hidden = folder.name.startswith(".")
+            if not is_hidden or time.time() - folder.stat().st_mtime >= _LOCKING_SECONDS:
+                with (folder / _LOCK).open("a" if is_hidden else "r+") as lock:
                     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(folder)
 
