@@ -10,6 +10,8 @@ from support.faults import fault
 from support.slurm_jobs import Job, Shell
 from support.waiting import wait_until
 
+pytestmark = pytest.mark.timeout(200)  # jobs start several times
+
 RUN = (
     *("--ranks-per-node", "2", "--cpus-per-rank", "1", "--config", "toy_model.yaml", "--trainer.max_epochs", "5"),
     *("--checkpoint.every_n_steps", "5", "--run.hang_timeout_seconds", "8", "--model.seconds"),
@@ -27,7 +29,6 @@ def once(action: str) -> list[str]:
     return fault(action, action, "fault_callbacks", step=22, rank=1)
 
 
-@pytest.mark.timeout(200)
 def test_whatever_happens_to_a_job_it_ends_with_the_same_weights(shell: Shell) -> None:
     late = start(shell, "n1", 1.3, "--time", "1")
     undisturbed, killed = start(shell, "n2", 0.1), start(shell, "n3", 0.1, *once("SIGKILL"))

@@ -84,7 +84,7 @@ def test_batch_size_per_rank_scales_the_learning_rate_and_says_so(launch: Launch
     own = ["--data.batch_size", "null", "--data.batch_size_per_rank", "16", "--model.schedule", "constant"]
     run = launch("--ranks", "2", *SMALL, *own, "--model.warmup_steps", "0", "--model.lr", "0.001")
     said = capfd.readouterr().err
-    assert "16 samples on each of 2 ranks: global batch 32" in said
+    assert "16 samples on each of 2 ranks: global batch size 32" in said
     assert "lr 0.001 for one rank's batch: scaled to 0.002 for 2 ranks, 8 warm-up steps" in said
     assert run.result["global_step"] == 80
     rates = run.series("optim/lr")
