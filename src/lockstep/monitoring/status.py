@@ -23,7 +23,7 @@ class StatusReporter(Callback):
     """Writes ``status.json`` and, without a progress bar, a log line on rank zero every few seconds.
 
     Args:
-        log_lines: Whether there is no progress bar.
+        log_lines: Whether to log lines, as without a progress bar.
         warning: Returns what is currently wrong with the run's files, or an empty string.
     """
 
