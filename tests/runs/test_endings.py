@@ -15,8 +15,9 @@ OVER = "slurmstepd: error: Detected 1 oom_kill event in StepId=10.0. Some of the
 
 
 def test_who_was_killed_is_named() -> None:
-    assert killed_task(KILLED).startswith("rank 0 on n1: Killed")
-    assert killed_task(OVER).startswith("Slurm says: ")
+    killed, over = killed_task(KILLED), killed_task(OVER)
+    assert killed is not None and killed.sentence.startswith("rank 0 on n1: Killed") and killed.is_killed
+    assert over is not None and over.sentence.startswith("Slurm says: ") and over.is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_a_kill_from_outside_tells_nothing(text: str, failure: Failure | None, t
     assert classify_ending(Evidence(failure=failure, output=text, exit_status=1)).is_explained is told
 
 
-FINISHED, STOPPED = RunResult("finished"), RunResult("interrupted", reason="SIGUSR2")
+FINISHED, STOPPED = RunResult("finished"), RunResult("interrupted", reason="SIGUSR2", exit_status=140)
 CAUSE, LOST = Failure(1, 4, 1, "n2", "ValueError: no"), Failure(0, 4, 0, "n1", "RuntimeError: gloo", is_secondary=True)
 SIGNALLED = Failure(2, 4, 2, "n3", "it was ended by SIGTERM.", 143)
 
@@ -49,7 +50,7 @@ SIGNALLED = Failure(2, 4, 2, "n3", "it was ended by SIGTERM.", 143)
         (Evidence(None, LOST, OVER, 1), "out of memory", 6, "--mem"),
         (Evidence(None, None, "", 137, JobState("CANCELLED")), "cancelled", 4, ""),
         (Evidence(None, None, OVER, 137, JobState("CANCELLED")), "out of memory", 6, "oom_kill"),
-        (Evidence(STOPPED, None, KILLED, 137), "interrupted", 143, "SIGUSR2"),
+        (Evidence(STOPPED, None, KILLED, 137), "interrupted", 140, "SIGUSR2"),
         (Evidence(None, LOST, KILLED, 1), "failed", 1, "rank 0 on n1: Killed"),
         (Evidence(None, SIGNALLED, "", 143), "interrupted", 143, "SIGTERM"),
         (Evidence(None, LOST, "", 143), "interrupted", 1, "gloo"),

@@ -9,7 +9,7 @@ from lockstep.runs import Durations, LaunchRecord, Owner, RunProgress, RunResult
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    result = RunResult("failed", "fit", 4, 2, ["SIGTERM"], "rank 1: no", 12, 1, Durations(1.5, 2.0, 0.0), {"val/loss": 0.5})
+    result = RunResult("failed", "fit", 4, 2, ["SIGTERM"], "rank 1: no", 1, 12, 1, Durations(1.5, 2.0, 0.0), {"val/loss": 0.5})
     result.write(tmp_path / "result.json")
     assert RunResult.read(tmp_path / "result.json") == result
     launch = LaunchRecord(

@@ -76,6 +76,21 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class LostTask:
+    """A task that srun or slurmstepd says has ended without a report.
+
+    Attributes:
+        sentence: What they say, with its cause.
+        is_killed: Whether SIGKILL from outside ended it, which has no known cause.
+        is_out_of_memory: Whether Slurm ended it over its limit of memory.
+    """
+
+    sentence: str
+    is_killed: bool = False
+    is_out_of_memory: bool = False
+
+
+@dataclass(frozen=True)
 class Ending:
     """Why a run or an attempt ended.
 
@@ -104,34 +119,33 @@ class Ending:
 def classify_ending(evidence: Evidence) -> Ending:
     """Decide why a run or an attempt ended; the strongest evidence comes first."""
     result, failure, job = evidence.result, evidence.failure, evidence.job
-    said = killed_task(evidence.output)
-    is_out_of_memory = said.startswith("Slurm says")
+    lost = killed_task(evidence.output)
     if job is not None and job.state not in ("COMPLETED", "FAILED"):
-        return _ending_by_slurm(job, said)
+        return _ending_by_slurm(job, lost)
     if result is not None and result.is_finished and (job is None or job.state == "COMPLETED"):
         return Ending("finished", 0)
     if failure is not None and failure.is_cause:
         return Ending("failed", _run_exit_status(failure.exit_status), failure.reason, is_explained=True)
     was_interrupted = result is not None and result.status == "interrupted"
-    if is_out_of_memory and not was_interrupted:
-        return Ending("out of memory", 6, f"{_OVER_MEMORY} {said}", is_explained=True)
+    if lost is not None and lost.is_out_of_memory and not was_interrupted:
+        return Ending("out of memory", 6, f"{_OVER_MEMORY} {lost.sentence}", is_explained=True)
     if evidence.is_forgotten and evidence.was_cancelled:
         return Ending("cancelled", 4)
     if evidence.is_forgotten and (why := _ENDED_BY_SLURM.search(evidence.output)):
         status, word = TERMINAL_STATES[_STATES_IN_OUTPUT[why[1]]]
         return Ending(word, status, "Slurm says so in the output of the job.")
-    if said and not was_interrupted:
-        return Ending("failed", 1, said, is_explained=": Killed (" not in said)
-    if (words := exited_task(evidence.output, failure)) and not was_interrupted:
-        return Ending("failed", 1, words, is_explained=True)
+    lost = lost or exited_task(evidence.output, failure)
+    if lost is not None and not was_interrupted:
+        return Ending("failed", 1, lost.sentence, is_explained=not lost.is_killed)
     if result is not None and result.reason and (was_interrupted or failure is None):
-        return Ending(result.status, 143 if was_interrupted else _run_exit_status(evidence.exit_status or 1), result.reason)
+        return Ending(result.status, result.exit_status or _run_exit_status(evidence.exit_status or 1), result.reason)
     if failure is not None:
         is_signal = failure.is_interruption or evidence.exit_status in SIGNAL_EXIT_STATUSES
         return Ending("interrupted" if is_signal else "failed", _run_exit_status(failure.exit_status), failure.reason)
     if evidence.is_forgotten and evidence.exit_status is None:
-        lost = "It ended without a report, and Slurm has forgotten it: cancelled, over a limit, or a node was lost."
-        return Ending("gone", 1, lost)
+        return Ending(
+            "gone", 1, "It ended without a report, and Slurm has forgotten it: cancelled, over a limit, or a node was lost."
+        )
     status = evidence.exit_status or (job.exit_status if job is not None else 1)
     state = "interrupted" if status in SIGNAL_EXIT_STATUSES and job is None and not evidence.is_forgotten else "failed"
     last = next((line for line in reversed(evidence.output.splitlines()) if line.strip()), "nothing.")
@@ -139,17 +153,18 @@ def classify_ending(evidence: Evidence) -> Ending:
     return Ending(state, _run_exit_status(status), reason)
 
 
-def _ending_by_slurm(job: JobState, said: str) -> Ending:
+def _ending_by_slurm(job: JobState, lost: LostTask | None) -> Ending:
     """The ending of a job that Slurm itself ended."""
     status, word = TERMINAL_STATES[job.state]
-    if job.state == "OUT_OF_MEMORY" or (job.state == "CANCELLED" and said.startswith("Slurm says")):
-        return Ending("out of memory", 6, f"{_OVER_MEMORY} {said}".strip(), is_explained=True)
+    sentence = lost.sentence if lost is not None else ""
+    if job.state == "OUT_OF_MEMORY" or (job.state == "CANCELLED" and lost is not None and lost.is_out_of_memory):
+        return Ending("out of memory", 6, f"{_OVER_MEMORY} {sentence}".strip(), is_explained=True)
     reasons = {
         "TIMEOUT": f"It was ended at its time limit of {job.limit}; ask for more with --time.",
         "NODE_FAIL": f"A node of {job.nodes} was lost.",
         "CANCELLED": "The job that it waited for did not succeed." if job.reason == "DependencyNeverSatisfied" else "",
     }
-    return Ending(word, status, reasons.get(job.state, said))
+    return Ending(word, status, reasons.get(job.state, sentence))
 
 
 def _run_exit_status(status: int) -> int:
@@ -157,21 +172,22 @@ def _run_exit_status(status: int) -> int:
     return status if status == 2 or status in SIGNAL_EXIT_STATUSES else 1
 
 
-def killed_task(output: str) -> str:
-    """The sentence about a task that was killed, from srun's words in the output of an attempt; empty if none was."""
+def killed_task(output: str) -> LostTask | None:
+    """The task that was killed, from srun's words in the output of an attempt; None if none was."""
     if over := re.search(r"(?i)error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)", output):
-        return f"Slurm says: {over[1].strip().rstrip('.')}."
+        return LostTask(f"Slurm says: {over[1].strip().rstrip('.')}.", is_out_of_memory=True)
     killed = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", output)
     if killed is None:
-        return ""
-    return f"rank {killed[2]} on {killed[1]}: {killed[3]} (a signal ended it; SIGKILL may be the kernel, out of memory)."
+        return None
+    sentence = f"rank {killed[2]} on {killed[1]}: {killed[3]} (a signal ended it; SIGKILL may be the kernel, out of memory)."
+    return LostTask(sentence, is_killed=killed[3] == "Killed")
 
 
-def exited_task(output: str, failure: Failure | None) -> str:
-    """The sentence about the first task that exited by itself, where no rank recorded a failure; empty if none did."""
+def exited_task(output: str, failure: Failure | None) -> LostTask | None:
+    """The first task that exited by itself, where no rank recorded a failure; None if none did."""
     if (found := re.search(r"error: (execve\(\): .+)", output)) and failure is None:
-        return f"Slurm says: {found[1].rstrip('.')}."
+        return LostTask(f"Slurm says: {found[1].rstrip('.')}.")
     first = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): Exited with exit code (\d+)", output)
     if first is None or int(first[3]) in (130, 143):
-        return ""
-    return f"rank {first[2]} on {first[1]} ended with exit status {first[3]} and without a report."
+        return None
+    return LostTask(f"rank {first[2]} on {first[1]} ended with exit status {first[3]} and without a report.")

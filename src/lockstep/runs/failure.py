@@ -122,7 +122,7 @@ def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
         return
     status = "interrupted" if failure.is_interruption else "failed"
     result = result or RunResult(status, world_size=failure.world_size, attempts=attempt)
-    replace(result, status=status, reason=failure.reason).write(run.result)
+    replace(result, status=status, reason=failure.reason, exit_status=failure.exit_status).write(run.result)
     update_status(run, status)
 
 

@@ -77,6 +77,7 @@ class RunResult(Record):
         attempts: Number of the attempt.
         reasons: Why earlier attempts ended.
         reason: Why this attempt ended; None if it finished.
+        exit_status: Of its ranks; 128 and more for a signal.
         global_step: Optimizer steps done.
         weights_sha256: Hash of the final weights, see ``monitoring.report.weights_sha256``.
         skipped_files: Number of data files that were skipped as corrupt.
@@ -89,6 +90,7 @@ class RunResult(Record):
     attempts: int = 0
     reasons: list[str] = field(default_factory=list)
     reason: str | None = None
+    exit_status: int = 0
     global_step: int | None = None
     epochs: int | None = None
     seconds: Durations | None = None

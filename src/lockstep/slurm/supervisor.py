@@ -6,6 +6,7 @@ another one), or the exit status of the job.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,7 @@ def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | 
     if not is_owner_alive(Owner(job=job), env, SLURM_TIMEOUT_SECONDS):
         return status or 1  # cancelled, or Slurm requeues it by itself
     if ending.is_interrupted:  # preempted, out of time, or ended by a person
-        return REQUEUE if "SIGUSR2" in ending.reason or is_preempted(job, env) else RESTART
+        return REQUEUE if ending.exit_status == 128 + signal.SIGUSR2 or is_preempted(job, env) else RESTART
     why = reason_to_give_up(run, ended, ending.is_explained)
     return _give_up(run, status, why) if why else RESTART
 
@@ -90,7 +91,9 @@ def _record_lost_attempts(run: Run, newest: int) -> None:
 def _give_up(run: Run, status: int, why: str) -> int:
     """Record that no attempt follows, and return the exit status of the job."""
     if why:
-        replace(RunResult.read(run.result) or RunResult("failed"), status="failed", reason=why).write(run.result)
+        replace(RunResult.read(run.result) or RunResult("failed"), status="failed", reason=why, exit_status=status or 1).write(
+            run.result
+        )
     update_status(run, "failed")
     return status or 1
 

@@ -73,7 +73,7 @@ class TrainingSession:
             failure = Failure.from_exception(raised, context.world)
             ending = classify_ending(Evidence(failure=failure))
             reason = signal_name(failure.exit_status) if failure.is_interruption else ending.reason
-            self._write(self._result(ending.state, reason))
+            self._write(self._result(ending.state, reason, failure.exit_status))
             if raised is error:
                 raise
             raise raised from error
@@ -188,11 +188,11 @@ class TrainingSession:
         """Optimizer steps done."""
         return self.trainer.global_step if self.trainer is not None else 0
 
-    def _result(self, status: str, reason: str | None = None) -> RunResult:
+    def _result(self, status: str, reason: str | None = None, exit_status: int = 0) -> RunResult:
         """The result as far as it is known now."""
         context = self.context
         reasons = [attempt.reason for attempt in read_attempts(context.run)]
-        result = RunResult(status, context.command, context.world.size, context.attempt, reasons, reason)
+        result = RunResult(status, context.command, context.world.size, context.attempt, reasons, reason, exit_status)
         if self.trainer is None or self.checkpoints is None:
             return result
         lost = self.checkpoints.seconds_lost
@@ -207,7 +207,7 @@ class TrainingSession:
         failure = read_first_failure(run, self.context.attempt)
         if not result.is_finished and failure is not None and failure.is_cause:
             ending = classify_ending(Evidence(result, failure))
-            result = replace(result, status=ending.state, reason=ending.reason)
+            result = replace(result, status=ending.state, reason=ending.reason, exit_status=ending.exit_status)
         try:
             result.write(run.result)
             update_status(run, result.status)
