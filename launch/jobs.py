@@ -109,7 +109,7 @@ def show(job: SubmittedJob, as_json: bool) -> int:
 
 def sweep_row(status: RunStatus) -> Row:
     """One run of a sweep: its values, state, step and scores."""
-    values = (status.sweep or {}).get("values", {})
+    values = status.sweep.values if status.sweep is not None else {}
     scores = {name: f"{value:.4g}" for name, value in status.metrics.items() if name.endswith(("loss", "accuracy"))}
     return {"job": status.job, **values, "state": status.state, "step": format_steps(status), **scores}
 

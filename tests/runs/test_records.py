@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.runs import Durations, LaunchRecord, Owner, RunProgress, RunResult
+from lockstep.runs import Durations, LaunchRecord, Owner, RunProgress, RunResult, SweepRun
+from lockstep.runs.records import GitState
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
     result = RunResult("failed", "fit", 4, 2, ["SIGTERM"], "rank 1: no", 1, 12, 1, Durations(1.5, 2.0, 0.0), {"val/loss": 0.5})
     result.write(tmp_path / "result.json")
     assert RunResult.read(tmp_path / "result.json") == result
-    launch = LaunchRecord(
-        "python launch/slurm.py --nodes 2-4", "2-4", 1, sweep={"id": "x", "index": 0, "values": {"model.lr": "1e-3"}}
-    )
+    sweep = SweepRun("x", 0, {"model.lr": "1e-3"})
+    launch = LaunchRecord("python launch/slurm.py --nodes 2-4", "2-4", 1, GitState("c0ffee", changed=True), sweep=sweep)
     launch.write(tmp_path / "launch.yaml")
     assert LaunchRecord.read(tmp_path / "launch.yaml") == launch and launch.max_nodes == 4
 

@@ -90,7 +90,7 @@ def test_a_folder_is_removed_with_its_rank_or_by_the_next_one(tmp_path: Path) ->
 
 def load_on(world: World) -> None:
     init_process_group(world, torch.device("cpu"), timedelta(seconds=60))
-    load_ops([Op("CPUAdamBuilder", "model.optimizer: 'mine'", "use adamw")], world, torch.device("cpu"))
+    load_ops([Op("CPUAdamBuilder", "model.optimizer", "mine", "use adamw")], world, torch.device("cpu"))
     destroy_process_group()
 
 

@@ -40,7 +40,7 @@ def profile_model(config: Namespace, precision: str) -> ModelProfile:
         precision = "bf16-mixed"  # as large, and without a scaler that reads values
     precisions = {"ddp": precision, "zero": precision.replace("-mixed", "-true")}
     for op in required_ops(config):
-        if op.reason.startswith("model.optimizer"):
+        if op.key == "model.optimizer":
             raise UsageError(
                 f"{op.reason} is compiled at first use, which --plan does not do; plan with adamw, whose state is as large."
             )

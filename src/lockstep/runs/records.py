@@ -156,28 +156,45 @@ class AttemptStart(Record):
 
 
 @dataclass(frozen=True)
+class GitState:
+    """The commit of a checkout, and whether it has uncommitted changes."""
+
+    commit: str
+    changed: bool
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """Which run of a sweep this is: the folder name of the sweep, the index in its array, and the values of the swept keys."""
+
+    id: str
+    index: int
+    values: dict[str, str]
+
+
+@dataclass(frozen=True)
 class LaunchRecord(Record):
     """``launch.yaml``: how a run was started.
 
     Attributes:
         nodes: Number of nodes, or a range such as 2-4.
-        git: Commit and whether the checkout has changes; None outside a checkout.
+        git: None outside a checkout.
         slurm: Resources of the job that differ from the defaults.
         code: SHA-256 of the code snapshot; empty without one.
         paths: Where the ranks import from.
-        sweep: Id, index and values, for a run of a sweep.
+        sweep: None if the run is not one of a sweep.
         time: Of the launch, ISO 8601.
     """
 
     command: str
     nodes: int | str
     ranks_per_node: int
-    git: Mapping[str, Any] | None = None
+    git: GitState | None = None
     folder: str | None = None
     slurm: dict[str, str] | None = None
     code: str | None = None
     paths: list[str] | None = None
-    sweep: dict[str, Any] | None = None
+    sweep: SweepRun | None = None
     host: str = field(default_factory=platform.node)
     python: str = field(default_factory=platform.python_version)
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lockstep.core import UsageError
-from lockstep.runs.records import AttemptStart, LaunchRecord, Owner, RunProgress
+from lockstep.runs.records import AttemptStart, GitState, LaunchRecord, Owner, RunProgress
 
 RUN_ID_PATTERN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}(-\d{3,})?")
 """The name of a run folder; the runs of a sweep have a number at the end."""
@@ -157,7 +156,7 @@ def new_run_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
+def git_state(folder: Path) -> GitState | None:
     """Commit of the checkout around ``folder`` and whether it has uncommitted changes; None without a commit."""
     command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch"]
     try:
@@ -165,7 +164,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "(initial)")
-    return None if commit == "(initial)" else {"commit": commit, "changed": not lines[-1].startswith("# ")}
+    return None if commit == "(initial)" else GitState(commit, changed=not lines[-1].startswith("# "))
 
 
 def update_status(run: Run, status: str) -> None:

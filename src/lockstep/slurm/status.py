@@ -5,11 +5,21 @@
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.runs import JobState, LaunchRecord, Run, RunProgress, RunResult, endings, read_attempts, read_first_failure
+from lockstep.runs import (
+    JobState,
+    LaunchRecord,
+    Run,
+    RunProgress,
+    RunResult,
+    SweepRun,
+    endings,
+    read_attempts,
+    read_first_failure,
+)
 from lockstep.slurm.client import query_jobs
 from lockstep.slurm.registry import SubmittedJob
 
@@ -77,8 +87,8 @@ class RunStatus:
         return result or (self.progress.metrics if self.progress is not None else {})
 
     @property
-    def sweep(self) -> dict[str, Any] | None:
-        """Id, index and values, for a run of a sweep."""
+    def sweep(self) -> SweepRun | None:
+        """Which run of a sweep it is; None if of none."""
         launch = LaunchRecord.read(self.run.launch)
         return launch.sweep if launch is not None else None
 
@@ -96,7 +106,7 @@ class RunStatus:
             "progress": self.progress.as_dict() if self.progress is not None else {},
             "metrics": self.metrics,
             "result": self.result.as_dict() if self.result is not None else {},
-            "sweep": self.sweep,
+            "sweep": asdict(self.sweep) if self.sweep is not None else None,
         }
 
 
@@ -154,7 +164,7 @@ def _pending_reason(state: JobState) -> str:
 def _slurm_folder(run: Run) -> Path:
     """Folder of the scripts and the output of a run's job; the runs of a sweep share one."""
     launch = LaunchRecord.read(run.launch)
-    return (run.folder.with_name(launch.sweep["id"]) if launch is not None and launch.sweep else run.folder) / "slurm"
+    return (run.folder.with_name(launch.sweep.id) if launch is not None and launch.sweep is not None else run.folder) / "slurm"
 
 
 def _read_exit_status(path: Path) -> int | None:

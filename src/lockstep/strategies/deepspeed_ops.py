@@ -45,14 +45,20 @@ class Op:
 
     Attributes:
         builder: Name of its class in ``deepspeed.ops.op_builder``.
-        reason: Key and value that need it.
+        key, value: What in the config needs it.
         packages: Debian packages that it takes to compile it.
     """
 
     builder: str
-    reason: str
+    key: str
+    value: str
     remedy: str
     packages: str = "g++"
+
+    @property
+    def reason(self) -> str:
+        """Key and value, as messages show them."""
+        return f"{self.key}: {self.value!r}"
 
 
 def required_ops(config: Namespace) -> list[Op]:
@@ -62,11 +68,11 @@ def required_ops(config: Namespace) -> list[Op]:
         check_offload(config.deepspeed)
         for key in ("offload_optimizer", "offload_param"):
             if config.deepspeed[key] == "nvme":
-                ops.append(Op("AsyncIOBuilder", f"deepspeed.{key}: 'nvme'", "use cpu", "g++ libaio-dev"))
+                ops.append(Op("AsyncIOBuilder", f"deepspeed.{key}", "nvme", "use cpu", "g++ libaio-dev"))
     optimizer = str(config.get("model.init_args.optimizer"))
     package, _, name = optimizer.rpartition(".")
     if package.startswith("deepspeed.") and name in _OPTIMIZERS:
-        ops.append(Op(f"{name.removeprefix('DeepSpeed')}Builder", f"model.optimizer: {optimizer!r}", "use adamw or sgd"))
+        ops.append(Op(f"{name.removeprefix('DeepSpeed')}Builder", "model.optimizer", optimizer, "use adamw or sgd"))
     return ops
 
 

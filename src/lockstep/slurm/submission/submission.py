@@ -12,7 +12,7 @@ from typing import Any
 from lockstep.config import SweepPoint, check_checkpoint_path, check_deepspeed, check_run_root, check_sweep_keys, sweep_points
 from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError, python_path, wandb_api_key
-from lockstep.runs import CodePaths, LaunchRecord, Run, frozen_config, git_state, new_run_id, snapshot
+from lockstep.runs import CodePaths, LaunchRecord, Run, SweepRun, frozen_config, git_state, new_run_id, snapshot
 from lockstep.slurm import SubmittedJob, TrainTask, member_runs, register_job
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script
 from lockstep.slurm.submission.options import LaunchOptions
@@ -203,7 +203,7 @@ class Submission:
         for index, run in enumerate(self._runs):
             if self._is_sweep:
                 values = self.sweep_points[index]
-                record = replace(record, sweep={"id": self.folder.name, "index": index, "values": values})
+                record = replace(record, sweep=SweepRun(self.folder.name, index, values))
                 for name in ("code", "code.sha256") if self.options.snapshot else ():
                     (run.folder / name).symlink_to(Path("..") / self.folder.name / name)
             record.write(run.launch)
