@@ -1,20 +1,21 @@
-"""Parse a config with jsonargparse, write it as YAML, and instantiate its classes."""
+"""Parse a config with jsonargparse, and instantiate its classes."""
 
 import argparse
-import pkgutil
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import shtab
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lockstep.config import RESERVED_TRAINER_KEYS, Options, Precision, messages
 from lockstep.config.validation import known_keys, validate_arguments
 from lockstep.core import UsageError, did_you_mean
+from lockstep.trainer.saved_config import argument_defaults, dump_config
 
 
 def make_parser() -> ArgumentParser:
@@ -33,6 +34,7 @@ def make_parser() -> ArgumentParser:
     parser.add_subclass_arguments(LightningModule, "model", required=True, fail_untyped=False)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True, fail_untyped=False)
     parser.link_arguments("seed_everything", "data.init_args.seed")
+    register_type(torch.device, deserializer=torch.device, deserializer_exceptions=RuntimeError)
     return parser
 
 
@@ -50,12 +52,19 @@ def parse_config(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     if arguments and arguments[-2:-1] == ["--print_completion"]:
         print(completion(arguments[-1]))
         sys.exit(0)
-    validate_arguments(arguments)
-    parser = make_parser()
+    given = validate_arguments(arguments)
+    parser, arguments = make_parser(), list(arguments)
+    is_shown = "--print_config" in arguments and given["model"] is not None  # else jsonargparse shows the keys that are known
+    if is_shown:
+        arguments.remove("--print_config")
     try:
-        return parser, parser.parse_args(list(arguments))
+        config = parser.parse_args(arguments)
     except ArgumentError as error:
         raise UsageError(_explain(str(error))) from None
+    if is_shown:
+        print(dump_config(parser, config), end="")
+        sys.exit(0)
+    return parser, config
 
 
 def _explain(text: str) -> str:
@@ -69,7 +78,8 @@ def _explain(text: str) -> str:
         else:
             break
     if owner and (unknown := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^\s=]+)", cause)):
-        return messages.unknown_key(f"{key}.{unknown[1] or unknown[2]}", "", _argument_keys(key, owner), owner)
+        valid = [f"{key}.{name}" for name in argument_defaults(owner)]
+        return messages.unknown_key(f"{key}.{unknown[1] or unknown[2]}", "", valid, owner)
     if owner and (missing := re.search(r"following arguments are required: ([^\s,]+)", cause)):
         return messages.missing_key(f"{key}.{missing[1]}", owner)
     cause = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", cause).replace("NoneType", "null")
@@ -77,14 +87,6 @@ def _explain(text: str) -> str:
     causes = [line for line in lines if line and not re.match("Does not validate|Subtypes:|Errors:|Given value type:", line)]
     where = f"{key} ({owner})" if owner else key
     return ": ".join(filter(None, [where, "; ".join(dict.fromkeys(causes))]))
-
-
-def _argument_keys(key: str, class_path: str) -> list[str]:
-    """Keys of the arguments of a class or function, as jsonargparse finds them."""
-    found, parser = pkgutil.resolve_name(class_path), ArgumentParser()
-    add = parser.add_class_arguments if isinstance(found, type) else parser.add_function_arguments
-    add(found, key, fail_untyped=False)
-    return list(parser.get_defaults().keys())
 
 
 def completion(shell: str) -> str:
@@ -101,25 +103,6 @@ def completion(shell: str) -> str:
     for name in ("nodes", "ranks", *known_keys()):
         parser.add_argument(f"--{name}")
     return shtab.complete(parser, shell)
-
-
-def dump_config(parser: ArgumentParser, config: Namespace) -> str:
-    """Write the complete config as YAML, which ``--config`` reads back unchanged.
-
-    Raises:
-        UsageError: YAML cannot represent a value, such as an object that is the default of an argument.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the value of the exception
-            return str(parser.dump(config, skip_unset=False))
-    except ValueError as error:
-        found = re.search(r"importable object, given (\S+):", str(error))
-        what = f"{found[1]!r}, the default of an argument" if found else " ".join(str(error).split())
-        raise UsageError(
-            f"The config cannot be written as YAML: it contains {what}; set that argument as text (such as "
-            "trainer.callbacks.device=cpu)."
-        ) from None
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:

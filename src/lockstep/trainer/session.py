@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lockstep.checkpoint import Checkpoint, CheckpointCallback, allow_numpy_globals, find_checkpoint, latest_checkpoint
-from lockstep.config import split_command
+from lockstep.config import load_yaml, split_command
 from lockstep.core import Interrupted, LockstepError, RunError, Stopped, UsageError, World, atomic_write_text, setup_logging
 from lockstep.data import DataSharding
 from lockstep.distributed import SignalReceiver, all_gather, broadcast_from_rank_zero, destroy_process_group
@@ -34,10 +33,11 @@ from lockstep.runs import (
 )
 from lockstep.strategies import AnyStrategy, load_ops, make_strategy, private_folder, required_ops
 from lockstep.trainer.build import build_trainer, check_callbacks
-from lockstep.trainer.config_parser import dump_config, instantiate, parse_config
+from lockstep.trainer.config_parser import instantiate, parse_config
 from lockstep.trainer.context import RunContext
 from lockstep.trainer.loops import FitLoop
 from lockstep.trainer.predictions import run_prediction
+from lockstep.trainer.saved_config import dump_config
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class TrainingSession:
         self.checkpoints: CheckpointCallback | None = None
         self.wandb: WandbRunLogger | None = None
         self._seconds = 0.0
+        self._config_text = "{}"  # on rank zero, config.yaml
 
     def run(self) -> RunResult:
         """Run the command together with all other ranks, and write ``result.json`` on rank zero.
@@ -64,9 +65,10 @@ class TrainingSession:
         """
         context = self.context
         setup_logging(context.world, context.run.log(context.attempt, 0))
-        if context.world.is_rank_zero:
-            atomic_write_text(context.run.config, dump_config(context.parser, context.config))
         try:
+            if context.world.is_rank_zero:
+                self._config_text = dump_config(context.parser, context.config)
+                atomic_write_text(context.run.config, self._config_text)
             result = self._execute()
         except BaseException as error:
             raised = _normalize(error)
@@ -115,7 +117,7 @@ class TrainingSession:
         sharding = DataSharding(context.world, config.seed_everything)
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)
         check_callbacks(objects.trainer.callbacks, strategy)
-        content = yaml.safe_load(dump_config(context.parser, config))
+        content = load_yaml(self._config_text)
         self.wandb = start_wandb_logger(context.run, config.wandb, content, context.world, self.global_step)
         loggers = [CsvMetricsLogger(context.run.metrics, self.global_step), *([self.wandb] if self.wandb is not None else [])]
         self.trainer, self.checkpoints = build_trainer(

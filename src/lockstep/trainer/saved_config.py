@@ -1,0 +1,136 @@
+"""Write a parsed config as YAML that parses to the same config again."""
+
+import re
+import warnings
+from collections.abc import Container, Iterator
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from lockstep.config import load_yaml
+from lockstep.core import UsageError
+
+_PLAIN_TYPES = (bool, int, float, str, type(None))
+
+_PLACEHOLDER = "Unable to serialize instance "
+"""What jsonargparse writes, with a warning, in place of a value that it cannot write."""
+
+
+def dump_config(parser: ArgumentParser, config: Namespace) -> str:
+    """Write the complete config as YAML that parses to the same config.
+
+    A default that YAML has no form for, such as a device or a class, is left out: its class sets it again.
+
+    Raises:
+        UsageError: A value that is not a default would read back as another one.
+    """
+    config = config.clone()
+    config.pop("config", None)
+    left_out: set[str] = set()
+    while True:
+        text = _dump(parser, _without_defaults(config, left_out))
+        try:
+            again = parser.parse_string(text)
+            again.pop("config", None)
+            different = set(_differences(config, again, ""))
+        except ArgumentError as error:
+            different = {".".join(re.findall(r'Parser key "([^"]+)"', str(error)))}
+        if not different:
+            return text
+        if different <= left_out:
+            raise UsageError(
+                f"{min(different)}: this value cannot be saved in config.yaml, from which a run resumes: YAML has no form for "
+                "it, or that form reads back as another value; annotate the argument with its type, or give another value."
+            )
+        left_out |= different
+
+
+def argument_defaults(class_path: str) -> dict[str, Any]:
+    """Arguments of a class or function, as jsonargparse finds them, and their defaults."""
+    found, parser = resolve_name(class_path), ArgumentParser()
+    add = parser.add_class_arguments if isinstance(found, type) else parser.add_function_arguments
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about defaults that are objects
+        add(found, fail_untyped=False)
+        defaults: dict[str, Any] = vars(parser.get_defaults())
+    return defaults
+
+
+def _without_defaults(value: Any, left_out: Container[str], key: str = "") -> Any:
+    """A copy without those arguments of classes that are defaults and either objects or keys in ``left_out``."""
+    if isinstance(value, list):
+        return [_without_defaults(item, left_out, key) for item in value]
+    if not isinstance(value, Namespace):
+        return value
+    copy = value.clone()
+    for name, item in vars(value).items():
+        copy[name] = _without_defaults(item, left_out, _inner(key, name))
+    arguments = value.get("init_args")
+    if isinstance(value.get("class_path"), str) and isinstance(arguments, Namespace):
+        odd = [name for name, item in vars(arguments).items() if _inner(key, name) in left_out or not _is_plain(item)]
+        defaults = argument_defaults(value.class_path) if odd else {}
+        for name in odd:
+            if name in defaults and not any(_differences(arguments[name], defaults[name], name)):
+                del copy.init_args[name]
+    return copy
+
+
+def _dump(parser: ArgumentParser, config: Namespace) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about placeholders
+            text = str(parser.dump(config, skip_unset=False, skip_validation=True))
+    except ValueError as error:
+        raise UsageError(f"The config cannot be written as YAML: {' '.join(str(error).split())}.") from None
+    if _PLACEHOLDER not in text:
+        return text
+    return yaml.safe_dump(_without_placeholders(load_yaml(text), config), sort_keys=False, allow_unicode=True)
+
+
+def _without_placeholders(content: Any, config: Any) -> Any:
+    """``content`` of a dump with each placeholder replaced by the text that was given, or left out."""
+    if isinstance(content, dict) and isinstance(config, Namespace | dict):
+        pairs = {name: _without_placeholders(item, config[name]) for name, item in content.items()}
+        return {name: item for name, item in pairs.items() if not _is_placeholder(item)}
+    if isinstance(content, list) and isinstance(config, list | tuple) and len(content) == len(config):
+        return [_without_placeholders(item, given) for item, given in zip(content, config, strict=True)]
+    return config if _is_placeholder(content) and isinstance(config, str) else content
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(_PLACEHOLDER)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Namespace | dict):
+        return all(map(_is_plain, (value if isinstance(value, dict) else vars(value)).values()))
+    return all(map(_is_plain, value)) if isinstance(value, list) else type(value) in _PLAIN_TYPES or isinstance(value, Path)
+
+
+def _differences(one: Any, other: Any, key: str) -> Iterator[str]:
+    """Keys of values that differ in two configs."""
+    if isinstance(one, Namespace | dict) and type(one) is type(other):
+        ours, theirs = (value if isinstance(value, dict) else vars(value) for value in (one, other))
+        for name in {**ours, **theirs}:
+            if name in ours and name in theirs:
+                yield from _differences(ours[name], theirs[name], _inner(key, name))
+            else:
+                yield _inner(key, name)
+    elif isinstance(one, list | tuple) and type(one) is type(other) and len(one) == len(other):
+        for ours, theirs in zip(one, other, strict=True):
+            yield from _differences(ours, theirs, key)
+    elif one is not other and not (type(one) is type(other) and _shown(one) == _shown(other)):
+        yield key
+
+
+def _inner(key: str, name: str) -> str:
+    """The key of an argument, as users write it."""
+    return key if name == "init_args" else f"{key}.{name}".lstrip(".")
+
+
+def _shown(value: Any) -> str:
+    """The ``repr`` and the attributes, without addresses: jsonargparse copies defaults."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr((value, getattr(value, "__dict__", None))))
