@@ -33,7 +33,7 @@ ROOMS = (
 """A room imports only rooms before it."""
 
 UPPER_HALF = ROOMS[: ROOMS.index("distributed")]
-TORCH_FREE_COMPAT = ("compat", "compat.submitit")
+TORCH_FREE_COMPAT = ("compat", "compat.pytorch_lightning", "compat.submitit")
 
 
 def room_of(module: str) -> str:

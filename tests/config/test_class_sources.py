@@ -39,7 +39,7 @@ def write_user_module(folder: Path) -> None:
         "from __future__ import annotations\n"
         "import dataclasses\nfrom dataclasses import dataclass, field\nfrom typing import Any, Optional\n"
         "import torch.nn as nn\nfrom lockstep.models.classifier import Classifier as Base\n"
-        "from elsewhere import Unknown, wrap\n"
+        "try:\n    from elsewhere import Unknown, wrap\nexcept ImportError:\n    pass\n"
         'TEXT = """\nclass NotThere:\n    pass\n"""\n'
         "Alias = Base\nSize = Optional[int]\nRATE = 0.1\n"
         "class Hidden(nn.Module):\n    def __init__(self, width: Size = None, *, depth: int): ...\n"

@@ -1,7 +1,6 @@
 """Parse a config with jsonargparse, and instantiate its classes."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,12 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lockstep.config import RESERVED_TRAINER_KEYS, Options, Precision, messages
+from lockstep.compat.pytorch_lightning import import_as_lightning
+from lockstep.config import RESERVED_TRAINER_KEYS, Options, Precision
 from lockstep.config.validation import known_keys, validate_arguments
 from lockstep.core import UsageError, did_you_mean
-from lockstep.trainer.saved_config import argument_defaults, dump_config
+from lockstep.trainer.parse_errors import explain_parse_error, import_modules
+from lockstep.trainer.saved_config import dump_config
 
 
 def make_parser() -> ArgumentParser:
@@ -53,6 +54,8 @@ def parse_config(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
         print(completion(arguments[-1]))
         sys.exit(0)
     given = validate_arguments(arguments)
+    import_as_lightning()
+    import_modules(given)
     parser, arguments = make_parser(), list(arguments)
     is_shown = "--print_config" in arguments and given["model"] is not None  # else jsonargparse shows the keys that are known
     if is_shown:
@@ -60,33 +63,11 @@ def parse_config(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     try:
         config = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise UsageError(_explain(str(error))) from None
+        raise UsageError(explain_parse_error(str(error))) from None
     if is_shown:
         print(dump_config(parser, config), end="")
         sys.exit(0)
     return parser, config
-
-
-def _explain(text: str) -> str:
-    """Reduce the message of an ArgumentError to one sentence: the key, its class and the innermost cause."""
-    key, owner, cause = "", "", text
-    while True:  # each key and class on the way has an indented block of its own
-        if found := re.match(r'\s*Parser key "([^"]+)":', cause):
-            key, cause = f"{key}.{found[1]}".lstrip("."), cause[found.end() :]
-        elif found := re.search(r"^( *)- Problem with given class_path '([^']+)':\n((?:\1 .*\n?)+)", cause, re.MULTILINE):
-            owner, cause = found[2], found[3]
-        else:
-            break
-    if owner and (unknown := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^\s=]+)", cause)):
-        valid = [f"{key}.{name}" for name in argument_defaults(owner)]
-        return messages.unknown_key(f"{key}.{unknown[1] or unknown[2]}", "", valid, owner)
-    if owner and (missing := re.search(r"following arguments are required: ([^\s,]+)", cause)):
-        return messages.missing_key(f"{key}.{missing[1]}", owner)
-    cause = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", cause).replace("NoneType", "null")
-    lines = [re.sub("^Expected an? ", "expected ", line.strip(" -")) for line in cause.splitlines()]
-    causes = [line for line in lines if line and not re.match("Does not validate|Subtypes:|Errors:|Given value type:", line)]
-    where = f"{key} ({owner})" if owner else key
-    return ": ".join(filter(None, [where, "; ".join(dict.fromkeys(causes))]))
 
 
 def completion(shell: str) -> str:

@@ -115,10 +115,9 @@ def _differences(one: Any, other: Any, key: str) -> Iterator[str]:
     if isinstance(one, Namespace | dict) and type(one) is type(other):
         ours, theirs = (value if isinstance(value, dict) else vars(value) for value in (one, other))
         for name in {**ours, **theirs}:
-            if name in ours and name in theirs:
-                yield from _differences(ours[name], theirs[name], _inner(key, name))
-            else:
-                yield _inner(key, name)
+            # A class without arguments may have no init_args.
+            one, other = (values.get(name, Namespace()) for values in (ours, theirs))  # type: ignore[no-untyped-call]
+            yield from _differences(one, other, _inner(key, name))
     elif isinstance(one, list | tuple) and type(one) is type(other) and len(one) == len(other):
         for ours, theirs in zip(one, other, strict=True):
             yield from _differences(ours, theirs, key)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lockstep.compat.pytorch_lightning import SAME_PACKAGES
 from lockstep.config.validation.source import Binding, Imported, ModuleSource, Undecidable
 
 _OUTSIDE = {*sys.stdlib_module_names, "typing_extensions"}
@@ -51,7 +52,7 @@ class SourceIndex:
     """
 
     def __init__(self, folders: Iterable[Path] = (), elsewhere: bool = False) -> None:
-        self._folders, self._elsewhere = list(folders), elsewhere
+        self._folders, self.elsewhere = list(folders), elsewhere
         self._modules: dict[str, ModuleSource | None] = {}
 
     def find(self, path: str) -> Definition:
@@ -91,6 +92,7 @@ class SourceIndex:
             NotDefined: It does not exist.
             Undecidable: It is not written in Python.
         """
+        name = SAME_PACKAGES.get(name, name)
         parent, _, last = name.rpartition(".")
         if not parent and name not in self._modules:
             self._modules[name] = self._top_level(name)
@@ -123,7 +125,7 @@ class SourceIndex:
         # A namespace package: folders without an __init__.py, possibly several.
         portions = {found.folder for found in near if found.folder}
         portions |= {Path(folder) for folder in (spec.submodule_search_locations or [] if spec else [])}
-        if len({folder.resolve() for folder in portions}) > 1 or (not portions and self._elsewhere):
+        if len({folder.resolve() for folder in portions}) > 1 or (not portions and self.elsewhere):
             raise Undecidable
         return ModuleSource(name, "", portions.pop()) if portions else None
 
@@ -210,9 +212,9 @@ def _read_module(name: str, path: Path) -> ModuleSource | None:
     init, file = path / "__init__.py", path.parent / f"{path.name}.py"
     try:
         if init.is_file():
-            return ModuleSource(name, init.read_text(), path)
+            return ModuleSource(name, init.read_text(), path, file=init)
         if file.is_file():
-            return ModuleSource(name, file.read_text(), stubbed=file.with_suffix(".pyi").is_file())
+            return ModuleSource(name, file.read_text(), stubbed=file.with_suffix(".pyi").is_file(), file=file)
     except (OSError, UnicodeDecodeError):
         raise Undecidable from None
     if any(other.suffix in (".so", ".pyd", ".pyc") for other in path.parent.glob(f"{path.name}.*")):

@@ -34,10 +34,13 @@ class ModuleSource:
     Args:
         folder: Folder of its submodules, if it is a package.
         stubbed: Whether a .pyi file has its types.
+        file: Where the source is; None for a folder without one.
     """
 
-    def __init__(self, name: str, text: str, folder: Path | None = None, stubbed: bool = False) -> None:
-        self.name, self.text, self.folder, self.stubbed = name, text, folder, stubbed
+    def __init__(
+        self, name: str, text: str, folder: Path | None = None, stubbed: bool = False, file: Path | None = None
+    ) -> None:
+        self.name, self.text, self.folder, self.stubbed, self.file = name, text, folder, stubbed, file
         self._scan = cache(self._scan_statements)
 
     @cached_property

@@ -9,6 +9,7 @@ from typing import Any
 
 from lockstep.config import SHARED_CLASSES, messages, parse_collection, read_config_file
 from lockstep.config.validation.annotation import ANYTHING, INVALID, ExpectedType, expected_type, parse_scalar
+from lockstep.config.validation.imports import check_imports
 from lockstep.config.validation.lookup import Definition, NotDefined, SourceIndex
 from lockstep.config.validation.signature import Signature, class_hierarchy, signature
 from lockstep.config.validation.source import Undecidable
@@ -209,6 +210,7 @@ class ValueMerger:
     def _look_up(self, path: str, key: str) -> Signature:
         if not re.fullmatch(r"\w+(\.\w+)+", path) or path.endswith((".yaml", ".yml", ".json")):
             return Signature()
+        check_imports(self._sources, path, key)
         try:
             found = self._sources.find(path)
         except Undecidable:

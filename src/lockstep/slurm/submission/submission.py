@@ -68,6 +68,7 @@ class Submission:
         check_sweep_keys(options.sweep, launcher_flags)
         here = options.working_directory
         other_python = profile.container is not None or profile.python is not None
+        other_python = other_python or bool(profile.modules or profile.setup or "PYTHONPATH" in profile.environment)
         config = validate_arguments(arguments, launcher_flags, [here, *python_path(env)], options.sweep, other_python)
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_name(name)
