@@ -1,11 +1,13 @@
 """Private names of DeepSpeed: the tensors that ZeRO partitions, its start on a CPU, and corrections of its NVMe offload."""
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,26 @@ def prepare_cpu() -> None:
     """
     patch("deepspeed", import_module("deepspeed.ops"), "_probe_compatible_ops", dict)
     patch("deepspeed", import_module("deepspeed.accelerator").get_accelerator(), "is_fp16_supported", lambda: True)
+
+
+def merge_async_io_sources(builder: Any, folder: Path) -> None:
+    """Let the builder of async_io compile the nine files that include torch as one, from a copy of the sources in ``folder``.
+
+    A compiler needs 20 seconds to read torch's headers. DeepSpeed's own headers have no guards; those of the copy do.
+    """
+    root = Path(builder.deepspeed_src_path("csrc"))
+    for name in ("aio", "pin_memory"):
+        shutil.copytree(root / name, folder / name, dirs_exist_ok=True)
+    for header in folder.rglob("*.h"):
+        header.write_text("#pragma once\n" + header.read_text())
+    sources = [folder.joinpath(*Path(name).parts[1:]) for name in builder.sources()]
+    with_torch = [path for path in sources if path.parent.name == "py_lib"]
+    merged = folder / "aio" / "py_lib" / "async_io.cpp"
+    merged.write_text("".join(f'#include "{path.name}"\n' for path in with_torch))
+    includes = [str(folder.joinpath(*Path(name).parts[1:])) for name in builder.include_paths()]
+    names = [str(path) for path in (merged, *(path for path in sources if path not in with_torch))]
+    patch("deepspeed", builder, "sources", lambda: names)
+    patch("deepspeed", builder, "include_paths", lambda: includes)
 
 
 def is_partitioned(parameter: Any) -> bool:

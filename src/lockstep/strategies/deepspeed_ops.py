@@ -26,6 +26,7 @@ import torch
 from jsonargparse import Namespace
 
 from lockstep.compat import patch, private
+from lockstep.compat.deepspeed import merge_async_io_sources
 from lockstep.config import check_offload
 from lockstep.core import UsageError, World, atomic_write_text
 from lockstep.distributed import all_gather
@@ -138,6 +139,8 @@ def _share_compiled_ops() -> None:
         name, record = builder.name, _library(builder.name).with_name(_BUILD_RECORD)
         if not _is_compiled(name):
             record.unlink(missing_ok=True)
+            if name == "async_io":
+                merge_async_io_sources(builder, record.with_name("sources"))
             module = compile_and_load(builder, verbose)
             atomic_write_text(record, _build_id())
             return module
