@@ -1,6 +1,6 @@
 # Every target may be repeated, and is fast when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup slurm ops demo test lint bench faults lock clean
+.PHONY: help setup slurm ops demo test lint bench faults covered lock clean
 SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -65,6 +65,9 @@ bench: setup slurm ## benchmark a training step, a checkpoint and a submission a
 
 faults: setup slurm ## inject faults into jobs on a one-machine Slurm cluster, and print the lost steps and time
 	$(PYTHON) benchmarks/faults.py $(if $(ROWS),--rows $(ROWS))
+
+covered: setup ## write docs/covered.md from the table of tests/foreign
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PYTHON) -m foreign.page
 
 lock: ## pin the dependencies of pyproject.toml in requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra dev pyproject.toml -o requirements.lock
