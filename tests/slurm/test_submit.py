@@ -315,7 +315,7 @@ def test_a_sweep_is_one_job_one_group_and_one_table(shell: Shell) -> None:
     sweep = ("--sweep", "model.seconds=0,0.001,0.002", "--sweep", "seed_everything=1,2")
     job = shell.submit("--config", "toy_model.yaml", *sweep, WANDB_MODE="offline")
     assert len(shell.cluster.command("squeue", "--array", "--noheader", "--format=%F").split()) == 6
-    wait_until(lambda: shell("launch/jobs.py", "status", job.id).returncode != 3, 120, shell.queue)
+    job.wait_for_state(seconds=120)
     done = shell("launch/jobs.py", "status", job.id)
     assert done.returncode == 0
     rows = [line.split("\t") for line in done.stdout.splitlines()[:6]]

@@ -10,6 +10,7 @@ from typing import Any
 
 from daemons import Cluster
 
+from lockstep.slurm import find_job, query_status
 from support.waiting import wait_until
 
 REPO = Path(__file__).parents[2]
@@ -72,13 +73,18 @@ class Job:
         return status | {"exit": done.returncode}
 
     def wait(self, *states: str, seconds: float = 90) -> dict[str, Any]:
-        """Wait until the job is in one of ``states``, or without ``states`` until it has ended."""
+        """Wait as ``wait_for_state``, and return the status."""
+        self.wait_for_state(*states, seconds=seconds)
+        return self.status()
 
-        def reached() -> dict[str, Any] | None:
-            status = self.status()
-            return status if status["state"] in states or (not states and status["exit_status"] != 3) else None
+    def wait_for_state(self, *states: str, seconds: float = 90) -> None:
+        """Wait until the job, or each run of a sweep, is in one of ``states``, or without ``states`` until it has ended."""
 
-        return wait_until(reached, seconds, self.describe, interval=0.3) or {}
+        def reached() -> bool:  # in this process: a new one for each poll would take CPUs from the job
+            statuses = query_status([find_job(self.id, self.shell.env)], self.shell.env)
+            return all(status.state in states or (not states and not status.is_active) for status in statuses)
+
+        wait_until(reached, seconds, self.describe, interval=0.3)
 
     def wait_for_step(self, step: int, seconds: float = 60) -> None:
         """Wait until ``status.json`` reports this step or a later one."""
@@ -91,7 +97,7 @@ class Job:
 
     def describe(self) -> str:
         """Status and log, for the message of a failed test."""
-        return f"{self.status()}\n{self.log()}"
+        return self.shell("launch/jobs.py", "status", self.id, "--json").stdout + self.log()
 
     @property
     def result(self) -> dict[str, Any]:
