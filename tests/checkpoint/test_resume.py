@@ -159,14 +159,18 @@ def test_the_same_run_is_not_trained_twice_at_once(launch: Launch, tmp_path: Pat
     assert sorted(path.name for path in (run.folder / "logs").iterdir()) == ["1"]
 
 
-def test_checkpoints_that_cannot_be_written_do_not_end_the_run(
+def test_training_continues_without_checkpoints_but_is_not_finished_without_one(
     launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    undisturbed = undisturbed_run(launch, *DIGITS)
     run = launch(*DIGITS, *fault(tmp_path / "once", "vanish", step=30))
-    assert run.status == 0
+    assert (run.status, run.result["status"], run.result["global_step"]) == (1, "failed", 60)
     said = capfd.readouterr().err
     assert "the checkpoint of step 35 could not be written (No such file or directory); training continues" in said
     assert "could not be written" in json.loads((run.folder / "status.json").read_text())["warning"]
+    assert "Training has ended, but its weights are not saved: the checkpoint of step 60 could not be written" in said
+    (run.folder / "gone").rename(run.folder / "checkpoints")
+    assert_same_run(resume_run(launch, run), undisturbed)
 
 
 def test_wandb_gets_the_rows_that_a_full_disk_refused(launch: Launch, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from lockstep.checkpoint.reader import Checkpoint, latest_checkpoint
+from lockstep.core.world import World
+from lockstep.monitoring.report import weights_sha256
 
 REPO = Path(__file__).parents[2]
 
@@ -78,9 +80,17 @@ def resume_run(launch: Launch, run: Outcome, *arguments: str) -> Outcome:
     return Outcome(launch("--resume", str(run.folder), *arguments).status, run.folder)
 
 
+def assert_published(run: Outcome) -> None:
+    """Check that the newest checkpoint has the weights and the step that the result reports."""
+    assert run.result["status"] == "finished"
+    assert run.newest.step == run.result["global_step"]
+    assert weights_sha256(run.newest.weights(), World()) == run.result["weights_sha256"]
+
+
 def assert_same_run(run: Outcome, undisturbed: Outcome) -> None:
     """Check that a run finished with the weights, metrics and step of the undisturbed run."""
-    assert run.status == 0 and run.result["status"] == "finished"
+    assert run.status == 0
+    assert_published(run)
     assert run.result["weights_sha256"] == undisturbed.result["weights_sha256"]
     assert metric_rows(run) == metric_rows(undisturbed)
     assert _without_rates(run.result["metrics"]) == _without_rates(undisturbed.result["metrics"])

@@ -2,6 +2,6 @@
 
 from lockstep.checkpoint.callback import CheckpointCallback
 from lockstep.checkpoint.rank_state import restore_state
-from lockstep.checkpoint.reader import Checkpoint, find_checkpoint, latest_checkpoint
+from lockstep.checkpoint.reader import Checkpoint, find_checkpoint, latest_checkpoint, read_checkpoint
 from lockstep.checkpoint.serialization import allow_numpy_globals
 from lockstep.checkpoint.writer import CheckpointWriter

@@ -4,27 +4,29 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lockstep.checkpoint.manifest import Progress
 from lockstep.checkpoint.rank_state import capture_state
-from lockstep.checkpoint.reader import MODEL_FILE
+from lockstep.checkpoint.reader import MODEL_FILE, Checkpoint, published_checkpoints
 from lockstep.checkpoint.serialization import check_loadable, to_plain_types
-from lockstep.checkpoint.writer import CheckpointWriter
-from lockstep.compat.lightning import dump_checkpoint, is_training_done
+from lockstep.checkpoint.weight_sums import bit_sums, check_ranks_agree
+from lockstep.checkpoint.writer import SHUTDOWN_SECONDS, CheckpointWriter
+from lockstep.compat.lightning import dump_checkpoint, is_stopping, is_training_done
 from lockstep.config import CheckpointOptions
-from lockstep.core import Stopped, atomic_write_json, read_json
+from lockstep.core import RunError, SaveError, Stopped, atomic_write_json, read_json
 from lockstep.distributed import SignalReceiver, StopConsensus, allocation_end_time
 from lockstep.monitoring import CsvMetricsLogger, ThroughputMonitor
-from lockstep.runs import Run
+from lockstep.runs import Run, checkpoint_order
 from lockstep.strategies import LockstepStrategy
 
 log = logging.getLogger(__name__)
-
-_SHUTDOWN_SECONDS = 10.0
-"""Time that a stop takes besides its save: to reach consensus, to close W&B and to be requeued."""
 
 _RETRY_MINUTES = 1.0
 """Time after which a failed save is repeated."""
@@ -49,27 +51,37 @@ class CheckpointCallback(Callback):
         self.trainer: Trainer | None = None
         self.seconds_lost = 0.0
         self._consensus: StopConsensus | None = None
-        self._saved_step, self._saved_any = -1, False
+        self._boundary_step = self._saved_step = -1
+        self._saved_any = False
+        self._saved_sums: Tensor | None = None
         self._saved_at = time.monotonic()
-        self._previous_save: float | None = None
+        self._resumed: Progress | None = None
         self._scores_file = run.checkpoints / "scores.json"
-        self._scores = self._read_scores()
         self._allocation_end = allocation_end_time()
 
-    def resume(self, progress: Progress) -> None:
-        """Continue the accounting of the same run from ``progress``."""
-        self.seconds_lost, self._previous_save = progress.lost_seconds, progress.saved_at
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue the same run from its ``checkpoint``."""
+        self._resumed = checkpoint.manifest.progress
+        self.seconds_lost = self._resumed.lost_seconds
+        if self.writer is not None:
+            self.writer.published = checkpoint.folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.trainer = trainer
+            self._consensus = StopConsensus(self._strategy.sharding.world)
+            if self.writer is not None and trainer.is_global_zero:
+                self.writer.remove_debris()
+                self._read_scores(self.writer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._previous_save is not None:
-            self.seconds_lost += time.time() - self._previous_save
-            self._previous_save = None
+        if self._resumed is not None:
+            self.seconds_lost += time.time() - self._resumed.saved_at
         capture_state(trainer)  # Fail now instead of at the first save if a private name is missing.
-        self.trainer = trainer
-        assert isinstance(trainer.strategy, LockstepStrategy)
-        self._consensus = StopConsensus(trainer.strategy.sharding.world)
-        self._saved_step = trainer.global_step
+        self._boundary_step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
+        if self.writer is not None and self._resumed is not None:
+            self._saved_sums = self._weight_sums(dump_checkpoint(trainer))
 
     def on_step_boundary(self, validation_follows: bool) -> None:
         """Save or stop if it is time to; called after each optimizer step, before the validation that may follow."""
@@ -77,22 +89,69 @@ class CheckpointCallback(Callback):
         assert trainer is not None and consensus is not None
         decision = consensus.poll(self._stop_signal(trainer), self._wants_to_save(trainer))
         step, every = trainer.global_step, self.options.every_n_steps
-        due = validation_follows or decision.save or decision.stop or (every and step % every == 0) or _is_last_step(trainer)
-        if due and step != self._saved_step:
-            self.save(trainer)
-        if decision.stop:
-            if self.writer is not None:
+        # Several optimizers step in one batch, perhaps past the multiple.
+        is_multiple = every is not None and step // every > self._boundary_step // every
+        self._boundary_step = step
+        is_last = _is_last_step(trainer) or is_stopping(trainer)
+        with self._stops_if_signalled(trainer):
+            if step != self._saved_step and (validation_follows or decision.save or decision.stop or is_multiple or is_last):
+                self.save(trainer)
+            if decision.stop and self.writer is not None:
                 self.writer.wait_until_finished(consensus)
+        if decision.stop:
             trainer.strategy.barrier("stop")
             raise Stopped(decision.stop, step, together=True)
 
-    def save(self, trainer: Trainer) -> None:
-        """Save the current state; every rank must call."""
+    def on_fit_loop_end(self) -> None:
+        """Publish the weights that training has left, after all hooks that may change them, unless a checkpoint has them.
+
+        Raises:
+            SaveError: They cannot be saved.
+            RunError: A hook has changed the weights after their save, and the strategy cannot save them so.
+        """
+        trainer, consensus, writer = self.trainer, self._consensus, self.writer
+        assert trainer is not None and consensus is not None
+        if writer is None or (self._resumed is not None and self._resumed.has_ended and not self._has_trained(trainer)):
+            return
+        with self._stops_if_signalled(trainer):
+            writer.wait_until_finished(consensus)
+            is_published = writer.published is not None and checkpoint_order(writer.published)[0] == trainer.global_step
+            sums = self._weight_sums(dump_checkpoint(trainer))
+            has_changed = self._saved_sums is None or not torch.equal(self._saved_sums, sums)
+            is_partitioned = self._strategy.shards() is not None
+            for _ in range(2):
+                if not consensus.reduce_max(int(trainer.is_global_zero and (has_changed or not is_published))):
+                    return
+                if is_partitioned and consensus.reduce_max(int(trainer.is_global_zero and has_changed and is_published)):
+                    raise RunError(
+                        "A hook has changed the weights after the last step (on_train_end of the module or of a callback), and "
+                        "ZeRO saves those of its optimizer; use strategy ddp."
+                    )
+                self.save(trainer, has_ended=True)
+                writer.wait_until_finished(consensus)
+                is_published = writer.published is not None and checkpoint_order(writer.published) == (trainer.global_step, 1)
+                has_changed = False
+            if not consensus.reduce_max(int(trainer.is_global_zero and not is_published)):
+                return
+        raise SaveError(
+            f"Training has ended, but its weights are not saved: {writer.error or 'the log of rank 0 says why'}. Make room in "
+            f"{self.run.checkpoints} and resume the run."
+        )
+
+    def save(self, trainer: Trainer, has_ended: bool = False) -> None:
+        """Save the current state, after training if it ``has_ended``; every rank must call.
+
+        Raises:
+            RunError: The ranks have different weights.
+            SaveError: The save before this one hangs.
+        """
         if self.writer is None:
             return
-        strategy, rank, is_rank_zero = trainer.strategy, trainer.global_rank, trainer.is_global_zero
-        assert self._consensus is not None and isinstance(strategy, LockstepStrategy)
+        strategy, rank, is_rank_zero = self._strategy, trainer.global_rank, trainer.is_global_zero
+        assert self._consensus is not None
+        check_ranks_agree(dict(strategy.replicated_weights()), self._consensus, trainer.global_step, max(0, self._saved_step))
         checkpoint = dump_checkpoint(trainer)  # with ZeRO every rank takes part
+        self._saved_sums = self._weight_sums(checkpoint)
         parts: dict[str, Any] = {f"rank-{rank}.pt": capture_state(trainer)}
         if (shards := strategy.shards()) is not None:
             parts[f"shard-{rank}.pt"] = shards
@@ -109,6 +168,8 @@ class CheckpointCallback(Callback):
             lost_seconds=self.seconds_lost,
             saved_at=time.time(),
             gradient_ready_order=strategy.gradient_ready_order,
+            should_stop=trainer.should_stop,
+            has_ended=has_ended,
         )
         is_flushed = metrics is None or not is_rank_zero or metrics.flush()
         known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written before"
@@ -116,38 +177,52 @@ class CheckpointCallback(Callback):
             for part in parts.values():
                 check_loadable(part)
             self._saved_any = True
-        self.writer.protected_steps = self._best_steps()
         self.writer.save(progress, parts, self._consensus, known_error)
         self._saved_step, self._saved_at = progress.step, time.monotonic()
+
+    def joins_all_ranks(self, seconds: float) -> bool:
+        """Whether all ranks call this within ``seconds``."""
+        assert self._consensus is not None
+        deadline = time.monotonic() + seconds
+
+        def check_deadline() -> None:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+
+        try:
+            self._consensus.reduce_max(0, check_deadline)
+            return True
+        except (TimeoutError, RuntimeError):  # another rank goes on, or has gone
+            return False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._raise_if_signalled(trainer)
-        if (monitor := self.options.monitor) is None or not trainer.is_global_zero or trainer.global_step != self._saved_step:
+        monitor, is_saved = self.options.monitor, trainer.global_step == self._saved_step and self.writer is not None
+        if monitor is None or not trainer.is_global_zero or not is_saved:
             return
         value = trainer.callback_metrics.get(monitor)
         if value is None:
             names = ", ".join(sorted(trainer.callback_metrics)) or "none"
             log.warning("checkpoint.monitor: %r is not logged, so this checkpoint has no score; logged: %s.", monitor, names)
         elif math.isfinite(value):
-            self._scores[trainer.global_step] = float(value)
+            assert self.writer is not None
+            self.writer.scores[trainer.global_step] = float(value)
             try:
-                atomic_write_json(self._scores_file, {str(step): score for step, score in self._scores.items()})
+                atomic_write_json(self._scores_file, {str(step): score for step, score in self.writer.scores.items()})
             except OSError as error:
                 log.warning("%s could not be written (%s)", self._scores_file, error.strerror)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._consensus is not None:
-            if self.writer is not None:
-                self.writer.wait_until_finished(self._consensus)
             self._consensus.close()
 
     def _raise_if_signalled(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Stop without consensus: an evaluation has no state to save, and the step before it is saved."""
         if self.signals.received is not None:
             if self.writer is not None:
-                self.writer.wait(_SHUTDOWN_SECONDS)
+                self.writer.wait(SHUTDOWN_SECONDS)
             raise Stopped(self.signals.received, trainer.global_step, together=False)
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _raise_if_signalled
@@ -158,29 +233,48 @@ class CheckpointCallback(Callback):
             return int(self.signals.received)
         if self._allocation_end is not None and trainer.is_global_zero:
             save = self.writer.seconds if self.writer is not None else 0.0
-            if time.time() > self._allocation_end - _SHUTDOWN_SECONDS - 2 * save:
+            if time.time() > self._allocation_end - SHUTDOWN_SECONDS - 2 * save:
                 return int(signal.SIGUSR2)
         return 0
 
     def _wants_to_save(self, trainer: Trainer) -> bool:
         """Whether ``every_n_minutes`` have passed since the last save; rank zero decides."""
-        if self.writer is None or not trainer.is_global_zero or self.writer.busy:
+        if self.writer is None or not trainer.is_global_zero or (self.writer.busy and not self.writer.is_hung):
             return False
         minutes = math.inf if self.options.every_n_minutes is None else self.options.every_n_minutes
         return time.monotonic() - self._saved_at > 60 * (min(minutes, _RETRY_MINUTES) if self.writer.error else minutes)
 
-    def _best_steps(self) -> set[int]:
-        """Steps of the checkpoints with the best scores."""
-        ranked = sorted(self._scores, key=lambda step: (self._scores[step], step), reverse=self.options.mode == "max")
-        return set(ranked[: self.options.save_top_k] if self.options.monitor is not None else ())
+    @property
+    def _strategy(self) -> LockstepStrategy:
+        assert self.trainer is not None and isinstance(self.trainer.strategy, LockstepStrategy)
+        return self.trainer.strategy
 
-    def _read_scores(self) -> dict[int, float]:
-        """Scores of this run's checkpoints so far, by step."""
+    def _has_trained(self, trainer: Trainer) -> bool:
+        """Whether this attempt has done a step."""
+        return self._resumed is None or trainer.global_step != self._resumed.step
+
+    def _weight_sums(self, checkpoint: Mapping[str, Any]) -> Tensor:
+        """Checksums of all weights in ``checkpoint``, and of those that ZeRO saves elsewhere but every rank has."""
+        return bit_sums({**dict(self._strategy.replicated_weights()), **checkpoint["state_dict"]}.values())
+
+    @contextmanager
+    def _stops_if_signalled(self, trainer: Trainer) -> Iterator[None]:
+        """After a stop signal, stop without the save that hangs."""
         try:
-            return {int(step): float(score) for step, score in read_json(self._scores_file).items()}
+            yield
+        except SaveError as error:
+            if self.signals.received is None:
+                raise
+            log.error("%s", error.message)
+            raise Stopped(self.signals.received, trainer.global_step, together=False) from error
+
+    def _read_scores(self, writer: CheckpointWriter) -> None:
+        """Read the scores of this run's checkpoints so far; if they cannot be read, keep these checkpoints."""
+        try:
+            writer.scores = {int(step): float(score) for step, score in read_json(self._scores_file).items()}
         except (AttributeError, OSError, TypeError, ValueError) as error:
-            log.warning("%s cannot be read (%s); scores so far are ignored", self._scores_file, error)
-            return {}
+            log.warning("%s is damaged (%s); the checkpoints so far are kept, whatever their scores", self._scores_file, error)
+            writer.protected = {path.name for path in published_checkpoints(self.run.checkpoints)}
 
 
 def _is_last_step(trainer: Trainer) -> bool:

@@ -21,7 +21,7 @@ class Progress:
         train_seconds: Time spent in training steps, over all attempts.
         lost_seconds: Time lost to restarts: from each checkpoint to the first step after it.
         saved_at: When the save began, in seconds since 1970.
-        gradient_ready_order: See ``ResumePoint``.
+        gradient_ready_order, should_stop, has_ended: See ``ResumePoint``.
     """
 
     step: int
@@ -32,6 +32,8 @@ class Progress:
     lost_seconds: float
     saved_at: float
     gradient_ready_order: list[int] | None = None
+    should_stop: bool = False
+    has_ended: bool = False
 
 
 @dataclass(frozen=True)

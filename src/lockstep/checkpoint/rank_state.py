@@ -4,7 +4,6 @@ The state consists of tensors and plain values, so that it loads with ``weights_
 """
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torchmetrics import Metric
 
 from lockstep.compat.lightning import capture_logged_values, restore_logged_values
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
+from lockstep.strategies import ResumePoint
 
 
 def capture_state(trainer: Trainer) -> dict[str, Any]:
@@ -23,37 +23,35 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
         "random": capture_rng_state(trainer.strategy.root_device),
         "metrics": {name: capture_metric(m) for name, m in module.named_modules() if isinstance(m, Metric)},
         **capture_logged_values(trainer),
-        "should_stop": trainer.should_stop,
     }
     if not module.automatic_optimization:  # gradients may be half accumulated, which only the user's code knows
         state["gradients"] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return state
 
 
-def restore_state(trainer: Trainer, states: Sequence[dict[str, Any]], seed: int) -> None:
-    """Restore the state of this rank.
-
-    Args:
-        states: The state of this rank; in a world of another size those of the ranks that it replaces, perhaps none.
-        seed: Seed for random numbers, unless there is exactly one state.
-    """
-    module = trainer.lightning_module
+def restore_state(trainer: Trainer, point: ResumePoint) -> None:
+    """Restore the state of this rank."""
+    module, states = trainer.lightning_module, point.states
     for name, metric in module.named_modules():
         if isinstance(metric, Metric):
             metric.reset()
             for state in states:
                 if name in state["metrics"]:
                     merge_metric(metric, state["metrics"][name])
-    restore_logged_values(trainer, states)
+            if (
+                not states and name in point.shared["metrics"]
+            ):  # a rank that was added has seen nothing, but reduces with the others
+                merge_metric(metric, {"count": point.shared["metrics"][name]["count"], "values": {}})
+    restore_logged_values(trainer, states, point.shared, is_mid_epoch=not point.has_ended)
+    trainer.should_stop = point.should_stop
     for state in states[:1]:
-        trainer.should_stop = state["should_stop"]
         for name, gradient in state.get("gradients", {}).items():
             parameter = module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
     if len(states) == 1:
         restore_rng_state(states[0]["random"], trainer.strategy.root_device)
     else:
-        torch.manual_seed(seed)
+        torch.manual_seed(point.seed)
 
 
 def capture_rng_state(device: torch.device) -> dict[str, Any]:

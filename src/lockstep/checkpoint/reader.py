@@ -1,6 +1,7 @@
 """Find checkpoints and verify them.
 
-A checkpoint is a folder such as ``checkpoints/step-00000120``, which contains:
+A checkpoint is a folder such as ``checkpoints/step-00000120``, or ``step-00000120-end`` with what the end of training has
+left, where that differs. It contains:
 
 - ``model.ckpt``: Lightning's checkpoint with weights, optimizers, schedules, loops and callbacks
 - ``rank-0.pt`` …: per-rank state that Lightning omits, see ``rank_state``
@@ -12,16 +13,18 @@ No file points to the newest checkpoint: it is the last one whose files match it
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lockstep.checkpoint.manifest import MANIFEST_FILE, Manifest
 from lockstep.core import UsageError, World
 from lockstep.data import DataPosition, derive_seed
-from lockstep.strategies import ResumePoint
+from lockstep.runs import checkpoint_order
+from lockstep.strategies import ResumePoint, ShardedState
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +51,34 @@ class Checkpoint:
     def resume_point(self, world: World, seed: int) -> ResumePoint:
         """What a rank of ``world`` needs to resume from here; ``seed`` is the seed of the run."""
         progress = self.manifest.progress
-        files = [self.folder / f"rank-{rank}.pt" for rank in range(world.rank, self.manifest.world_size, world.size)]
+        replaced = range(world.rank, self.manifest.world_size, world.size)
+        states = [self._rank_state(rank) for rank in replaced]
         return ResumePoint(
             DataPosition(progress.epoch, progress.batch),
-            [torch.load(file, map_location="cpu", weights_only=True) for file in files],
+            states,
+            states[0] if states else self._rank_state(0),
             derive_seed(seed, self.step, world.rank) >> 1,
             progress.gradient_ready_order,
+            progress.should_stop,
+            progress.has_ended,
         )
+
+    def _rank_state(self, rank: int) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(self.folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+        return state
+
+    def weights(self) -> Iterator[tuple[str, Any]]:
+        """Entries of the module's ``state_dict``, sorted by name; weights that ZeRO has partitioned are float32."""
+        state_dict = torch.load(self.model, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        sharded = ShardedState.from_shards(self.folder) or ShardedState()
+        for name in sorted({*state_dict, *sharded.slices, *sharded.aliases}):
+            yield name, state_dict[name] if name in state_dict else sharded.full_tensor(sharded.aliases.get(name, name))
 
 
 def published_checkpoints(checkpoints: Path) -> list[Path]:
     """All published checkpoints, newest first."""
-    return sorted((path for path in checkpoints.glob("step-*") if path.is_dir()), reverse=True)
+    found = [path for path in checkpoints.glob("step-*") if checkpoint_order(path) and path.is_dir()]
+    return sorted(found, key=checkpoint_order, reverse=True)
 
 
 def read_checkpoint(folder: Path, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:

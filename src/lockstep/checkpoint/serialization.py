@@ -17,6 +17,13 @@ def copy_to_cpu(value: Any) -> Any:
     return _map_tensors(value, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
+def count_bytes(value: Any) -> int:
+    """Bytes of the tensors in a nested ``value``."""
+    sizes: list[int] = []
+    _map_tensors(value, lambda tensor: sizes.append(tensor.nbytes) or tensor)  # type: ignore[func-returns-value]
+    return sum(sizes)
+
+
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A copy of a nested ``value`` with ``function`` applied to each tensor."""
     if isinstance(value, Tensor):

@@ -6,6 +6,7 @@ manifest and renames the folder, which publishes the checkpoint. What a checkpoi
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 import threading
@@ -13,22 +14,25 @@ import time
 from collections.abc import Callable, Mapping
 from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from lockstep.checkpoint.manifest import Manifest, Progress
 from lockstep.checkpoint.reader import file_sha256, published_checkpoints
-from lockstep.checkpoint.serialization import copy_to_cpu
+from lockstep.checkpoint.serialization import copy_to_cpu, count_bytes
 from lockstep.config import CheckpointOptions
-from lockstep.core import World, atomic_write_json, fsync, read_json
-from lockstep.distributed import StopConsensus
-from lockstep.runs import Run
+from lockstep.core import SaveError, World, atomic_write_json, fsync, read_json
+from lockstep.distributed import SignalReceiver, StopConsensus
+from lockstep.runs import Run, checkpoint_order
 
 log = logging.getLogger(__name__)
 
-_PART_TIMEOUT_SECONDS = 600.0
-"""How long rank zero waits for the files of the other ranks."""
+SHUTDOWN_SECONDS = 10.0
+"""Time that a stop takes besides its save: to reach consensus, to close W&B and to be requeued."""
+
+_EXIT_SECONDS = 60.0
+"""Time after which a process ends in any case once its disk hangs: what it reports may hang too."""
 
 
 class CheckpointWriter:
@@ -36,59 +40,125 @@ class CheckpointWriter:
 
     Args:
         attempt: Number of this attempt; a newer attempt prevents publication.
-        on_wait: Called about ten times a second during a wait.
+        signals: After a stop signal, a wait ends earlier.
+        on_wait: Called about ten times a second during a wait that has a limit.
 
     Attributes:
         seconds: Duration of the last save, up to its publication; 0 before the first.
         error: Why the last save failed on this rank; empty if it did not.
-        protected_steps: Steps whose checkpoints are kept in addition to the newest ones.
+        published: The newest checkpoint that this rank has published: rank zero, else None.
+        scores: Scores of checkpoints, by step. The best of those that are published are kept in addition to the newest.
+        protected: Names of checkpoints that are kept, whatever their scores.
     """
 
     def __init__(
-        self, run: Run, world: World, attempt: int, options: CheckpointOptions, on_wait: Callable[[], None] = lambda: None
+        self,
+        run: Run,
+        world: World,
+        attempt: int,
+        options: CheckpointOptions,
+        signals: SignalReceiver | None = None,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
-        self.run, self.world, self.attempt, self.options, self.on_wait = run, world, attempt, options, on_wait
+        self.run, self.world, self.attempt, self.options = run, world, attempt, options
+        self.signals, self.on_wait = signals or SignalReceiver(), on_wait
         self.seconds, self.error = 0.0, ""
-        self.protected_steps: set[int] = set()
+        self.published: Path | None = None
+        self.scores: dict[int, float] = {}
+        self.protected: set[str] = set()
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
         self._failed_rank: int | None = None
+        self._step = 0
+        self._limit, self._deadline, self._stop_by = 0.0, math.inf, math.inf
 
     @property
     def busy(self) -> bool:
         """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def is_hung(self) -> bool:
+        """Whether a save has been in progress for longer than its limits."""
+        return self.busy and time.monotonic() > self._deadline + self._limit
+
     def save(self, progress: Progress, parts: Mapping[str, Any], consensus: StopConsensus, known_error: str = "") -> None:
         """Save ``parts`` as this rank's files of a checkpoint, by name; every rank must call.
 
         Returns once the parts are copied; without ``async_save``, once the checkpoint is published. A failure does not end
         the run: it is logged, and in ``error``. ``known_error`` is the reason for which this rank cannot save, if it cannot.
+
+        Raises:
+            SaveError: The save before this one hangs on a rank.
         """
         self.wait_until_finished(consensus)
+        size = consensus.total(count_bytes(dict(parts)))
+        self._limit = self.options.timeout_seconds + size / (1e6 * self.options.min_mb_per_second)
         if self.options.async_save:
             parts = copy_to_cpu(dict(parts))
         self._written.clear()
         self._failed_rank = None
+        self._step, self._deadline = progress.step, time.monotonic() + self._limit
         self._thread = threading.Thread(target=self._save, args=(progress, parts, known_error), name="checkpoint", daemon=True)
         self._thread.start()
         if not self.options.async_save:
             self.wait_until_finished(consensus)
 
     def wait_until_finished(self, consensus: StopConsensus) -> None:
-        """Wait until the save in progress is published or has failed; every rank must call."""
+        """Wait until the save in progress is published or has failed; every rank must call.
+
+        Raises:
+            SaveError: The files of a rank are still missing after the limit of the save; all ranks raise it.
+        """
         if self._thread is None:
             return
-        while not self._written.wait(0.1):
+        rank, size = self.world.rank, self.world.size
+        while not (self._written.wait(0.1) or self._is_over(self._deadline)):
             self.on_wait()
-        # Rank zero must not wait for the files of a rank that could not write them.
-        if (rank := consensus.reduce_max(self.world.rank if self.error else -1, self.on_wait)) != -1:
-            self._failed_rank = rank
-        while self.busy:
+        # The ranks tell each other, as no file system may answer. Rank zero must not wait for files that do not come.
+        mine = -1 if self._written.is_set() and not self.error else rank if self._written.is_set() else size + rank
+        if (highest := consensus.reduce_max(mine, self._reset_in_time)) >= size:
+            self._give_up(f"rank {highest - size} has not written its files")
+        if highest != -1:
+            self._failed_rank = highest
+        while self.busy and not self._is_over(self._deadline + self._limit):
             self.wait(0.1)
             self.on_wait()
-        consensus.reduce_max(-1, self.on_wait)  # the others wait for the publication here, where the watchdog is reset
+        if self.world.is_rank_zero and not self.busy:
+            self.remove_debris()
+        # The other ranks wait for the publication here.
+        if consensus.reduce_max(rank if self.busy else -1, self._reset_in_time) != -1:
+            self._give_up("rank 0 has not published it")
         self._thread = None
+
+    def _is_over(self, deadline: float) -> bool:
+        """Whether a wait must end: at ``deadline``, or after a stop signal in about the time that a save has taken so far."""
+        if self.signals.received is not None:
+            self._stop_by = min(self._stop_by, time.monotonic() + SHUTDOWN_SECONDS + 2 * (self.seconds or self._limit))
+        return time.monotonic() > min(deadline, self._stop_by)
+
+    def _reset_in_time(self) -> None:
+        """Reset the watchdog while the ranks may wait for a save; after that it looks for the rank that does not answer."""
+        if self._is_over(math.inf):
+            self._give_up("another rank does not answer during the save")
+        if not self._is_over(self._deadline + self._limit):
+            self.on_wait()
+
+    def _give_up(self, what: str) -> NoReturn:
+        timer = threading.Timer(_EXIT_SECONDS, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+        raise SaveError(
+            f"{what} of the checkpoint of step {self._step} in {time.monotonic() - self._deadline + self._limit:.0f} s: a disk "
+            "hangs, or writes less than checkpoint.min_mb_per_second."
+        )
+
+    def remove_debris(self) -> None:
+        """Remove what failed and killed saves have left; call it where no rank of this attempt is writing."""
+        for path in self.run.checkpoints.glob(".step-*"):
+            attempt = path.name.rpartition(".")[2]
+            if attempt == "gone" or (attempt.isdigit() and int(attempt) <= self.attempt):
+                shutil.rmtree(path, ignore_errors=True)
 
     def wait(self, seconds: float) -> None:
         """Wait up to ``seconds`` for this rank's save to finish."""
@@ -97,7 +167,7 @@ class CheckpointWriter:
 
     def _save(self, progress: Progress, parts: Mapping[str, Any], known_error: str) -> None:
         start = time.monotonic()
-        final = self.run.checkpoints / f"step-{progress.step:08}"
+        final = self.run.checkpoints / f"step-{progress.step:08}{'-end' if progress.has_ended else ''}"
         hidden = final.with_name(f".{final.name}.{self.attempt}")
         try:
             if known_error:
@@ -120,15 +190,14 @@ class CheckpointWriter:
 
     def _publish(self, hidden: Path, final: Path, progress: Progress) -> None:
         """Wait for the files of all ranks, verify them and rename the folder."""
-        deadline = time.monotonic() + _PART_TIMEOUT_SECONDS
         files: dict[str, tuple[int, str]] = {}
         for rank in range(self.world.size):
             written = hidden / f"{rank}.json"
             while not written.exists():
                 if self._failed_rank is not None:
                     raise RuntimeError(f"rank {self._failed_rank} could not write its part; its log says why")
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"rank {rank} has not written its part in {_PART_TIMEOUT_SECONDS:g} seconds")
+                if time.monotonic() > self._deadline:
+                    raise RuntimeError(f"rank {rank} has not written its files in {self._limit:.0f} s; its disk may hang")
                 time.sleep(0.01)
             files |= read_json(written)
             written.unlink()
@@ -143,22 +212,22 @@ class CheckpointWriter:
             shutil.rmtree(final)
         hidden.rename(final)
         fsync(self.run.checkpoints)
+        self.published = final
         try:
-            self._remove_old(progress.step)
+            self._remove_old()
         except OSError as error:
             log.warning("old checkpoints in %s could not be removed (%s)", self.run.checkpoints, error.strerror)
 
-    def _remove_old(self, step: int) -> None:
-        """Remove checkpoints that are neither among the newest nor protected, and what failed saves up to ``step`` left."""
-        for path in published_checkpoints(self.run.checkpoints)[self.options.keep_last :]:
-            if int(path.name.removeprefix("step-")) not in self.protected_steps:
+    def _remove_old(self) -> None:
+        """Remove checkpoints that are neither among the newest, nor among the best that are published, nor protected."""
+        published = published_checkpoints(self.run.checkpoints)
+        scores = {path: self.scores[step] for path in published if (step := checkpoint_order(path)[0]) in self.scores}
+        ranked = sorted(scores, key=lambda path: (scores[path], checkpoint_order(path)), reverse=self.options.mode == "max")
+        best = ranked[: self.options.save_top_k] if self.options.monitor is not None else []
+        for path in published[self.options.keep_last :]:
+            if path not in best and path.name not in self.protected:
                 removed = path.rename(path.with_name(f".{path.name}.gone"))  # atomically: half a checkpoint is never visible
                 shutil.rmtree(removed, ignore_errors=True)
-        for path in self.run.checkpoints.glob(".step-*"):
-            _, name, attempt = path.name.rsplit(".", 2)
-            # Another rank may already be writing the next checkpoint.
-            if attempt == "gone" or int(attempt) < self.attempt or int(name.removeprefix("step-")) <= step:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_part(path: Path, content: Any) -> tuple[int, str]:

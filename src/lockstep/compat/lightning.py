@@ -26,6 +26,7 @@ with private_imports("lightning"):
 for _owner, _names in (
     (_TrainingEpochLoop, ("_broadcast_sigterm_tensor", "_on_after_fetch", "_on_before_fetch")),
     (_TrainingEpochLoop, ("_is_training_done", "_should_accumulate", "_should_check_val_fx")),
+    (_FitLoop, ("_can_stop_early",)),
     (_CheckpointConnector, ("dump_checkpoint",)),
     (_LoggerConnector, ("should_update_logs",)),
     (DeepSpeedStrategy, ("_format_config", "_init_deepspeed_distributed", "_init_optimizers")),
@@ -117,40 +118,61 @@ def is_training_done(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop._is_training_done)
 
 
+def is_stopping(trainer: Trainer) -> bool:
+    """Whether training ends before its limits, because ``Trainer.should_stop`` was set."""
+    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+
 def capture_logged_values(trainer: Trainer) -> dict[str, Any]:
     """Values logged in this epoch that are not reduced yet, and the newest values of all metrics; tensors are live."""
     connector = private("lightning", trainer, "_logger_connector")
     results: dict[str, Any] = private("lightning", trainer.fit_loop.epoch_loop, "_results")
     return {
-        "results": {key: _capture_result(result) for key, result in results.items() if not result.has_reset},
+        "results": {key: _capture_result(result, trainer) for key, result in results.items() if not result.has_reset},
         "callback_metrics": dict(private("lightning", connector, "_callback_metrics")),
         "logged_metrics": dict(private("lightning", connector, "_logged_metrics")),
     }
 
 
-def restore_logged_values(trainer: Trainer, states: Sequence[Mapping[str, Any]]) -> None:
-    """Restore what ``capture_logged_values`` returned on the ranks that this rank replaces."""
+def restore_logged_values(
+    trainer: Trainer, states: Sequence[Mapping[str, Any]], shared: Mapping[str, Any], is_mid_epoch: bool
+) -> None:
+    """Restore what ``capture_logged_values`` returned on the ranks that this rank replaces.
+
+    A rank that replaces none takes from ``shared``, the state of a rank, what all ranks have, and what they reduce together.
+    """
     connector, results = trainer._logger_connector, trainer.fit_loop.epoch_loop._results
     results.clear()
+    for key, saved in {} if states else shared["results"].items():
+        results[key] = _make_result(saved, trainer)
+        is_reduced = saved["sync"]["_should"] or not saved["is_tensor"]
+        merge_metric(results[key], {**saved["metric"], "values": {}} if is_reduced else saved["metric"])
     for state in states:
         for key, saved in state["results"].items():
             if key not in results:
                 results[key] = _make_result(saved, trainer)
             meta = results[key].meta
             merge_metric(results[key], saved["metric"], None if meta.is_mean_reduction else meta.reduce_fx)
-    for state in states[:1]:
-        connector._callback_metrics.update(state["callback_metrics"])
-        connector._logged_metrics.update(state["logged_metrics"])
-    # The first batch of an epoch would clear the results; the next batch must not count as one.
-    patch("lightning", connector, "_first_loop_iter", False)
+    connector._callback_metrics.update(shared["callback_metrics"])
+    connector._logged_metrics.update(shared["logged_metrics"])
+    if is_mid_epoch:  # the first batch of an epoch would clear the results; the next batch must not count as one
+        patch("lightning", connector, "_first_loop_iter", False)
 
 
-def _capture_result(result: Any) -> dict[str, Any]:
+class _RestoredMetadata(_Metadata):
+    """How a value was logged, whether or not with ``sync_dist``, which Lightning ignores on a single rank."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Metadata) and vars(self) | {"_sync": None} == vars(other) | {"_sync": None}
+
+
+def _capture_result(result: Any, trainer: Trainer) -> dict[str, Any]:
     meta = dict(vars(result.meta))
     sync = meta.pop("_sync")
     return {
         "meta": meta | {"reduce_fx": meta["reduce_fx"].__name__},
-        "sync": {"_should": sync._should, "rank_zero_only": sync.rank_zero_only},
+        # Ranks that are added later have nothing of what a single rank has logged.
+        "sync": {"_should": sync._should or trainer.world_size == 1, "rank_zero_only": sync.rank_zero_only},
         "is_tensor": result.is_tensor,
         "last": result._forward_cache,
         "metric": capture_metric(result),
@@ -158,7 +180,7 @@ def _capture_result(result: Any) -> dict[str, Any]:
 
 
 def _make_result(saved: Mapping[str, Any], trainer: Trainer) -> Any:
-    meta = _Metadata(**saved["meta"])
+    meta = _RestoredMetadata(**saved["meta"])
     meta.sync = _Sync(fn=trainer.strategy.reduce, **saved["sync"])
     result = _ResultMetric(meta, saved["is_tensor"])
     if not saved["is_tensor"]:

@@ -18,6 +18,9 @@ def check_ranges(config: Mapping[str, Any]) -> None:
         raise UsageError(f"seed_everything: {seed} must be 0 or more, and less than 2**32.")
     if best is None or best < 1:
         raise UsageError(f"checkpoint.save_top_k: {best} must be 1 or more.")
+    for key in ("timeout_seconds", "min_mb_per_second"):
+        if (value := config["checkpoint"][key]) is None or value <= 0:
+            raise UsageError(f"checkpoint.{key}: {value} must be greater than 0.")
     for key, minimum in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         value = config["trainer"].get(key)
         if isinstance(value, int | float) and value < minimum:

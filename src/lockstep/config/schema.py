@@ -108,6 +108,9 @@ class CheckpointOptions:
         every_n_steps: Also save every N steps.
         every_n_minutes: Also save every N minutes.
         async_save: Continue training while the files are written.
+        timeout_seconds: Time that a save may take in addition to its bytes at min_mb_per_second. After it, the disk of the
+            rank whose files are missing counts as hung, and the attempt ends.
+        min_mb_per_second: Lowest rate in MB per second at which all ranks together write a checkpoint.
         keep_last: Number of newest checkpoints to keep.
         monitor: Metric that ranks checkpoints, such as val/accuracy; null keeps only the newest.
         mode: Whether a higher (max) or lower (min) metric is better.
@@ -117,6 +120,8 @@ class CheckpointOptions:
     every_n_steps: int | None = None
     every_n_minutes: float | None = 15.0
     async_save: bool = True
+    timeout_seconds: float = 120.0
+    min_mb_per_second: float = 50.0
     keep_last: int = 2
     monitor: str | None = None
     mode: Literal["max", "min"] = "max"

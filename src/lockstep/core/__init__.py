@@ -2,7 +2,16 @@
 
 from lockstep.core.command_line import CommandLineParser, int_at_least, python_path
 from lockstep.core.credentials import wandb_api_key
-from lockstep.core.errors import SIGNAL_EXIT_STATUSES, Interrupted, LockstepError, RunError, Stopped, UsageError, did_you_mean
+from lockstep.core.errors import (
+    SIGNAL_EXIT_STATUSES,
+    Interrupted,
+    LockstepError,
+    RunError,
+    SaveError,
+    Stopped,
+    UsageError,
+    did_you_mean,
+)
 from lockstep.core.files import atomic_write, atomic_write_json, atomic_write_text, fsync, read_json
 from lockstep.core.logging import setup_logging
 from lockstep.core.world import World

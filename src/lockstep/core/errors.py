@@ -11,6 +11,8 @@ class LockstepError(Exception):
     """
 
     exit_status = 1
+    is_permanent = True
+    """Whether another attempt would fail in the same way."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)  # torch re-creates the exception of a worker with this keyword
@@ -32,6 +34,12 @@ class UsageError(LockstepError):
 
 class RunError(LockstepError):
     """An error found while training: a damaged file, a loss that is not finite. Exit status 1."""
+
+
+class SaveError(RunError):
+    """A checkpoint that training cannot do without was not saved. Another attempt may save it, on other nodes perhaps."""
+
+    is_permanent = False
 
 
 SIGNAL_EXIT_STATUSES = (130, 138, 140, 143)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed import ReduceOp, Work
 
 from lockstep.core import World
@@ -58,15 +59,36 @@ class StopConsensus:
         """The maximum of ``number`` over all ranks; calls ``on_wait`` repeatedly while it waits for them."""
         if self._group is None:
             return number
-        shared = torch.tensor(number)
-        work = torch.distributed.all_reduce(shared, ReduceOp.MAX, group=self._group, async_op=True)
+        return int(self._all_reduce(torch.tensor(number), ReduceOp.MAX, on_wait))
+
+    def total(self, number: int) -> int:
+        """The sum of ``number`` over all ranks."""
+        return number if self._group is None else int(self._all_reduce(torch.tensor(number), ReduceOp.SUM))
+
+    def is_equal(self, values: Tensor) -> bool:
+        """Whether ``values``, int64 on the CPU, are equal on all ranks."""
+        if self._group is None:
+            return True
+        highest, lowest = self._all_reduce(torch.stack([values, ~values]), ReduceOp.MAX)
+        return torch.equal(highest, ~lowest)
+
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        """``values`` of every rank, by rank."""
+        if self._group is None:
+            return [values]
+        gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, values, group=self._group)
+        return gathered
+
+    def _all_reduce(self, shared: Tensor, operation: Any, on_wait: Callable[[], None] = lambda: None) -> Tensor:
+        work = torch.distributed.all_reduce(shared, operation, group=self._group, async_op=True)
         pause = 0.0005
         while not work.is_completed():
             time.sleep(pause)
             pause = min(0.1, 2 * pause)
             on_wait()
         work.wait()
-        return int(shared)
+        return shared
 
     def close(self) -> None:
         """Wait for the pending all-reduce, so that no rank exits while another still needs it."""

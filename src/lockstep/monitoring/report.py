@@ -67,6 +67,7 @@ def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]
         outcome = f"{result.samples} samples predicted: {result.predictions}"
     else:
         outcome = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(stage))
+        outcome += f" (the final test failed: {result.test_error})" if result.test_error else ""
     if "rate/samples_per_second" in metrics and "rate/data_wait" in metrics:
         waiting = f"{metrics['rate/data_wait']:.0%} of the time waiting for data"
         speed = f"{metrics['rate/samples_per_second']:.0f} samples/s, {waiting}"
@@ -80,6 +81,6 @@ def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]
         f"{result.world_size} ranks, {seconds:.1f} s",
         outcome or "no evaluation",
         speed,
-        f"weights sha256 {(result.weights_sha256 or '')[:16]}…  W&B: {wandb_location}",
+        f"weights {f'sha256 {result.weights_sha256[:16]}…' if result.weights_sha256 else 'not saved'}  W&B: {wandb_location}",
         f"run folder {run.folder}",
     ]

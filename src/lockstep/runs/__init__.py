@@ -2,7 +2,14 @@
 
 from lockstep.runs.attempts import Attempt, append_attempt, read_attempts
 from lockstep.runs.endings import TERMINAL_STATES, Ending, Evidence, JobState, classify_ending
-from lockstep.runs.failure import Failure, read_first_failure, record_failure, signal_name, write_failed_result
+from lockstep.runs.failure import (
+    Failure,
+    is_connection_loss,
+    read_first_failure,
+    record_failure,
+    signal_name,
+    write_failed_result,
+)
 from lockstep.runs.records import AttemptStart, Durations, LaunchRecord, Owner, RunProgress, RunResult, SweepRun
-from lockstep.runs.run import Run, git_state, new_run_id, update_status
+from lockstep.runs.run import Run, checkpoint_order, git_state, new_run_id, update_status
 from lockstep.runs.snapshot import CodePaths, verify_snapshot

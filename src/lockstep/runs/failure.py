@@ -53,8 +53,8 @@ class Failure(Record):
             report = f"it was ended by {signal_name(status)}."
         elif isinstance(error, SystemExit):
             report = f"it was ended by sys.exit({error.code!r})."
-        is_secondary = world.size > 1 and _is_connection_loss(error)
-        is_permanent = isinstance(error, LockstepError)
+        is_secondary = world.size > 1 and is_connection_loss(error)
+        is_permanent = isinstance(error, LockstepError) and error.is_permanent
         return cls(world.rank, world.size, world.node_rank, platform.node(), report, status, is_secondary, is_permanent)
 
     @property
@@ -130,7 +130,7 @@ def _failure_path(run: Run, attempt: int) -> Path:
     return run.folder / "logs" / str(attempt) / "failure.json"
 
 
-def _is_connection_loss(error: BaseException) -> bool:
+def is_connection_loss(error: BaseException) -> bool:
     """Whether ``error`` is that of a collective whose peer is gone."""
     torch = sys.modules.get("torch")  # not imported yet: no collective either
     if torch is not None and isinstance(error, torch.distributed.DistError):

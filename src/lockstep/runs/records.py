@@ -79,7 +79,9 @@ class RunResult(Record):
         reason: Why this attempt ended; None if it finished.
         exit_status: Of its ranks; 128 and more for a signal.
         global_step: Optimizer steps done.
-        weights_sha256: Hash of the final weights, see ``monitoring.report.weights_sha256``.
+        weights_sha256: Hash of the final weights, see ``monitoring.report.weights_sha256``. After ``fit`` it is that of the
+            newest checkpoint, and None without checkpoints.
+        test_error: Why the test after training failed; None if it did not.
         skipped_files: Number of data files that were skipped as corrupt.
         samples, predictions: Number of predicted samples, and their file.
     """
@@ -96,6 +98,7 @@ class RunResult(Record):
     seconds: Durations | None = None
     metrics: dict[str, float] | None = None
     weights_sha256: str | None = None
+    test_error: str | None = None
     skipped_files: int | None = None
     samples: int | None = None
     predictions: str | None = None

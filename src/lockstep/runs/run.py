@@ -137,8 +137,7 @@ class Run:
     @property
     def latest_saved_step(self) -> int:
         """Step of the newest checkpoint; 0 before the first."""
-        names = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*"))
-        return max((int(name) for name in names if name.isdigit()), default=0)
+        return max((step for path in self.checkpoints.glob("step-*") for step in checkpoint_order(path)[:1]), default=0)
 
     def output(self, slurm: Path, job: str) -> str:
         """Output of the batch script and of srun, in the folder ``slurm``, since the newest attempt of ``job`` started."""
@@ -149,6 +148,12 @@ class Run:
                 return file.read()
         except FileNotFoundError:
             return ""
+
+
+def checkpoint_order(path: Path) -> tuple[int, ...]:
+    """The step of a published checkpoint, and 1 if it was saved after the end of training; empty for another name."""
+    found = re.fullmatch(r"step-(\d+)(-end)?", path.name)
+    return (int(found[1]), int(found[2] is not None)) if found else ()
 
 
 def new_run_id() -> str:

@@ -22,14 +22,20 @@ class ResumePoint:
 
     Attributes:
         states: This rank's saved state; in a world of another size those of the ranks that it replaces, perhaps none.
+        shared: The state of a rank, for what is equal on all ranks.
         seed: Seed for the random numbers of a rank that does not have exactly one state.
         gradient_ready_order: Indices of the parameters in the order in which DDP reduces their gradients; None without DDP.
+        should_stop: Whether training was to stop, as ``Trainer.should_stop`` says.
+        has_ended: Whether training had ended, with all of its hooks.
     """
 
     position: DataPosition
     states: Sequence[State]
+    shared: State
     seed: int
     gradient_ready_order: list[int] | None
+    should_stop: bool
+    has_ended: bool
 
 
 class LockstepStrategy(Strategy):
@@ -68,6 +74,10 @@ class LockstepStrategy(Strategy):
     def global_grad_norm(self) -> Tensor | float | None:
         """The gradient's 2-norm before clipping in the newest step; None if the strategy does not compute it."""
         return None
+
+    def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters that every rank has in full and equal."""
+        yield from self.module.named_parameters()
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Entries of the module's ``state_dict``, sorted by name; every rank must iterate over all of them."""

@@ -101,6 +101,9 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
         norm: Tensor | float | None = self.deepspeed_engine.get_global_grad_norm()
         return norm
 
+    def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, value) for name, value in super().replicated_weights() if not is_partitioned(value))
+
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         for name, value in sorted(self.module.state_dict().items()):

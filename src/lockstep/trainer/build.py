@@ -54,7 +54,7 @@ def build_trainer(
     bar = given.pop("enable_progress_bar")
     bar = has_own_bar or (sys.stderr.isatty() and sys.stdout.isatty()) if bar is None else bar
     watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds)
-    writer = CheckpointWriter(run, context.world, context.attempt, options, on_wait=watchdog.reset)
+    writer = CheckpointWriter(run, context.world, context.attempt, options, signals, watchdog.reset)
     saves = given["enable_checkpointing"] is not False
     checkpoints = CheckpointCallback(run, options, throughput, signals, writer if saves else None)
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning's own
@@ -82,8 +82,9 @@ def build_trainer(
             )
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
-    replace_loops(trainer)
-    trainer.fit_loop.epoch_loop.on_step_boundary = checkpoints.on_step_boundary
+    loop = replace_loops(trainer)
+    loop.epoch_loop.on_step_boundary = checkpoints.on_step_boundary
+    loop.on_end = checkpoints.on_fit_loop_end
     return trainer, checkpoints
 
 

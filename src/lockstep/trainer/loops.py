@@ -68,9 +68,11 @@ class FitLoop(LightningFitLoop):
 
     Attributes:
         resume_point: Where to resume; None starts at the beginning, or where a checkpoint of Lightning's says.
+        on_end: Called when the loop has ended, and all hooks of the end of training have run.
     """
 
     resume_point: ResumePoint | None = None
+    on_end: Callable[[], None] | None = None
     epoch_loop: EpochLoop
 
     @property
@@ -78,10 +80,14 @@ class FitLoop(LightningFitLoop):
         return not self.epoch_loop.is_at_boundary and super().done
 
     def run(self) -> None:
-        if self.resume_point is not None:
+        if (point := self.resume_point) is not None:
             self.clear_restarting()  # a restart in Lightning's sense would derive the position from the counters
-            self.epoch_loop.is_at_boundary = True
+            self.epoch_loop.is_at_boundary = not point.has_ended
+            if point.has_ended:  # go on with the next epoch, if the limits of the run allow one
+                self._restore(point)
         super().run()
+        if self.on_end is not None:
+            self.on_end()
 
     def on_advance_start(self) -> None:
         point = self.resume_point
@@ -93,17 +99,21 @@ class FitLoop(LightningFitLoop):
             set_sampler_epoch(loader, point.position.epoch)
         # Callbacks may allocate what they need here; the restored state undoes what they draw, count or log.
         call_hooks(self.trainer, "on_train_epoch_start")
-        restore_state(self.trainer, point.states, point.seed)
+        self._restore(point)
+
+    def _restore(self, point: ResumePoint) -> None:
+        restore_state(self.trainer, point)
         assert isinstance(self.trainer.strategy, LockstepStrategy)
         self.trainer.strategy.finish_resume()
         self.resume_point = None
 
 
-def replace_loops(trainer: Trainer) -> None:
-    """Replace the loops of ``trainer``, keeping its limits; leave signals and DataLoaders to lockstep."""
+def replace_loops(trainer: Trainer) -> FitLoop:
+    """Replace the loops of ``trainer``, keeping its limits; leave signals and DataLoaders to lockstep. Return the new loop."""
     old = trainer.fit_loop
     new = FitLoop(trainer, old.min_epochs, old.max_epochs)
     new.epoch_loop = EpochLoop(trainer, old.epoch_loop.min_steps, old.epoch_loop.max_steps)
     trainer.fit_loop = new
     disable_signal_handlers(trainer)
     keep_dataloaders(trainer)
+    return new

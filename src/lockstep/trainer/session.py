@@ -13,7 +13,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lockstep.checkpoint import Checkpoint, CheckpointCallback, allow_numpy_globals, find_checkpoint, latest_checkpoint
+from lockstep.checkpoint import (
+    Checkpoint,
+    CheckpointCallback,
+    allow_numpy_globals,
+    find_checkpoint,
+    latest_checkpoint,
+    read_checkpoint,
+)
 from lockstep.config import load_yaml, split_command
 from lockstep.core import Interrupted, LockstepError, RunError, Stopped, UsageError, World, atomic_write_text, setup_logging
 from lockstep.data import DataSharding
@@ -26,6 +33,7 @@ from lockstep.runs import (
     Run,
     RunResult,
     classify_ending,
+    is_connection_loss,
     read_attempts,
     read_first_failure,
     signal_name,
@@ -40,6 +48,9 @@ from lockstep.trainer.predictions import run_prediction
 from lockstep.trainer.saved_config import dump_config
 
 log = logging.getLogger(__name__)
+
+_JOIN_SECONDS = 20.0
+"""How long a rank whose final test failed waits for the others to fail too."""
 
 
 class TrainingSession:
@@ -133,15 +144,18 @@ class TrainingSession:
                 if context.command == "predict":
                     outcome["samples"] = run_prediction(context, self.trainer, objects.model, objects.data, path)
                     outcome["predictions"] = str(context.run.predictions)
+                elif context.command == "fit":
+                    outcome = self._fit(self.trainer, objects.model, objects.data, path)
                 else:
-                    outcome["metrics"] = self._fit_or_evaluate(self.trainer, objects.model, objects.data, path)
+                    outcome["metrics"] = self._evaluate(self.trainer, objects.model, objects.data, path)
         except MisconfigurationException as error:
             raise RunError(" ".join(str(error).split())) from error
         finally:
             self._seconds = time.monotonic() - began
-        sha256 = report.weights_sha256(strategy.full_weights(), context.world)
+        if context.command != "fit":
+            outcome["weights_sha256"] = report.weights_sha256(strategy.full_weights(), context.world)
         skipped = set().union(*all_gather(getattr(objects.data, "skipped", set()), context.world))
-        return replace(self._result("finished"), weights_sha256=sha256, skipped_files=len(skipped), **outcome)
+        return replace(self._result("finished"), skipped_files=len(skipped), **outcome)
 
     def _find_checkpoint(self) -> tuple[Checkpoint | Path | None, bool]:
         """Return the checkpoint to start from, and whether it is one of this run."""
@@ -159,32 +173,63 @@ class TrainingSession:
         trainer, progress = self.trainer, checkpoint.manifest.progress
         assert trainer is not None and isinstance(trainer.fit_loop, FitLoop) and self.checkpoints is not None
         point = checkpoint.resume_point(self.context.world, self.context.config.seed_everything)
+        if not is_same_run:  # what stopped the other run need not stop this one
+            point = replace(point, should_stop=False)
         strategy.resume_from(point)
         trainer.fit_loop.resume_point = point
         if is_same_run:
             self.throughput.train_seconds = progress.train_seconds
-            self.checkpoints.resume(progress)
+            self.checkpoints.resume(checkpoint)
             for logger in trainer.loggers:
                 if isinstance(logger, CsvMetricsLogger | WandbRunLogger):
                     logger.row_count = progress.metric_rows
         log.info("resuming from step %d (epoch %d, batch %d)", progress.step, progress.epoch, progress.batch)
 
-    def _fit_or_evaluate(
+    def _fit(
         self, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None
-    ) -> dict[str, float]:
-        """Fit and test, or only evaluate; return the newest value of every metric."""
-        if self.context.command == "fit":
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            metrics = dict(trainer.logged_metrics)
-            can_test = is_overridden("test_step", module) and is_overridden("test_dataloader", data)
-            if self.context.config.run.test_after_fit and can_test:
+    ) -> dict[str, Any]:
+        """Fit and test; return what the result says about both."""
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        sha256 = self._saved_weights_sha256()
+        metrics, test_error = dict(trainer.logged_metrics), None
+        can_test = is_overridden("test_step", module) and is_overridden("test_dataloader", data)
+        if self.context.config.run.test_after_fit and can_test:
+            try:
                 trainer.test(module, datamodule=data, verbose=False)
                 metrics |= trainer.logged_metrics
-        else:
-            evaluate = trainer.validate if self.context.command == "validate" else trainer.test
-            evaluate(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-            metrics = dict(trainer.logged_metrics)
-        return {name: float(value) for name, value in sorted(metrics.items())}
+            except Exception as error:  # of user code; the training is finished in any case
+                if not self._has_failed_everywhere(error):
+                    raise
+                test_error = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                log.error("the weights are trained and saved, but their final test failed", exc_info=error)
+        return {"metrics": _as_floats(metrics), "weights_sha256": sha256, "test_error": test_error}
+
+    def _evaluate(
+        self, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None
+    ) -> dict[str, float]:
+        """Validate or test; return the newest value of every metric."""
+        evaluate = trainer.validate if self.context.command == "validate" else trainer.test
+        evaluate(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        return _as_floats(trainer.logged_metrics)
+
+    def _saved_weights_sha256(self) -> str | None:
+        """SHA-256 of the trained weights, as the published checkpoint has them; None without checkpoints.
+
+        Raises:
+            RunError: The checkpoint cannot be read.
+        """
+        writer = self.checkpoints.writer if self.checkpoints is not None else None
+        if writer is None or not self.context.world.is_rank_zero:
+            return None
+        found = None if writer.published is None else read_checkpoint(writer.published)
+        if found is None:
+            raise RunError(f"The checkpoint {writer.published} of the trained weights is gone or damaged; resume the run.")
+        return report.weights_sha256(found.weights(), self.context.world)
+
+    def _has_failed_everywhere(self, error: Exception) -> bool:
+        """Whether the test failed on every rank by itself, so that they can go on together."""
+        assert self.checkpoints is not None
+        return not is_connection_loss(error) and self.checkpoints.joins_all_ranks(_JOIN_SECONDS)
 
     def global_step(self) -> int:
         """Optimizer steps done."""
@@ -215,6 +260,10 @@ class TrainingSession:
             update_status(run, result.status)
         except OSError as error:  # a full disk must not turn a stop into a crash
             log.warning("%s could not be written (%s)", run.result, error.strerror)
+
+
+def _as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in sorted(metrics.items())}
 
 
 def _normalize(error: BaseException) -> BaseException:

@@ -1,0 +1,133 @@
+"""A run that says "finished" has published the weights that it reports, however its training has ended.
+
+Runs of real ranks on this machine, cheapest first.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from support.faults import fault
+from support.runs import REPO, Launch, assert_published, assert_same_run, resume_run, undisturbed_run
+from support.toy_model import ToyModel
+
+TOY = (
+    *("--model", f"{__name__}.Plain", "--data", "support.toy_model.ToyData", "--data.workers", "0"),
+    *("--trainer.max_epochs", "2", "--trainer.limit_val_batches", "0"),
+)
+"""Two epochs of 20 steps without validation."""
+
+DIGITS = ("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "2")
+
+
+class Stops(Callback):
+    """Sets ``should_stop`` when a hook is called after some step."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+class Plain(ToyModel):
+    """A model without a schedule."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class LeavesEpochs(Plain):
+    """Ends each epoch after some steps."""
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 7 else None
+
+
+class HalvesWeights(Callback):
+    """Changes the weights when training has ended, as StochasticWeightAveraging does."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for parameter in pl_module.parameters():
+            parameter.data.mul_(0.5)
+
+
+def own(name: str, **options: object) -> list[str]:
+    """Arguments that add a callback."""
+    return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={value}" for key, value in options.items())]
+
+
+MINE = f"{__name__}."
+EARLY = {"monitor": "train/loss_epoch", "mode": "min", "stopping_threshold": 100, "check_on_train_epoch_end": "true"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        (own(f"{MINE}Stops", hook="on_train_batch_end", step=7), 7),
+        (own(f"{MINE}Stops", hook="on_train_epoch_end", step=1), 20),
+        (own("EarlyStopping", **EARLY), 20),
+        (["--trainer.max_time", "{milliseconds: 400}", "--model.seconds", "0.1"], None),
+        (own("StochasticWeightAveraging", swa_lrs=0.01, swa_epoch_start=1), 40),
+        (own(f"{MINE}HalvesWeights"), 40),
+        (["--model", f"{MINE}LeavesEpochs"], 14),
+        (["--trainer.max_epochs", "0"], 0),
+        (["--trainer.fast_dev_run", "true"], 1),
+    ],
+)
+def test_what_is_reported_is_published(launch: Launch, arguments: list[str], steps: int | None) -> None:
+    run = launch("--ranks", "2", *TOY, *arguments)
+    assert run.status == 0 and run.result["global_step"] == (run.newest.step if steps is None else steps)
+    assert_published(run)
+
+
+@pytest.mark.parametrize("hook", ["on_test_batch_start", "on_train_end"])
+def test_the_end_of_training_happens_once(launch: Launch, tmp_path: Path, hook: str) -> None:
+    halved = (*DIGITS, *own(f"{MINE}HalvesWeights"))
+    undisturbed = undisturbed_run(launch, *halved)
+    killed = launch(*halved, *fault(tmp_path / "once", "SIGKILL", hook=hook))
+    assert killed.status != 0
+    assert_same_run(resume_run(launch, killed), undisturbed)
+
+
+def test_a_run_continues_where_another_was_stopped(launch: Launch) -> None:
+    stopped = launch(*TOY, *own(f"{MINE}Stops", hook="on_train_epoch_end", step=1), *own(f"{MINE}HalvesWeights"))
+    continued = launch(*TOY, "--ckpt_path", str(stopped.folder))
+    assert (stopped.result["global_step"], continued.result["global_step"]) == (20, 40)
+    nothing_left = launch(*TOY, "--ckpt_path", str(continued.folder))
+    assert nothing_left.result["weights_sha256"] == continued.result["weights_sha256"]
+    for run in (stopped, continued, nothing_left):
+        assert_published(run)
+
+
+IN_FOREGROUND = ("--checkpoint.async_save", "false", "--run.hang_timeout_seconds", "5")
+
+
+def test_a_stop_reaches_ranks_that_are_added(launch: Launch, tmp_path: Path) -> None:
+    stops = (*TOY, *IN_FOREGROUND, *own(f"{MINE}Stops", hook="on_train_batch_end", step=7))
+    run = launch("--ranks", "2", *stops, *fault(tmp_path / "once", "SIGKILL", hook="on_train_epoch_end"))
+    assert resume_run(launch, run, "--ranks", "3").status == 0
+    assert run.result["global_step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hook"), [("1", "on_train_epoch_end"), ("1", "on_train_batch_end"), ("2", "on_train_epoch_end")]
+)
+def test_added_ranks_reduce_the_metrics_of_the_epoch(launch: Launch, tmp_path: Path, ranks: str, hook: str) -> None:
+    """Of dropout, only what the first attempt has drawn is equal."""
+    saved = ("--ranks", ranks, *TOY, *IN_FOREGROUND, "--checkpoint.every_n_steps", "13", "--trainer.max_epochs", "1")
+    undisturbed = undisturbed_run(launch, *saved)
+    run = launch(*saved, *fault(tmp_path / "once", "SIGKILL", hook=hook, step=14))
+    assert resume_run(launch, run, "--ranks", "3").status == 0  # which draw other dropout than one
+    for metric in ("train/mean", "train/loss_epoch", "train/most"):
+        assert run.series(metric) == pytest.approx(
+            undisturbed.series(metric), rel=1e-6 if hook == "on_train_epoch_end" else 0.5
+        )
+
+
+def test_without_checkpoints_no_weights_are_reported(launch: Launch) -> None:
+    run = launch(*TOY, "--trainer.enable_checkpointing", "false")
+    assert run.status == 0 and "weights_sha256" not in run.result
