@@ -99,7 +99,9 @@ class CheckpointWriter:
         self._written.clear()
         self._failed_rank = None
         self._step, self._deadline = progress.step, time.monotonic() + self._limit
-        self._thread = threading.Thread(target=self._save, args=(progress, parts, known_error), name="checkpoint", daemon=True)
+        scores = dict(self.scores)  # a later score must not change what this save removes
+        arguments = (progress, parts, scores, known_error)
+        self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         if not self.options.async_save:
             self.wait_until_finished(consensus)
@@ -165,7 +167,7 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def _save(self, progress: Progress, parts: Mapping[str, Any], known_error: str) -> None:
+    def _save(self, progress: Progress, parts: Mapping[str, Any], scores: Mapping[int, float], known_error: str) -> None:
         start = time.monotonic()
         final = self.run.checkpoints / f"step-{progress.step:08}{'-end' if progress.has_ended else ''}"
         hidden = final.with_name(f".{final.name}.{self.attempt}")
@@ -178,7 +180,7 @@ class CheckpointWriter:
             self.error = ""
             self._written.set()
             if self.world.is_rank_zero:
-                self._publish(hidden, final, progress)
+                self._publish(hidden, final, progress, scores)
         except Exception as error:  # state of a user's class may fail in any way
             reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
             self.error = f"the checkpoint of step {progress.step} could not be written ({reason})"
@@ -188,7 +190,7 @@ class CheckpointWriter:
                 shutil.rmtree(hidden, ignore_errors=True)
         self.seconds = time.monotonic() - start
 
-    def _publish(self, hidden: Path, final: Path, progress: Progress) -> None:
+    def _publish(self, hidden: Path, final: Path, progress: Progress, scores: Mapping[int, float]) -> None:
         """Wait for the files of all ranks, verify them and rename the folder."""
         files: dict[str, tuple[int, str]] = {}
         for rank in range(self.world.size):
@@ -214,15 +216,15 @@ class CheckpointWriter:
         fsync(self.run.checkpoints)
         self.published = final
         try:
-            self._remove_old()
+            self._remove_old(scores)
         except OSError as error:
             log.warning("old checkpoints in %s could not be removed (%s)", self.run.checkpoints, error.strerror)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, scores: Mapping[int, float]) -> None:
         """Remove checkpoints that are neither among the newest, nor among the best that are published, nor protected."""
         published = published_checkpoints(self.run.checkpoints)
-        scores = {path: self.scores[step] for path in published if (step := checkpoint_order(path)[0]) in self.scores}
-        ranked = sorted(scores, key=lambda path: (scores[path], checkpoint_order(path)), reverse=self.options.mode == "max")
+        scored = {path: scores[step] for path in published if (step := checkpoint_order(path)[0]) in scores}
+        ranked = sorted(scored, key=lambda path: (scored[path], checkpoint_order(path)), reverse=self.options.mode == "max")
         best = ranked[: self.options.save_top_k] if self.options.monitor is not None else []
         for path in published[self.options.keep_last :]:
             if path not in best and path.name not in self.protected:
