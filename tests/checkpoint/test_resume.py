@@ -139,6 +139,19 @@ def test_a_damaged_checkpoint_is_named_and_ignored(
     assert f"checkpoint {damaged} is damaged and is ignored: model.ckpt" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["", '{"20": 0.'])
+def test_damaged_records_are_named_and_the_best_checkpoint_stays(
+    launch: Launch, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    best = ("--checkpoint.monitor", "val/loss", "--checkpoint.keep_last", "1")  # the highest loss is that of step 20
+    killed = launch(*DIGITS, *best, *fault(tmp_path / "once", "SIGKILL", step=45))
+    for name in ("checkpoints/scores.json", "status.json", "owner.json"):
+        (killed.folder / name).write_text(damage)
+    assert_same_run(resume_run(launch, killed), undisturbed_run(launch, *DIGITS))
+    assert "scores.json is damaged (" in capfd.readouterr().err
+    assert (killed.folder / "checkpoints" / "step-00000020").exists()
+
+
 def test_a_rank_that_is_stopped_is_named_and_ended(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     undisturbed = undisturbed_run(launch, "--ranks", "2", *DIGITS)
     stuck = launch(
@@ -149,6 +162,19 @@ def test_a_rank_that_is_stopped_is_named_and_ended(launch: Launch, tmp_path: Pat
     assert "rank 1 does not answer" in said and "rank 0 has made no progress for" in said
     assert "File " in said.split("its stacks:")[1]  # its stack
     assert_same_run(resume_run(launch, stuck), undisturbed)
+
+
+def test_a_rank_whose_disk_hangs_is_named_and_the_run_resumes(
+    launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed = undisturbed_run(launch, "--ranks", "2", *DIGITS)
+    hangs = ("--checkpoint.timeout_seconds", "1", *fault(tmp_path / "once", "hang", step=28, rank=1))
+    hung = launch("--ranks", "2", *DIGITS, *hangs)
+    assert hung.status == 1
+    assert "rank 1 has not written its files of the checkpoint of step 28 in " in capfd.readouterr().err
+    (hung.folder / "checkpoints" / ".step-00000028.1").mkdir(exist_ok=True)  # what a killed save leaves
+    assert_same_run(resume_run(launch, hung), undisturbed)
+    assert not list((hung.folder / "checkpoints").glob(".step-*"))
 
 
 def test_the_same_run_is_not_trained_twice_at_once(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

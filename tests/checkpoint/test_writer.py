@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,16 +15,18 @@ import pytest
 import torch
 from support.runs import SMALL, Launch
 
+from lockstep.checkpoint import writer
 from lockstep.checkpoint.manifest import Manifest, Progress
 from lockstep.checkpoint.reader import latest_checkpoint, published_checkpoints, read_checkpoint
 from lockstep.checkpoint.serialization import allow_numpy_globals, check_loadable
 from lockstep.checkpoint.writer import CheckpointWriter
 from lockstep.config.schema import CheckpointOptions
-from lockstep.core.errors import RunError
+from lockstep.core.errors import RunError, SaveError
 from lockstep.core.world import World
 from lockstep.distributed.consensus import StopConsensus
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
 from lockstep.distributed.ranks import fork_ranks
+from lockstep.distributed.signals import SignalReceiver
 from lockstep.runs.attempts import Attempt, append_attempt, read_attempts
 from lockstep.runs.run import Run
 
@@ -91,6 +96,86 @@ def test_no_rank_waits_for_one_that_cannot_write_its_part(tmp_path: Path) -> Non
     assert there == ["step-00000001", "step-00000001", "step-00000001 step-00000003"]
     found = latest_checkpoint(run.checkpoints)
     assert found is not None and (found.step, found.manifest.world_size) == (3, 2)
+
+
+def save_with_a_hanging_disk(world: World, run: Run, options: CheckpointOptions, signalled: bool) -> str:
+    """Save twice; in the second save the file of rank one cannot be opened. Return the error that ends the wait."""
+    init_process_group(world, torch.device("cpu"), timedelta(minutes=1))
+    consensus, signals = StopConsensus(world), SignalReceiver()
+    saver = CheckpointWriter(run, world, 1, options, signals)
+    try:
+        for step in (1, 2):
+            if step == 2 and world.rank == 1:
+                (run.checkpoints / ".step-00000002.1").mkdir()
+                os.mkfifo(run.checkpoints / ".step-00000002.1" / "rank-1.pt")
+            saver.save(replace(PROGRESS, step=step), {f"rank-{world.rank}.pt": torch.ones(9)}, consensus)
+            if signalled and step == 2:
+                signals.received = signal.SIGTERM
+            saver.wait_until_finished(consensus)
+    except SaveError as error:
+        return error.message
+    return ""
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_all_ranks_name_the_rank_whose_disk_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: bool) -> None:
+    run = Run.create(tmp_path, "x")
+    run.log(1, 0)
+    monkeypatch.setattr(writer, "SHUTDOWN_SECONDS", 1)
+    options = CheckpointOptions(timeout_seconds=1000 if signalled else 0.5)
+    for said in fork_ranks(lambda world: save_with_a_hanging_disk(world, run, options, signalled), ranks=2):
+        assert said.startswith("rank 1 has not written its files of the checkpoint of step 2 in ")
+    assert [path.name for path in published_checkpoints(run.checkpoints)] == ["step-00000001"]
+
+
+def test_a_save_may_take_longer_the_more_it_writes(tmp_path: Path) -> None:
+    options = CheckpointOptions(timeout_seconds=0.5, min_mb_per_second=1e-3, async_save=False)
+    saver = CheckpointWriter(Run.create(tmp_path, "x"), World(), 0, options)
+    saver.save(PROGRESS, {"rank-0.pt": torch.ones(1000)}, StopConsensus(World()))
+    assert saver._limit == pytest.approx(0.5 + 4000 / 1e3)
+
+
+def test_the_best_that_is_published_stays_when_a_better_one_was_not_saved(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "x")
+    saver = CheckpointWriter(run, World(), 0, CheckpointOptions(monitor="val/accuracy", keep_last=1, async_save=False))
+    for step, score in ((1, 0.8), (2, 0.9), (3, 0.5), (4, 0.7)):
+        part: Any = (lambda: 0) if step == 2 else torch.ones(3)
+        saver.save(replace(PROGRESS, step=step), {"rank-0.pt": part}, StopConsensus(World()))
+        saver.scores[step] = score
+    assert [path.name for path in published_checkpoints(run.checkpoints)] == ["step-00000004", "step-00000001"]
+
+
+def fail_to_save(world: World, run: Run) -> list[str]:
+    """Save three times without success, where rank one is late; return what is in the folder after each save."""
+    init_process_group(world, torch.device("cpu"), timedelta(minutes=1))
+    consensus = StopConsensus(world)
+    saver = CheckpointWriter(run, world, 2, CheckpointOptions())
+    found = []
+    for step in (1, 2, 3):
+        parts: Any = [lambda: 0, Late()][world.rank]
+        saver.save(replace(PROGRESS, step=step), {f"rank-{world.rank}.pt": parts}, consensus)
+        saver.wait_until_finished(consensus)
+        found.append(" ".join(path.name for path in run.checkpoints.iterdir()))
+        consensus.reduce_max(0)
+    destroy_process_group()
+    return found
+
+
+class Late:
+    """Takes a moment to pickle, and fails."""
+
+    def __reduce__(self) -> str:
+        time.sleep(0.3)
+        raise ValueError("late")
+
+
+def test_failed_and_killed_saves_leave_nothing(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "x")
+    run.log(2, 0)
+    for name in (".step-00000007.1", ".step-00000009.2", ".step-00000003.gone", ".step-00000009.3"):
+        (run.checkpoints / name).mkdir()
+    (zero, _) = fork_ranks(lambda world: fail_to_save(world, run), ranks=2)
+    assert zero == [".step-00000009.3"] * 3  # a newer attempt may be writing that
 
 
 def test_every_n_minutes(launch: Launch) -> None:

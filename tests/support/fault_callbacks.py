@@ -16,7 +16,7 @@ class FaultCallback(Callback):
     """Injects a fault when a hook is called on one rank.
 
     Args:
-        action: A signal's name; or raise, exit, leave, sleep, allocate, wandb, pause, fill, empty, vanish.
+        action: A signal's name; or raise, exit, leave, sleep, allocate, wandb, pause, fill, empty, vanish, hang.
         marker: File that is created just before. Where it exists, nothing happens.
         hook: The hook.
         step: First optimizer step at which the fault may happen.
@@ -68,6 +68,8 @@ class FaultCallback(Callback):
                         filler.flush()
             case "empty":
                 (folder / "filler").unlink()
+            case "hang":  # as a disk that does not answer
+                os.fsync = lambda fd: time.sleep(1000)
             case "vanish":
                 (folder / "checkpoints").rename(folder / "gone")
             case name:

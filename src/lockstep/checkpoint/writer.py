@@ -141,7 +141,7 @@ class CheckpointWriter:
 
     def _reset_in_time(self) -> None:
         """Reset the watchdog while the ranks may wait for a save; after that it looks for the rank that does not answer."""
-        if self._is_over(math.inf):
+        if self._is_over(math.inf) and time.monotonic() > self._stop_by + SHUTDOWN_SECONDS:  # later than a rank knows of itself
             self._give_up("another rank does not answer during the save")
         if not self._is_over(self._deadline + self._limit):
             self.on_wait()

@@ -28,6 +28,9 @@ _FIRST_STEP_SECONDS = 1800.0
 _REPORT_SECONDS = 5.0
 """Time for all stuck ranks to write their records."""
 
+_REPORT_LIMIT_SECONDS = 30.0
+"""Time for the whole report: the disk that it is written to may hang."""
+
 
 @dataclass(frozen=True)
 class StuckRank:
@@ -102,10 +105,10 @@ class Watchdog(Callback):
         while not stopped.wait(min(1.0, self.seconds / 5)):
             silent = time.monotonic() - self._last_time
             if silent > self.limit:
-                try:
-                    self._report(silent)
-                finally:  # even if the disk is full
-                    os._exit(1)
+                report = threading.Thread(target=self._report, args=(silent,), name="watchdog report", daemon=True)
+                report.start()
+                report.join(_REPORT_LIMIT_SECONDS)
+                os._exit(1)  # even if the disk is full, or hangs
 
     def _report(self, silent: float) -> None:
         """Dump the stacks of this rank; the lowest of the stuck ranks records which rank is to blame."""

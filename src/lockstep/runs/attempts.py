@@ -1,12 +1,15 @@
 """``attempts.jsonl``: one line per attempt that has ended."""
 
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass
 
 from lockstep.runs.records import Record
 from lockstep.runs.run import Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ def read_attempts(run: Run) -> list[Attempt]:
     """Return all attempts that were recorded; a partial line, as a full disk leaves it, is skipped."""
     path = run.folder / "attempts.jsonl"
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             found.append(Attempt.from_dict(json.loads(line)))
         except (ValueError, TypeError):
-            continue
+            log.warning("line %d of %s is damaged and ignored", number, path)
     return found
 
 

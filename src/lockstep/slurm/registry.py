@@ -64,7 +64,7 @@ def registered_jobs(env: Mapping[str, str]) -> list[SubmittedJob]:
 def _read_registry(env: Mapping[str, str]) -> list[SubmittedJob]:
     path = _registry_path(env)
     found: list[SubmittedJob] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
             job = SubmittedJob(**row | {"folder": Path(row["folder"])})
