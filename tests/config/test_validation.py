@@ -369,3 +369,45 @@ def test_a_module_that_only_the_container_has_is_not_missing(tmp_path: Path) -> 
         validate_arguments([*DIGITS, "--model", "only_in_the_image.Model"], folders=[tmp_path])
     with pytest.raises(UsageError, match=r"mine\.Modle does not exist; did you mean 'mine.Model'"):
         validate_arguments([*DIGITS, "--model", "mine.Modle"], folders=[tmp_path], elsewhere=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {name: on}", "run.name: 'on', which YAML reads as True, is not valid: expected str; put it in quotes."),
+        (
+            "wandb: {tags: [a, no]}",
+            "wandb.tags: 'no', which YAML reads as False, is not valid: expected str; put it in quotes.",
+        ),
+        ("trainer: {max_time: 1:00:00:00}", "trainer.max_time: '1:00:00:00', which YAML reads as 216000, is not valid: exp"),
+        (
+            "trainer: {callbacks: [{class_path: Timer, init_args: {duration: 1:01:00:00}}]}",
+            "trainer.callbacks.duration: '1:01:00:00', which YAML reads as 219600, is not valid: expected str or dict or null",
+        ),
+        ("model.schedule: off", "model.schedule: 'off', which YAML reads as False, is not valid: expected one of 'constant'"),
+        ("trainer: {max_epochs: yes}", "trainer.max_epochs: 'yes', which YAML reads as True, is not valid: expected int or n"),
+        ("run: {name: 5}", "run.name: '5' is not valid: expected str."),
+    ],
+)
+def test_a_text_that_yaml_reads_as_another_type_is_shown_as_it_was_typed(text: str, message: str, tmp_path: Path) -> None:
+    assert said([*DIGITS, "--config", written(tmp_path, text)]).startswith(message)
+    assert said([*DIGITS, "--config", text]).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--wandb.notes=see http://me:hidden@host/"],
+        ["--model.optimizer_args={api_key: hidden}"],
+        [
+            "--config",
+            "{trainer: {logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {name: 'x://a:hidden@b'}}}}",
+        ],
+    ],
+)
+def test_a_secret_is_refused_without_showing_it(arguments: list[str]) -> None:
+    message = said([*DIGITS, *arguments])
+    assert "the value looks like a secret, which config.yaml, launch.yaml and W&B would show" in message
+    assert "hidden" not in message
+    with pytest.raises(UsageError, match="looks like a secret"):
+        validate_arguments(list(DIGITS), sweep={"wandb.notes": ["a", "x://me:pw@host"]})

@@ -172,6 +172,24 @@ def test_folders_of_jpeg_and_png(tmp_path: Path) -> None:
         assert (brightness - (60 + 120 * labels)).abs().max() < 3
 
 
+@pytest.mark.parametrize(
+    ("address", "md5", "is_accepted"),
+    [
+        ("http://host/images.tar", None, False),
+        ("ftp://host/images.tar", None, False),
+        ("http://host/images.tar", "0" * 32, True),
+        ("https://host/images.tar", None, True),
+        ("/data/images.tar", None, True),
+    ],
+)
+def test_an_archive_over_http_needs_a_checksum(address: str, md5: str | None, is_accepted: bool) -> None:
+    if is_accepted:
+        assert ImageFolder(archive=address, archive_md5=md5, batch_size=4).archive == address
+    else:
+        with pytest.raises(UsageError, match=r"data\.archive: .*host.* use https, or set data\.archive_md5"):
+            ImageFolder(archive=address, archive_md5=md5, batch_size=4)
+
+
 @pytest.mark.parametrize("source", ["path", "address"])
 def test_an_archive_is_unpacked_once(server: tuple[Path, str], tmp_path: Path, source: str) -> None:
     write_images(tmp_path / "images")

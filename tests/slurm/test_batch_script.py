@@ -63,9 +63,10 @@ def test_a_hostile_path_is_quoted(tmp_path: Path) -> None:
     folder = tmp_path / "a 'b' \"c\" $(touch pwned) ü"
     code = CodePaths((folder,), None, "")
     request = JobRequest("x", folder, code, Profile(environment={"A": "$(touch pwned) 'b'"}), LaunchOptions(folder))
-    env = {**os.environ, "SLURM_JOB_ID": "1"}
+    env = {**os.environ, "SLURM_JOB_ID": "1", "LOCKSTEP_ENV_A": "$(touch pwned) 'b'"}
     (folder / "slurm").mkdir(parents=True, mode=0o700)
     folder.chmod(0o700)
+    assert "touch pwned) 'b'" not in batch_script(request)
     text = batch_script(request).replace("srun --unbuffered", 'printf "%s\\n" "$A" "$PYTHONPATH" #')
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"$(touch pwned) 'b'\n{folder}\n", done.stderr

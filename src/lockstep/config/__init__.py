@@ -2,7 +2,14 @@
 
 from lockstep.config import messages
 from lockstep.config.arguments import split_command, split_keys
-from lockstep.config.checks import check_checkpoint_path, check_deepspeed, check_nvme_path, check_ranges, check_run_root
+from lockstep.config.checks import (
+    check_checkpoint_path,
+    check_deepspeed,
+    check_nvme_path,
+    check_ranges,
+    check_run_root,
+    check_secrets,
+)
 from lockstep.config.deepspeed import check_offload, deepspeed_config, missing_nvme_folder
 from lockstep.config.schema import (
     COMMANDS,
@@ -17,4 +24,4 @@ from lockstep.config.schema import (
     WandbOptions,
 )
 from lockstep.config.sweep import SweepPoint, check_sweep_keys, parse_sweep, sweep_points
-from lockstep.config.yaml_files import load_yaml, parse_collection, read_config_file
+from lockstep.config.yaml_files import load_yaml, parse_collection, read_config_file, typed_text

@@ -8,7 +8,7 @@ from typing import Any
 
 from lockstep.config.deepspeed import deepspeed_config, missing_nvme_folder
 from lockstep.config.schema import DeepSpeedOptions
-from lockstep.core import UsageError
+from lockstep.core import UsageError, is_secret
 
 
 def check_ranges(config: Mapping[str, Any]) -> None:
@@ -25,6 +25,21 @@ def check_ranges(config: Mapping[str, Any]) -> None:
         value = config["trainer"].get(key)
         if isinstance(value, int | float) and value < minimum:
             raise UsageError(f"trainer.{key}: {value} must be {minimum} or more.")
+
+
+def check_secrets(value: Any, key: str = "") -> None:
+    """Raise UsageError if a text in a config looks like a secret: many files and W&B show the config."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            check_secrets(item, key if name == "init_args" else f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_secrets(item, key)
+    elif isinstance(value, str) and is_secret(key, value, certain=True):
+        raise UsageError(
+            f"{key}: the value looks like a secret, which config.yaml, launch.yaml and W&B would show; let your code read it "
+            "from an environment variable, and export that in the shell that starts the run."
+        )
 
 
 def check_run_root(root: Path, name: str, here: Path) -> None:

@@ -1,6 +1,6 @@
 """Error messages about a config: one sentence with the key, its value, the cause and the remedy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from lockstep.config.schema import RESERVED_TRAINER_KEYS
 from lockstep.core import did_you_mean
@@ -20,10 +20,19 @@ def unknown_key(key: str, value: object, valid: Sequence[str], owner: str = "") 
     return f"{key}{given}: unknown key{did_you_mean(key, valid)}"
 
 
-def wrong_value(key: str, value: object, expected: Iterable[str], choices: Sequence[str] = ()) -> str:
-    """Message about a value of another type than the ``expected`` ones; ``choices`` are the valid words, if any."""
-    hint = did_you_mean(str(value), choices) if choices else "."
-    return f"{key}: {str(value)!r} is not valid: expected {' or '.join(expected)}{hint}"
+def wrong_value(key: str, value: object, expected: Sequence[str], choices: Sequence[str] = (), typed: str | None = None) -> str:
+    """Message about a value of another type than the ``expected`` ones.
+
+    Args:
+        choices: The valid words, if any.
+        typed: What a file has, if YAML reads that as another ``value``.
+    """
+    hint = did_you_mean(str(value if typed is None else typed), choices) if choices else "."
+    if typed is None:
+        return f"{key}: {str(value)!r} is not valid: expected {' or '.join(expected)}{hint}"
+    if "str" in expected or typed in choices:
+        hint = "; put it in quotes."
+    return f"{key}: {typed!r}, which YAML reads as {value!r}, is not valid: expected {' or '.join(expected)}{hint}"
 
 
 def missing_key(key: str, owner: str = "") -> str:

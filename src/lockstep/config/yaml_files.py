@@ -70,6 +70,25 @@ def read_config_file(source: str, folder: Path = Path()) -> dict[Any, Any]:
     raise UsageError(expected_mapping(f"config: {source}", content))
 
 
+def typed_text(source: str, folder: Path, name: str, value: object) -> str | None:
+    """Text of the scalar named ``name`` in a config file that YAML 1.1 reads as ``value``: on, 1:00:00 or 010; None if none."""
+    text = _read_text(folder / source)
+    nodes = [yaml.compose(source if text is None else text, _Loader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            for key, item in node.value:
+                found = item.value if isinstance(item, yaml.SequenceNode) else [item]
+                named = str(key.value).rpartition(".")[2] == name
+                for scalar in (node for node in found if named and isinstance(node, yaml.ScalarNode) and not node.style):
+                    if load_yaml(scalar.value) == value and scalar.value.lower() != str(value).lower():
+                        return str(scalar.value)
+                nodes.append(item)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+    return None
+
+
 def _read_text(path: Path) -> str | None:
     """The text of a file; None if it does not exist."""
     try:

@@ -1,7 +1,8 @@
-"""Find the W&B API key as wandb does, so that the launcher can keep it out of the files it writes."""
+"""Recognize secrets, and find the W&B API key as wandb does, to keep both out of the files of a run."""
 
 import netrc
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
@@ -18,3 +19,30 @@ def wandb_api_key(env: Mapping[str, str]) -> str | None:
     except (OSError, netrc.NetrcParseError):
         return None
     return found[2] if found else None
+
+
+_NAME = re.compile(
+    r"(^|_)(\w*(passw(or)?d|secret|api_?key|access_?key)|key|token|pwd|pat|credentials?|database_url)s?(_|$)", re.IGNORECASE
+)
+"""Names of variables that hold a secret: OPENAI_KEY, MY_PASSWD, GITHUB_PAT, but not TOKENIZERS_PARALLELISM or PATH."""
+
+_CERTAIN_NAME = re.compile(
+    r"(^|_)(\w*(passw(or)?d|secret|api_?key|access_?key)|(auth|access|api)_token|credentials?)$", re.IGNORECASE
+)
+"""Names of arguments that hold a secret. A token or a key alone is more often a word or a column."""
+
+_VALUE = re.compile(
+    r"://[^/\s:@]*:[^/\s@]+@"  # user:password in a URL
+    r"|\b(sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|xox[abprs]-[\w-]{10,}"
+    r"|AKIA[0-9A-Z]{16}|wandb_v\d_\w{20,})"
+)
+"""Passwords in URLs, and the forms of well-known services: OpenAI, GitHub, GitLab, Hugging Face, Slack, AWS, W&B."""
+
+_REFERENCE = re.compile(r"[\"']?([/~$]|\./|$)")
+"""The beginning of a path or of a shell expansion, which only says where the secret is; or nothing."""
+
+
+def is_secret(name: str, value: str, certain: bool = False) -> bool:
+    """Whether ``value`` looks like a secret, by itself or by its name: that of a variable, or if ``certain`` of an argument."""
+    named = (_CERTAIN_NAME if certain else _NAME).search(name.rpartition(".")[2])
+    return bool(_VALUE.search(value) or (named and not _REFERENCE.match(value)))

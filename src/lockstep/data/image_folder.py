@@ -40,13 +40,13 @@ class ImageFolder(ImageData):
             counts it in ``result.json``. ``predict`` always ends.
         archive: A tar or zip file, or its URL, that is unpacked into ``root`` if ``root`` does not exist. To copy the data to
             a local disk of each node, set ``root`` to a folder there and ``shared_filesystem: false``.
-        archive_md5: MD5 checksum of ``archive``, verified before it is unpacked.
+        archive_md5: MD5 checksum of ``archive``, verified before it is unpacked; required for a URL that is not https.
         mean: Mean of each channel, in a range of 0 to 1; ImageNet's by default.
         std: Standard deviation of each channel, likewise.
         **options: Arguments of ImageData.
 
     Raises:
-        UsageError: A number is out of range.
+        UsageError: A number is out of range, or an archive comes over http without a checksum.
     """
 
     in_memory = False
@@ -69,6 +69,11 @@ class ImageFolder(ImageData):
         super().__init__(root, **options)
         if size < 1:
             raise UsageError(f"data.size: {size} must be 1 or more pixels.")
+        if archive is not None and "://" in archive and not archive.startswith(("https://", "file://")) and not archive_md5:
+            raise UsageError(
+                f"data.archive: {archive} can be replaced on its way, because its address is not encrypted; use https, or set "
+                "data.archive_md5 to its checksum."
+            )
         self.folders: dict[Split, Path] = {"train": self.root / train, "val": self.root / val, "test": self.root / test}
         self.size, self.augment, self.on_corrupt = size, augment, on_corrupt
         self.archive, self.archive_md5 = archive, archive_md5

@@ -4,6 +4,7 @@ from lockstep.distributed.consensus import StopConsensus
 from lockstep.distributed.process_group import (
     WorldEnvironment,
     all_gather,
+    broadcast,
     broadcast_from_rank_zero,
     destroy_process_group,
     enable_flight_recorder,

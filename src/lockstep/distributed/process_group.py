@@ -1,21 +1,31 @@
 """The process group: devices, rendezvous, and small collectives of Python objects."""
 
+import errno
+import ipaddress
 import logging
 import os
-from collections.abc import Callable, MutableMapping
+import pickle
+import re
+import socket
+from collections.abc import Callable, MutableMapping, Sequence
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from torch.serialization import safe_globals
 
 from lockstep.compat.lightning import set_rank_zero
-from lockstep.core import LockstepError, UsageError, World
+from lockstep.core import LockstepError, RunError, UsageError, World
+from lockstep.runs import Run
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_SAFE_TYPES = (PosixPath, Run, LockstepError, UsageError, RunError)
+"""Classes that a rank accepts from another one, beside those that ``torch.load(weights_only=True)`` accepts."""
 
 
 class WorldEnvironment(ClusterEnvironment):
@@ -99,15 +109,45 @@ def init_process_group(world: World, device: torch.device, timeout: timedelta, a
         # node, and the last digit of a sum would depend on how the ranks are spread over nodes.
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
+    store = _make_store(world, timeout)
     torch.distributed.init_process_group(
         backend="nccl" if on_gpu else "gloo",
-        init_method=world.rendezvous if world.size > 1 else None,
-        store=torch.distributed.HashStore() if world.size == 1 else None,  # type: ignore[attr-defined]
+        init_method=world.rendezvous if store is None else None,
+        store=store,
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,
         device_id=device if on_gpu else None,
     )
+
+
+def _make_store(world: World, timeout: timedelta) -> Any:
+    """The store in which the ranks find each other; None where ``init_method`` finds it, as under torchrun."""
+    if world.size == 1:
+        return torch.distributed.HashStore()  # type: ignore[attr-defined]
+    if not (place := re.fullmatch(r"tcp://\[?(.+?)]?:(\d+)", world.rendezvous)):
+        return None
+    address, port = place[1], int(place[2])
+    listener = _listen(address, port, world.nodes).detach() if world.is_rank_zero else None
+    tcp_store = torch.distributed.TCPStore  # type: ignore[attr-defined]
+    return tcp_store(address, port, world.size, world.is_rank_zero, timeout=timeout, master_listen_fd=listener)
+
+
+def _listen(address: str, port: int, nodes: int) -> socket.socket:
+    """Listen on the interface that has ``address``, where all others connect to, since the store asks nobody for a password.
+
+    A host name may stand for the loopback interface on its own host; then, with several nodes, on all interfaces.
+    """
+    family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    is_loopback = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
+    if not (is_loopback and nodes > 1):
+        try:
+            return socket.create_server((str(where[0]), port), family=family, backlog=4096)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    log.warning("rendezvous: no interface of this node has the address %s; listening on all interfaces", address)
+    return socket.create_server(("", port), family=family, backlog=4096)
 
 
 def enable_flight_recorder(folder: Path, env: MutableMapping[str, str]) -> None:
@@ -127,30 +167,55 @@ def destroy_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def broadcast_from_rank_zero(make: Callable[[], T], world: World) -> T:
+def broadcast_from_rank_zero(make: Callable[[], T], world: World, types: Sequence[type] = ()) -> T:
     """Call ``make`` on rank zero and return its result on every rank.
+
+    Args:
+        types: Classes of the result and its parts, other than those of numbers, texts, collections, paths and runs.
 
     Raises:
         LockstepError: ``make`` raised it on rank zero; every rank raises it.
     """
     if world.size == 1:
         return make()
-    message: list[Any] = [None]
+    message: Any = None
     if world.is_rank_zero:
         try:
-            message = [make()]
+            message = make()
         except LockstepError as error:
-            message = [error]
-    torch.distributed.broadcast_object_list(message, src=0)
-    if isinstance(message[0], LockstepError):
-        raise message[0]
-    result: T = message[0]
+            message = error
+    message = broadcast(message, types=types)
+    if isinstance(message, LockstepError):
+        raise message
+    result: T = message
     return result
 
 
+def broadcast(value: T, source: int = 0, types: Sequence[type] = ()) -> T:
+    """Return the ``value`` of the rank ``source`` on every rank.
+
+    Only tensors, numbers, texts, collections and ``types`` are accepted: unpickling anything else would run code that a peer
+    chooses.
+
+    Raises:
+        RunError: The value has another class.
+    """
+    message = [value]
+    try:
+        with safe_globals([*_SAFE_TYPES, *types]):
+            torch.distributed.broadcast_object_list(message, src=source, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise RunError(
+            f"broadcast: an object of {found[1] if found else 'an unknown class'} is not accepted from another rank; send "
+            "tensors, numbers, texts and collections of them, or allow the class with torch.serialization.add_safe_globals."
+        ) from error
+    return message[0]
+
+
 def all_gather(value: T, world: World) -> list[T]:
-    """Collect the ``value`` of every rank, by rank; every rank must call."""
+    """Collect the ``value`` of every rank, by rank; every rank must call. Values are numbers, texts, or collections of them."""
     values = [value] * world.size
     if world.size > 1:
-        torch.distributed.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value, weights_only=True)
     return values

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,7 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lockstep.data import DataPosition, DataSharding, GlobalBatchSampler, SkipFirstBatches, derive_seed
+from lockstep.distributed import broadcast
 from lockstep.strategies.sharded_state import ShardedState, State, parameter_names
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class LockstepStrategy(Strategy):
     gradient_ready_order: list[int] | None = None
     _resume_point: ResumePoint | None = None
     _sharded_state: ShardedState | None = None
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """As Lightning's, for tensors, numbers, texts and collections: nothing that another rank sends is executed."""
+        return broadcast(obj, src) if torch.distributed.is_initialized() else obj
 
     @property
     def module(self) -> LightningModule:

@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lockstep.checkpoint import (
     Checkpoint,
     CheckpointCallback,
+    Manifest,
+    Progress,
     allow_numpy_globals,
     find_checkpoint,
     latest_checkpoint,
@@ -165,7 +167,8 @@ class TrainingSession:
         given = None if path is None else find_checkpoint(Path(path), "ckpt_path")
         if context.command != "fit":
             return given, False
-        own = broadcast_from_rank_zero(lambda: latest_checkpoint(context.run.checkpoints), context.world)
+        types = (Checkpoint, Manifest, Progress)
+        own = broadcast_from_rank_zero(lambda: latest_checkpoint(context.run.checkpoints), context.world, types)
         return own or given, own is not None
 
     def _resume(self, strategy: AnyStrategy, checkpoint: Checkpoint, is_same_run: bool) -> None:

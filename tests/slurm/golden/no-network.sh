@@ -38,8 +38,8 @@ srun() {
   while :; do
     attempt=$(supervisor start) || { [ $? -eq 2 ] && return 2; retry || return 1; continue; }
     LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
-    # Port of the rendezvous on the first node: from the job id, and the next one while something listens there.
-    MASTER_PORT=$((15000 + (SLURM_JOB_ID + 37 * LOCKSTEP_ATTEMPT) % 10000))
+    # Port of the rendezvous on the first node: random, so that nobody can guess it, and the next one while it is in use.
+    MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
     while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
       MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
     done

@@ -37,7 +37,7 @@ export PYTHONPATH=/home/user/project/runs/digits/20260101-000000-abcd/code/proje
 export PYTHONSAFEPATH=1
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
-export NCCL_DEBUG=WARN
+export NCCL_DEBUG="$LOCKSTEP_ENV_NCCL_DEBUG"
 # Replaces srun below. After each attempt the supervisor decides: finish, restart or requeue.
 supervisor() { /home/user/.venv/bin/python -m lockstep.slurm.supervisor /home/user/project/runs/digits/20260101-000000-abcd/slurm "$@"; }
 retry() { [ $((retries += 1)) -le 60 ] && sleep 10; }  # for ten minutes: a full disk, no slurmctld, a killed supervisor
@@ -45,8 +45,8 @@ srun() {
   while :; do
     attempt=$(supervisor start) || { [ $? -eq 2 ] && return 2; retry || return 1; continue; }
     LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
-    # Port of the rendezvous on the first node: from the job id, and the next one while something listens there.
-    MASTER_PORT=$((15000 + (SLURM_JOB_ID + 37 * LOCKSTEP_ATTEMPT) % 10000))
+    # Port of the rendezvous on the first node: random, so that nobody can guess it, and the next one while it is in use.
+    MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
     while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
       MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
     done

@@ -18,6 +18,7 @@ from lockstep.config.validation.source import ModuleSource, Undecidable
 _SIMPLE = {
     "pathlib.Path": "Path",
     "os.PathLike": "Path",
+    "datetime.timedelta": "str",
     **{f"builtins.{name}": name for name in ("int", "float", "bool", "str")},
 }
 

@@ -10,7 +10,16 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.config import RESERVED_TRAINER_KEYS, Options, check_ranges, messages, read_config_file, split_command, split_keys
+from lockstep.config import (
+    RESERVED_TRAINER_KEYS,
+    Options,
+    check_ranges,
+    check_secrets,
+    messages,
+    read_config_file,
+    split_command,
+    split_keys,
+)
 from lockstep.config.validation.annotation import ANYTHING, ExpectedType, expected_type
 from lockstep.config.validation.lookup import NotDefined, SourceIndex
 from lockstep.config.validation.signature import Argument, Signature, signature
@@ -141,14 +150,14 @@ class ConfigValidator:
     def _merge_file(self, source: Any) -> None:
         if not isinstance(source, str):
             return
-        outer = self._values.folder
+        outer, outer_file = self._values.folder, self._values.file
         content = read_config_file(source, outer)
-        self._values.folder = (outer / source).parent
+        self._values.folder, self._values.file = (outer / source).parent, (source, outer)
         for key, value in content.items():
             if not isinstance(key, str):
                 raise UsageError(messages.invalid_key_type(f"config: {source}", key))
             self.set_key(key, value)
-        self._values.folder = outer
+        self._values.folder, self._values.file = outer, outer_file
 
     def _set_class(self, key: str, rest: Sequence[str], value: Any) -> None:
         current, mapping = self.content[key], self._values.mapping(value)
@@ -176,3 +185,4 @@ class ConfigValidator:
         for path in filter(None, self.content["activation_checkpointing"]):
             self._values.class_signature(path, "activation_checkpointing")
         check_ranges(self.content)
+        check_secrets(self.content)

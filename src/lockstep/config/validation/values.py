@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lockstep.config import SHARED_CLASSES, messages, parse_collection, read_config_file
+from lockstep.config import SHARED_CLASSES, messages, parse_collection, read_config_file, typed_text
 from lockstep.config.validation.annotation import ANYTHING, INVALID, ExpectedType, expected_type, parse_scalar
 from lockstep.config.validation.imports import check_imports
 from lockstep.config.validation.lookup import Definition, NotDefined, SourceIndex
@@ -31,7 +31,10 @@ class ValueMerger:
 
     Attributes:
         folder: Folder that a relative path in a value starts from.
+        file: The config file that a value comes from, with the folder that its path starts from; None for a flag.
     """
+
+    file: tuple[str, Path] | None = None
 
     def __init__(self, sources: SourceIndex) -> None:
         self._sources, self.folder = sources, Path()
@@ -69,7 +72,10 @@ class ValueMerger:
         if isinstance(value, str) and expected.items and not expected.items.simple:
             return value  # possibly a file name
         choices = [choice for choice in expected.choices if isinstance(choice, str)]
-        raise UsageError(messages.wrong_value(key, value, expected.names, choices))
+        typed = None
+        if self.file is not None and not isinstance(value, str):
+            typed = typed_text(*self.file, key.rpartition(".")[2], value)
+        raise UsageError(messages.wrong_value(key, value, expected.names, choices, typed))
 
     def append(self, current: Any, expected: ExpectedType, value: Any, key: str) -> Any:
         """Return the list ``current`` with one or several items appended."""

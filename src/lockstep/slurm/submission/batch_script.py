@@ -111,6 +111,9 @@ def _container_mounts(request: JobRequest) -> list[Path]:
     return [path for path in dict.fromkeys(wanted) if not any(path != other and path.is_relative_to(other) for other in wanted)]
 
 
+PASSED_PREFIX = "LOCKSTEP_ENV_"
+"""Prefix of the variables of the job that carry the profile's environment, whose values no file shows."""
+
 _PREAMBLE = r"""
 # Record the exit status: Slurm forgets it where accounting is disabled.
 export LOCKSTEP_JOB="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
@@ -133,8 +136,8 @@ srun() {
   while :; do
     attempt=$(supervisor start) || { [ $? -eq 2 ] && return 2; retry || return 1; continue; }
     LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
-    # Port of the rendezvous on the first node: from the job id, and the next one while something listens there.
-    MASTER_PORT=$((15000 + (SLURM_JOB_ID + 37 * LOCKSTEP_ATTEMPT) % 10000))
+    # Port of the rendezvous on the first node: random, so that nobody can guess it, and the next one while it is in use.
+    MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
     while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
       MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
     done
@@ -163,7 +166,6 @@ def _setup_lines(request: JobRequest) -> list[str]:
         exports["WANDB_MODE"] = "offline"
     if profile.network_interface:
         exports |= {"NCCL_SOCKET_IFNAME": profile.network_interface, "GLOO_SOCKET_IFNAME": profile.network_interface}
-    exports |= profile.environment
     modules = map(shlex.quote, profile.modules)
     scratch = [f'export LOCKSTEP_SCRATCH="{profile.scratch}"'] if profile.scratch else []
     return [
@@ -171,6 +173,7 @@ def _setup_lines(request: JobRequest) -> list[str]:
         *(f"module load {name} || {{ echo lockstep: module load {name} failed. >&2; exit 2; }}" for name in modules),
         *profile.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        *(f'export {name}="${PASSED_PREFIX}{name}"' for name in profile.environment),  # modules may have set other values
         *scratch,
         *_fill_in(_SUPERVISED_SRUN, request),
     ]

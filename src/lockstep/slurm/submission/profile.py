@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from lockstep.core import UsageError, did_you_mean
+from lockstep.core import UsageError, did_you_mean, is_secret
 
 _MAX_MINUTES = 10 * 365 * 24 * 60
 
@@ -21,7 +21,7 @@ _RESERVED_SBATCH = {
 }  # fmt: skip
 """Arguments of sbatch that the launcher sets itself, and the flag to use instead."""
 
-_SECRET_NAME = re.compile(r"API_?KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+_ASSIGNMENT = re.compile(r"(\w+)=(\S*)")
 
 _SIZE_UNITS = "KMGT"
 
@@ -97,8 +97,9 @@ class Profile:
         return None if self.time is None else parse_minutes(self.time)
 
     def non_default_values(self) -> dict[str, Any]:
-        """The fields that differ from those of an empty profile."""
-        return {name: value for name, value in vars(self).items() if value != vars(Profile())[name]}
+        """The fields that differ from those of an empty profile; of the environment only the names."""
+        values = {name: value for name, value in vars(self).items() if value != vars(Profile())[name]}
+        return values | ({"environment": list(self.environment)} if self.environment else {})
 
 
 PROFILE_FLAGS: dict[str, type] = {
@@ -259,12 +260,22 @@ def _check_values(profile: Profile, place: str) -> None:
         raise UsageError(
             f"{place}scratch: {profile.scratch!r} must be a path of letters, digits and . _ - + @, with $VARIABLES."
         )
-    in_setup = [f"setup.{name}" for line in profile.setup for name in re.findall(r"(\w+)=", line)]
-    for name in (*(f"environment.{name}" for name in profile.environment), *in_setup):
-        if _SECRET_NAME.search(name):
+    _check_secrets(profile, place)
+
+
+def _check_secrets(profile: Profile, place: str) -> None:
+    """Raise UsageError if a value looks like a secret: a profile is a file that others read, as they read a batch script."""
+    container = profile.container
+    lines = {"setup": profile.setup, "sbatch": profile.sbatch, "srun": profile.srun, "modules": profile.modules}
+    texts = {"container": (container.image, *container.mounts) if container else (), **lines}
+    found = [(f"{key}.{name}", value) for key in texts for line in texts[key] for name, value in _ASSIGNMENT.findall(line)]
+    found += [(key, line) for key in texts for line in texts[key]]
+    found += [(f"environment.{name}", value) for name, value in profile.environment.items()]
+    for name, value in found:
+        if is_secret(name, value):
             raise UsageError(
-                f"{place}{name}: a secret must not be in a profile, because the script of every job would contain it; "
-                "export it in the shell that submits, or log in with the service's own tool (wandb login)."
+                f"{place}{name}: a secret must not be in a profile, which is copied and shown; export it in the shell that "
+                "submits, or log in with the service's own tool (wandb login)."
             )
 
 

@@ -10,7 +10,7 @@ from lockstep.compat.submitit import SUBMISSION_ERRORS
 from lockstep.core import UsageError
 from lockstep.slurm import TrainTask, query_slurm
 from lockstep.slurm.submission import partitions
-from lockstep.slurm.submission.batch_script import JobRequest, batch_script, make_executor
+from lockstep.slurm.submission.batch_script import PASSED_PREFIX, JobRequest, batch_script, make_executor
 
 _INHERITED_VARIABLES = re.compile(
     r"(SLURM_(?!CONF$)|SBATCH_|SRUN_|SALLOC_|SUBMITIT_|PMI|TORCHELASTIC_|LOCKSTEP_(?!PROFILE$)|GOMP_CPU_AFFINITY$|KMP_AFFINITY$"
@@ -64,7 +64,9 @@ def submit_job(request: JobRequest, tasks: Sequence[TrainTask], env: MutableMapp
     executor = make_executor(request)
     (request.folder / "slurm").mkdir(mode=0o700, exist_ok=True)
     # Not in the script, where a line break in a name would begin a new line.
-    env["SBATCH_JOB_NAME"] = request.name
+    added = {f"{PASSED_PREFIX}{name}": value for name, value in request.profile.environment.items()}
+    added["SBATCH_JOB_NAME"] = request.name
+    env.update(added)
     retries = _Retries()
     try:
         while True:
@@ -80,7 +82,8 @@ def submit_job(request: JobRequest, tasks: Sequence[TrainTask], env: MutableMapp
                     raise UsageError(partitions.explain_rejection(str(error), request, found)) from None
                 _cancel_unconfirmed(request, env)
     finally:
-        del env["SBATCH_JOB_NAME"]
+        for name in added:
+            del env[name]
 
 
 def _cancel_unconfirmed(request: JobRequest, env: Mapping[str, str]) -> None:

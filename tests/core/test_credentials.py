@@ -1,0 +1,60 @@
+"""Which values look like secrets: those of variables, those of arguments of a config, and what is not one."""
+
+import pytest
+
+from lockstep.core import is_secret
+
+VARIABLES = {
+    "HTTPS_PROXY": "http://me:pw@proxy.example:3128",
+    "DATABASE_URL": "postgres://host/runs",
+    "OPENAI_KEY": "abc",
+    "MY_PASSWD": "abc",
+    "PGPASSWORD": "abc",
+    "MYSQL_PWD": "abc",
+    "GITHUB_PAT": "abc",
+    "HF_TOKEN": "abc",
+    "WANDB_API_KEY": "abc",
+    "AWS_SECRET_ACCESS_KEY": "abc",
+    "DB_CREDENTIALS": "abc",
+    "NOTES": "sk-0123456789abcdefghij",
+}
+NO_SECRETS = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "PATH": "/usr/bin",
+    "HTTPS_PROXY": "http://proxy.example:3128",
+    "NCCL_DEBUG": "WARN",
+    "GOOGLE_APPLICATION_CREDENTIALS": "/home/me/key.json",
+    "HF_TOKEN": "$(cat ~/.token)",
+    "NCCL_SOCKET_IFNAME": "^docker0,lo",
+    "PATTERN": "a",
+    "MONKEY": "b",
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_with_a_secret(name: str) -> None:
+    assert is_secret(name, VARIABLES[name])
+
+
+@pytest.mark.parametrize("name", NO_SECRETS)
+def test_a_variable_without_a_secret(name: str) -> None:
+    assert not is_secret(name, NO_SECRETS[name])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("data.api_key", "abc", True),
+        ("model.db.password", "abc", True),
+        ("data.url", "postgresql://me:pw@host/db", True),
+        ("wandb.notes", "with ghp_0123456789abcdefghij", True),
+        ("model.mask_token", "<mask>", False),
+        ("data.key", "image", False),
+        ("data.target_key", "label", False),
+        ("data.password", "/run/secrets/password", False),
+        ("data.url", "https://host:8080/a@b", False),
+        ("model.tokenizer", "bert-base-uncased", False),
+    ],
+)
+def test_an_argument_is_a_secret_only_if_it_is_certain(key: str, value: str, expected: bool) -> None:
+    assert is_secret(key, value, certain=True) is expected
