@@ -399,10 +399,7 @@ def test_a_text_that_yaml_reads_as_another_type_is_shown_as_it_was_typed(text: s
     [
         ["--wandb.notes=see http://me:hidden@host/"],
         ["--model.optimizer_args={api_key: hidden}"],
-        [
-            "--config",
-            "{trainer: {logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {name: 'x://a:hidden@b'}}}}",
-        ],
+        ["--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: 'x://a:hidden@b'}}"],
     ],
 )
 def test_a_secret_is_refused_without_showing_it(arguments: list[str]) -> None:

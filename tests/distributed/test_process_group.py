@@ -33,7 +33,7 @@ def answers(address: str, port: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("address", "nodes", "elsewhere"), [("127.0.0.2", 1, False), ("localhost", 1, False), ("localhost", 2, True)]
+    ("address", "nodes", "elsewhere"), [("127.0.0.2", 2, False), ("localhost", 1, False), ("localhost", 2, True)]
 )
 def test_the_store_listens_on_the_interface_of_its_address(address: str, nodes: int, elsewhere: bool) -> None:
     port = free_port()

@@ -162,6 +162,25 @@ def test_a_run_folder_is_private_and_contains_no_secret(shell: Shell) -> None:
     assert done.returncode == 2 and "The W&B key is in an argument" in done.stderr
 
 
+def test_values_of_a_profiles_environment_reach_the_ranks_and_no_file(shell: Shell) -> None:
+    value = "a 'value' of $HOME"
+    (shell.project / "mine.py").write_text(
+        "import os\nfrom toy_model import ToyModel\nclass Mine(ToyModel):\n    def on_fit_start(self):\n"
+        "        print('the value has', len(os.environ['MY_VALUE']), 'characters', os.environ['MASTER_PORT'], flush=True)\n"
+    )
+    profile = shell.project.parent / "mine.yaml"  # outside the snapshot
+    profile.write_text(json.dumps({"environment": {"MY_VALUE": value}}))
+    arguments = ("--config", "toy_model.yaml", "--model", "mine.Mine", "--nodes", "2", "--profile", str(profile))
+    job = shell.submit(*arguments, "--wandb.mode", "offline")
+    job.wait("finished")
+    log = (job.folder / "logs/1/0.log").read_text()
+    found = re.search(rf"the value has {len(value)} characters (\d+)", log)
+    assert found is not None and int(found[1]) in range(15000, 25000), log
+    assert "listening on all interfaces" not in log
+    files = [path for path in job.folder.rglob("*") if path.is_file() and value.encode() in path.read_bytes()]
+    assert not files and "MY_VALUE" in (job.folder / "launch.yaml").read_text()
+
+
 def test_a_job_is_unknown_while_slurm_does_not_answer(shell: Shell, tmp_path: Path) -> None:
     with Cluster.up(tmp_path / "c", nodes=1) as other:
         job = replace(shell, env=shell.env | other.env).submit(*HELD)

@@ -1,7 +1,6 @@
 """The process group: devices, rendezvous, and small collectives of Python objects."""
 
 import errno
-import ipaddress
 import logging
 import os
 import pickle
@@ -138,11 +137,10 @@ def _listen(address: str, port: int, nodes: int) -> socket.socket:
 
     A host name may stand for the loopback interface on its own host; then, with several nodes, on all interfaces.
     """
-    family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    is_loopback = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
-    if not (is_loopback and nodes > 1):
+    family, _, _, _, (found, *_) = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    if nodes == 1 or found == address or not str(found).startswith(("127.", "::1")):
         try:
-            return socket.create_server((str(where[0]), port), family=family, backlog=4096)
+            return socket.create_server((str(found), port), family=family, backlog=4096)
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
