@@ -16,14 +16,14 @@ from lightning.fabric.plugins import ClusterEnvironment
 from torch.serialization import safe_globals
 
 from lockstep.compat.lightning import set_rank_zero
-from lockstep.core import LockstepError, RunError, UsageError, World
+from lockstep.core import LockstepError, RunError, SaveError, UsageError, World
 from lockstep.runs import Run
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SAFE_TYPES = (PosixPath, Run, LockstepError, UsageError, RunError)
+_SAFE_TYPES = (PosixPath, Run, LockstepError, RunError, SaveError, UsageError)
 """Classes that a rank accepts from another one, beside those that ``torch.load(weights_only=True)`` accepts."""
 
 
