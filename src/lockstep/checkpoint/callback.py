@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from lockstep.checkpoint.reader import MODEL_FILE, Checkpoint, published_checkpo
 from lockstep.checkpoint.serialization import check_loadable, to_plain_types
 from lockstep.checkpoint.weight_sums import bit_sums, check_ranks_agree
 from lockstep.checkpoint.writer import SHUTDOWN_SECONDS, CheckpointWriter
-from lockstep.compat.lightning import dump_checkpoint, is_stopping, is_training_done
+from lockstep.compat.lightning import LightningFitLoop, dump_checkpoint, is_stopping, is_training_done
 from lockstep.config import CheckpointOptions
 from lockstep.core import RunError, SaveError, Stopped, atomic_write_json, read_json
+from lockstep.data import current_batch
 from lockstep.distributed import SignalReceiver, StopConsensus, allocation_end_time
 from lockstep.monitoring import CsvMetricsLogger, ThroughputMonitor
 from lockstep.runs import Run, checkpoint_order
@@ -148,7 +150,8 @@ class CheckpointCallback(Callback):
         if self.writer is None:
             return
         strategy, rank, is_rank_zero = self._strategy, trainer.global_rank, trainer.is_global_zero
-        assert self._consensus is not None
+        loop, batch = trainer.fit_loop, current_batch(trainer)
+        assert self._consensus is not None and isinstance(loop, LightningFitLoop)
         check_ranks_agree(dict(strategy.replicated_weights()), self._consensus, trainer.global_step, max(0, self._saved_step))
         checkpoint = dump_checkpoint(trainer)  # with ZeRO every rank takes part
         self._saved_sums = self._weight_sums(checkpoint)
@@ -162,7 +165,11 @@ class CheckpointCallback(Callback):
         progress = Progress(
             step=trainer.global_step,
             epoch=_completed_epochs(trainer),
-            batch=trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+            batch=loop.epoch_loop.batch_progress.current.completed,
+            positions=[list(astuple(position)) for position in batch.positions] if batch else [],
+            loaded_epochs=loop.loaded_epochs,
+            validation_due=loop.epoch_loop.validation_due,
+            seconds_since_validation=loop.epoch_loop.seconds_since_validation,
             metric_rows=metrics.row_count if metrics else 0,
             train_seconds=self.throughput.train_seconds,
             lost_seconds=self.seconds_lost,

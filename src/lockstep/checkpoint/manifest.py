@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lockstep.core import atomic_write_json
@@ -22,6 +22,8 @@ class Progress:
         lost_seconds: Time lost to restarts: from each checkpoint to the first step after it.
         saved_at: When the save began, in seconds since 1970.
         gradient_ready_order, should_stop, has_ended: See ``ResumePoint``.
+        positions: See ``ResumePoint``; the fields of each ``DataPosition``.
+        loaded_epochs, validation_due, seconds_since_validation: See ``ResumePoint``.
     """
 
     step: int
@@ -34,6 +36,10 @@ class Progress:
     gradient_ready_order: list[int] | None = None
     should_stop: bool = False
     has_ended: bool = False
+    positions: list[list[int]] = field(default_factory=list)
+    loaded_epochs: list[int | None] = field(default_factory=lambda: [None, None])
+    validation_due: bool = False
+    seconds_since_validation: float = 0.0
 
 
 @dataclass(frozen=True)

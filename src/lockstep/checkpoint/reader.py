@@ -54,7 +54,11 @@ class Checkpoint:
         replaced = range(world.rank, self.manifest.world_size, world.size)
         states = [self._rank_state(rank) for rank in replaced]
         return ResumePoint(
-            DataPosition(progress.epoch, progress.batch),
+            progress.epoch,
+            [DataPosition(*position) for position in progress.positions],
+            progress.loaded_epochs,
+            progress.validation_due,
+            progress.seconds_since_validation,
             states,
             states[0] if states else self._rank_state(0),
             derive_seed(seed, self.step, world.rank) >> 1,

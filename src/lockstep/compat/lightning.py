@@ -1,11 +1,14 @@
 """Private names of Lightning."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.optim import Optimizer
 
 from lockstep.compat import patch, private, private_imports
@@ -19,8 +22,10 @@ with private_imports("lightning"):
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
     from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
     from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+    from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
     from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
     from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+    from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES
 
 # Methods too: an override of one that Lightning no longer calls would silently do nothing.
 for _owner, _names in (
@@ -50,8 +55,67 @@ def is_log_step(trainer: Trainer) -> bool:
     return trainer._logger_connector.should_update_logs and not is_accumulating(trainer)
 
 
+class LightningCombinedLoader(CombinedLoader):
+    """Lightning's combination of loaders, with public hooks."""
+
+    @property
+    def mode(self) -> str:
+        """How the loaders are combined: ``max_size_cycle``, ``max_size``, ``min_size`` or ``sequential``."""
+        return self._mode
+
+    def start_iteration(self, iterables: Sequence[Iterable[Any]]) -> None:
+        """Iterate over ``iterables``, one for each loader."""
+        self._iterator = iter(_SUPPORTED_MODES[self._mode]["iterator"](list(iterables), self._limits))
+
+    def combine_counts(self, counts: Sequence[int]) -> int:
+        """The number of batches if the loaders have ``counts``."""
+        return _SUPPORTED_MODES[self._mode]["fn"](list(counts))
+
+
+def split_combination(loaders: Any) -> tuple[Any, Any]:
+    """The loaders that ``train_dataloader`` returns, and the mode in which Lightning combines them."""
+    return (loaders.iterables, loaders._mode) if isinstance(loaders, CombinedLoader) else (loaders, "max_size_cycle")
+
+
+def training_loader(trainer: Trainer) -> tuple[CombinedLoader | None, int]:
+    """The loader of training, and the number of batches that are fetched but not trained on yet."""
+    loop = trainer.fit_loop
+    fetcher = private("lightning", loop, "_data_fetcher")
+    return private("lightning", loop, "_combined_loader"), len(getattr(fetcher, "batches", ()))
+
+
 class LightningEpochLoop(_TrainingEpochLoop):
-    """Lightning's loop over the batches of an epoch, without its broadcast at each step and with public hooks."""
+    """Lightning's loop over the batches of an epoch, without its broadcast at each step and with public hooks.
+
+    Attributes:
+        validation_due: With ``val_check_interval`` as a time: whether a validation follows the newest step, on all ranks.
+    """
+
+    validation_due = False
+
+    @property
+    def validation_interval(self) -> float | None:
+        """``val_check_interval`` in seconds, if it is a time."""
+        interval: float | None = private("lightning", self.trainer, "_val_check_time_interval")
+        return interval
+
+    def _should_check_val_fx(self, data_fetcher: DataFetcher) -> bool:
+        if self.validation_interval is not None:  # each rank would decide by its own clock
+            patch("lightning", self.trainer, "_last_val_time", -math.inf if self.validation_due else math.inf)
+        return super()._should_check_val_fx(data_fetcher)
+
+    def on_advance_end(self, data_fetcher: DataFetcher) -> None:
+        super().on_advance_end(data_fetcher)
+        if self.validation_interval is not None and math.isfinite(self.trainer._last_val_time):
+            self.after_validation()
+
+    def after_validation(self) -> None:
+        """Called after a validation, if ``val_check_interval`` is a time."""
+
+    @property
+    def seconds_since_validation(self) -> float:
+        """Seconds since the newest validation, or since training began."""
+        raise NotImplementedError
 
     def before_fetch(self) -> None:
         """Called before the loop takes the next batch."""
@@ -75,13 +139,56 @@ class LightningEpochLoop(_TrainingEpochLoop):
         self.after_fetch()
 
 
+@dataclass
+class _CombiningSource(_DataLoaderSource):
+    """A source of loaders that ``combine`` turns into one; it gets the function that requests them."""
+
+    combine: Callable[[Callable[[], Any]], CombinedLoader]
+
+    def dataloader(self) -> CombinedLoader:
+        return self.combine(super().dataloader)
+
+
 class LightningFitLoop(_FitLoop):
-    """Lightning's loop over epochs."""
+    """Lightning's loop over epochs, with public hooks."""
+
+    epoch_loop: LightningEpochLoop
+
+    def combine_loaders(self, request: Callable[[], Any]) -> CombinedLoader:
+        """The loader of training; ``request`` returns what ``train_dataloader`` returns."""
+        return CombinedLoader(*split_combination(request()))
+
+    def setup_data(self) -> None:
+        source = private("lightning", self, "_data_source")
+        self._data_source = _CombiningSource(source.instance, source.name, self.combine_loaders)
+        try:
+            super().setup_data()
+        finally:
+            self._data_source = source
+
+    def restart_iteration(self) -> None:
+        """Iterate over the training data again, with new workers."""
+        iter(private("lightning", self, "_data_fetcher"))
 
     @property
-    def train_loaders(self) -> list[Any]:
-        """The DataLoaders of this epoch, after ``setup_data``."""
-        return list(private("lightning", self, "_combined_loader").flattened)
+    def loaded_epochs(self) -> list[int | None]:
+        """The epochs in which the loaders of training and of validation were requested; None: not yet."""
+        found = (
+            private("lightning", self, "_last_train_dl_reload_epoch"),
+            private("lightning", self.epoch_loop.val_loop, "_last_val_dl_reload_epoch"),
+        )
+        return [int(epoch) if math.isfinite(epoch) else None for epoch in found]
+
+    def set_train_loaded_epoch(self, epoch: int) -> None:
+        """Count ``reload_dataloaders_every_n_epochs`` from ``epoch``."""
+        patch("lightning", self, "_last_train_dl_reload_epoch", epoch)
+
+    def set_completed_batches(self, count: int) -> None:
+        """Continue the epoch as after its first ``count`` batches."""
+        progress = self.epoch_loop.batch_progress
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(progress.current, name, count)
+        progress.is_last_batch = count >= self.max_batches
 
     def clear_restarting(self) -> None:
         """Let Lightning derive nothing from the loops' counters when the run starts.

@@ -1,10 +1,11 @@
 """Private names of torch."""
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,40 @@ with private_imports("torch"):
     from torch.nn.parallel.distributed import _DDPSink
     from torch.utils._pytree import tree_leaves, tree_map_only
 
+Loader = TypeVar("Loader")
 
-def copy_data_loader(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
-    """Copy ``loader`` and replace ``attributes``, some of which ``DataLoader.__setattr__`` does not allow to change.
 
-    The copy keeps the class and everything else that a subclass has set, which ``__init__`` could not restore.
-    """
-    copied = copy.copy(loader)
-    for name, value in {**attributes, "_iterator": None}.items():
-        private("torch", loader, name)
-        vars(copied)[name] = value
-    return copied
+class InternalsDataLoader(DataLoader[Any]):
+    """A DataLoader whose iterators see other attributes than its user: those in ``internals``."""
+
+    def internals(self) -> dict[str, Any]:
+        """The attributes that its next iterator sees, by name."""
+        raise NotImplementedError
+
+    def _get_iterator(self) -> Any:
+        seen = copy.copy(self)
+        for name, value in self.internals().items():
+            private("torch", self, name)
+            vars(seen)[name] = value  # ``DataLoader.__setattr__`` does not allow to change some of them
+        return super(InternalsDataLoader, seen)._get_iterator()
+
+
+private("torch", DataLoader, "_get_iterator")
+private("torch", DataLoader, "_index_sampler")
+
+
+def add_base_class(loader: DataLoader[Any], base: type[Loader]) -> Loader:
+    """A copy of ``loader`` whose class inherits from ``base`` and then from its own class; all its attributes are kept."""
+    copied: Any = copy.copy(loader)
+    vars(copied)["_iterator"] = None  # of persistent workers
+    own: Any = type(loader)
+    copied.__class__ = _join_classes(cast(Any, base), own)
+    return cast(Loader, copied)
+
+
+@functools.cache
+def _join_classes(base: Any, own: Any) -> type:
+    return type(own.__name__, (base, own), {"__module__": own.__module__, "__doc__": own.__doc__})
 
 
 @contextmanager

@@ -4,135 +4,181 @@ The ``batch_size`` of a DataLoader is the global batch size: the samples of one 
 same samples on 1, 2 or 64 ranks, and each rank takes a consecutive slice of it.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
+from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from lockstep.core import UsageError, World
-from lockstep.data.seeding import SampleKey, derive_seed, preserve_rng_state, seed_cpu
+from lockstep.data.seeding import RandomStream, SampleKey, derive_seed
 
 
 @dataclass(frozen=True)
 class DataPosition:
-    """A position in the training data: the epoch, from 0, and the number of its batches that are already used."""
+    """A position in the training data of one loader.
 
-    epoch: int
-    batch: int
-
-
-class EpochSampler(Sampler[int]):
-    """The indices of one epoch for all ranks, in the order in which they are used.
-
-    ``RandomSampler`` gives a permutation drawn from (seed, epoch), ``SequentialSampler`` gives 0, 1, 2 …, and any other sampler
-    runs with its random numbers seeded with (seed, epoch).
+    Attributes:
+        epoch: Number of the epoch, from 0.
+        cycle: Complete passes over the loader in this epoch; more than 0 if it is shorter than another one.
+        used: Samples of all ranks used in this pass; of a loader that is not sharded, its batches used on each rank.
     """
 
-    def __init__(self, sampler: Sampler[int], seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-        self.is_shuffled = not isinstance(sampler, SequentialSampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; Lightning calls this."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices())
-
-    def indices(self) -> Sequence[int]:
-        """All indices of the current epoch."""
-        if not self.is_shuffled:
-            return range(len(self))
-        sampler = self.sampler
-        seed = derive_seed(self.seed, self.epoch) >> 1
-        if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source):
-            return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        with preserve_rng_state():
-            seed_cpu(seed)
-            if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
-                generator.manual_seed(seed)
-            return list(sampler)
+    epoch: int
+    cycle: int = 0
+    used: int = 0
 
 
-class GlobalBatchSampler(BatchSampler):
-    """This rank's slices of the global batches, as lists of (epoch, index).
+class GlobalBatchSampler:
+    """This rank's slices of the global batches of a loader, as lists of ``SampleKey``.
 
     All ranks have the same number of batches, each with at least one sample. Together they have every sample of the epoch
-    once, except those that ``drop_last`` drops. In the last, smaller batch some ranks may have one sample more than others;
+    once, except those that ``drop_last`` drops. In a smaller batch some ranks may have one sample more than others;
     ``rank_weight`` corrects the mean over ranks. In evaluation, a last batch with fewer samples than ranks is joined to the
-    batch before it. ``start`` is where iteration starts in that epoch; other epochs start at their first batch.
+    batch before it.
+
+    Args:
+        source: The loader's batch sampler. Its ``RandomSampler`` is replaced by a permutation drawn from (seed, epoch); any
+            other sampler runs with random numbers seeded with (seed, epoch). It may yield anything that its dataset accepts.
+        world: The ranks that share the batches.
+        seed: Seed of the run.
+        is_training: Whether the ranks must share all batches evenly, except the last one of an epoch.
+        keeps_last: Whether ``drop_last`` is ignored.
+        epoch: Returns the number of the epoch.
+        name: The owner of the loader, for messages.
 
     Raises:
-        UsageError: The batch size is not divisible by the number of ranks, or a shuffled epoch or the data set has too few
-            samples to give every rank one.
+        UsageError: In training, the ranks cannot share the batches; or there are fewer samples than ranks.
     """
 
     def __init__(
-        self, epoch_sampler: EpochSampler, batch_size: int, drop_last: bool, world: World, name: str = "DataLoader"
+        self,
+        source: BatchSampler,
+        world: World,
+        seed: int,
+        is_training: bool = False,
+        keeps_last: bool = False,
+        epoch: Callable[[], int] = lambda: 0,
+        name: str = "DataLoader",
     ) -> None:
-        self.sampler = self.epoch_sampler = epoch_sampler  # Lightning calls sampler.set_epoch
-        self.drop_last = drop_last
-        self.world = world
-        self.batch_size = -(-batch_size // world.size) * world.size
-        if epoch_sampler.is_shuffled and batch_size != self.batch_size:
-            near = [str(size) for size in (self.batch_size - world.size, self.batch_size) if size]
+        self.source, self.world, self.seed, self.epoch, self.name = source, world, seed, epoch, name
+        self.is_training, self.keeps_last = is_training, keeps_last
+        self._start: DataPosition | None = None
+        if is_training and (rest := source.batch_size % world.size):
+            near = [str(size) for size in (source.batch_size - rest, source.batch_size - rest + world.size) if size]
             raise UsageError(
-                f"{name}: batch_size={batch_size} is the global batch size and is not divisible by {world.size} ranks; "
+                f"{name}: batch_size={source.batch_size} is the global batch size and is not divisible by {world.size} ranks; "
                 f"use {' or '.join(near)}."
             )
-        self.start = DataPosition(0, 0)
-        self._bounds = list(itertools.pairwise([0, *self._batch_ends(len(epoch_sampler), name)]))
+        if (samples := self.samples) is not None:
+            self._check_length(samples)
 
-    def _batch_ends(self, samples: int, name: str) -> list[int]:
-        """The position after the last sample of each global batch."""
-        ends = list(range(self.batch_size, samples + 1, self.batch_size))
-        rest = samples % self.batch_size
+    def _check_length(self, samples: int) -> None:
+        """Raise UsageError if the ranks cannot share ``samples``."""
         if samples < self.world.size:
-            raise UsageError(f"{name}: {self.world.size} ranks are more than its {samples} samples; use fewer ranks.")
-        if self.drop_last and not ends:
+            raise UsageError(f"{self.name}: {self.world.size} ranks are more than its {samples} samples; use fewer ranks.")
+        if not self.batches_left(0):
             raise UsageError(
-                f"{name}: batch_size={self.batch_size} is more than its {samples} samples, and drop_last leaves no batch; "
+                f"{self.name}: batch_size={self.batch_size} is more than its {samples} samples, and drop_last leaves no batch; "
                 "use a smaller batch_size."
             )
-        if rest and not self.drop_last:
-            if rest >= self.world.size or not ends:
-                ends.append(samples)
-            elif self.epoch_sampler.is_shuffled:
-                raise UsageError(
-                    f"{name}: the last batch of an epoch has {rest} of {samples} samples, fewer than the {self.world.size} "
-                    "ranks; set drop_last: true or choose another batch_size."
-                )
-            else:
-                ends[-1] = samples
-        return ends
+        rest = samples % self.batch_size
+        if self.is_training and not self.drop_last and 0 < rest < self.world.size:
+            self._raise_too_few(rest, f" of {samples}")
+
+    def _raise_too_few(self, rest: int, total: str = "") -> None:
+        raise UsageError(
+            f"{self.name}: the last batch of an epoch has {rest}{total} samples, fewer than the {self.world.size} "
+            "ranks; set drop_last: true or choose another batch_size."
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of all ranks in a batch; in evaluation rounded up to a multiple of the ranks."""
+        return -(-self.source.batch_size // self.world.size) * self.world.size
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether a last, smaller batch is dropped."""
+        return self.source.drop_last and not self.keeps_last
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of an epoch; None if the sampler has no length."""
+        with contextlib.suppress(TypeError, NotImplementedError):
+            return len(self.source.sampler)  # type: ignore[arg-type]
+        return None
 
     def __len__(self) -> int:
-        return len(self._bounds)
+        return self.batches_left(0)
 
-    def sample_count(self, batch: int) -> int:
-        """Samples of all ranks in global batch number ``batch``."""
-        start, end = self._bounds[batch]
-        return end - start
+    def batches_left(self, used: int) -> int:
+        """Number of batches after the first ``used`` samples of a pass; TypeError if the sampler has no length."""
+        if self.samples is None:
+            raise TypeError(f"the sampler of {self.name} has no length")
+        batches, rest = divmod(max(0, self.samples - used), self.batch_size)
+        return batches + (rest > 0 and not self.drop_last and (rest >= self.world.size or not batches))
 
-    def rank_weight(self, batch: int) -> float:
-        """This rank's share of the global batch times the number of ranks; 1.0 if all ranks have the same share."""
-        start, end = self._rank_bounds(batch)
-        return (end - start) * self.world.size / self.sample_count(batch)
+    def size_after(self, used: int) -> int:
+        """Samples of all ranks in the batch that follows the first ``used`` samples of a pass."""
+        if self.samples is None:
+            return self.batch_size
+        left = self.samples - used
+        is_joined = 0 < left - self.batch_size < self.world.size and not self.drop_last
+        return left if is_joined else max(0, min(self.batch_size, left))
 
-    def _rank_bounds(self, batch: int) -> tuple[int, int]:
-        start, end = self._bounds[batch]
-        share, extra = divmod(end - start, self.world.size)
+    def rank_weight(self, size: int) -> float:
+        """This rank's share of a global batch of ``size`` samples times the number of ranks; 1.0 if all shares are equal."""
+        start, end = self._slice(size)
+        return (end - start) * self.world.size / size
+
+    def _slice(self, size: int) -> tuple[int, int]:
+        """This rank's part of a global batch of ``size`` samples."""
+        share, extra = divmod(size, self.world.size)
         rank = self.world.rank
-        first = start + rank * share + min(rank, extra)
+        first = rank * share + min(rank, extra)
         return first, first + share + (rank < extra)
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:  # type: ignore[override]
-        epoch, indices = self.epoch_sampler.epoch, self.epoch_sampler.indices()
-        for batch in range(self.start.batch if self.start.epoch == epoch else 0, len(self)):
-            start, end = self._rank_bounds(batch)
-            yield [(epoch, index) for index in indices[start:end]]
+    @contextlib.contextmanager
+    def starting_at(self, position: DataPosition) -> Iterator[None]:
+        """Iterations that begin in the block start at ``position``; others at the first batch of the epoch."""
+        self._start = position
+        try:
+            yield
+        finally:
+            self._start = None
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        return self._batches(self._start or DataPosition(self.epoch()))
+
+    def _batches(self, position: DataPosition) -> Iterator[list[SampleKey]]:
+        seed, used = derive_seed(self.seed, position.epoch, position.cycle), position.used
+        stream = RandomStream(seed)
+        with stream.active():
+            epoch = self._indices(seed)
+        indices = islice(epoch, used, None)
+        while True:
+            with contextlib.nullcontext() if isinstance(epoch, Sequence) else stream.active():
+                batch = list(islice(indices, self.size_after(used)))
+            if not batch or (self.drop_last and len(batch) < self.batch_size):
+                return
+            if len(batch) < self.world.size:
+                self._raise_too_few(len(batch))
+            start, end = self._slice(len(batch))
+            yield list(zip(repeat(seed), range(used + start, used + end), batch[start:end], strict=False))
+            used += len(batch)
+
+    def _indices(self, seed: int) -> Iterable[Any]:
+        """What the sampler yields in one pass."""
+        sampler: Any = self.source.sampler
+        if type(sampler) is SequentialSampler:
+            return range(len(sampler))
+        if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source):
+            return torch.randperm(len(sampler), generator=torch.Generator().manual_seed(seed >> 1)).tolist()
+        if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
+            generator.manual_seed(seed >> 1)
+        drawn: Iterator[Any] = iter(sampler)
+        return drawn

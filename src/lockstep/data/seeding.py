@@ -1,4 +1,4 @@
-"""Seeds derived from (seed, epoch, index), so that a sample does not depend on the process that prepares it."""
+"""Seeds derived from (seed, epoch, position), so that a sample does not depend on the process that prepares it."""
 
 import random
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-SampleKey = tuple[int, int]
-"""One sample of one epoch: (epoch, index)."""
+SampleKey = tuple[int, int, Any]
+"""One sample of one pass over the data: seed of the pass, position in it, and what the sampler yields there."""
 
 
 def derive_seed(*parts: int) -> int:
@@ -37,46 +37,70 @@ def seed_cpu(seed: int) -> None:
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
     """Restore the random state of torch (CPU), numpy and random at the end of the block."""
-    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    state = _get_rng_state()
     try:
         yield
     finally:
-        torch.set_rng_state(state[0])
-        np.random.set_state(state[1])
-        random.setstate(state[2])
+        _set_rng_state(state)
+
+
+def _get_rng_state() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def _set_rng_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])
+    random.setstate(state[2])
+
+
+class RandomStream:
+    """Random numbers of torch (CPU), numpy and random, apart from those of the process, in the blocks of ``active``."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._state: tuple[Any, ...] | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Draw from this stream in the block."""
+        with preserve_rng_state():
+            if self._state is None:
+                seed_cpu(self._seed)
+            else:
+                _set_rng_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = _get_rng_state()
 
 
 class SeededDataset(Dataset[Any]):
-    """A dataset whose random augmentation (torch, numpy, random) depends on (seed, epoch, index) alone.
+    """A dataset whose random augmentation (torch, numpy, random) depends on (seed, epoch, position) alone.
 
-    Reading restores the random state of the process. A dataset whose attribute ``deterministic`` is true uses no random
-    numbers; its own ``__getitems__`` is called if it has one.
+    Only the workers of a loader see it. Reading restores the random state of the process. If the dataset has
+    ``__getitems__``, as in a plain DataLoader only that is called: for one sample at a time, or for all samples together if its
+    attribute ``deterministic`` is true or it returns something else than a list.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # not set yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __getitem__(self, key: SampleKey) -> Any:
-        return self.__getitems__([key])[0]
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
 
     def __getitems__(self, keys: list[SampleKey]) -> Any:
         """The samples of ``keys``, in that order."""
+        indices = [index for *_, index in keys]
         if getattr(self.dataset, "deterministic", False):
-            indices = [index for _, index in keys]
-            if hasattr(self.dataset, "__getitems__"):
-                return self.dataset.__getitems__(indices)
-            return [self.dataset[index] for index in indices]
-        samples = []
+            return self._read(indices)
+        samples: list[Any] = []
         with preserve_rng_state():
-            for epoch, index in keys:
-                seed_cpu(derive_seed(self.seed, epoch, index))
-                samples.append(self.dataset[index])
+            for seed, position, index in keys:
+                seed_cpu(derive_seed(seed, position))
+                sample = self._read([index])
+                if not isinstance(sample, list):
+                    return self._read(indices)
+                samples += sample
         return samples
+
+    def _read(self, indices: list[Any]) -> Any:
+        read_all = getattr(self.dataset, "__getitems__", None)
+        return read_all(indices) if read_all else [self.dataset[index] for index in indices]

@@ -1,42 +1,45 @@
 """Shard the batches of any DataLoader over the ranks of a run."""
 
 import functools
-import itertools
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, get_worker_info
 
-from lockstep.compat.torch import copy_data_loader
+from lockstep.compat.torch import InternalsDataLoader, add_base_class
 from lockstep.core import World
-from lockstep.data.sampling import EpochSampler, GlobalBatchSampler
+from lockstep.data.sampling import GlobalBatchSampler
 from lockstep.data.seeding import SeededDataset
 from lockstep.distributed import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
 
-class SkipFirstBatches:
-    """A loader that lockstep does not shard; its first iteration reads and drops the first ``batches`` batches."""
+class ShardedLoader(InternalsDataLoader):
+    """The class of a sharded DataLoader, besides its own class.
 
-    def __init__(self, loader: Any, batches: int) -> None:
-        self.loader, self._batches = loader, batches
+    Its attributes are those of the user's loader, and what the user sets there takes effect. Only its iterators see the
+    attributes that ``internals`` replaces.
+    """
+
+    global_batches: GlobalBatchSampler
+    blocked_signals: tuple[signal.Signals, ...]
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.global_batches)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # not set yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        batches, self._batches = self._batches, 0
-        return itertools.islice(iter(self.loader), batches, None)
+    def internals(self) -> dict[str, Any]:
+        return {
+            "dataset": SeededDataset(self.dataset),
+            "batch_sampler": self.global_batches,
+            # Without it, each epoch would draw the seed of the workers from the generator that drives dropout.
+            "generator": self.generator or torch.Generator(),
+            "worker_init_fn": functools.partial(_init_worker, self.worker_init_fn, self.blocked_signals),
+        }
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,29 @@ class DataSharding:
     seed: int
     _warned: set[str] = field(default_factory=set, compare=False)
 
-    def shard(self, loader: Any, name: str = "DataLoader", whole: bool = False) -> Any:
-        """A copy of ``loader`` with this rank's samples only, in the run's order; ``whole`` overrides its ``drop_last``.
+    def shard(
+        self,
+        loader: Any,
+        name: str = "DataLoader",
+        *,
+        is_training: bool = False,
+        keeps_last: bool = False,
+        epoch: Callable[[], int] = lambda: 0,
+    ) -> Any:
+        """A copy of ``loader``, a ``ShardedLoader``, with this rank's samples only, in the run's order.
 
         These are returned unchanged, with one warning if there are several ranks: a DataLoader of an IterableDataset, with
         its own batch sampler or a DistributedSampler, or with ``batch_size=None``. So is any other object.
 
+        Args:
+            loader: A DataLoader, or anything else.
+            name: The owner of the loader, for messages.
+            is_training, keeps_last, epoch: See ``GlobalBatchSampler``.
+
         Raises:
             UsageError: The ranks cannot share its batches; see ``GlobalBatchSampler``.
         """
-        if not isinstance(loader, DataLoader) or isinstance(loader.batch_sampler, GlobalBatchSampler):
+        if not isinstance(loader, DataLoader) or isinstance(loader, ShardedLoader):
             return loader
         if reason := _why_unsharded(loader):
             if self.world.size > 1 and self.world.is_rank_zero and reason not in self._warned:
@@ -64,24 +80,22 @@ class DataSharding:
                 remedy = f"it must give each of the {self.world.size} ranks different samples itself."
                 log.warning("%s is not sharded because it has %s: %s", name, reason, remedy)
             return loader
-        sampler = EpochSampler(loader.sampler, self.seed)  # type: ignore[arg-type]
-        assert loader.batch_size is not None
-        # A signal to a whole Slurm job must not kill the workers. Elsewhere they accept SIGTERM, with which torch ends them.
-        blocked = STOP_SIGNALS if self.world.launcher in ("slurm", "submitit") else (signal.SIGINT,)
-        return copy_data_loader(
-            loader,
-            dataset=SeededDataset(loader.dataset, self.seed),
-            sampler=sampler,
-            batch_sampler=GlobalBatchSampler(sampler, loader.batch_size, loader.drop_last and not whole, self.world, name),
-            # Without it, each epoch would draw the seed of the workers from the generator that drives dropout.
-            generator=loader.generator or torch.Generator(),
-            worker_init_fn=functools.partial(_init_worker, loader.worker_init_fn, blocked),
+        assert isinstance(loader.batch_sampler, BatchSampler)
+        sharded = add_base_class(loader, ShardedLoader)
+        sharded.global_batches = GlobalBatchSampler(
+            loader.batch_sampler, self.world, self.seed, is_training, keeps_last, epoch, name
         )
+        # A signal to a whole Slurm job must not kill the workers. Elsewhere they accept SIGTERM, with which torch ends them.
+        is_slurm = self.world.launcher in ("slurm", "submitit")
+        sharded.blocked_signals = STOP_SIGNALS if is_slurm else (signal.SIGINT,)
+        return sharded
 
 
 def _init_worker(own: Callable[[int], None] | None, blocked: tuple[signal.Signals, ...], worker: int) -> None:
-    """Block signals in a DataLoader worker, then call the loader's own ``worker_init_fn``."""
+    """Block signals in a DataLoader worker, show it the user's dataset, and call the loader's own ``worker_init_fn``."""
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    info: Any = get_worker_info()
+    object.__setattr__(info, "dataset", info.dataset.dataset)
     if own is not None:
         own(worker)
 
@@ -93,6 +107,6 @@ def _why_unsharded(loader: DataLoader[Any]) -> str | None:
         return "no batches (batch_size=None)"
     if type(loader.batch_sampler) is not BatchSampler:
         return f"its own batch sampler ({type(loader.batch_sampler).__name__})"
-    if isinstance(loader.sampler, DistributedSampler):
+    if isinstance(loader.batch_sampler.sampler, DistributedSampler):
         return "a DistributedSampler"
     return None

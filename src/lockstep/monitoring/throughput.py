@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lockstep.compat.lightning import is_accumulating, is_log_step
-from lockstep.data import GlobalBatchSampler
+from lockstep.data import current_batch
 
 
 class ThroughputMonitor(Callback):
@@ -56,7 +56,7 @@ class ThroughputMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._samples += _global_sample_count(trainer, batch, batch_idx)
+        self._samples += _global_sample_count(trainer, batch)
         if is_accumulating(trainer):
             return
         self._steps += 1
@@ -85,11 +85,11 @@ class ThroughputMonitor(Callback):
         self._grad_norm = None
 
 
-def _global_sample_count(trainer: Trainer, batch: Any, batch_idx: int) -> int:
+def _global_sample_count(trainer: Trainer, batch: Any) -> int:
     """Samples of all ranks in this batch; 0 if Lightning cannot count them."""
-    batches = getattr(trainer.train_dataloader, "batch_sampler", None)
-    if isinstance(batches, GlobalBatchSampler):
-        return batches.sample_count(batch_idx)
+    current = current_batch(trainer)
+    if current is not None and current.samples is not None:
+        return current.samples
     try:
         return extract_batch_size(batch) * trainer.world_size
     except MisconfigurationException:  # an unknown kind of batch must not end the run

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
-from lockstep.data import DataPosition, DataSharding, GlobalBatchSampler, SkipFirstBatches, derive_seed
+from lockstep.compat.lightning import set_sampler_epoch
+from lockstep.data import DataPosition, DataSharding, current_batch, derive_seed
 from lockstep.distributed import broadcast
 from lockstep.strategies.sharded_state import ShardedState, State, parameter_names
 
@@ -24,6 +24,11 @@ class ResumePoint:
     """What one rank needs to resume, beside Lightning's checkpoint.
 
     Attributes:
+        epoch: Number of the epoch, from 0.
+        positions: Position in each loader of training.
+        loaded_epochs: Epochs in which the loaders of training and of validation were requested; None: not yet.
+        validation_due: With ``val_check_interval`` as a time: whether a validation follows at once.
+        seconds_since_validation: Seconds of training since then.
         states: This rank's saved state; in a world of another size those of the ranks that it replaces, perhaps none.
         shared: The state of a rank, for what is equal on all ranks.
         seed: Seed for the random numbers of a rank that does not have exactly one state.
@@ -32,7 +37,11 @@ class ResumePoint:
         has_ended: Whether training had ended, with all of its hooks.
     """
 
-    position: DataPosition
+    epoch: int
+    positions: Sequence[DataPosition]
+    loaded_epochs: Sequence[int | None]
+    validation_due: bool
+    seconds_since_validation: float
     states: Sequence[State]
     shared: State
     seed: int
@@ -46,7 +55,6 @@ class LockstepStrategy(Strategy):
 
     sharding: DataSharding
     gradient_ready_order: list[int] | None = None
-    _resume_point: ResumePoint | None = None
     _sharded_state: ShardedState | None = None
 
     def broadcast(self, obj: T, src: int = 0) -> T:
@@ -60,13 +68,8 @@ class LockstepStrategy(Strategy):
         return self.lightning_module
 
     def resume_from(self, point: ResumePoint) -> None:
-        """Begin the fit at ``point``; training DataLoaders start there until ``finish_resume``."""
-        self._resume_point = point
+        """Begin the fit at ``point``."""
         self.gradient_ready_order = point.gradient_ready_order
-
-    def finish_resume(self) -> None:
-        """Start the DataLoaders of all further epochs at their first batch."""
-        self._resume_point = None
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
@@ -112,21 +115,23 @@ class LockstepStrategy(Strategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self.module.trainer
-        owner = type(getattr(trainer, "datamodule", None) or self.module).__name__
-        loader = self.sharding.shard(dataloader, owner, whole=trainer.predicting)
-        point = self._resume_point if trainer.training else None
-        if not (isinstance(loader, DataLoader) and isinstance(loader.batch_sampler, GlobalBatchSampler)):
-            return SkipFirstBatches(loader, point.position.batch) if point else loader
-        # Set the epoch now: Lightning does so only after the workers have begun to fetch.
-        loader.batch_sampler.epoch_sampler.set_epoch(point.position.epoch if point else trainer.current_epoch)
-        if point:
-            loader.batch_sampler.start = point.position
+        loader = self.sharding.shard(
+            dataloader,
+            type(getattr(trainer, "datamodule", None) or self.module).__name__,
+            is_training=trainer.training,
+            keeps_last=trainer.predicting,
+            epoch=lambda: trainer.current_epoch,
+        )
+        # Set the epoch of the user's sampler now: Lightning does so only after the workers have begun to fetch.
+        set_sampler_epoch(loader, trainer.current_epoch)
         return loader
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         trainer = self.module.trainer
-        batches = getattr(trainer.train_dataloader, "batch_sampler", None)
         # A weighted loss makes the mean over ranks the mean over samples.
-        if isinstance(batches, GlobalBatchSampler) and (weight := batches.rank_weight(trainer.fit_loop.batch_idx)) != 1:
+        weight = getattr(getattr(trainer, "datamodule", None), "rank_weight", None)
+        if weight is None and (batch := current_batch(trainer)) is not None:
+            weight = batch.weight
+        if weight is not None and weight != 1:
             closure_loss = closure_loss * weight
         return super().backward(closure_loss, optimizer, *args, **kwargs)

@@ -5,13 +5,17 @@ Differences from Lightning:
 - A run resumes at exactly the boundary that was saved: after a step, before the validation that may follow it. Lightning's
   own restarts repeat or skip steps, depending on where they were saved.
 - No broadcast at each step, for which the host would wait for the device. ``StopConsensus`` takes its place.
+- With ``val_check_interval`` as a time, the clock of rank zero decides for all ranks.
 - A clock measures how long the host waits for data.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lockstep.checkpoint import restore_state
 from lockstep.compat.lightning import (
@@ -20,9 +24,12 @@ from lockstep.compat.lightning import (
     LightningFitLoop,
     call_hooks,
     disable_signal_handlers,
+    is_accumulating,
     keep_dataloaders,
-    set_sampler_epoch,
+    training_loader,
 )
+from lockstep.data import TrainingLoader
+from lockstep.distributed import StopConsensus
 from lockstep.strategies import LockstepStrategy, ResumePoint
 
 
@@ -39,6 +46,9 @@ class EpochLoop(LightningEpochLoop):
     is_at_boundary = False
     data_wait_seconds = 0.0
     _fetch_start = 0.0
+    _validated_at: float | None = None
+    _validations = 0
+    _consensus: StopConsensus | None = None
 
     @property
     def done(self) -> bool:
@@ -53,8 +63,43 @@ class EpochLoop(LightningEpochLoop):
             self.is_at_boundary = False
             return
         super().advance(data_fetcher)
+        if self.validation_interval is not None and not is_accumulating(self.trainer):
+            self._decide_validation(self.validation_interval)
         if self.on_step_boundary is not None and (validates := self.validates_next(data_fetcher)) is not None:
             self.on_step_boundary(validates)
+
+    def on_run_start(self, data_fetcher: DataFetcher) -> None:
+        super().on_run_start(data_fetcher)
+        if self._validated_at is None:
+            self._validated_at = time.monotonic()
+
+    def _decide_validation(self, interval: float) -> None:
+        """Agree with all ranks whether a validation follows; every rank must call after each optimizer step."""
+        if self._consensus is None:
+            assert isinstance(self.trainer.strategy, LockstepStrategy)
+            self._consensus = StopConsensus(self.trainer.strategy.sharding.world)
+        is_time = self.trainer.is_global_zero and self.seconds_since_validation >= interval
+        # A number, so that a request is not fulfilled twice: its answer comes some steps later.
+        number = self._validations + 1
+        self.validation_due = self._consensus.poll(number if is_time else 0, save=False).stop == number
+
+    def after_validation(self) -> None:
+        self.validation_due = False
+        self._validations += 1
+        self._validated_at = time.monotonic()
+
+    @property
+    def seconds_since_validation(self) -> float:
+        return 0.0 if self._validated_at is None else time.monotonic() - self._validated_at
+
+    def resume_validation(self, is_due: bool, seconds: float) -> None:
+        """Continue as ``seconds`` after the newest validation; ``is_due``: with another one."""
+        self.validation_due, self._validated_at = is_due, time.monotonic() - seconds
+
+    def close(self) -> None:
+        """Wait for what the other ranks still need."""
+        if self._consensus is not None:
+            self._consensus.close()
 
     def before_fetch(self) -> None:
         self._fetch_start = time.perf_counter()
@@ -72,6 +117,7 @@ class FitLoop(LightningFitLoop):
     """
 
     resume_point: ResumePoint | None = None
+    _loaded_epochs: Sequence[int | None] = (None, None)  # before the restart
     on_end: Callable[[], None] | None = None
     epoch_loop: EpochLoop
 
@@ -82,6 +128,8 @@ class FitLoop(LightningFitLoop):
     def run(self) -> None:
         if (point := self.resume_point) is not None:
             self.clear_restarting()  # a restart in Lightning's sense would derive the position from the counters
+            self.epoch_loop.resume_validation(point.validation_due, point.seconds_since_validation)
+            self._loaded_epochs = point.loaded_epochs
             self.epoch_loop.is_at_boundary = not point.has_ended
             if point.has_ended:  # go on with the next epoch, if the limits of the run allow one
                 self._restore(point)
@@ -89,23 +137,61 @@ class FitLoop(LightningFitLoop):
         if self.on_end is not None:
             self.on_end()
 
+    def combine_loaders(self, request: Callable[[], Any]) -> CombinedLoader:
+        strategy, point = self.trainer.strategy, self.resume_point
+        assert isinstance(strategy, LockstepStrategy)
+        with self._epoch_of_loading(self._loaded_epochs[0]):
+            loaders = request()
+        return TrainingLoader(loaders, strategy.sharding, lambda: self.trainer.current_epoch, point.positions if point else ())
+
+    def setup_data(self) -> None:
+        super().setup_data()
+        train, val = self._loaded_epochs
+        if train is not None:
+            self.set_train_loaded_epoch(train)
+            self._loaded_epochs = None, val
+
+    def on_run_start(self) -> None:
+        _, val = self._loaded_epochs
+        if val is not None and self.trainer.val_dataloaders is None:
+            self.trainer.validating = True
+            with self._epoch_of_loading(val):
+                self.epoch_loop.val_loop.setup_data()
+            self.trainer.training = True
+        super().on_run_start()
+
+    @contextmanager
+    def _epoch_of_loading(self, epoch: int | None) -> Iterator[None]:
+        """Show the hooks that return loaders the epoch in which they were called before the restart."""
+        progress: Any = self.epoch_progress.current
+        current = progress.processed
+        progress.processed = current if epoch is None else epoch
+        try:
+            yield
+        finally:
+            progress.processed = current
+
     def on_advance_start(self) -> None:
         point = self.resume_point
         if point is None:
             super().on_advance_start()
             return
-        self.setup_data()
-        for loader in self.train_loaders:
-            set_sampler_epoch(loader, point.position.epoch)
         # Callbacks may allocate what they need here; the restored state undoes what they draw, count or log.
         call_hooks(self.trainer, "on_train_epoch_start")
+        if point.epoch > 0:  # but for the first epoch, workers start after these hooks, which may change the dataset
+            self.restart_iteration()
+        loader, _ = training_loader(self.trainer)
+        if isinstance(loader, TrainingLoader) and (done := loader.batches_done()) is not None:
+            self.set_completed_batches(done)
         self._restore(point)
 
     def _restore(self, point: ResumePoint) -> None:
         restore_state(self.trainer, point)
-        assert isinstance(self.trainer.strategy, LockstepStrategy)
-        self.trainer.strategy.finish_resume()
         self.resume_point = None
+
+    def on_run_end(self) -> None:
+        self.epoch_loop.close()
+        super().on_run_end()
 
 
 def replace_loops(trainer: Trainer) -> FitLoop:

@@ -5,6 +5,7 @@ stored as ``predictions``, those of a dict under their keys, those of a tuple as
 CPU memory and writes them to the run folder; rank zero merges them.
 """
 
+import operator
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lockstep.core import RunError, UsageError, World, atomic_write
-from lockstep.data import GlobalBatchSampler
+from lockstep.data import SampleKey, ShardedLoader
 from lockstep.distributed import broadcast_from_rank_zero
 from lockstep.trainer.context import RunContext
 
@@ -69,9 +70,8 @@ class PredictionWriter(Callback):
                 f"data: predict_dataloader returns {len(loaders)} loaders; "
                 "return one, with a ConcatDataset to predict several data sets."
             )
-        batch_sampler = getattr(loaders[0], "batch_sampler", None)
-        if isinstance(batch_sampler, GlobalBatchSampler):
-            self._batch_indices = ([index for _, index in batch] for batch in batch_sampler)
+        if isinstance(loaders[0], ShardedLoader):
+            self._batch_indices = ([_row(key) for key in batch] for batch in loaders[0].global_batches)
         elif self.world.size > 1:
             raise UsageError(
                 f"data: predict_dataloader chooses the samples of each of {self.world.size} ranks itself, in an unknown order; "
@@ -103,6 +103,15 @@ class PredictionWriter(Callback):
             except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
                 raise RunError(f"The predictions of rank {self.world.rank} cannot be written ({error}).") from error
         trainer.strategy.barrier("predictions")  # inside the loop, where the watchdog sees a rank that does not arrive
+
+
+def _row(key: SampleKey) -> int:
+    """The number of a sample in the data set; its position if the sampler yields something else than numbers."""
+    _, position, index = key
+    try:
+        return operator.index(index)
+    except TypeError:
+        return position
 
 
 def _name_outputs(outputs: Any) -> dict[str, Tensor]:

@@ -1,0 +1,179 @@
+"""The training data of a run: one loader or several, from any position in an epoch."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lockstep.compat.lightning import LightningCombinedLoader, split_combination, training_loader
+from lockstep.core import UsageError
+from lockstep.data.sampling import DataPosition
+from lockstep.data.seeding import RandomStream, derive_seed
+from lockstep.data.sharding import DataSharding, ShardedLoader
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What is known about a batch of training, which holds one batch of each loader.
+
+    Attributes:
+        positions: Position in each loader after the batch.
+        weight: This rank's share of the samples times the number of ranks.
+        samples: Samples of all ranks; None if a loader is not sharded.
+    """
+
+    positions: tuple[DataPosition, ...]
+    weight: float = 1.0
+    samples: int | None = 0
+
+
+class LoaderPasses:
+    """The passes of one epoch over a loader, from a position on; each iteration is one pass.
+
+    Attributes:
+        position: Position after the newest batch.
+        weight, samples: Those of the newest batch; see ``TrainingBatch``.
+    """
+
+    def __init__(self, loader: Any, position: DataPosition, sharding: DataSharding) -> None:
+        self.loader, self.position, self.sharding = loader, position, sharding
+        self.weight, self.samples = 1.0, None if not isinstance(loader, ShardedLoader) else 0
+        self._is_first = True
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._is_first:
+            self.position = DataPosition(self.position.epoch, self.position.cycle + 1)
+        self._is_first = False
+        if isinstance(self.loader, ShardedLoader):
+            with self.loader.global_batches.starting_at(self.position):
+                batches = iter(self.loader)
+            return self._count_samples(batches)
+        position, world = self.position, self.sharding.world
+        stream = RandomStream(derive_seed(self.sharding.seed, world.rank, position.epoch, position.cycle))
+        with stream.active():
+            batches = iter(self.loader)
+        return self._count_batches(batches, stream)
+
+    @property
+    def plan(self) -> tuple[int, int] | None:
+        """Samples of all ranks from the position on, and in a batch; None if the loader is not sharded."""
+        if not isinstance(self.loader, ShardedLoader):
+            return None
+        batches = self.loader.global_batches
+        left = (batches.samples or 0) - self.position.used
+        return left - left % batches.batch_size if batches.drop_last else left, batches.batch_size
+
+    def _count_samples(self, batches: Iterator[Any]) -> Iterator[Any]:
+        sampler = self.loader.global_batches
+        for batch in batches:
+            self.samples = sampler.size_after(self.position.used)
+            self.weight = sampler.rank_weight(self.samples)
+            self._advance(self.samples)
+            yield batch
+        self.samples, self.weight = 0, 1.0
+
+    def _count_batches(self, batches: Iterator[Any], stream: RandomStream) -> Iterator[Any]:
+        """The batches of a loader that is not sharded; those before the position are read and dropped."""
+        end = object()
+        with stream.active():
+            for _ in range(self.position.used):
+                next(batches, end)
+        while True:
+            with stream.active():
+                batch = next(batches, end)
+            if batch is end:
+                return
+            self._advance(1)
+            yield batch
+
+    def _advance(self, used: int) -> None:
+        self.position = replace(self.position, used=self.position.used + used)
+
+
+class TrainingLoader(LightningCombinedLoader):
+    """Combines the loaders of training as ``CombinedLoader`` does, starts each one at its position and reports on each batch.
+
+    Args:
+        loaders: What ``train_dataloader`` returns.
+        sharding: The run's.
+        epoch: Returns the number of the epoch.
+        start: Where iteration starts in the epoch of these positions, one for each loader; other epochs start at their
+            first batch.
+
+    Raises:
+        UsageError: The loaders cannot be combined in training, or ``start`` is of other loaders.
+    """
+
+    def __init__(
+        self, loaders: Any, sharding: DataSharding, epoch: Callable[[], int], start: Sequence[DataPosition] = ()
+    ) -> None:
+        super().__init__(*split_combination(loaders))
+        self.sharding, self.epoch, self.start = sharding, epoch, tuple(start)
+        self._passes: list[LoaderPasses] = []
+        self._batches: deque[TrainingBatch] = deque(maxlen=2)  # Lightning fetches one ahead if a loader has no length
+        if self.mode == "sequential":
+            raise UsageError(
+                "data: train_dataloader returns a CombinedLoader with mode 'sequential', which Lightning does not train with; "
+                "use a ConcatDataset, or mode 'max_size_cycle', 'max_size' or 'min_size'."
+            )
+        if self.start and len(self.start) != len(self.flattened):
+            raise UsageError(
+                f"data: train_dataloader returns {len(self.flattened)} loaders, but the checkpoint was saved with "
+                f"{len(self.start)}; resume with the same loaders."
+            )
+
+    def __iter__(self) -> "TrainingLoader":
+        epoch = self.epoch()
+        positions = [point if point.epoch == epoch else DataPosition(epoch) for point in self.start]
+        positions = positions or [DataPosition(epoch)] * len(self.flattened)
+        self._passes = [
+            LoaderPasses(loader, position, self.sharding) for loader, position in zip(self.flattened, positions, strict=True)
+        ]
+        self._check_weights()
+        self._batches.clear()
+        self._batches.append(TrainingBatch(tuple(positions)))
+        self.start_iteration(self._passes)
+        return self
+
+    def _check_weights(self) -> None:
+        """Raise UsageError if the ranks would need another weight for each loader."""
+        plans = [passes.plan for passes in self._passes]
+        for number, (passes, plan) in enumerate(zip(self._passes, plans, strict=True)):
+            rest = plan[0] % plan[1] if plan is not None and len(set(plans)) > 1 else 0
+            if rest % self.sharding.world.size:
+                raise UsageError(
+                    f"{passes.loader.global_batches.name}: the last batch of train loader {number + 1} of {len(plans)} has "
+                    f"{rest} samples, which {self.sharding.world.size} ranks cannot share evenly, and a loss over several "
+                    "loaders has one weight for all of them; set drop_last=True, or choose another batch_size."
+                )
+
+    def __next__(self) -> Any:
+        batch = super().__next__()
+        samples = [passes.samples for passes in self._passes]
+        total = None if None in samples else sum(filter(None, samples))
+        weight = next((passes.weight for passes in self._passes if passes.weight != 1), 1.0)
+        self._batches.append(TrainingBatch(tuple(passes.position for passes in self._passes), weight, total))
+        return batch
+
+    def newest(self, ahead: int) -> TrainingBatch:
+        """The batch that was delivered ``ahead`` batches before the newest one."""
+        return self._batches[max(-1 - ahead, -len(self._batches))]
+
+    def batches_done(self) -> int | None:
+        """The batches of the epoch before ``start``, as if all had the size that they have now; None if it is unknown."""
+        batches = [loader.global_batches for loader in self.flattened if isinstance(loader, ShardedLoader)]
+        if len(batches) < len(self.flattened) or any(each.samples is None for each in batches):
+            return None
+        left = [each.batches_left(at.used) if at.cycle == 0 else 0 for each, at in zip(batches, self.start, strict=True)]
+        return self.combine_counts([len(each) for each in batches]) - self.combine_counts(left)
+
+
+def current_batch(trainer: Trainer) -> TrainingBatch | None:
+    """The batch that ``trainer`` is training on or has trained on last; None without lockstep's loops."""
+    loader, ahead = training_loader(trainer)
+    return loader.newest(ahead) if isinstance(loader, TrainingLoader) else None
