@@ -16,7 +16,7 @@ class FaultCallback(Callback):
     """Injects a fault when a hook is called on one rank.
 
     Args:
-        action: A signal's name; or raise, exit, leave, sleep, allocate, wandb, pause, fill, empty, vanish, hang.
+        action: A signal's name; or raise, exit, leave, sleep, allocate, wandb, pause, fill, empty, vanish, hang, claim.
         marker: File that is created just before. Where it exists, nothing happens.
         hook: The hook.
         step: First optimizer step at which the fault may happen.
@@ -72,6 +72,12 @@ class FaultCallback(Callback):
                 os.fsync = lambda fd: time.sleep(1000)
             case "vanish":
                 (folder / "checkpoints").rename(folder / "gone")
+            case "claim":  # as another job does that takes this one for lost
+                from lockstep.runs import Owner, Run
+
+                Run(folder).claim_attempt(Owner(job="another"))
+                for name in ("result.json", "status.json"):
+                    (folder / name).write_text("{}")
             case name:
                 os.kill(os.getpid(), signal.Signals[name])
 

@@ -30,6 +30,12 @@ from lockstep.strategies import LockstepStrategy
 
 log = logging.getLogger(__name__)
 
+_OWNER_SECONDS = 1.0
+"""Time between two checks whether a newer attempt has claimed the run."""
+
+_SUPERSEDED = 128
+"""What ranks agree on instead of a signal, which is less, where a newer attempt has claimed the run."""
+
 _RETRY_MINUTES = 1.0
 """Time after which a failed save is repeated."""
 
@@ -44,12 +50,14 @@ class CheckpointCallback(Callback):
     def __init__(
         self,
         run: Run,
+        attempt: int,
         options: CheckpointOptions,
         throughput: ThroughputMonitor,
         signals: SignalReceiver,
         writer: CheckpointWriter | None,
     ) -> None:
-        self.run, self.options, self.throughput, self.signals, self.writer = run, options, throughput, signals, writer
+        self.run, self.attempt, self.options = run, attempt, options
+        self.throughput, self.signals, self.writer = throughput, signals, writer
         self.trainer: Trainer | None = None
         self.seconds_lost = 0.0
         self._consensus: StopConsensus | None = None
@@ -60,6 +68,7 @@ class CheckpointCallback(Callback):
         self._resumed: Progress | None = None
         self._scores_file = run.checkpoints / "scores.json"
         self._allocation_end = allocation_end_time()
+        self._next_owner_check = 0.0
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue the same run from its ``checkpoint``."""
@@ -90,6 +99,8 @@ class CheckpointCallback(Callback):
         trainer, consensus = self.trainer, self._consensus
         assert trainer is not None and consensus is not None
         decision = consensus.poll(self._stop_signal(trainer), self._wants_to_save(trainer))
+        if decision.stop == _SUPERSEDED:
+            raise self.run.superseded(self.attempt)
         step, every = trainer.global_step, self.options.every_n_steps
         # Several optimizers step in one batch, perhaps past the multiple.
         is_multiple = every is not None and step // every > self._boundary_step // every
@@ -216,6 +227,7 @@ class CheckpointCallback(Callback):
         elif math.isfinite(value):
             assert self.writer is not None
             self.writer.scores[trainer.global_step] = float(value)
+            self.run.check_owner(self.attempt)
             try:
                 atomic_write_json(self._scores_file, {str(step): score for step, score in self.writer.scores.items()})
             except OSError as error:
@@ -231,11 +243,22 @@ class CheckpointCallback(Callback):
             if self.writer is not None:
                 self.writer.wait(SHUTDOWN_SECONDS)
             raise Stopped(self.signals.received, trainer.global_step, together=False)
+        if self._is_superseded(trainer):
+            raise self.run.superseded(self.attempt)
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _raise_if_signalled
 
+    def _is_superseded(self, trainer: Trainer) -> bool:
+        """Whether a newer attempt has claimed the run; rank zero checks about once a second."""
+        if not trainer.is_global_zero or time.monotonic() < self._next_owner_check:
+            return False
+        self._next_owner_check = time.monotonic() + _OWNER_SECONDS
+        return self.run.is_superseded(self.attempt)
+
     def _stop_signal(self, trainer: Trainer) -> int:
-        """Number of the signal for which this rank wants to stop; 0 for none."""
+        """Number of the signal for which this rank wants to stop, or _SUPERSEDED; 0 for neither."""
+        if self._is_superseded(trainer):
+            return _SUPERSEDED
         if self.signals.received is not None:
             return int(self.signals.received)
         if self._allocation_end is not None and trainer.is_global_zero:

@@ -208,8 +208,7 @@ class CheckpointWriter:
                 raise RuntimeError(f"{name}: checksum mismatch after write")
         Manifest(progress, self.world.size, self.attempt, time.time(), files).write(hidden)
         fsync(hidden)
-        if self.run.newest_attempt != self.attempt:  # an older attempt may still run on a node that Slurm considers lost
-            raise RuntimeError("another attempt of this run has begun")
+        self.run.check_owner(self.attempt)  # this one may run on a node that Slurm considers lost
         if final.exists():  # damaged, or the run would have resumed from it
             shutil.rmtree(final)
         hidden.rename(final)

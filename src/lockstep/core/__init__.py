@@ -9,6 +9,7 @@ from lockstep.core.errors import (
     RunError,
     SaveError,
     Stopped,
+    Superseded,
     UsageError,
     did_you_mean,
 )

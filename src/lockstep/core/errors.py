@@ -42,6 +42,10 @@ class SaveError(RunError):
     is_permanent = False
 
 
+class Superseded(LockstepError):
+    """A newer attempt has claimed the run: this one stops, and writes nothing that attempts share. Exit status 1."""
+
+
 SIGNAL_EXIT_STATUSES = (130, 138, 140, 143)
 """Exit statuses of a run that SIGINT, SIGUSR1, SIGUSR2 or SIGTERM ended."""
 

@@ -25,15 +25,16 @@ class CsvMetricsLogger(Logger):
     Args:
         path: The file.
         step: Returns the number of optimizer steps done; Lightning's own step starts at 0.
+        check_owner: Called before each write; raises Superseded where this attempt must not write any more.
 
     Attributes:
         row_count: Number of rows logged so far in the run.
         latest: The latest value of every metric.
     """
 
-    def __init__(self, path: Path, step: Callable[[], int]) -> None:
+    def __init__(self, path: Path, step: Callable[[], int], check_owner: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self.path, self._step = path, step
+        self.path, self._step, self._check_owner = path, step, check_owner
         self.row_count = 0
         self.latest: dict[str, float] = {}
         self._columns: list[str] = []
@@ -83,6 +84,7 @@ class CsvMetricsLogger(Logger):
 
     def _append_pending(self) -> None:
         """Append all pending rows, or none of them."""
+        self._check_owner()
         names = dict.fromkeys(name for row in self._pending for name in row)
         if added := [name for name in names if name not in self._columns]:
             text = StringIO(newline="")

@@ -55,6 +55,7 @@ class StatusReporter(Callback):
         """Write ``status.json`` and a log line now."""
         if not trainer.is_global_zero:
             return
+        self.run.check_owner(self.attempt)
         self._next_report = time.monotonic() + _INTERVAL_SECONDS
         estimated = trainer.estimated_stepping_batches
         steps = None if math.isinf(estimated) or estimated < 0 else int(estimated)

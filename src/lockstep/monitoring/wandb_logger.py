@@ -37,6 +37,7 @@ class WandbRunLogger(WandbLogger):
 
     Args:
         step: Returns the number of optimizer steps done.
+        check_owner: Called before each row; raises Superseded where this attempt must not write any more.
 
     Attributes:
         row_count: Number of rows logged so far in the run.
@@ -45,8 +46,8 @@ class WandbRunLogger(WandbLogger):
 
     run: "wandb.Run | None" = None
 
-    def __init__(self, client: WandbClient, step: Callable[[], int]) -> None:
-        self._client, self._step = client, step
+    def __init__(self, client: WandbClient, step: Callable[[], int], check_owner: Callable[[], None] = lambda: None) -> None:
+        self._client, self._step, self._check_owner = client, step, check_owner
         self.row_count = self._sent_rows = 0
         self._has_failed = self._is_complete = False
         try:
@@ -138,6 +139,7 @@ class WandbRunLogger(WandbLogger):
 
     def _send(self, number: int, step: int, values: Mapping[str, float]) -> None:
         assert self.run is not None
+        self._check_owner()
         try:
             self.run.log({**values, "trainer/global_step": step}, step=number)
             self._sent_rows = number
@@ -160,11 +162,17 @@ def wandb_mode(options: WandbOptions, env: Mapping[str, str]) -> str:
 
 
 def start_wandb_logger(
-    run: Run, options: WandbOptions, config: Mapping[str, Any], world: World, step: Callable[[], int]
+    run: Run,
+    options: WandbOptions,
+    config: Mapping[str, Any],
+    world: World,
+    step: Callable[[], int],
+    check_owner: Callable[[], None],
 ) -> WandbRunLogger | None:
     """Start W&B on rank zero; return None on other ranks and if W&B is disabled.
 
-    W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` returns the optimizer steps done.
+    W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` and ``check_owner`` are those of
+    ``WandbRunLogger``.
     """
     mode = wandb_mode(options, os.environ)
     if mode == "disabled" or not world.is_rank_zero:
@@ -178,4 +186,4 @@ def start_wandb_logger(
         "slurm": {name: os.environ[name] for name in _SLURM_VARIABLES if name in os.environ},
         "versions": {name: version(name) for name in ("lockstep", "torch", "torchvision", "lightning")},
     }
-    return WandbRunLogger(WandbClient(run, options, {**config, "lockstep": facts}, mode == "online"), step)
+    return WandbRunLogger(WandbClient(run, options, {**config, "lockstep": facts}, mode == "online"), step, check_owner)

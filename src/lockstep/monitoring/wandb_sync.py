@@ -14,7 +14,7 @@ from lockstep.config import WandbOptions
 from lockstep.core import CommandLineParser, RunError, UsageError, World, setup_logging, wandb_api_key
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable
 from lockstep.monitoring.wandb_logger import WandbRunLogger
-from lockstep.runs import Owner, Run, RunResult
+from lockstep.runs import Run, RunResult
 from lockstep.slurm import is_owner_alive
 
 
@@ -25,7 +25,7 @@ def sync_run(run: Run) -> str:
         UsageError: The run is being trained, or W&B has no API key.
         RunError: W&B cannot be reached or does not accept the rows.
     """
-    if (owner := Owner.read(run.owner)) and is_owner_alive(owner, environ):
+    if run.living_owner(lambda owner: is_owner_alive(owner, environ)) is not None:
         raise UsageError(f"The run {run.folder} is being trained and sends missing rows itself; sync it after it has ended.")
     if wandb_api_key(environ) is None:
         raise UsageError("W&B has no API key on this machine; set WANDB_API_KEY or run wandb login.")

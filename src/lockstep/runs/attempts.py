@@ -23,6 +23,7 @@ class Attempt(Record):
         saved_step: Step of the newest checkpoint at its end; 0 before the first.
         step: Optimizer steps done, as far as is known.
         crashed: Whether neither Slurm nor a person ended it.
+        preempted: Whether Slurm ended it for reasons of its own: preempted, requeued, a node lost.
     """
 
     attempt: int
@@ -34,6 +35,7 @@ class Attempt(Record):
     saved_step: int
     step: int
     crashed: bool
+    preempted: bool = False
 
 
 def read_attempts(run: Run) -> list[Attempt]:

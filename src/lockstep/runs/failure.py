@@ -118,7 +118,7 @@ def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
 def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
     """Record in ``result.json`` why an attempt failed: rank zero may have had no time, or may not know."""
     result = RunResult.read(run.result)
-    if failure.is_interruption and result is not None:
+    if (failure.is_interruption and result is not None) or run.is_superseded(attempt):
         return
     status = "interrupted" if failure.is_interruption else "failed"
     result = result or RunResult(status, world_size=failure.world_size, attempts=attempt)

@@ -135,18 +135,37 @@ class RunProgress(Record):
 
 @dataclass(frozen=True)
 class Owner(Record):
-    """``owner.json``: the Slurm job, or else the process on a machine, that may write to a run."""
+    """``owner.json``: the Slurm job, or else the process on a machine, that may write to a run.
+
+    Attributes:
+        job: Id of the job, ``<array>_<task>`` for a run of a sweep.
+        restarts: How often Slurm had restarted the job: an older incarnation may still run on a node that Slurm has given up.
+        started: When the process started, in clock ticks since boot: another process may get its number later.
+        attempt: The attempt that it has claimed; does not count in comparisons.
+    """
 
     job: str | None = None
+    restarts: int = 0
     host: str | None = None
     pid: int | None = None
+    started: str | None = None
+    attempt: int = field(default=0, compare=False)
 
     @classmethod
     def this_process(cls) -> "Owner":
-        return cls(host=platform.node(), pid=os.getpid())
+        return cls.of_process(os.getpid())
+
+    @classmethod
+    def of_process(cls, pid: int) -> "Owner":
+        """The process ``pid`` of this machine, as it is now; without ``started`` if it does not run or cannot be seen."""
+        try:
+            started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        except OSError:
+            started = None
+        return cls(host=platform.node(), pid=pid, started=started)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.as_dict().items()) or "another process"
+        return f"job {self.job}" if self.job is not None else f"process {self.pid} on {self.host}"
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,27 @@
 """A run folder, ``<root>/<name>/<id>/``: one training, however often it restarts."""
 
+import errno
 import re
 import secrets
 import shlex
+import shutil
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lockstep.core import UsageError
+from lockstep.core import Superseded, UsageError
 from lockstep.runs.records import AttemptStart, GitState, LaunchRecord, Owner, RunProgress
 
 RUN_ID_PATTERN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}(-\d{3,})?")
 """The name of a run folder; the runs of a sweep have a number at the end."""
+
+
+_SILENT_SECONDS = 60.0
+"""Time without a new ``status.json`` after which an owner that cannot be queried counts as ended."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Run:
     launch = _Entry("launch.yaml")
     """``LaunchRecord``."""
     owner = _Entry("owner.json")
-    """``Owner``: who may write to the run."""
+    """``Owner`` of the newest attempt: who may write to the run."""
 
     @classmethod
     def create(cls, root: Path, name: str, identity: str | None = None) -> "Run":
@@ -105,29 +112,79 @@ class Run:
         """Name of the run in its config."""
         return self.folder.parent.name
 
+    def attempt_folder(self, attempt: int) -> Path:
+        """Folder of what only one attempt writes: logs, its failure, its owner."""
+        return self.folder / "logs" / str(attempt)
+
     def start_record(self, attempt: int) -> Path:
         """``AttemptStart`` of an attempt on Slurm."""
-        return self.folder / "logs" / str(attempt) / "start.json"
+        return self.attempt_folder(attempt) / "start.json"
 
     def log(self, attempt: int, rank: int) -> Path:
         """Log of one rank in one attempt; its folder is made."""
-        folder = self.folder / "logs" / str(attempt)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{rank}.log"
+        self.attempt_folder(attempt).mkdir(parents=True, exist_ok=True)
+        return self.attempt_folder(attempt) / f"{rank}.log"
 
-    def claim_attempt(self, owner: Owner, is_alive: Callable[[Owner], bool] = lambda owner: False) -> int:
-        """Claim the run before its ranks start; return the number of the attempt. UsageError if another owner has it."""
-        held, attempt = Owner.read(self.owner), 1 + self.newest_attempt
-        is_taken = held is not None and held != owner and is_alive(held)
+    def claim_attempt(self, owner: Owner, is_alive: Callable[[Owner], bool | None] = lambda owner: False) -> int:
+        """Claim the run before its ranks start, and return the number of the attempt; all older attempts have to stop.
+
+        Args:
+            is_alive: Whether an owner still runs; None if that cannot be known.
+
+        Raises:
+            UsageError: Another owner has the run.
+        """
+        attempt = self.newest_attempt
+        while True:
+            held = Owner.read(self.attempt_folder(attempt) / self.owner.name)
+            if held is not None and held != owner and self._is_held(is_alive(held)):
+                raise UsageError(f"The run {self.folder} is being trained by {held}; end that first.")
+            attempt += 1
+            claim = replace(owner, attempt=attempt)
+            if self._create_attempt(claim):
+                claim.write(self.owner)
+                return attempt
+
+    def living_owner(self, is_alive: Callable[[Owner], bool | None]) -> Owner | None:
+        """The owner, if it still runs; ``is_alive`` is that of ``claim_attempt``."""
+        held = Owner.read(self.owner)
+        return held if held is not None and self._is_held(is_alive(held)) else None
+
+    def _is_held(self, is_alive: bool | None) -> bool:
+        """Whether the owner may still write; one that cannot be queried is judged by its last ``status.json``."""
+        if is_alive is not None:
+            return is_alive
+        return self.status.exists() and time.time() - self.status.stat().st_mtime < _SILENT_SECONDS
+
+    def _create_attempt(self, claim: Owner) -> bool:
+        """Create the folder of an attempt with its owner in it, atomically; return False if another process was faster."""
+        folder = self.attempt_folder(claim.attempt)
+        temporary = Path(tempfile.mkdtemp(prefix=".claim-", dir=folder.parent))
         try:
-            if not is_taken:
-                (self.folder / "logs" / str(attempt)).mkdir()
-        except FileExistsError:  # claimed in this very moment
-            held, is_taken = Owner.read(self.owner), True
-        if is_taken:
-            raise UsageError(f"The run {self.folder} is being trained by {held or Owner()}; end that first.")
-        owner.write(self.owner)
-        return attempt
+            claim.write(temporary / self.owner.name)
+            temporary.rename(folder)  # fails where the folder has a file in it, and each one has
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return True
+
+    def is_superseded(self, attempt: int) -> bool:
+        """Whether a newer attempt has claimed the run."""
+        held = Owner.read(self.owner)  # opened, so that it is new on NFS too, which may hide a new folder for half a minute
+        return (held is not None and held.attempt > attempt) or self.attempt_folder(attempt + 1).exists()
+
+    def check_owner(self, attempt: int) -> None:
+        """Raise Superseded if a newer attempt has claimed the run: call it before writing what attempts share."""
+        if self.is_superseded(attempt):
+            raise self.superseded(attempt)
+
+    def superseded(self, attempt: int) -> Superseded:
+        """The error of an attempt after which the run was claimed again."""
+        who = Owner.read(self.owner) or "another process"
+        return Superseded(f"{who} has claimed the run {self.folder}: attempt {attempt} stops and writes nothing more.")
 
     @property
     def newest_attempt(self) -> int:
@@ -173,6 +230,6 @@ def git_state(folder: Path) -> GitState | None:
 
 
 def update_status(run: Run, status: str) -> None:
-    """Change ``status`` in ``status.json``, where there is one, and keep the rest."""
+    """Change ``status`` in ``status.json``, where there is one, and keep the rest; the caller must own the run."""
     if progress := RunProgress.read(run.status):
         replace(progress, status=status).write(run.status)

@@ -1,19 +1,22 @@
-"""The Slurm client: query squeue, sacct and scontrol, and parse the answers."""
+"""The Slurm client: query squeue and sacct, and parse the answers."""
 
 import os
 import platform
-import re
 import shutil
 import subprocess
-import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.core import UsageError
 from lockstep.runs import JobState, Owner
 
-SLURM_TIMEOUT_SECONDS = 600.0
-"""How long a running job retries while Slurm does not answer."""
+RUNNING_JOBS = (
+    *("--me", "--array", "--noheader", "--states=RUNNING,SUSPENDED"),
+    "--Format="
+    + ",".join(f"{name}:|" for name in ("ArrayJobID", "ArrayTaskID", "JobID", "RestartCnt", "EndTime", "PreemptTime")),
+)
+"""Arguments of squeue that list the user's running jobs for ``parse_running_jobs``, with SLURM_TIME_FORMAT=%s."""
 
 
 def check_slurm_conf(env: Mapping[str, str]) -> None:
@@ -34,23 +37,47 @@ def _has_command(name: str, env: Mapping[str, str]) -> bool:
     return shutil.which(name, path=env.get("PATH")) is not None
 
 
-def is_owner_alive(owner: Owner, env: Mapping[str, str], timeout: float = 0.0) -> bool:
-    """Whether the owner of a run, a Slurm job or a process on this machine, is still running.
+@dataclass(frozen=True)
+class RunningJob:
+    """A job that runs, or is suspended.
 
-    While Slurm does not answer, it retries for ``timeout`` seconds; after that the owner counts as alive.
+    Attributes:
+        restarts: How often Slurm has restarted it.
+        end: When its allocation ends, in seconds since 1970; 0 without an end.
+        is_preempted: Whether Slurm has begun to preempt it.
     """
+
+    restarts: int
+    end: int
+    is_preempted: bool
+
+
+def parse_running_jobs(text: str) -> dict[str, RunningJob]:
+    """Parse what squeue has printed for RUNNING_JOBS: each job by its id, ``<array>_<task>`` for a run of a sweep."""
+    jobs = {}
+    for line in text.splitlines():
+        array, task, job, restarts, end, preempted, *_ = line.split("|")
+        # The last run of an array has the id of the whole array as its own.
+        name = f"{array}_{task}" if task != "N/A" else job
+        jobs[name] = RunningJob(int(restarts), int(end) if end.isdigit() else 0, preempted.isdigit())
+    return jobs
+
+
+def is_owner_alive(owner: Owner, env: Mapping[str, str]) -> bool | None:
+    """Whether the owner of a run, a Slurm job or a process on this machine, still runs; None if that cannot be known."""
     if owner.job is None:
-        return owner.host == platform.node() and Path("/proc", str(owner.pid)).exists()
+        is_here = owner.host == platform.node() and owner.started is not None
+        return owner == Owner.of_process(owner.pid or 0) if is_here else None
     if not _has_command("squeue", env):
-        return False
-    deadline = time.monotonic() + timeout
-    while True:
-        answer = query_slurm(["squeue", "--all", "--noheader", f"--jobs={owner.job}", "--Format=State"], env)
-        if answer.returncode == 0 or "Invalid job id" in answer.stderr:  # Slurm has forgotten the job
-            return answer.stdout.strip() in ("RUNNING", "SUSPENDED")
-        if time.monotonic() > deadline:
-            return True
-        time.sleep(2)
+        return None
+    answer = query_slurm(["squeue", *RUNNING_JOBS], {**env, "SLURM_TIME_FORMAT": "%s"})
+    return None if answer.returncode else is_running(owner, parse_running_jobs(answer.stdout))
+
+
+def is_running(owner: Owner, jobs: Mapping[str, RunningJob]) -> bool:
+    """Whether ``jobs`` has the job of an owner, in this incarnation."""
+    found = jobs.get(owner.job or "")
+    return found is not None and found.restarts == owner.restarts
 
 
 def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobState], str]:
@@ -68,10 +95,8 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
     states: dict[str, JobState] = {}
     for line in answer.stdout.splitlines():
         job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, *_ = line.split("|")
-        status = os.waitstatus_to_exitcode(int(code)) if code.isdigit() else 0
         name = f"{array}_{task}" if task != "N/A" else job
-        exit_status = status if status >= 0 else 128 - status
-        states[name] = JobState(state, reason, start, elapsed, limit, nodes, exit_status, int(restarts))
+        states[name] = JobState(state, reason, start, elapsed, limit, nodes, _exit_status(code), int(restarts))
     return _query_accounting(ids - set(states), env) | states, ""
 
 
@@ -85,36 +110,14 @@ def _query_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, JobSta
     states: dict[str, JobState] = {}
     for line in query_slurm(command, env).stdout.splitlines():
         job, state, reason, start, elapsed, limit, nodes, code = line.split("|")
-        status, _, signal = code.partition(":")
-        exit_status = int(status) or (128 + int(signal) if signal and int(signal) else 0)
-        states[job] = JobState(state.split()[0], reason, start, elapsed, limit, nodes, exit_status)
+        states[job] = JobState(state.split()[0], reason, start, elapsed, limit, nodes, _exit_status(code))
     return states
 
 
-def cancel_steps(job: str, env: Mapping[str, str]) -> None:
-    """Cancel the ranks that outlive a killed srun, so that they do not train beside those of the next attempt."""
-    own = f"{job}.{env.get('SLURM_STEP_ID', '')}"
-    deadline = time.monotonic() + SLURM_TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        answer = query_slurm(["squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i"], env)
-        left = [step for step in answer.stdout.split() if step.rpartition(".")[2].isdigit() and step != own]
-        if answer.returncode == 0 and not left:
-            return
-        if left:
-            query_slurm(["scancel", *left], env)
-        time.sleep(0.5)
-
-
-def allocation_end(job: str, env: Mapping[str, str]) -> int:
-    """When the allocation of a job ends, in seconds since 1970; 0 if it has no end."""
-    answer = query_slurm(["squeue", "--all", "--noheader", f"--jobs={job}", "--Format=EndTime"], env)
-    try:
-        return int(time.mktime(time.strptime(answer.stdout.strip(), "%Y-%m-%dT%H:%M:%S")))
-    except ValueError:
-        return 0
-
-
-def is_preempted(job: str, env: Mapping[str, str]) -> bool:
-    """Whether Slurm has begun to preempt the job."""
-    answer = query_slurm(["scontrol", "--oneliner", "show", "job", job], env)
-    return re.search(r" PreemptTime=(?!None)\S", answer.stdout) is not None
+def _exit_status(code: str) -> int:
+    """The exit status in ``status:signal``, or in the wait status that squeue prints before Slurm 23.02."""
+    status, colon, signal = code.partition(":")
+    if not colon:
+        waited = os.waitstatus_to_exitcode(int(code)) if code.isdigit() else 0
+        return waited if waited >= 0 else 128 - waited
+    return int(status) or (128 + int(signal) if int(signal) else 0)

@@ -10,11 +10,14 @@ from lockstep.runs import Attempt, Run
 RESTART, REQUEUE = "restart", "requeue"
 """What the supervisor prints: restart in this allocation, or wait for another one."""
 
+ASK_AGAIN = 75
+"""Exit status of the supervisor where it needs a newer answer of Slurm (EX_TEMPFAIL of sysexits.h)."""
+
 _SAME_FAILURE_LIMIT = 2
 """Attempts in a row with the same step and reason after which the run is given up."""
 
 _NO_PROGRESS_LIMIT = 25
-"""Crashes in a row without a new checkpoint after which the run is given up."""
+"""Attempts in a row without a new checkpoint after which the run is given up, except those that Slurm itself ended."""
 
 
 def reason_to_give_up(run: Run, ended: Sequence[Attempt], is_explained: bool) -> str:
@@ -30,7 +33,8 @@ def reason_to_give_up(run: Run, ended: Sequence[Attempt], is_explained: bool) ->
         return (
             f"It has failed {_SAME_FAILURE_LIMIT} times in a row after the checkpoint of step {last.saved_step}: {last.reason}"
         )
-    if len(same_step) >= _NO_PROGRESS_LIMIT and all(same_step[-_NO_PROGRESS_LIMIT:]):
+    counted = [attempt for attempt in ended if not attempt.preempted][-_NO_PROGRESS_LIMIT:]
+    if len(counted) == _NO_PROGRESS_LIMIT and all(attempt.saved_step == last.saved_step for attempt in counted):
         many = f"{_NO_PROGRESS_LIMIT} attempts in a row have saved no checkpoint after step {last.saved_step}"
         return f"{many}; the last: {last.reason}"
     return ""

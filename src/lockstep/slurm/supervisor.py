@@ -1,8 +1,11 @@
 """The supervisor of a Slurm job, which its batch script calls before and after each attempt, outside of srun.
 
-``python -m lockstep.slurm.supervisor FOLDER start`` claims an attempt and prints its number and when the allocation ends.
+``python -m lockstep.slurm.supervisor FOLDER start [SEEN]`` claims an attempt and prints its number and when the job ends.
 ``… FOLDER finish STATUS`` records the attempt and prints what follows: ``restart`` (in this allocation), ``requeue`` (wait for
 another one), or the exit status of the job.
+
+It may run in a container, which has no command of Slurm: both read from standard input what squeue has printed for
+``client.RUNNING_JOBS``, with a last line ``end`` if Slurm has answered.
 """
 
 import os
@@ -10,19 +13,66 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lockstep.compat.submitit import load_task
 from lockstep.core import LockstepError
 from lockstep.runs import AttemptStart, Owner, Run, RunProgress, RunResult, attempts, endings, read_first_failure, update_status
-from lockstep.slurm.client import SLURM_TIMEOUT_SECONDS, allocation_end, cancel_steps, is_owner_alive, is_preempted
-from lockstep.slurm.restart_policy import REQUEUE, RESTART, reason_to_give_up
+from lockstep.slurm.client import RunningJob, is_owner_alive, is_running, parse_running_jobs
+from lockstep.slurm.restart_policy import ASK_AGAIN, REQUEUE, RESTART, reason_to_give_up
 
 
-def start(run: Run, slurm: Path, env: Mapping[str, str]) -> int:
+class UnknownOwner(Exception):
+    """Another job has claimed ``attempt``, perhaps after Slurm was queried: query it again."""
+
+    def __init__(self, attempt: int) -> None:
+        super().__init__(attempt)
+        self.attempt = attempt
+
+
+@dataclass(frozen=True)
+class SlurmView:
+    """What the batch script has found out from Slurm.
+
+    Attributes:
+        me: This job.
+        jobs: The user's running jobs; None if Slurm has not answered.
+        seen: The newest attempt that was known before the query.
+    """
+
+    me: Owner
+    jobs: Mapping[str, RunningJob] | None
+    seen: int = 0
+
+    @classmethod
+    def parse(cls, text: str, env: Mapping[str, str], seen: int = 0) -> "SlurmView":
+        """Build it from the environment of the job, and from what its batch script has written to standard input."""
+        me = Owner(job=env["LOCKSTEP_JOB"], restarts=int(env.get("SLURM_RESTART_COUNT", "0")))
+        *lines, end = text.splitlines() or [""]
+        return cls(me, parse_running_jobs("\n".join(lines)) if end == "end" else None, seen)
+
+    @property
+    def my_job(self) -> RunningJob | None:
+        """This job, while it runs."""
+        return (self.jobs or {}).get(self.me.job or "")
+
+    def is_alive(self, owner: Owner, env: Mapping[str, str]) -> bool | None:
+        """Whether an owner still runs; one counts as alive while Slurm does not answer. Raises UnknownOwner."""
+        if owner.job is None:
+            return is_owner_alive(owner, env)
+        if owner.job == self.me.job:
+            return owner.restarts > self.me.restarts
+        if self.jobs is None or is_running(owner, self.jobs):
+            return True
+        if owner.attempt != self.seen:
+            raise UnknownOwner(owner.attempt)
+        return False
+
+
+def start(run: Run, slurm: Path, view: SlurmView, env: Mapping[str, str]) -> int:
     """Claim the next attempt for this job and return its number; UsageError if another job has the run."""
-    number = run.claim_attempt(Owner(job=env["SLURM_JOB_ID"]), lambda owner: is_owner_alive(owner, env, SLURM_TIMEOUT_SECONDS))
+    number = run.claim_attempt(view.me, lambda owner: view.is_alive(owner, env))
     output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
     printed = output.stat().st_size if output.exists() else 0
     AttemptStart(env["LOCKSTEP_JOB"], time.time(), printed).write(run.start_record(number))
@@ -30,9 +80,11 @@ def start(run: Run, slurm: Path, env: Mapping[str, str]) -> int:
     return number
 
 
-def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | int:
+def finish(run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str, str]) -> str | int:
     """Record how the attempt ended; return 0 if the run is finished, RESTART, REQUEUE, or the exit status of the run."""
-    number, job = run.newest_attempt, env["SLURM_JOB_ID"]
+    number, mine = int(env["LOCKSTEP_ATTEMPT"]), view.my_job
+    if run.is_superseded(number):  # the new owner records this attempt
+        return status or 1
     result, failure = RunResult.read(run.result), read_first_failure(run, number)
     if result is not None and result.attempts != number and not result.is_finished:
         result = None  # that of the attempt before
@@ -40,7 +92,7 @@ def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | 
     start, progress = AttemptStart.read(run.start_record(number)), RunProgress.read(run.status)
     attempt = attempts.Attempt(
         attempt=number,
-        job=job,
+        job=env["LOCKSTEP_JOB"],
         reason=ending.reason,
         exit_status=status,
         started_at=start.time if start is not None else 0.0,
@@ -48,21 +100,21 @@ def finish(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> str | 
         saved_step=run.latest_saved_step,
         step=(result and result.global_step) or (progress.step if progress is not None else 0),
         crashed=not (ending.is_finished or ending.is_interrupted),
+        preempted=ending.is_interrupted and mine is not None and mine.is_preempted,
     )
     ended = [*attempts.read_attempts(run), attempt]
     attempts.append_attempt(run, attempt)
-    if status > 128:
-        cancel_steps(job, env)
     if ending.is_finished:
         return 0
     if failure is not None and failure.is_permanent:
         return _give_up(run, status, "")
-    if not is_owner_alive(Owner(job=job), env, SLURM_TIMEOUT_SECONDS):
+    if view.jobs is not None and not is_running(view.me, view.jobs):
         return status or 1  # cancelled, or Slurm requeues it by itself
-    if ending.is_interrupted:  # preempted, out of time, or ended by a person
-        return REQUEUE if ending.exit_status == 128 + signal.SIGUSR2 or is_preempted(job, env) else RESTART
-    why = reason_to_give_up(run, ended, ending.is_explained)
-    return _give_up(run, status, why) if why else RESTART
+    if attempt.preempted:
+        return REQUEUE
+    if why := reason_to_give_up(run, ended, ending.is_explained):
+        return _give_up(run, status, why)
+    return REQUEUE if ending.is_interrupted and ending.exit_status == 128 + signal.SIGUSR2 else RESTART
 
 
 def _record_lost_attempts(run: Run, newest: int) -> None:
@@ -84,6 +136,7 @@ def _record_lost_attempts(run: Run, newest: int) -> None:
             saved_step=run.latest_saved_step,
             step=progress.step if progress is not None else 0,
             crashed=False,
+            preempted=True,
         )
         attempts.append_attempt(run, attempt)
 
@@ -99,15 +152,20 @@ def _give_up(run: Run, status: int, why: str) -> int:
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run ``FOLDER start`` or ``FOLDER finish STATUS`` and return the exit status."""
+    """Run ``FOLDER start [SEEN]`` or ``FOLDER finish STATUS`` and return the exit status."""
     slurm, what, *rest = Path(arguments[0]), *arguments[1:]
     try:
         run = Run(load_task(slurm / f"{env['LOCKSTEP_JOB']}_submitted.pkl").folder)
+        jobs = sys.stdin.read()
         if what == "start":
-            print(start(run, slurm, env), allocation_end(env["SLURM_JOB_ID"], env))
+            view = SlurmView.parse(jobs, env, *map(int, rest))
+            print(start(run, slurm, view, env), view.my_job.end if view.my_job is not None else 0)
         else:
-            print(finish(run, slurm, int(rest[0]), env))
+            print(finish(run, slurm, int(rest[0]), SlurmView.parse(jobs, env), env))
         return 0
+    except UnknownOwner as unknown:
+        print(unknown.attempt)
+        return ASK_AGAIN
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status

@@ -47,7 +47,12 @@ def run_prediction(
         raise RunError(
             "predict_dataloader gave no batch, so there are no predictions; check the data and trainer.limit_predict_batches."
         )
-    return broadcast_from_rank_zero(lambda: _merge_predictions(writer.folder, world.size, run.predictions), world)
+
+    def merge() -> int:
+        run.check_owner(context.attempt)
+        return _merge_predictions(writer.folder, world.size, run.predictions)
+
+    return broadcast_from_rank_zero(merge, world)
 
 
 class PredictionWriter(Callback):

@@ -80,9 +80,12 @@ class TrainingSession:
         setup_logging(context.world, context.run.log(context.attempt, 0))
         try:
             if context.world.is_rank_zero:
+                self._check_owner()
                 self._config_text = dump_config(context.parser, context.config)
                 atomic_write_text(context.run.config, self._config_text)
             result = self._execute()
+            if context.world.is_rank_zero:
+                self._check_owner()
         except BaseException as error:
             raised = _normalize(error)
             failure = Failure.from_exception(raised, context.world)
@@ -116,7 +119,7 @@ class TrainingSession:
             is_preempted = True
             raise
         finally:
-            if self.wandb is not None:
+            if self.wandb is not None and not context.run.is_superseded(context.attempt):
                 self.wandb.close(0 if is_finished else 1, is_preempted)
 
     def _train(self, nvme_folder: Path | None) -> RunResult:
@@ -131,8 +134,9 @@ class TrainingSession:
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)
         check_callbacks(objects.trainer.callbacks, strategy)
         content = load_yaml(self._config_text)
-        self.wandb = start_wandb_logger(context.run, config.wandb, content, context.world, self.global_step)
-        loggers = [CsvMetricsLogger(context.run.metrics, self.global_step), *([self.wandb] if self.wandb is not None else [])]
+        self.wandb = start_wandb_logger(context.run, config.wandb, content, context.world, self.global_step, self._check_owner)
+        csv_logger = CsvMetricsLogger(context.run.metrics, self.global_step, self._check_owner)
+        loggers = [csv_logger, *([self.wandb] if self.wandb is not None else [])]
         self.trainer, self.checkpoints = build_trainer(
             context, objects.trainer, strategy, loggers, self.throughput, self.signals
         )
@@ -234,6 +238,10 @@ class TrainingSession:
         assert self.checkpoints is not None
         return not is_connection_loss(error) and self.checkpoints.joins_all_ranks(_JOIN_SECONDS)
 
+    def _check_owner(self) -> None:
+        """Raise Superseded if a newer attempt has claimed the run."""
+        self.context.run.check_owner(self.context.attempt)
+
     def global_step(self) -> int:
         """Optimizer steps done."""
         return self.trainer.global_step if self.trainer is not None else 0
@@ -252,7 +260,7 @@ class TrainingSession:
     def _write(self, result: RunResult) -> None:
         """Write the result on rank zero, with the cause that the first failed rank recorded."""
         run = self.context.run
-        if not self.context.world.is_rank_zero:
+        if not self.context.world.is_rank_zero or run.is_superseded(self.context.attempt):
             return
         failure = read_first_failure(run, self.context.attempt)
         if not result.is_finished and failure is not None and failure.is_cause:

@@ -31,9 +31,30 @@ export NCCL_DEBUG="$LOCKSTEP_ENV_NCCL_DEBUG"
 # Replaces srun below. After each attempt the supervisor decides: finish, restart or requeue.
 supervisor() { command srun --overlap --nodes=1 --ntasks=1 --container-image=/shared/images/lockstep.sqsh --container-mounts=/home/user/project:/home/user/project,/datasets:/datasets --container-workdir=/home/user/project python -m lockstep.slurm.supervisor /home/user/project/runs/digits/20260101-000000-abcd/slurm "$@"; }
 retry() { [ $((retries += 1)) -le 60 ] && sleep 10; }  # for ten minutes: a full disk, no slurmctld, a killed supervisor
+# Slurm is queried here, because an image has none of its commands.
+query() ( unset "${!SQUEUE_@}" SLURM_CLUSTERS; export SLURM_TIME_FORMAT=%s; squeue "$@" 2>/dev/null )
+running_jobs() {
+  for _ in {1..300}; do query --me --array --noheader --states=RUNNING,SUSPENDED '--Format=ArrayJobID:|,ArrayTaskID:|,JobID:|,RestartCnt:|,EndTime:|,PreemptTime:|' && echo end && return; sleep 2; done
+}
+cancel_steps() {  # ranks that outlive a killed srun must not train beside those of the next attempt
+  for _ in {1..1200}; do
+    if steps=$(query --steps --noheader --jobs="$LOCKSTEP_JOB" --format=%i); then
+      steps=$(grep '[.][0-9][0-9]*$' <<<"$steps") || return 0
+      scancel $steps
+    fi
+    sleep 0.5
+  done
+}
 srun() {
+  retries=0 seen=
   while :; do
-    attempt=$(supervisor start) || { [ $? -eq 2 ] && return 2; retry || return 1; continue; }
+    attempt=$(running_jobs | supervisor start $seen)
+    case $? in
+      0) ;;
+      2) return 2 ;;
+      75) seen=$attempt; continue ;;  # another job has claimed the run before: ask Slurm whether that one runs
+      *) retry || return 1; continue ;;
+    esac
     LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
     # Port of the rendezvous on the first node: random, so that nobody can guess it, and the next one while it is in use.
     MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
@@ -42,11 +63,13 @@ srun() {
     done
     export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS MASTER_PORT
     command srun "$@"
-    decision=$(supervisor finish $?)
+    status=$?
+    [ $status -le 128 ] || cancel_steps
+    decision=$(running_jobs | supervisor finish $status)
     case $decision in
       restart) retries=0 ;;
       '') retry || return 1 ;;  # the supervisor was killed
-      requeue) until scontrol requeue "$SLURM_JOB_ID"; do retry || return 1; done; sleep 600; return 1 ;;
+      requeue) until scontrol requeue "$LOCKSTEP_JOB"; do retry || return 1; done; sleep 600; return 1 ;;
       *) return $decision ;;
     esac
   done

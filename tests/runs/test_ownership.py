@@ -1,0 +1,138 @@
+"""One owner: simultaneous claims of a run, owners that have ended, and attempts whose run another owner has claimed.
+
+Cheapest first: files alone, then processes that claim, then trainings that lose their run.
+"""
+
+import multiprocessing
+import os
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.faults import fault
+from support.runs import Launch
+
+from lockstep.core import Superseded, UsageError
+from lockstep.runs import Failure, Owner, Run, RunProgress, RunResult, write_failed_result
+from lockstep.slurm import is_owner_alive
+
+ROUNDS, CLAIMANTS = 200, 6
+
+
+def claim(run: Run, owner: Owner) -> int | None:
+    """The attempt that ``owner`` gets; None where another owner has the run."""
+    try:
+        return run.claim_attempt(owner, lambda other: is_owner_alive(other, {"PATH": ""}))
+    except UsageError:
+        return None
+
+
+def claim_all(runs: list[Run], start: Any, results: Any) -> None:
+    """Claim one run after another, each at the same moment as all other processes, and stay alive until all have claimed."""
+    won = []
+    for run in runs:
+        start.wait()
+        won.append(claim(run, Owner.this_process()))
+    start.wait()
+    results.send(won)
+
+
+def test_of_many_processes_that_claim_a_run_at_once_one_gets_it(tmp_path: Path) -> None:
+    runs = [Run.create(tmp_path, "x", str(number)) for number in range(ROUNDS)]
+    context = multiprocessing.get_context("fork")
+    start, pipes, processes = context.Barrier(CLAIMANTS), [], []
+    for _ in range(CLAIMANTS):
+        receiver, sender = context.Pipe(duplex=False)
+        processes.append(context.Process(target=claim_all, args=(runs, start, sender)))
+        processes[-1].start()
+        sender.close()
+        pipes.append(receiver)
+    claims = [pipe.recv() for pipe in pipes if wait([pipe])]
+    for process in processes:
+        process.join()
+    owners = [[attempt for attempt in attempts if attempt is not None] for attempts in zip(*claims, strict=True)]
+    assert owners == [[1]] * ROUNDS
+    assert not list(tmp_path.glob("*/*/logs/.claim-*"))
+
+
+def test_an_owner_that_has_ended_is_replaced_and_its_process_number_may_be_used_again(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "x")
+    gone = multiprocessing.get_context("fork").Process(target=lambda: claim(run, Owner.this_process()))
+    gone.start()
+    gone.join()
+    assert claim(run, Owner.this_process()) == 2
+    assert claim(run, Owner(job="7")) is None
+    other = Run.create(tmp_path, "y")
+    same_number = Owner(host=Owner.this_process().host, pid=os.getpid(), started="1")
+    assert (claim(other, same_number), claim(other, Owner.this_process())) == (1, 2)
+
+
+@pytest.mark.parametrize("owner", [Owner(job="7"), Owner(host="elsewhere", pid=1, started="1")])
+def test_an_owner_that_cannot_be_queried_lives_while_it_reports(tmp_path: Path, owner: Owner) -> None:
+    run = Run.create(tmp_path, "x")
+    assert claim(run, owner) == 1
+    RunProgress("training").write(run.status)
+    assert claim(run, Owner.this_process()) is None
+    assert run.living_owner(lambda owner: None) == owner
+    long_ago = time.time() - 600
+    os.utime(run.status, (long_ago, long_ago))
+    assert claim(run, Owner.this_process()) == 2
+
+
+def test_a_superseded_attempt_writes_no_result(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "x")
+    assert (run.claim_attempt(Owner(job="7")), run.claim_attempt(Owner(job="8"))) == (1, 2)
+    RunResult("finished", attempts=2).write(run.result)
+    write_failed_result(run, 1, Failure(0, 1, 0, "", "ValueError: late"))
+    assert RunResult.read(run.result) == RunResult("finished", attempts=2)
+    with pytest.raises(Superseded, match=r"^job 8 has claimed the run .*: attempt 1 stops and writes nothing more\.$"):
+        run.check_owner(1)
+    run.check_owner(2)
+
+
+def test_a_new_attempt_is_noticed_before_its_owner_is_in_the_run_folder(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "x")
+    run.claim_attempt(Owner(job="7"))
+    first = run.owner.read_text()
+    run.claim_attempt(Owner(job="8"))
+    run.owner.write_text(first)  # the claim of job 8 was interrupted, or this node does not see it yet
+    assert run.is_superseded(1) and not run.is_superseded(2)
+
+
+TOY = (
+    *("--model", "support.toy_model.ToyModel", "--data", "support.toy_model.ToyData"),
+    *("--data.samples", "96", "--data.workers", "0", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"),
+)
+"""16 steps, and a validation after each eight."""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hook", "step", "rows", "options"),
+    [
+        ("1", "on_train_batch_end", 7, 6, ()),
+        ("2", "on_train_batch_end", 1, 0, ("--trainer.log_every_n_steps", "8", "--model.seconds", "0.5")),
+        ("2", "on_validation_batch_start", 8, 8, ()),
+        ("1", "on_train_end", 0, 16, ()),
+    ],
+)
+def test_whoever_loses_the_run_stops_and_writes_nothing(
+    launch: Launch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    ranks: str,
+    hook: str,
+    step: int,
+    rows: int,
+    options: tuple[str, ...],
+) -> None:
+    run = launch("--ranks", ranks, *TOY, *options, *fault(tmp_path / "marker", "claim", hook=hook, step=step))
+    assert run.status == 1
+    err = capfd.readouterr().err
+    assert "job another has claimed the run" in err
+    assert (run.folder / "result.json").read_text() == (run.folder / "status.json").read_text() == "{}"
+    assert not (run.folder / "report.png").exists()
+    metrics = run.folder / "metrics.csv"
+    assert (len(run.series("train/loss_step")) if metrics.exists() else 0) == rows
+    assert not any(path.name > f"step-{max(rows, step):08}" for path in run.folder.glob("checkpoints/step-*"))
