@@ -25,15 +25,26 @@ def slurm_is_here() -> None:
 
 @pytest.fixture(scope="session")
 def cluster(slurm_is_here: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes of four CPUs and 64 GB, without GPUs; partition `short` has a time limit of one minute."""
+    """Four nodes of four CPUs and 64 GB, without GPUs.
+
+    Partition `short` has a time limit of one minute, and jobs in `high` preempt those in `low`, which have 5 s of grace.
+    """
     folder = tmp_path_factory.mktemp("c") / "c"
     with Cluster.up(
         folder,
         nodes=4,
         cpus=4,
         memory=64000,
-        partitions=["debug Default=YES", "short MaxTime=1"],
-        options=["SlurmdTimeout=5", "MessageTimeout=2", "KillWait=2"],
+        partitions=[
+            "debug Default=YES PreemptMode=OFF",
+            "short MaxTime=1 PreemptMode=OFF",
+            "low PreemptMode=REQUEUE GraceTime=5",
+            "high PriorityTier=10",
+        ],
+        options=[
+            *("SlurmdTimeout=5", "MessageTimeout=2", "KillWait=2"),
+            *("PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE"),
+        ],
     ) as cluster:
         yield cluster
 
