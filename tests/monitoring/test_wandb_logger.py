@@ -87,6 +87,50 @@ def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: L
     assert [record["exit_code"] for record in found["exit"]] == [0]
 
 
+def comparable(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what measures time or is drawn at random."""
+    changing = ("rate/", "_runtime", "_timestamp", "_wandb")
+    return [
+        {key: value for key, value in row.items() if not key.startswith(changing) and not key.endswith("artifact_path")}
+        for row in history
+    ]
+
+
+CALLS = "--trainer.callbacks+=support.wandb_calls.WandbCalls"
+
+
+def test_calls_of_user_code_displace_no_row_and_are_not_repeated_by_restarts(launch: Launch, tmp_path: Path) -> None:
+    arguments = (
+        "--ranks",
+        "2",
+        *SMALL,
+        "--wandb.mode",
+        "offline",
+        CALLS,
+        "--trainer.callbacks.tables",
+        "true",
+        "--trainer.callbacks.explicit_step",
+        "true",
+        "--checkpoint.every_n_steps",
+        "10",
+    )
+    whole = launch(*arguments)
+    history = comparable(read_history(whole.folder))
+    assert [row["train/loss"] for row in history if "train/loss" in row] == pytest.approx(whole.series("train/loss"))
+    steps = list(range(1, 41))
+    for key in ("image._type", "part", "explicit", "late"):
+        assert len([row for row in history if key in row]) == 40, key
+    assert [row["trainer/global_step"] for row in history if "image._type" in row] == steps
+    assert [row["third"] for row in history if "third" in row] == steps[2::3]
+    assert [row["fourth"] for row in history if "fourth" in row] == whole.series("fourth") and len(whole.series("fourth")) == 10
+    assert len([row for row in history if "start._type" in row]) == 1
+    assert len([row for row in history if "table._type" in row]) >= 2
+    killed = launch(*arguments, *fault(tmp_path / "kill", "SIGKILL", step=27), *fault(tmp_path / "term", "SIGTERM", step=33))
+    assert killed.status != 0
+    assert [launch("--resume", str(killed.folder)).status for _ in range(2)] == [143, 0]
+    assert comparable(read_history(killed.folder)) == history
+
+
 def test_a_failed_run_is_marked_as_failed(launch: Launch) -> None:
     run = launch("--ranks", "2", *SMALL, "--wandb.mode", "offline", "--model.num_classes", "12")
     assert run.status == 2
@@ -139,15 +183,20 @@ def call_when_paused(paused: Path, act: Callable[[], None]) -> None:
 
 
 def assert_complete(server: WandbServer, run: Outcome) -> None:
-    """Assert that the server has each row of metrics once, in order, under its number."""
+    """Assert that the server has each row of metrics and each image of ``WandbCalls`` once, in order."""
     history, rows = server.history(run.folder.name), read_metrics(run.folder / "metrics.csv")
-    assert [row["_step"] for row in history] == list(range(1, len(rows) + 1))
-    assert [row["trainer/global_step"] for row in history] == [int(row["step"]) for row in rows]
+    assert [row["_step"] for row in history] == list(range(len(history)))
+    own = [row for row in history if "lockstep/row" in row]
+    assert [row["lockstep/row"] for row in own] == list(range(1, len(rows) + 1))
+    assert [row["trainer/global_step"] for row in own] == [int(row["step"]) for row in rows]
+    images = [row for row in history if "image" in row]
+    assert [row["trainer/global_step"] for row in images] == ([] if not images else list(range(1, 41)))
+    assert all(server.files[name] for row in images for name in row["image"]["filenames"])
 
 
 @pytest.mark.parametrize("what", ["SIGKILL", "SIGTERM"])
 def test_attempts_are_one_online_run(launch: Launch, tmp_path: Path, server: WandbServer, what: str) -> None:
-    run = launch("--ranks", "2", *SMALL, *fault(tmp_path / "once", what, step=27))
+    run = launch("--ranks", "2", *SMALL, CALLS, *fault(tmp_path / "once", what, step=27))
     assert run.status != 0
     assert launch("--resume", str(run.folder)).status == 0
     assert_complete(server, run)
@@ -179,7 +228,7 @@ def test_sync_sends_missing_rows_once(
     launch: Launch, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.go()
-    run = launch(*SMALL)
+    run = launch(*SMALL, CALLS)
     assert run.status == 0
     assert f"wandb sync {run.folder}/wandb/offline-run-*" in capfd.readouterr().err
     server.come()
@@ -219,4 +268,4 @@ def test_a_wandb_service_that_dies_at_its_first_start_gets_every_row(launch: Lau
     monkeypatch.setattr(wandb, "init", dying_once)
     run = launch(*SMALL, "--wandb.mode", "offline")
     rows = read_metrics(run.folder / "metrics.csv")
-    assert [row["_step"] for row in read_history(run.folder)] == list(range(1, len(rows) + 1))
+    assert [row["_step"] for row in read_history(run.folder)] == list(range(len(rows)))

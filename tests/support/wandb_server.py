@@ -16,11 +16,13 @@ class WandbServer:
     Attributes:
         lines: Rows of history, by run and index.
         ends: Exit codes and marks as preempting that were sent, by run.
+        files: Content of uploaded files, by name.
     """
 
     def __init__(self) -> None:
         self.lines: dict[str, dict[int, dict[str, Any]]] = {}
         self.ends: dict[str, list[dict[str, Any]]] = {}
+        self.files: dict[str, bytes] = {}
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
         os.register_at_fork(after_in_child=self._close)  # or a forked rank would hold the port without answering
@@ -116,6 +118,8 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
             answer: dict[str, Any] = {}
+            if self.command == "PUT":
+                server.files[self.path.removeprefix("/put/")] = body
             if self.command == "POST" and body.startswith(b"{"):  # others are telemetry
                 answer = server.answer(self.path, json.loads(body))
             reply = json.dumps({"data": answer}).encode()

@@ -24,7 +24,7 @@ from lockstep.config import CheckpointOptions
 from lockstep.core import RunError, SaveError, Stopped, atomic_write_json, read_json
 from lockstep.data import current_batch
 from lockstep.distributed import SignalReceiver, StopConsensus, allocation_end_time
-from lockstep.monitoring import CsvMetricsLogger, ThroughputMonitor
+from lockstep.monitoring import ThroughputMonitor, run_logger
 from lockstep.runs import Run, checkpoint_order
 from lockstep.strategies import LockstepStrategy
 
@@ -172,7 +172,7 @@ class CheckpointCallback(Callback):
         if is_rank_zero:
             checkpoint["hyper_parameters"] = to_plain_types(checkpoint.get("hyper_parameters", {}))
             parts[MODEL_FILE] = checkpoint
-        metrics = next((logger for logger in trainer.loggers if isinstance(logger, CsvMetricsLogger)), None)
+        logger = run_logger(trainer)
         progress = Progress(
             step=trainer.global_step,
             epoch=_completed_epochs(trainer),
@@ -181,15 +181,16 @@ class CheckpointCallback(Callback):
             loaded_epochs=loop.loaded_epochs,
             validation_due=loop.epoch_loop.validation_due,
             seconds_since_validation=loop.epoch_loop.seconds_since_validation,
-            metric_rows=metrics.row_count if metrics else 0,
+            metric_rows=logger.metrics.row_count if logger else 0,
             train_seconds=self.throughput.train_seconds,
             lost_seconds=self.seconds_lost,
             saved_at=time.time(),
             gradient_ready_order=strategy.gradient_ready_order,
             should_stop=trainer.should_stop,
             has_ended=has_ended,
+            wandb_position=logger.position() if logger else (0, {}),
         )
-        is_flushed = metrics is None or not is_rank_zero or metrics.flush()
+        is_flushed = logger is None or not is_rank_zero or logger.metrics.flush()
         known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written before"
         if not self._saved_any:
             for part in parts.values():

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lockstep.core import atomic_write_json
 
@@ -24,6 +25,7 @@ class Progress:
         gradient_ready_order, should_stop, has_ended: See ``ResumePoint``.
         positions: See ``ResumePoint``; the fields of each ``DataPosition``.
         loaded_epochs, validation_due, seconds_since_validation: See ``ResumePoint``.
+        wandb_position: W&B's number of the next row, and its values so far.
     """
 
     step: int
@@ -40,6 +42,7 @@ class Progress:
     loaded_epochs: list[int | None] = field(default_factory=lambda: [None, None])
     validation_due: bool = False
     seconds_since_validation: float = 0.0
+    wandb_position: tuple[int, dict[str, Any]] = (0, {})
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,24 @@
 
 import json
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import wandb
 import wandb.util
 
-from lockstep.compat import private
+from lockstep.compat import patch, private
 
 _get_core_path = private("wandb", wandb.util, "get_core_path")
+private("wandb", wandb.Run, "_log")
+private("wandb", wandb.Settings.model_fields.get("x_transaction_log_flush_interval"), "default")
+
+LogFunction = Callable[..., None]
 
 
-def last_logged_step(file: Path, timeout: float) -> int:
-    """The highest history step in an offline ``.wandb`` file; 0 if it holds none.
+def read_history(file: Path, timeout: float) -> dict[int, dict[str, Any]]:
+    """The rows of history in a ``.wandb`` file, by W&B's step; media are dicts with ``_type`` and ``path``.
 
     Raises:
         subprocess.TimeoutExpired: Reading took more than ``timeout`` seconds.
@@ -21,4 +28,30 @@ def last_logged_step(file: Path, timeout: float) -> int:
     command = [_get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
     lines = subprocess.run(command, capture_output=True, text=True, timeout=timeout).stdout.splitlines()
     records = [json.loads(line) for line in lines if '"history"' in line]
-    return max((int(record["history"]["item"]["_step"]) for record in records if record.get("type") == "history"), default=0)
+    items = [_nest_media(record["history"]["item"]) for record in records if record.get("type") == "history"]
+    return {int(item["_step"]): item for item in items}
+
+
+def _nest_media(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``item`` in which the parts of a medium, such as ``image.path``, are one dict again."""
+    media = {name.removesuffix("._type") for name in item if name.endswith("._type")}
+    nested: dict[str, Any] = {}
+    for name, value in item.items():
+        key, _, part = name.rpartition(".")
+        if key in media:
+            nested.setdefault(key, {})[part] = value
+        else:
+            nested[name] = value
+    return nested
+
+
+def intercept_log(run: wandb.Run, log: LogFunction) -> LogFunction:
+    """Make ``log`` receive every call that logs a row to ``run``, from W&B's own functions too; return W&B's function."""
+    original: LogFunction = private("wandb", run, "_log")
+    patch("wandb", run, "_log", log)
+    return original
+
+
+def set_step(run: wandb.Run, step: int) -> None:
+    """Set the number of the next row as ``run`` knows it, which the names of media files contain."""
+    patch("wandb", run, "_local_step", step)

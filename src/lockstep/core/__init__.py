@@ -1,7 +1,7 @@
 """The basics of every room: errors, atomic file writes, World, logging, credentials and command-line parsing."""
 
 from lockstep.core.command_line import CommandLineParser, int_at_least, python_path
-from lockstep.core.credentials import is_secret, wandb_api_key
+from lockstep.core.credentials import WANDB_KEY_ADVICE, is_secret, wandb_api_key
 from lockstep.core.errors import (
     SIGNAL_EXIT_STATUSES,
     Interrupted,

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
+WANDB_KEY_ADVICE = "set WANDB_API_KEY, or run `wandb login` once, which writes the key to ~/.netrc"
+"""How to give W&B a key."""
+
 
 def wandb_api_key(env: Mapping[str, str]) -> str | None:
     """The W&B API key from WANDB_API_KEY, else from the netrc file that ``wandb login`` writes, else None."""

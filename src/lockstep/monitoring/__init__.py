@@ -1,10 +1,8 @@
 """Observe a run: throughput, NaN guard, watchdog, status file, CSV and W&B loggers, report."""
 
 from lockstep.monitoring import report
-from lockstep.monitoring.csv_logger import CsvMetricsLogger
 from lockstep.monitoring.nan_guard import NanGuard
 from lockstep.monitoring.status import ProgressBar, StatusReporter
 from lockstep.monitoring.throughput import ThroughputMonitor
-from lockstep.monitoring.wandb_client import sync_command
-from lockstep.monitoring.wandb_logger import WandbRunLogger, start_wandb_logger
+from lockstep.monitoring.wandb_logger import RunLogger, run_logger, start_run_logger
 from lockstep.monitoring.watchdog import Watchdog

@@ -8,15 +8,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
-
 from lockstep.core import atomic_write_text, fsync
 
 log = logging.getLogger(__name__)
 
 
-class CsvMetricsLogger(Logger):
+class CsvMetricsLogger:
     """Appends one row per logged step to ``metrics.csv``: step, epoch, then the metrics in the order of appearance.
 
     Rows are counted. A resumed run counts on from the number of rows that its checkpoint saved, and does not write rows that
@@ -33,7 +30,6 @@ class CsvMetricsLogger(Logger):
     """
 
     def __init__(self, path: Path, step: Callable[[], int], check_owner: Callable[[], None] = lambda: None) -> None:
-        super().__init__()
         self.path, self._step, self._check_owner = path, step, check_owner
         self.row_count = 0
         self.latest: dict[str, float] = {}
@@ -46,23 +42,9 @@ class CsvMetricsLogger(Logger):
                 reader = csv.DictReader(file)
                 self._columns, self._rows_in_file = list(reader.fieldnames or ()), len(list(reader))
 
-    @property
-    def name(self) -> str:
-        """Name of the file."""
-        return self.path.name
-
-    @property
-    def version(self) -> str:
-        """Empty: there is one file per run."""
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Do nothing: ``config.yaml`` has the complete config."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Append one row; new metrics become new columns."""
+        metrics = {name: float(value) if isinstance(value, bool) else value for name, value in metrics.items()}
         self.latest |= metrics
         self.row_count += 1
         if self.row_count > self._rows_in_file:

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from lockstep.monitoring.csv_logger import CsvMetricsLogger
 from lockstep.monitoring.throughput import ThroughputMonitor
+from lockstep.monitoring.wandb_logger import run_logger
 from lockstep.runs import Run, RunProgress
 
 log = logging.getLogger(__name__)
@@ -107,4 +107,5 @@ def _format_metrics(trainer: Trainer, stage: str) -> str:
 
 def latest_metrics(trainer: Trainer) -> dict[str, float]:
     """The metrics that were logged last, as numbers; ``trainer.logged_metrics`` are still on the device."""
-    return next((logger.latest for logger in trainer.loggers if isinstance(logger, CsvMetricsLogger)), {})
+    logger = run_logger(trainer)
+    return {} if logger is None else logger.metrics.latest

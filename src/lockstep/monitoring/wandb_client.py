@@ -1,4 +1,4 @@
-"""Start the W&B run of a run folder, online or offline, and find what its files hold."""
+"""Start the W&B run of a run folder, online or offline, and find what its local files have."""
 
 import contextlib
 import http.client
@@ -8,16 +8,21 @@ import ssl
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config import WandbOptions
 from lockstep.distributed import STOP_SIGNALS
+from lockstep.monitoring.wandb_history import GLOBAL_STEP, METRICS_ROW
 from lockstep.runs import Run
 
 if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 0.1
+"""How often W&B's service writes rows to its local file, from which a restarted run reads what W&B has."""
 
 _FINISH_SECONDS = 60.0
 """How long finishing a run waits for uploads; the rest stays on disk."""
@@ -40,8 +45,13 @@ class WandbClient:
     config: Mapping[str, Any]
     online: bool
 
-    def start(self) -> tuple["wandb.Run", int]:
-        """Start or resume the W&B run; return it with the number of metrics rows that it has."""
+    def start(self) -> tuple["wandb.Run", int, int]:
+        """Start or resume the W&B run, and send it the rows that earlier attempts left in local files.
+
+        Returns:
+            The W&B run, the number of the next row that it does not have, and how many rows of ``metrics.csv`` it has.
+        """
+        stored = self._stored_rows()
         # W&B's service inherits the mask, so that a signal to the whole job does not kill it.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
@@ -53,13 +63,20 @@ class WandbClient:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         # As Lightning's logger does for a run that it starts itself: optimizer steps are the x axis.
-        wandb_run.define_metric("trainer/global_step")
-        wandb_run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        wandb_run.define_metric(GLOBAL_STEP)
+        wandb_run.define_metric("*", step_metric=GLOBAL_STEP, step_sync=True)
+        wandb_run.define_metric(METRICS_ROW, hidden=True)
+        end = wandb_run.starting_step  # not run.step, which is 0 for a moment after the start
         if wandb_run.offline:
             log.info("W&B is offline; upload the run with: %s", sync_command(self.run))
-            return wandb_run, self.rows_on_disk()
-        log.info("W&B: %s", wandb_run.url)
-        return wandb_run, max(0, wandb_run.step - 1) if wandb_run.resumed else 0
+        else:
+            log.info("W&B: %s", wandb_run.url)
+            for number in sorted(number for number in stored if number >= end):
+                _send_stored_row(wandb_run, number, *stored[number])
+        metrics_rows = [int(row.get(METRICS_ROW, 0)) for row, _ in stored.values()]
+        if not stored and end:  # the run folder has lost W&B's files
+            metrics_rows = [int(dict(wandb_run.summary).get(METRICS_ROW, 0))]
+        return wandb_run, max([end, *(number + 1 for number in stored)]), max(metrics_rows, default=0)
 
     def _init(self) -> "wandb.Run":
         """The W&B run; offline if the server cannot be reached or rejects it, so that training continues."""
@@ -75,7 +92,12 @@ class WandbClient:
             "config": dict(self.config),
             "mode": "online" if self.online else "offline",
             # Silent: what matters in its messages is logged here.
-            "settings": wandb.Settings(silent=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True),
+            "settings": wandb.Settings(
+                silent=True,
+                finish_timeout=_FINISH_SECONDS,
+                finish_timeout_raises=True,
+                x_transaction_log_flush_interval=_FLUSH_SECONDS,
+            ),
         }
         if self.online and not is_reachable(wandb.setup().settings.base_url):
             log.warning("W&B cannot be reached; the run is offline, and W&B is tried again at its end")
@@ -87,12 +109,26 @@ class WandbClient:
             _teardown_service()
             return wandb.init(**arguments | {"mode": "offline"})
 
-    def rows_on_disk(self) -> int:
-        """The highest row number in the offline files of all attempts."""
-        from lockstep.compat.wandb import last_logged_step
+    def metrics_rows_on_disk(self) -> int:
+        """How many rows of ``metrics.csv`` W&B's local files have."""
+        return max((int(row.get(METRICS_ROW, 0)) for row, _ in self._stored_rows().values()), default=0)
 
-        files = self.run.folder.glob("wandb/*run-*/run-*.wandb")
-        return max((last_logged_step(file, _FINISH_SECONDS) for file in files), default=0)
+    def _stored_rows(self) -> dict[int, tuple[dict[str, Any], Path]]:
+        """The rows in the local files of all attempts, by number, each with the folder of its media."""
+        from lockstep.compat.wandb import read_history
+
+        files = sorted(self.run.folder.glob("wandb/*run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
+        histories = ((read_history(file, _FINISH_SECONDS), file.parent / "files") for file in files)
+        return {number: (row, media) for history, media in histories for number, row in history.items()}
+
+
+def _send_stored_row(wandb_run: "wandb.Run", number: int, row: Mapping[str, Any], media: Path) -> None:
+    """Send a row from a local file again, with its images and other media."""
+    for value in (value for value in row.values() if isinstance(value, dict)):
+        for name in (value.get("path"), *value.get("filenames", ())):
+            if name and (media / name).is_file():
+                wandb_run.save(media / name, base_path=media, policy="now")
+    wandb_run.log({key: value for key, value in row.items() if key not in ("_step", "_runtime")}, step=number, commit=True)
 
 
 def is_reachable(address: str) -> bool:

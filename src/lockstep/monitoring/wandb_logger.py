@@ -1,19 +1,25 @@
-"""The W&B logger: one W&B run over all restarts, each row of metrics once, and no W&B error ends or slows training."""
+"""The logger of a run: ``metrics.csv`` and one W&B run over all restarts, each row once; no W&B error ends training."""
 
 import logging
 import os
+import sys
 import threading
+from argparse import Namespace
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lockstep.config import WandbOptions
-from lockstep.core import World, wandb_api_key
-from lockstep.monitoring.csv_logger import read_metrics
-from lockstep.monitoring.wandb_client import WandbClient, is_reachable, one_line
+from lockstep.core import WANDB_KEY_ADVICE, World, wandb_api_key
+from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
+from lockstep.monitoring.wandb_client import WandbClient, is_reachable, one_line, sync_command
+from lockstep.monitoring.wandb_history import WandbHistory, to_python
 from lockstep.runs import LaunchRecord, Run
 
 if TYPE_CHECKING:
@@ -26,59 +32,103 @@ _SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SL
 _PREEMPTED_SECONDS = 5.0
 """How long a preempted attempt waits for uploads; the next attempt sends the rest."""
 
-_CLOSE_ATTEMPTS = 3
-"""How often ``close`` tries to finish the W&B run, whose service may be killed meanwhile."""
+_MAX_STARTS = 3
+"""How often W&B's service is started again after it has died, and how often ``close`` tries to finish the W&B run."""
 
 
-class WandbRunLogger(WandbLogger):
-    """Sends each row of ``metrics.csv`` to W&B once, under the row's number.
+class RunLogger(WandbLogger):
+    """The logger of a run, ``trainer.logger``: writes ``metrics.csv``, and sends each row of it to W&B once.
 
-    If W&B fails, training continues, and ``close`` sends the missing rows from the file.
+    What user code logs by ``experiment``, ``log_image``, ``wandb.log`` and the like is sent once, too. If W&B fails, training
+    continues, and ``close`` sends the missing rows of the file.
 
     Args:
+        metrics: The metrics file, in the run folder.
+        client: Starts the W&B run; None if W&B is disabled, and on all ranks but zero.
         step: Returns the number of optimizer steps done.
+        project: Name of the W&B project.
         check_owner: Called before each row; raises Superseded where this attempt must not write any more.
 
     Attributes:
-        row_count: Number of rows logged so far in the run.
-        run: The W&B run; None if it could not be started.
+        run: The W&B run; None without a client, and if it could not be started.
     """
 
     run: "wandb.Run | None" = None
 
-    def __init__(self, client: WandbClient, step: Callable[[], int], check_owner: Callable[[], None] = lambda: None) -> None:
-        self._client, self._step, self._check_owner = client, step, check_owner
-        self.row_count = self._sent_rows = 0
-        self._has_failed = self._is_complete = False
-        try:
-            self._start()
-        except Exception as error:  # W&B must not end a run
-            self._has_failed = True
-            log.warning("W&B cannot be started (%s); training continues, and all metrics are sent at the end", one_line(error))
-        super().__init__(experiment=self.run)
+    def __init__(
+        self,
+        metrics: CsvMetricsLogger,
+        client: WandbClient | None,
+        step: Callable[[], int],
+        project: str,
+        check_owner: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.metrics, self._client, self._step, self._check_owner = metrics, client, step, check_owner
+        self._history = WandbHistory(step)
+        self._deaths, self._has_failed, self._is_complete = 0, client is None, client is None
+        self._resume_position: tuple[int, dict[str, Any]] | None = (
+            None  # while hooks of user code are called again that were called before the checkpoint
+        )
+        folder = metrics.path.parent
+        super().__init__(project=project, save_dir=folder, version=folder.name)
+        if client is not None:
+            self._try_start()
 
     @property
-    def experiment(self) -> "wandb.Run":
-        """The W&B run, for callbacks that log to W&B directly."""
-        if self.run is None:  # Lightning calls hasattr
-            raise AttributeError("W&B could not be started")
-        return self.run
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run; on other ranks, and if W&B is disabled or could not be started, an object that ignores all calls."""
+        if self.run is None and self._experiment is None:
+            self._experiment = _disabled_run()
+        return self.run or self._experiment
 
     @property
     def url(self) -> str:
-        """URL of the W&B run; empty if it is offline or could not be started."""
+        """URL of the W&B run; empty if it is offline or was not started."""
         return "" if self.run is None or self.run.offline else str(self.run.url)
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Send one row, unless W&B has it."""
-        self.row_count += 1
-        if not self._has_failed and self.row_count > self._sent_rows:
-            self._send(self.row_count, self._step(), metrics)
+    @property
+    def location(self) -> str:
+        """URL of the W&B run, the command that uploads it, or ``off``."""
+        return self.url or ("off" if self._client is None else sync_command(self._client.run))
+
+    def position(self) -> tuple[int, dict[str, Any]]:
+        """For a checkpoint: W&B's number of the next row, and its values so far; if they are not plain, the row ends here."""
+        if any(not isinstance(value, str | int | float) for value in self._history.pending.values()):
+            self._guard(self._history.commit)
+        return self._history.next_row, dict(self._history.pending)
+
+    def begin_resume(self, metrics_rows: int, position: tuple[int, dict[str, Any]]) -> None:
+        """Resume after ``metrics_rows`` rows of the file, at W&B's ``position``; ignore rows until ``finish_resume``."""
+        self.metrics.row_count, self._resume_position = metrics_rows, position
+        self._guard(self._send_missing_rows)
+
+    def finish_resume(self) -> None:
+        """Log again: the run is where its checkpoint was saved."""
+        if self._resume_position is not None:
+            self._history.next_row, values = self._resume_position
+            self._history.pending = dict(values)
+            self._resume_position = None
 
     @rank_zero_only
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the W&B run starts with the complete config."""
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append one row of numbers to the file and send it; if a value is not a number, only send it."""
+        if self._resume_position is not None:
+            return
+        numbers = {name: to_python(value) for name, value in metrics.items()}
+        if not all(isinstance(value, int | float) for value in numbers.values()):
+            self.experiment.log(dict(metrics))
+            return
+        self.metrics.log_metrics(numbers)
+        self._guard(lambda: self._history.log_metrics_row(self.metrics.row_count, self._step(), numbers))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Add hyperparameters to the config of the W&B run, which starts with the complete config."""
+        if self._client is not None and self.run is not None:
+            params = vars(params) if isinstance(params, Namespace) else params
+            new = {name: value for name, value in params.items() if name not in self._client.config}
+            self._guard(partial(super().log_hyperparams, new))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -91,61 +141,117 @@ class WandbRunLogger(WandbLogger):
             exit_code: Exit code of the run, for W&B.
             preempted: Mark the run as preempting, and do not wait for a slow server.
         """
-        closing = threading.Thread(target=self._close, args=(exit_code, preempted), name="wandb", daemon=True)
-        closing.start()
-        closing.join(_PREEMPTED_SECONDS if preempted else None)
+        if self._client is not None:
+            closing = threading.Thread(target=self._close, args=(self._client, exit_code, preempted), name="wandb", daemon=True)
+            closing.start()
+            closing.join(_PREEMPTED_SECONDS if preempted else None)
         return self._is_complete
 
-    def _close(self, exit_code: int, preempted: bool) -> None:
-        for attempt in range(1, _CLOSE_ATTEMPTS + 1):
+    def _close(self, client: WandbClient, exit_code: int, preempted: bool) -> None:
+        for attempt in range(1, _MAX_STARTS + 1):
             try:
-                self._finish(exit_code, preempted)
+                self._finish(client, exit_code, preempted)
                 self._is_complete = True
                 return
             except Exception as error:  # W&B must not end a run, and the rows are in the file
                 self._has_failed = True
                 # A ConnectionError means that W&B's service has died; it can be started again.
-                if attempt == _CLOSE_ATTEMPTS or not isinstance(error, ConnectionError):
-                    command = f"lockstep sync {self._client.run.folder}"
+                if attempt == _MAX_STARTS or not isinstance(error, ConnectionError):
+                    command = f"lockstep sync {client.run.folder}"
                     log.warning("W&B does not have all metrics (%s); send the rest with: %s", one_line(error), command)
                     return
 
-    def _finish(self, exit_code: int, preempted: bool) -> None:
+    def _finish(self, client: WandbClient, exit_code: int, preempted: bool) -> None:
         run = self.run
-        is_offline = run is not None and run.offline and self._client.online and not preempted
+        is_offline = run is not None and run.offline and client.online and not preempted
         is_back = is_offline and run is not None and is_reachable(run.settings.base_url)
         if run is not None and is_back and not self._has_failed:
             run.finish()
         if is_back or self._has_failed:
-            run = self._start()
+            self._start()
+        run = self.run
         assert run is not None
         if preempted:
             run.mark_preempting()
+        elif exit_code == 0:  # else the run may resume in the middle of a row
+            self._history.commit()
         run.finish(exit_code=exit_code)
         # W&B's service does not report rows that a full disk has lost, and does not write more when there is space again.
-        if run.offline and not preempted and (found := self._client.rows_on_disk()) < self._sent_rows:
-            raise ConnectionError(f"its files have {found} of {self._sent_rows} rows")
+        if run.offline and not preempted and (found := client.metrics_rows_on_disk()) < self._history.metrics_rows:
+            raise ConnectionError(f"its files have {found} of {self._history.metrics_rows} rows")
 
-    def _start(self) -> "wandb.Run":
+    def _start(self) -> None:
         """Start the W&B run and send it the rows that it does not have."""
-        self.run, self._sent_rows = self._client.start()
+        assert self._client is not None
+        self.run, end, metrics_rows = self._client.start()
+        self._history.attach(self.run, end, metrics_rows, self._log_user_row)
+        self._send_missing_rows()
         self._has_failed = False
-        rows = read_metrics(self._client.run.metrics)
-        for number, row in enumerate(rows[self._sent_rows :], start=self._sent_rows + 1):
-            self._send(number, int(row["step"]), {name: float(row[name]) for name in row if row[name] and name != "step"})
-            if self._has_failed:
-                break
-        return self.run
 
-    def _send(self, number: int, step: int, values: Mapping[str, float]) -> None:
-        assert self.run is not None
+    def _try_start(self) -> None:
+        """Start W&B, several times if its service dies; an error of W&B does not end the run."""
+        while True:
+            try:
+                self._start()
+                return
+            except Exception as error:
+                self._deaths += 1
+                if self._deaths > _MAX_STARTS or not isinstance(error, ConnectionError):
+                    self._fail("cannot be started", error)
+                    return
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self._has_failed = True
+        rest = "training continues, and all metrics are sent at the end, but not what other code logs to W&B meanwhile"
+        log.warning("W&B %s (%s); %s", what, one_line(error), rest)
+
+    def _guard(self, send: Callable[[], None]) -> None:
+        """Call ``send`` unless W&B has failed; an error of W&B does not end the run."""
+        if self._has_failed:
+            return
         self._check_owner()
         try:
-            self.run.log({**values, "trainer/global_step": step}, step=number)
-            self._sent_rows = number
-        except Exception as error:  # W&B must not end a run
-            self._has_failed = True
-            log.warning("W&B failed (%s); training continues, and the missing metrics are sent at the end", one_line(error))
+            send()
+        except (TypeError, ValueError):  # what user code logs is wrong
+            raise
+        except ConnectionError as error:
+            log.warning("W&B's service has died (%s); it is started again", one_line(error))
+            self._try_start()
+        except Exception as error:
+            self._fail("failed", error)
+
+    def _log_user_row(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        if self._resume_position is None:
+            self._guard(lambda: self._send_user_row(data, step, commit))
+
+    def _send_user_row(self, data: Mapping[str, Any], step: int | None, commit: bool | None) -> None:
+        import wandb
+
+        try:
+            self._history.log_user_row(data, step, commit)
+        except ConnectionError:
+            raise
+        except (OSError, wandb.Error) as error:  # such as an image for which the disk has no space
+            log.warning("W&B cannot log %s (%s); training continues without it", ", ".join(data), one_line(error))
+
+    def _send_missing_rows(self) -> None:
+        """Send the rows of the file that were logged so far and that W&B does not have."""
+        has, logged = self._history.metrics_rows, self.metrics.row_count
+        for number, row in enumerate(read_metrics(self.metrics.path)[has:logged] if has < logged else (), start=has + 1):
+            values = {name: float(row[name]) for name in row if row[name] and name != "step"}
+            self._history.log_metrics_row(number, int(row["step"]), values)
+
+
+def run_logger(trainer: Trainer) -> RunLogger | None:
+    """The logger of the run, if ``trainer`` has one."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+
+
+def _disabled_run() -> Any:
+    """A W&B run that ignores all calls; ``wandb.log`` does, too."""
+    import wandb
+
+    return wandb.init(mode="disabled")
 
 
 def wandb_mode(options: WandbOptions, env: Mapping[str, str]) -> str:
@@ -161,22 +267,28 @@ def wandb_mode(options: WandbOptions, env: Mapping[str, str]) -> str:
     return "online" if wandb_api_key(env) else "offline"
 
 
-def start_wandb_logger(
+def start_run_logger(
     run: Run,
     options: WandbOptions,
     config: Mapping[str, Any],
     world: World,
     step: Callable[[], int],
     check_owner: Callable[[], None],
-) -> WandbRunLogger | None:
-    """Start W&B on rank zero; return None on other ranks and if W&B is disabled.
+) -> RunLogger:
+    """Make the logger of a run, and start W&B on rank zero unless it is disabled.
 
     W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` and ``check_owner`` are those of
-    ``WandbRunLogger``.
+    ``RunLogger``.
     """
     mode = wandb_mode(options, os.environ)
+    metrics = CsvMetricsLogger(run.metrics, step, check_owner)
     if mode == "disabled" or not world.is_rank_zero:
-        return None
+        if world.is_rank_zero and "wandb" in sys.modules:
+            _disabled_run()  # so that wandb.log in user code does nothing
+        return RunLogger(metrics, None, step, options.project, check_owner)
+    if mode == "online" and wandb_api_key(os.environ) is None:
+        mode = "offline"  # W&B would ask for the key
+        log.warning("W&B has no API key on this machine, so the run is offline; %s", WANDB_KEY_ADVICE)
     launch = LaunchRecord.read(run.launch)
     facts = {
         "launch": launch.as_dict() if launch is not None else {},
@@ -186,4 +298,5 @@ def start_wandb_logger(
         "slurm": {name: os.environ[name] for name in _SLURM_VARIABLES if name in os.environ},
         "versions": {name: version(name) for name in ("lockstep", "torch", "torchvision", "lightning")},
     }
-    return WandbRunLogger(WandbClient(run, options, {**config, "lockstep": facts}, mode == "online"), step, check_owner)
+    client = WandbClient(run, options, {**config, "lockstep": facts}, mode == "online")
+    return RunLogger(metrics, client, step, options.project, check_owner)

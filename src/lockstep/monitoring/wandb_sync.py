@@ -12,8 +12,9 @@ import yaml
 
 from lockstep.config import WandbOptions
 from lockstep.core import CommandLineParser, RunError, UsageError, World, setup_logging, wandb_api_key
+from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable
-from lockstep.monitoring.wandb_logger import WandbRunLogger
+from lockstep.monitoring.wandb_logger import RunLogger
 from lockstep.runs import Run, RunResult
 from lockstep.slurm import is_owner_alive
 
@@ -32,7 +33,10 @@ def sync_run(run: Run) -> str:
     if not is_reachable(address := wandb.setup().settings.base_url):
         raise RunError(f"W&B cannot be reached at {address}; try again later.")
     config = yaml.safe_load(run.config.read_text())
-    logger = WandbRunLogger(WandbClient(run, WandbOptions(**config["wandb"]), config, online=True), step=lambda: 0)
+    metrics = CsvMetricsLogger(run.metrics, step=lambda: 0)
+    metrics.row_count = len(read_metrics(run.metrics))
+    options = WandbOptions(**config["wandb"])
+    logger = RunLogger(metrics, WandbClient(run, options, config, online=True), lambda: 0, options.project)
     url = logger.url
     result = RunResult.read(run.result)
     if not logger.close(0 if result is not None and result.is_finished else 1) or not url:

@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import Namespace
@@ -10,12 +9,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.loggers import Logger
 
 from lockstep.checkpoint import CheckpointCallback, CheckpointWriter
 from lockstep.core import UsageError
 from lockstep.distributed import SignalReceiver
-from lockstep.monitoring import NanGuard, ProgressBar, StatusReporter, ThroughputMonitor, Watchdog
+from lockstep.monitoring import NanGuard, ProgressBar, RunLogger, StatusReporter, ThroughputMonitor, Watchdog
 from lockstep.strategies import AnyStrategy, DeepSpeed
 from lockstep.trainer.activation_checkpointing import ActivationCheckpointing
 from lockstep.trainer.context import RunContext
@@ -34,7 +32,7 @@ def build_trainer(
     context: RunContext,
     arguments: Namespace,
     strategy: AnyStrategy,
-    loggers: Sequence[Logger],
+    logger: RunLogger,
     throughput: ThroughputMonitor,
     signals: SignalReceiver,
 ) -> tuple[Trainer, CheckpointCallback]:
@@ -42,7 +40,7 @@ def build_trainer(
 
     Args:
         arguments: The ``trainer`` part of the config, with callbacks, loggers and the like instantiated.
-        loggers: lockstep's own; those of the config follow.
+        logger: lockstep's own; those of the config follow.
 
     Raises:
         UsageError: Lightning refuses the arguments.
@@ -72,7 +70,7 @@ def build_trainer(
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         try:
             trainer = Trainer(
-                **given | {"logger": [*loggers, *_as_list(given["logger"])]},
+                **given | {"logger": [logger, *_as_list(given["logger"])]},
                 strategy=strategy,
                 num_nodes=context.world.nodes,
                 callbacks=callbacks,

@@ -30,6 +30,7 @@ from lockstep.compat.lightning import (
 )
 from lockstep.data import TrainingLoader
 from lockstep.distributed import StopConsensus
+from lockstep.monitoring import run_logger
 from lockstep.strategies import LockstepStrategy, ResumePoint
 
 
@@ -187,6 +188,8 @@ class FitLoop(LightningFitLoop):
 
     def _restore(self, point: ResumePoint) -> None:
         restore_state(self.trainer, point)
+        if (logger := run_logger(self.trainer)) is not None:
+            logger.finish_resume()
         self.resume_point = None
 
     def on_run_end(self) -> None:

@@ -27,7 +27,7 @@ from lockstep.config import load_yaml, split_command
 from lockstep.core import Interrupted, LockstepError, RunError, Stopped, UsageError, World, atomic_write_text, setup_logging
 from lockstep.data import DataSharding
 from lockstep.distributed import SignalReceiver, all_gather, broadcast_from_rank_zero, destroy_process_group
-from lockstep.monitoring import CsvMetricsLogger, ThroughputMonitor, WandbRunLogger, report, start_wandb_logger, sync_command
+from lockstep.monitoring import RunLogger, ThroughputMonitor, report, start_run_logger
 from lockstep.runs import (
     Durations,
     Evidence,
@@ -64,7 +64,7 @@ class TrainingSession:
         self.throughput = ThroughputMonitor()
         self.trainer: Trainer | None = None
         self.checkpoints: CheckpointCallback | None = None
-        self.wandb: WandbRunLogger | None = None
+        self.logger: RunLogger | None = None
         self._seconds = 0.0
         self._config_text = "{}"  # on rank zero, config.yaml
 
@@ -98,8 +98,7 @@ class TrainingSession:
         self._write(result)
         if context.world.is_rank_zero:
             report.draw(context.run)
-            wandb_location = "off" if self.wandb is None else self.wandb.url or sync_command(context.run)
-            for line in report.summary_lines(context.run, result, wandb_location):
+            for line in report.summary_lines(context.run, result, self.logger.location if self.logger is not None else "off"):
                 log.info(line)
         destroy_process_group()
         return result
@@ -119,8 +118,8 @@ class TrainingSession:
             is_preempted = True
             raise
         finally:
-            if self.wandb is not None and not context.run.is_superseded(context.attempt):
-                self.wandb.close(0 if is_finished else 1, is_preempted)
+            if self.logger is not None and not context.run.is_superseded(context.attempt):
+                self.logger.close(0 if is_finished else 1, is_preempted)
 
     def _train(self, nvme_folder: Path | None) -> RunResult:
         """Build the objects of the config, run the command, and collect the result."""
@@ -134,11 +133,9 @@ class TrainingSession:
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)
         check_callbacks(objects.trainer.callbacks, strategy)
         content = load_yaml(self._config_text)
-        self.wandb = start_wandb_logger(context.run, config.wandb, content, context.world, self.global_step, self._check_owner)
-        csv_logger = CsvMetricsLogger(context.run.metrics, self.global_step, self._check_owner)
-        loggers = [csv_logger, *([self.wandb] if self.wandb is not None else [])]
+        self.logger = start_run_logger(context.run, config.wandb, content, context.world, self.global_step, self._check_owner)
         self.trainer, self.checkpoints = build_trainer(
-            context, objects.trainer, strategy, loggers, self.throughput, self.signals
+            context, objects.trainer, strategy, self.logger, self.throughput, self.signals
         )
         if isinstance(checkpoint, Checkpoint) and context.command == "fit":
             self._resume(strategy, checkpoint, is_same_run)
@@ -178,7 +175,8 @@ class TrainingSession:
     def _resume(self, strategy: AnyStrategy, checkpoint: Checkpoint, is_same_run: bool) -> None:
         """Restore progress from ``checkpoint``; in the same run also the row count, so that no row is logged twice."""
         trainer, progress = self.trainer, checkpoint.manifest.progress
-        assert trainer is not None and isinstance(trainer.fit_loop, FitLoop) and self.checkpoints is not None
+        assert trainer is not None and isinstance(trainer.fit_loop, FitLoop)
+        assert self.checkpoints is not None and self.logger is not None
         point = checkpoint.resume_point(self.context.world, self.context.config.seed_everything)
         if not is_same_run:  # what stopped the other run need not stop this one
             point = replace(point, should_stop=False)
@@ -187,9 +185,7 @@ class TrainingSession:
         if is_same_run:
             self.throughput.train_seconds = progress.train_seconds
             self.checkpoints.resume(checkpoint)
-            for logger in trainer.loggers:
-                if isinstance(logger, CsvMetricsLogger | WandbRunLogger):
-                    logger.row_count = progress.metric_rows
+            self.logger.begin_resume(progress.metric_rows, progress.wandb_position)
         log.info("resuming from step %d (epoch %d, batch %d)", progress.step, progress.epoch, progress.batch)
 
     def _fit(
