@@ -1,6 +1,5 @@
 """ZeRO over gloo in forked ranks: the losses of DDP, resuming bit for bit, and changes of ranks, stage and strategy."""
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,13 @@ from support.runs import REPO, Launch, assert_same_run, resume_run, undisturbed_
 from lockstep import cli
 from lockstep.data.digits import Digits
 from lockstep.models.networks import MLP
+from lockstep.strategies import preload
 
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Import DeepSpeed once, before ranks are forked."""
-    importlib.import_module("deepspeed")
+    preload("deepspeed")
 
 
 DDP = ["--strategy", "ddp", "--ranks", "2"]

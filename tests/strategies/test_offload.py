@@ -27,6 +27,7 @@ from lockstep import cli
 from lockstep.core.world import World
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
 from lockstep.distributed.ranks import RankFailed, fork_ranks
+from lockstep.strategies import preload
 from lockstep.strategies.deepspeed_nvme import private_folder
 from lockstep.strategies.deepspeed_ops import Op, load_ops
 from lockstep.trainer.session import main
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.timeout(900)  # async_io may have to be compiled first
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Import DeepSpeed once, before ranks are forked."""
-    importlib.import_module("deepspeed")
+    preload("deepspeed")
 
 
 @pytest.fixture(autouse=True)

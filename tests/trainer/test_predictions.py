@@ -3,7 +3,6 @@
 Each test is a few runs of a second or two in forked processes; those with ZeRO, which import DeepSpeed, come last.
 """
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from lockstep.data.digits import Digits
+from lockstep.strategies import preload
 
 RUN = ("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "1", "--model.network", "lockstep.models.MLP")
 
@@ -174,7 +174,7 @@ def test_predict_needs_a_checkpoint(launch: Launch, capfd: pytest.CaptureFixture
 
 
 def test_a_zero_3_run_is_predicted_by_any_strategy(launch: Launch) -> None:
-    importlib.import_module("deepspeed")  # once, and not once in each forked rank
+    preload("deepspeed")
     zero = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--ranks", "2"]
     trained = undisturbed_run(launch, *RUN, *zero)
     by_ddp, by_zero = (

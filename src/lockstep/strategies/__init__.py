@@ -4,5 +4,5 @@ from lockstep.strategies.base import LockstepStrategy, ResumePoint
 from lockstep.strategies.deepspeed import DeepSpeed
 from lockstep.strategies.deepspeed_nvme import private_folder
 from lockstep.strategies.deepspeed_ops import load_ops, required_ops
-from lockstep.strategies.factory import AnyStrategy, make_strategy
+from lockstep.strategies.factory import AnyStrategy, make_strategy, preload
 from lockstep.strategies.sharded_state import ShardedState

@@ -1,6 +1,7 @@
 """Make the strategy that a config selects."""
 
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -9,8 +10,20 @@ from jsonargparse import Namespace
 from lockstep.data import DataSharding
 from lockstep.strategies.ddp import DDP, SingleDevice
 from lockstep.strategies.deepspeed import DeepSpeed
+from lockstep.strategies.deepspeed_ops import select_accelerator
 
 AnyStrategy = SingleDevice | DDP | DeepSpeed
+
+
+def preload(strategy: str) -> None:
+    """Import the libraries of ``strategy`` before ranks are forked, so that each rank need not.
+
+    Not where there are GPUs: DeepSpeed initializes CUDA, which a forked rank could no longer use.
+    """
+    if strategy == "deepspeed" and not torch.cuda.device_count():
+        select_accelerator(torch.device("cpu"))
+        # Every engine imports it, for seconds: it compiles functions.
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def make_strategy(

@@ -11,6 +11,7 @@ from lockstep.core import Interrupted, World, setup_logging
 from lockstep.distributed import RankFailed, fork_ranks
 from lockstep.runs import LaunchRecord, Owner, Run, read_first_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
+from lockstep.strategies import preload
 from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.session import train
 
@@ -45,6 +46,7 @@ def run_locally(
     if nodes * ranks == 1:
         train(command, parsed, World(), run, attempt)
         return 0
+    preload(parsed[1].strategy)
     try:
         fork_ranks(lambda world: train(command, parsed, world, run, attempt) and None, nodes, ranks, partial(run.log, attempt))
     except RankFailed as failed:
