@@ -4,16 +4,21 @@ The state consists of tensors and plain values, so that it loads with ``weights_
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lockstep.checkpoint.serialization import copy_to_cpu
 from lockstep.compat.lightning import capture_logged_values, restore_logged_values
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
-from lockstep.strategies import ResumePoint
+from lockstep.strategies import DeepSpeed, ResumePoint
 
 
 def capture_state(trainer: Trainer) -> dict[str, Any]:
@@ -24,9 +29,17 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
         "metrics": {name: capture_metric(m) for name, m in module.named_modules() if isinstance(m, Metric)},
         **capture_logged_values(trainer),
     }
-    if not module.automatic_optimization:  # gradients may be half accumulated, which only the user's code knows
-        state["gradients"] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    # Before each backward Lightning clears the gradients of what its optimizers step. All others accumulate: those that only
+    # the user's code clears, and those of parameters outside the optimizers.
+    cleared = set(map(id, _optimized_parameters(trainer))) if module.automatic_optimization else set()
+    state["gradients"] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None and id(p) not in cleared}
     return state
+
+
+def _optimized_parameters(trainer: Trainer) -> Iterator[Tensor]:
+    for optimizer in trainer.optimizers:
+        for group in getattr(optimizer, "param_groups", ()):  # Lightning's stand-in for no optimizer has none
+            yield from group["params"]
 
 
 def restore_state(trainer: Trainer, point: ResumePoint) -> None:
@@ -45,13 +58,33 @@ def restore_state(trainer: Trainer, point: ResumePoint) -> None:
     restore_logged_values(trainer, states, point.shared, is_mid_epoch=not point.has_ended)
     trainer.should_stop = point.should_stop
     for state in states[:1]:
-        for name, gradient in state.get("gradients", {}).items():
+        for name, gradient in state["gradients"].items():
             parameter = module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
     if len(states) == 1:
         restore_rng_state(states[0]["random"], trainer.strategy.root_device)
     else:
         torch.manual_seed(point.seed)
+
+
+@contextmanager
+def undo_changes(trainer: Trainer, hook: str) -> Iterator[None]:
+    """Undo what the user's ``hook`` changes in the block: weights, optimizers, schedules, and states of its callbacks.
+
+    A resumed epoch has been through its first hooks already, and the checkpoint holds their effect. With ZeRO the engine holds
+    weights and optimizer, which a hook does not change.
+    """
+    module = trainer.lightning_module
+    owners: list[Any] = [callback for callback in trainer.callbacks if is_overridden(hook, callback)]  # type: ignore[attr-defined]
+    if (owners or is_overridden(hook, module)) and not isinstance(trainer.strategy, DeepSpeed):
+        owners += [module, *trainer.optimizers, *(config.scheduler for config in trainer.lr_scheduler_configs)]
+    states = [copy_to_cpu(owner.state_dict()) for owner in owners]
+    yield
+    for owner, state in zip(owners, states, strict=True):
+        if isinstance(owner, nn.Module):
+            owner.load_state_dict(state, strict=False)  # it may leave out what it does not save
+        elif state:
+            owner.load_state_dict(state)
 
 
 def capture_rng_state(device: torch.device) -> dict[str, Any]:

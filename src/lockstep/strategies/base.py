@@ -101,6 +101,11 @@ class LockstepStrategy(Strategy):
             checkpoint["state_dict"] |= saved.full_weights()
         return checkpoint
 
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        # Lightning converts the module after the weights are loaded: 64-true would round them to float32.
+        self.precision_plugin.convert_module(self.module)
+        super().load_model_state_dict(checkpoint, strict)
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self._sharded_state is not None:
             state = self._sharded_state.optimizer_state(self.optimizers[0], parameter_names(self.module))

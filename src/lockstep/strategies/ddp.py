@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
@@ -24,6 +25,11 @@ class SingleDevice(LockstepStrategy, SingleDeviceStrategy):
     def __init__(self, device: torch.device, sharding: DataSharding) -> None:
         super().__init__(device=device)
         self.sharding = sharding
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        # Lightning does so on several ranks: what ``setup`` and ``configure_model`` draw must not depend on their number.
+        reset_seed()
 
 
 class DDP(LockstepStrategy, DDPStrategy):

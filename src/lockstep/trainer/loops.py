@@ -17,7 +17,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
-from lockstep.checkpoint import restore_state
+from lockstep.checkpoint import restore_state, undo_changes
 from lockstep.compat.lightning import (
     DataFetcher,
     LightningEpochLoop,
@@ -177,8 +177,9 @@ class FitLoop(LightningFitLoop):
         if point is None:
             super().on_advance_start()
             return
-        # Callbacks may allocate what they need here; the restored state undoes what they draw, count or log.
-        call_hooks(self.trainer, "on_train_epoch_start")
+        # Callbacks may allocate what they need here, or set up the data; what they train, draw, count or log is undone.
+        with undo_changes(self.trainer, "on_train_epoch_start"):
+            call_hooks(self.trainer, "on_train_epoch_start")
         if point.epoch > 0:  # but for the first epoch, workers start after these hooks, which may change the dataset
             self.restart_iteration()
         loader, _ = training_loader(self.trainer)
