@@ -198,19 +198,16 @@ ROWS = (
     Row(
         "a callback with a `state_dict`, which changes the weights",
         callback("foreign.callbacks.Shrink"),
-        fails="the weights of the end are in no checkpoint",
     ),
     Row(
         "a curriculum: a callback changes the dataset",
         callback("foreign.callbacks.Curriculum"),
         data=ScaledPoints,
-        fails="it changes a wrapper",
     ),
     Row(
         "a curriculum, with workers",
         callback("foreign.callbacks.Curriculum") + " --data.workers 1",
         data=ScaledPoints,
-        fails="it changes a wrapper",
     ),
     Row("a callback sets `should_stop` in mid-epoch", callback("foreign.callbacks.StopAfter", step=10), check=ends_after(10)),
     Row("a callback logs through the module", callback("foreign.callbacks.LogsNorm")),

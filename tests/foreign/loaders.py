@@ -245,7 +245,6 @@ ROWS = (
         Combined,
         kill_step=11,
         check=steps(12),
-        fails="a resumed epoch has other batches",
     ),
     Row(
         "`CombinedLoader`, `max_size_cycle`, shuffled",
@@ -254,7 +253,6 @@ ROWS = (
         CombinedShuffled,
         kill_step=11,
         own_order=OWN_ORDER,
-        fails="a resumed epoch has other batches",
     ),
     Row("several loaders for validation", model=Several, data=SeveralForValidation),
     Row("an `IterableDataset`, sharded by its author", data=Streamed, per_rank="its author shares it out"),
