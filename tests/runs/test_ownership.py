@@ -101,6 +101,28 @@ def test_a_new_attempt_is_noticed_before_its_owner_is_in_the_run_folder(tmp_path
     assert run.is_superseded(1) and not run.is_superseded(2)
 
 
+@pytest.mark.parametrize(
+    ("mode", "group", "said"), [(0o775, 65534, True), (0o777, 0, True), (0o775, 0, False), (0o1777, 0, False)]
+)
+def test_a_folder_whose_runs_others_could_replace_is_refused(tmp_path: Path, mode: int, group: int, said: bool) -> None:
+    if os.geteuid():
+        pytest.skip("only root gives a folder to another group")
+    root = tmp_path / "shared"
+    root.mkdir()
+    os.chown(root, 0, group)
+    root.chmod(mode)
+    if said:
+        with pytest.raises(UsageError, match=f"others can write to {root}, .* such as a new folder in it"):
+            Run.create(root, "x")
+        assert not list(root.glob("*/*"))
+    old = os.umask(0o002)
+    try:
+        made = Run.create(root / "new", "x")
+    finally:
+        os.umask(old)
+    assert made.folder.stat().st_mode & 0o777 == 0o700 and made.folder.parent.stat().st_mode & 0o777 == 0o755
+
+
 TOY = (
     *("--model", "support.toy_model.ToyModel", "--data", "support.toy_model.ToyData"),
     *("--data.samples", "96", "--data.workers", "0", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"),

@@ -100,7 +100,7 @@ def test_a_world_writable_run_root_is_rejected(shell: Shell) -> None:
     shared.mkdir()
     shared.chmod(0o777)
     done = shell("launch/slurm.py", *HELD, "--run.root", "shared")
-    assert done.returncode == 2 and f"everybody can write to {shared}" in done.stderr
+    assert done.returncode == 2 and f"others can write to {shared}" in done.stderr
     assert not list(shared.iterdir()) and not shell.queue()
 
 

@@ -1,6 +1,9 @@
 """A run folder, ``<root>/<name>/<id>/``: one training, however often it restarts."""
 
 import errno
+import grp
+import os
+import pwd
 import re
 import secrets
 import shlex
@@ -63,19 +66,19 @@ class Run:
         cls.check_name(name)
         folder = root.absolute() / name / (identity or new_run_id())
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            for parent in reversed(folder.parents):
+                parent.mkdir(mode=0o755, exist_ok=True)  # no more, where the umask lets the group write
             folder.mkdir(mode=0o700)
         except OSError as error:
             raise UsageError(
                 f"run.root: the run folder {folder} cannot be written ({error.strerror}); choose another with --run.root."
             ) from None
         for parent in (folder.parent, folder.parent.parent):
-            mode = parent.stat().st_mode
-            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            if _others_can_write(parent):
                 folder.rmdir()
                 raise UsageError(
-                    f"run.root: everybody can write to {parent}, and so replace what a run keeps there; "
-                    f"take that away (chmod o-w {parent}) or choose another with --run.root."
+                    f"run.root: others can write to {parent}, and so replace what a run keeps there; take that away "
+                    f"(chmod go-w {parent}) or choose another with --run.root, such as a new folder in it."
                 )
         for part in ("logs", "checkpoints"):
             (folder / part).mkdir()
@@ -211,6 +214,23 @@ def checkpoint_order(path: Path) -> tuple[int, ...]:
     """The step of a published checkpoint, and 1 if it was saved after the end of training; empty for another name."""
     found = re.fullmatch(r"step-(\d+)(-end)?", path.name)
     return (int(found[1]), int(found[2] is not None)) if found else ()
+
+
+def _others_can_write(folder: Path) -> bool:
+    """Whether other users can replace what is in ``folder``; a sticky folder protects the entries of each user."""
+    found = folder.stat()
+    if found.st_mode & stat.S_ISVTX:
+        return False
+    return bool(found.st_mode & stat.S_IWOTH) or bool(found.st_mode & stat.S_IWGRP and not _is_private_group(found.st_gid))
+
+
+def _is_private_group(number: int) -> bool:
+    """Whether a group is that of this user alone, which many systems make for each user."""
+    try:
+        group, user = grp.getgrgid(number), pwd.getpwuid(os.geteuid())
+    except KeyError:  # without names, as in a container
+        return number == os.geteuid()
+    return group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def new_run_id() -> str:

@@ -12,6 +12,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lockstep.compat.pytorch_lightning import import_as_lightning
+from lockstep.compat.torch_builds import recover_build_locks
 from lockstep.config import RESERVED_TRAINER_KEYS, Options, Precision
 from lockstep.config.validation import known_keys, validate_arguments
 from lockstep.core import UsageError, did_you_mean
@@ -55,6 +56,7 @@ def parse_config(arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
         sys.exit(0)
     given = validate_arguments(arguments)
     import_as_lightning()
+    recover_build_locks()  # a user's module may build an op when it is imported
     import_modules(given)
     parser, arguments = make_parser(), list(arguments)
     is_shown = "--print_config" in arguments and given["model"] is not None  # else jsonargparse shows the keys that are known

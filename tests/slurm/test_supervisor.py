@@ -1,0 +1,123 @@
+"""What the supervisor decides from files and from an answer of squeue, without Slurm."""
+
+from pathlib import Path
+
+import pytest
+
+from lockstep.core import UsageError
+from lockstep.runs import Failure, Owner, Run, RunResult, read_attempts, record_failure
+from lockstep.slurm.client import RUNNING_JOBS, is_owner_alive, parse_running_jobs, query_jobs
+from lockstep.slurm.restart_policy import REQUEUE, RESTART
+from lockstep.slurm.supervisor import SlurmView, UnknownOwner, finish, start
+
+LAST = "7|2|7|0|1795717375|N/A|RUNNING|"
+"""The last run of the array 7, as squeue prints it: its own job id is that of the array."""
+
+ARRAY = f"7|0|8|0|1795717375|N/A|\n7|1|9|1|NONE|1795716793|\n{LAST}\nend\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.create(tmp_path, "x")
+
+
+def environment(job: str, restarts: int = 0, attempt: int = 0) -> dict[str, str]:
+    return {"LOCKSTEP_JOB": job, "SLURM_RESTART_COUNT": str(restarts), "LOCKSTEP_ATTEMPT": str(attempt), "PATH": ""}
+
+
+def begin(run: Run, job: str, restarts: int = 0, squeue: str = ARRAY, seen: int = 0) -> int:
+    env = environment(job, restarts)
+    return start(run, run.folder, SlurmView.parse(squeue, env, seen), env)
+
+
+def end(run: Run, job: str, attempt: int, status: int = 143, squeue: str = ARRAY, restarts: int = 0) -> str | int:
+    env = environment(job, restarts, attempt)
+    return finish(run, run.folder, status, SlurmView.parse(squeue, env), env)
+
+
+def test_each_run_of_an_array_is_a_job_of_its_own() -> None:
+    jobs = parse_running_jobs(ARRAY.removesuffix("end\n"))
+    assert {name: (job.restarts, job.end, job.is_preempted) for name, job in jobs.items()} == {
+        "7_0": (0, 1795717375, False),
+        "7_1": (1, 0, True),
+        "7_2": (0, 1795717375, False),
+    }
+    assert "7" not in jobs
+
+
+def test_another_job_is_queried_again_before_it_counts_as_ended(run: Run) -> None:
+    assert begin(run, "7_0") == 1
+    with pytest.raises(UsageError, match="is being trained by job 7_0; end that first"):
+        begin(run, "7_2")
+    without = LAST + "\nend\n"
+    with pytest.raises(UnknownOwner) as unknown:  # may have started after this answer
+        begin(run, "7_2", squeue=without)
+    assert begin(run, "7_2", squeue=without, seen=unknown.value.attempt) == 2
+    with pytest.raises(UsageError, match="is being trained by job 7_2"):
+        begin(run, "7_0", squeue="")  # Slurm does not answer
+
+
+def test_a_requeued_job_replaces_its_older_incarnation_and_is_not_replaced_by_it(run: Run) -> None:
+    assert (begin(run, "7_1"), begin(run, "7_1"), begin(run, "7_1", restarts=1)) == (1, 2, 3)
+    with pytest.raises(UsageError, match="is being trained by job 7_1"):
+        begin(run, "7_1")
+
+
+def test_the_batch_script_of_a_superseded_attempt_ends_and_records_nothing(run: Run) -> None:
+    assert (begin(run, "7_1"), begin(run, "7_1", restarts=1)) == (1, 2)
+    before = read_attempts(run)
+    record_failure(run, 1, Failure(0, 1, 0, "", "ValueError: late"))
+    assert end(run, "7_1", 1, status=1) == 1
+    assert read_attempts(run) == before and not run.result.exists()
+
+
+def interrupt(run: Run, attempt: int, number: int) -> None:
+    RunResult("interrupted", attempts=attempt, reason="a signal", exit_status=number).write(run.result)
+
+
+@pytest.mark.parametrize(("number", "decision"), [(143, RESTART), (140, REQUEUE)])
+def test_signals_before_the_first_step_do_not_restart_a_run_for_ever(run: Run, number: int, decision: str) -> None:
+    decisions = []
+    for attempt in range(1, 26):
+        begin(run, "7_0")
+        interrupt(run, attempt, number)
+        decisions.append(end(run, "7_0", attempt, number))
+    assert decisions == [decision] * 24 + [number]
+    result = RunResult.read(run.result)
+    assert result is not None and result.status == "failed"
+    assert result.reason == "25 attempts in a row have saved no checkpoint after step 0; the last: a signal"
+
+
+def test_preemptions_may_happen_as_often_as_slurm_likes(run: Run) -> None:
+    for attempt in range(1, 40):
+        begin(run, "7_1", restarts=1)
+        interrupt(run, attempt, 143)
+        assert end(run, "7_1", attempt, restarts=1) == REQUEUE
+
+
+def test_a_job_that_slurm_has_ended_is_not_restarted(run: Run) -> None:
+    begin(run, "7_0")
+    interrupt(run, 1, 143)
+    assert end(run, "7_0", 1, squeue=LAST + "\nend\n") == 143
+
+
+def squeue(folder: Path, output: str) -> dict[str, str]:
+    """An environment whose squeue prints ``output``."""
+    (folder / "squeue").write_text(f"#!/bin/sh\ncat <<'EOF'\n{output}EOF\n")
+    (folder / "squeue").chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+@pytest.mark.parametrize(("code", "status"), [("0", 0), ("256", 1), ("15", 143), ("1:0", 1), ("143:0", 143), ("0:9", 137)])
+def test_exit_codes_of_all_versions_of_slurm(tmp_path: Path, code: str, status: int) -> None:
+    row = f"8|7|2|FAILED|NonZeroExitCode|N/A|0:01|1:00|n1|{code}|0|\n"
+    states, error = query_jobs({"7_2"}, squeue(tmp_path, row))
+    assert (states["7_2"].exit_status, error) == (status, "")
+
+
+def test_the_owner_is_looked_for_among_the_running_jobs(tmp_path: Path) -> None:
+    env = squeue(tmp_path, ARRAY.removesuffix("end\n"))
+    owners = [Owner(job="7_2"), Owner(job="7"), Owner(job="7_1"), Owner(job="7_1", restarts=1)]
+    assert [is_owner_alive(owner, env) for owner in owners] == [True, False, False, True]
+    assert is_owner_alive(Owner(job="7_2"), {"PATH": ""}) is None
+    assert "--states=RUNNING,SUSPENDED" in RUNNING_JOBS
