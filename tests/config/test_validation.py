@@ -128,7 +128,7 @@ WRONG_VALUE = [
     (["--strategy", "dp"], "strategy: 'dp' is not valid: expected one of 'ddp', 'deepspeed'"),
     (["--run.test_after_fit", "1"], "run.test_after_fit: '1' is not valid: expected bool."),
     (["--run", "5"], "run"),
-    (["--seed_everything", "x"], "seed_everything: 'x' is not valid: expected int."),
+    (["--seed_everything", "x"], "seed_everything: 'x' is not valid: expected int or bool."),
     (["--model.lr", "fast"], "model.lr: 'fast' is not valid: expected float."),
     (["--model.lr", "[1]"], "model.lr: '[1]' is not valid: expected float."),
     (["--model.schedule", "cosin"], "model.schedule: 'cosin' is not valid: expected one of 'constant', 'cosine', 'step'; did"),

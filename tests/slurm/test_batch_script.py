@@ -4,12 +4,14 @@ After an intended change run with LOCKSTEP_WRITE_GOLDEN=1 and read the diff.
 """
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.configs import DIGITS
 from support.runs import REPO
 
 from lockstep.config.sweep import parse_sweep
@@ -19,6 +21,7 @@ from lockstep.slurm.submission.batch_script import JobRequest, batch_script
 from lockstep.slurm.submission.options import LaunchOptions, NodeRange
 from lockstep.slurm.submission.profile import Profile, apply_flags, load_profile, parse_minutes
 from lockstep.slurm.submission.sbatch import scrub_environment
+from lockstep.slurm.submission.submission import Submission
 
 GOLDEN = Path(__file__).parent / "golden"
 PROFILES = [path.stem for path in sorted((REPO / "configs" / "cluster").glob("*.yaml"))]
@@ -99,6 +102,15 @@ def test_a_wrong_profile_raises_error_with_key_and_value(tmp_path: Path, text: s
     with pytest.raises(UsageError) as error:
         load_profile(str(path), {}, [])
     assert message in error.value.message
+
+
+def test_a_drawn_seed_is_the_same_at_each_start_of_a_run(tmp_path: Path) -> None:
+    arguments = [*DIGITS, "--seed_everything=true", f"--run.root={tmp_path}"]
+    options = LaunchOptions(tmp_path, sweep={"model.lr": ["0.1", "0.2"]})
+    made = [Submission.create(arguments, Profile(), options, {}) for _ in range(2)]
+    seeds = [[made[i].run_arguments(run)[-2] for run in (0, 1, 0)] for i in (0, 1)]
+    assert all(re.fullmatch(r"--seed_everything=\d+", seed) for row in seeds for seed in row)
+    assert seeds[0][0] == seeds[0][2] != seeds[0][1] and seeds[0] != seeds[1]
 
 
 def test_the_first_profile_of_a_name_wins(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The config of a run: keys, YAML files, command-line arguments, sweeps, cross-field checks and error messages."""
 
 from lockstep.config import messages
-from lockstep.config.arguments import split_command, split_keys
+from lockstep.config.arguments import select_section, split_command, split_keys
 from lockstep.config.checks import (
     check_checkpoint_path,
     check_deepspeed,
@@ -13,6 +13,7 @@ from lockstep.config.checks import (
 from lockstep.config.deepspeed import check_offload, deepspeed_config, missing_nvme_folder
 from lockstep.config.schema import (
     COMMANDS,
+    FULL_PRECISIONS,
     RESERVED_TRAINER_KEYS,
     SHARED_CLASSES,
     CheckpointOptions,

@@ -3,7 +3,11 @@
 import re
 from collections.abc import Sequence
 
+import yaml
+
+from lockstep.config.messages import expected_mapping
 from lockstep.config.schema import COMMANDS
+from lockstep.config.yaml_files import read_config_file
 from lockstep.core import UsageError, did_you_mean
 
 
@@ -35,6 +39,31 @@ def split_keys(arguments: Sequence[str]) -> list[tuple[str, str]]:
                 raise UsageError(f"{key}: needs a value: --{key} VALUE.")
         pairs.append((key, value))
     return pairs
+
+
+def select_section(arguments: Sequence[str], command: str) -> list[str]:
+    """Replace config files that have sections for commands, as LightningCLI's have, by their content for ``command``."""
+    selected: list[str] = []
+    for argument in arguments:
+        if selected[-1:] == ["--config"]:
+            argument = f"{selected.pop()}={argument}"
+        if argument.startswith("--config="):
+            selected += [f"--config={part}" for part in _parts_for(command, argument.partition("=")[2])]
+        else:
+            selected.append(argument)
+    return selected
+
+
+def _parts_for(command: str, source: str) -> list[str]:
+    """The config file ``source``, or what it has for all commands and for ``command``, as YAML."""
+    content = read_config_file(source)
+    if not content.keys() & set(COMMANDS):
+        return [source]
+    section = content.get(command, {})
+    if not isinstance(section, dict):
+        raise UsageError(expected_mapping(f"config: {source}: {command}", section))
+    common = {key: value for key, value in content.items() if key not in COMMANDS}
+    return [yaml.safe_dump(part, sort_keys=False, allow_unicode=True) for part in (common, section) if part]
 
 
 def _is_flag(argument: str) -> bool:

@@ -14,8 +14,8 @@ from lockstep.core import UsageError, is_secret
 def check_ranges(config: Mapping[str, Any]) -> None:
     """Raise UsageError if a number is missing or out of range."""
     seed, best = config["seed_everything"], config["checkpoint"]["save_top_k"]
-    if seed is None or not 0 <= seed < 2**32:
-        raise UsageError(f"seed_everything: {seed} must be 0 or more, and less than 2**32.")
+    if seed is None or seed is False or not 0 <= seed < 2**32:
+        raise UsageError(f"seed_everything: {seed} must be 0 or more, and less than 2**32; or true, which draws a seed.")
     if best is None or best < 1:
         raise UsageError(f"checkpoint.save_top_k: {best} must be 1 or more.")
     for key in ("timeout_seconds", "min_mb_per_second"):

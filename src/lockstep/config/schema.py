@@ -6,7 +6,12 @@ from typing import Literal
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
-Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"]
+Precision = Literal[
+    "auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64", 16, 32, 64
+]
+
+FULL_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+"""What Lightning means by the short names of ``trainer.precision``."""
 
 SHARED_CLASSES = {
     "model": ["lockstep.models.Classifier"],
@@ -154,7 +159,7 @@ class Options:
     """lockstep's own keys of a config, beside ``trainer`` (Lightning's), ``model`` and ``data``.
 
     Args:
-        seed_everything: Seed of initial weights, data order, augmentation and dropout.
+        seed_everything: Seed of initial weights, data order, augmentation and dropout; true draws one, which config.yaml shows.
         strategy: Distributed strategy.
         activation_checkpointing: Import paths of module classes, such as torchvision.models.vision_transformer.EncoderBlock.
             Modules of these classes do not store activations; backward recomputes them.
@@ -162,7 +167,7 @@ class Options:
         ckpt_path: Checkpoint or run folder to start from, evaluate or predict with.
     """
 
-    seed_everything: int = 1
+    seed_everything: int | bool = 1
     run: RunOptions = field(default_factory=RunOptions)
     strategy: Literal["ddp", "deepspeed"] = "ddp"
     distributed: DistributedOptions = field(default_factory=DistributedOptions)

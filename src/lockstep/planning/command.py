@@ -23,8 +23,8 @@ def main(arguments: Sequence[str]) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         resources = Resources(**json.loads(arguments[0]))
-        _, keys = split_command(arguments[1:])
-        _, config = parse_config(keys)
+        command, keys = split_command(arguments[1:])
+        _, config = parse_config(keys, command)
         precision = config.trainer.precision
         if precision == "auto":
             precision = "bf16-mixed" if resources.on_gpu else "32-true"

@@ -19,7 +19,7 @@ from lockstep.data import ImageData
 from lockstep.planning.fake_step import DTYPES, ModelInspector, run_fake_step
 from lockstep.planning.memory import Activations, ModelProfile
 from lockstep.strategies import required_ops
-from lockstep.trainer import instantiate
+from lockstep.trainer import instantiate, set_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def profile_model(config: Namespace, precision: str) -> ModelProfile:
             raise UsageError(
                 f"{op.reason} is compiled at first use, which --plan does not do; plan with adamw, whose state is as large."
             )
-    data = instantiate_key("data", LightningDataModule, config)
+    data = LightningDataModule() if config.data is None else instantiate_key("data", LightningDataModule, config)
     make_batch, global_batch, batch_per_rank = batch_source(data)
     vars(data).update(prepare_data=lambda: None, setup=lambda stage: None)
     with fake_tensors(), warnings.catch_warnings():
@@ -103,6 +103,7 @@ def make_on_meta(config: Namespace, precision: str) -> LightningModule:
     except RuntimeError:  # its __init__ reads values
         with real_tensors():
             module = instantiate_key("model", LightningModule, config)
+    set_optimizer(module, config)
     bits, _, kind = precision.partition("-")
     if kind == "true":
         for parameter in module.parameters():

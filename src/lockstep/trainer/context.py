@@ -1,5 +1,6 @@
 """The context of an attempt on one rank: config, world, devices, run folder."""
 
+import secrets
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,6 +60,10 @@ class RunContext:
             enable_flight_recorder(run.log(attempt, 0).parent, environ)
         timeout = timedelta(minutes=config.distributed.timeout_minutes)
         init_process_group(world, device, timeout, alone=config.strategy == "deepspeed")
+        if config.seed_everything is True:
+            config.seed_everything = broadcast_from_rank_zero(lambda: secrets.randbelow(2**32), world)
+            if config.data is not None and "seed" in config.data.get("init_args", {}):
+                config.data.init_args.seed = config.seed_everything
         if run is None:
             run, attempt = broadcast_from_rank_zero(
                 lambda: Run.start(config.run.root, config.run.name, sys.argv, world.nodes, world.local_size), world

@@ -34,7 +34,7 @@ def run_locally(
         LockstepError: With one rank, what the trainer raises; so is any other exception.
     """
     command, keys = split_command(arguments)
-    parsed = parse_config(keys)
+    parsed = parse_config(keys, command)
     launched = LaunchRecord.read(resume.launch) if resume is not None else None
     nodes = nodes or (launched.max_nodes if launched is not None else 1)
     ranks = ranks or (launched.ranks_per_node if launched is not None else 1)

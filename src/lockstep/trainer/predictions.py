@@ -26,7 +26,7 @@ from lockstep.trainer.context import RunContext
 
 
 def run_prediction(
-    context: RunContext, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None
+    context: RunContext, trainer: Trainer, module: LightningModule, data: LightningDataModule | None, checkpoint: str | None
 ) -> int:
     """Predict the samples of ``predict_dataloader`` and return their number; every rank must call this.
 
@@ -35,7 +35,9 @@ def run_prediction(
         RunError: The outputs of ``predict_step`` do not fit into one file, or writing failed.
     """
     if not is_overridden("predict_dataloader", data) and not is_overridden("predict_dataloader", module):
-        raise UsageError(f"data: {type(data).__name__} has no predict_dataloader; define it to choose what to predict.")
+        raise UsageError(
+            f"data: {type(data or module).__name__} has no predict_dataloader; define it to choose what to predict."
+        )
     if not is_overridden("predict_step", module) and not is_overridden("forward", module):
         raise UsageError(f"model: {type(module).__name__} has neither predict_step nor forward; define one of them.")
     run, world = context.run, context.world

@@ -43,7 +43,7 @@ from lockstep.runs import (
 )
 from lockstep.strategies import AnyStrategy, load_ops, make_strategy, private_folder, required_ops
 from lockstep.trainer.build import build_trainer, check_callbacks
-from lockstep.trainer.config_parser import instantiate, parse_config
+from lockstep.trainer.config_parser import instantiate, parse_config, set_optimizer
 from lockstep.trainer.context import RunContext
 from lockstep.trainer.loops import FitLoop
 from lockstep.trainer.predictions import run_prediction
@@ -128,7 +128,11 @@ class TrainingSession:
         checkpoint, is_same_run = self._find_checkpoint()
         seed_everything(config.seed_everything, verbose=False)
         objects = instantiate(context.parser, config)
-        objects.data.prepare_data_per_node = not config.shared_filesystem
+        if not any(is_overridden(f"{name}_dataloader", objects.data) for name in ("train", "val", "test", "predict")):
+            objects.data = None  # the module has its own loaders, which Lightning uses only without a DataModule
+        for part in filter(None, (objects.model, objects.data)):
+            part.prepare_data_per_node = not config.shared_filesystem
+        set_optimizer(objects.model, config)
         sharding = DataSharding(context.world, config.seed_everything)
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)
         check_callbacks(objects.trainer.callbacks, strategy)
@@ -189,13 +193,13 @@ class TrainingSession:
         log.info("resuming from step %d (epoch %d, batch %d)", progress.step, progress.epoch, progress.batch)
 
     def _fit(
-        self, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None
+        self, trainer: Trainer, module: LightningModule, data: LightningDataModule | None, checkpoint: str | None
     ) -> dict[str, Any]:
         """Fit and test; return what the result says about both."""
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         sha256 = self._saved_weights_sha256()
         metrics, test_error = dict(trainer.logged_metrics), None
-        can_test = is_overridden("test_step", module) and is_overridden("test_dataloader", data)
+        can_test = is_overridden("test_step", module) and is_overridden("test_dataloader", data or module)
         if self.context.config.run.test_after_fit and can_test:
             try:
                 trainer.test(module, datamodule=data, verbose=False)
@@ -208,7 +212,7 @@ class TrainingSession:
         return {"metrics": _as_floats(metrics), "weights_sha256": sha256, "test_error": test_error}
 
     def _evaluate(
-        self, trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: str | None
+        self, trainer: Trainer, module: LightningModule, data: LightningDataModule | None, checkpoint: str | None
     ) -> dict[str, float]:
         """Validate or test; return the newest value of every metric."""
         evaluate = trainer.validate if self.context.command == "validate" else trainer.test
@@ -295,7 +299,7 @@ def train(
 
 def run_rank(command: str, arguments: Sequence[str], world: World, run: Run, attempt: int) -> None:
     """Parse ``arguments`` and train: the entry point of a Slurm task."""
-    train(command, parse_config(arguments), world, run, attempt)
+    train(command, parse_config(arguments, command), world, run, attempt)
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
@@ -307,7 +311,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     try:
         world = World.from_env(env)
         command, keys = split_command(arguments)
-        train(command, parse_config(keys), world)
+        train(command, parse_config(keys, command), world)
         return 0
     except LockstepError as error:
         if world.local_rank == 0 or error.exit_status == RunError.exit_status:

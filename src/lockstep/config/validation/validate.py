@@ -17,14 +17,15 @@ from lockstep.config import (
     check_secrets,
     messages,
     read_config_file,
+    select_section,
     split_command,
     split_keys,
 )
-from lockstep.config.validation.annotation import ANYTHING, ExpectedType, expected_type
+from lockstep.config.validation.annotation import ANYTHING, ExpectedType, expected_type, parse_scalar
 from lockstep.config.validation.lookup import NotDefined, SourceIndex
 from lockstep.config.validation.signature import Argument, Signature, signature
 from lockstep.config.validation.source import Undecidable
-from lockstep.config.validation.values import BASES, ValueMerger
+from lockstep.config.validation.values import BASES, OPTIONAL_CLASSES, ValueMerger
 from lockstep.core import UsageError
 
 
@@ -50,7 +51,8 @@ def validate_arguments(
         UsageError: A command, key, value, file or class is certainly wrong.
     """
     config = ConfigValidator(SourceIndex(folders, elsewhere), launcher_flags)
-    keys = split_keys(split_command(arguments)[1])
+    command, keyed = split_command(arguments)
+    keys = split_keys(select_section(keyed, command))
     for key, value in keys:
         config.set_key(key, value)
     if any(_is_help_key(key) for key, _ in keys):
@@ -62,7 +64,7 @@ def validate_arguments(
         config.content = copy.deepcopy(common)
         for key, value in point.items():
             config.set_key(key, value)
-        config.check_complete()
+        config.check_complete(command)
         first = first or config.content
     return first or common
 
@@ -85,6 +87,12 @@ def known_keys() -> list[str]:
     return keys
 
 
+_CLASSES = {**BASES, **OPTIONAL_CLASSES}
+
+_LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
+"""The loader that each command needs."""
+
+
 class ConfigValidator:
     """A config that is merged and checked key by key.
 
@@ -97,7 +105,7 @@ class ConfigValidator:
 
     def __init__(self, sources: SourceIndex, launcher_flags: Iterable[str]) -> None:
         options = Options()
-        self.content: dict[str, Any] = {**asdict(options), "trainer": {}, "model": None, "data": None}
+        self.content: dict[str, Any] = {**asdict(options), "trainer": {}, **dict.fromkeys(_CLASSES)}
         self._sources, self._values, self._launcher_flags = sources, ValueMerger(sources), list(launcher_flags)
         self._keys = self._keys_of("lockstep.config.schema.Options")
         groups = {name: type(value).__name__ for name, value in vars(options).items() if is_dataclass(value)}
@@ -121,7 +129,7 @@ class ConfigValidator:
             return
         if key == "config":
             self._merge_file(value)
-        elif first in BASES:
+        elif first in _CLASSES:
             self._set_class(first, rest, value)
         elif first not in self._groups:
             self._set_in_group(self.content, self._keys, [first, *rest], value, "")
@@ -160,21 +168,32 @@ class ConfigValidator:
         self._values.folder, self._values.file = outer, outer_file
 
     def _set_class(self, key: str, rest: Sequence[str], value: Any) -> None:
+        if not rest and (value is None or parse_scalar(str(value)) is None):
+            self.content[key] = None
+            return
+        if rest == ["class_path"]:
+            rest, value = [], {"class_path": value}
         current, mapping = self.content[key], self._values.mapping(value)
-        if current is None and (rest or (mapping is not None and "class_path" not in mapping)):
+        if current is None and (
+            rest or (mapping is not None and not any(name.split(".")[0] == "class_path" for name in mapping))
+        ):
             raise UsageError(messages.class_not_set(key, ".".join([key, *rest]), value))
-        self.content[key] = self._values.merge(current, ExpectedType(classes=(BASES[key],)), rest, value, key)
+        self.content[key] = self._values.merge(current, ExpectedType(classes=(_CLASSES[key],)), rest, value, key)
 
     def keys(self) -> list[str]:
         """All keys except arguments of classes."""
         groups = [f"{name}.{key}" for name, group in self._groups.items() for key in group.arguments]
-        return [*self._keys.arguments, "trainer", *BASES, "config", *groups]
+        return [*self._keys.arguments, "trainer", *_CLASSES, "config", *groups]
 
-    def check_complete(self) -> None:
+    def check_complete(self, command: str) -> None:
         """Raise UsageError if the whole config lacks a value, names an unknown class or has a number out of range."""
-        for key in BASES:
-            if self.content[key] is None:
-                raise UsageError(messages.missing_key(key))
+        if self.content["model"] is None:
+            raise UsageError(messages.missing_key("model"))
+        loader = f"{_LOADERS[command]}_dataloader"
+        if self.content["data"] is None and not self._values.may_define(self.content["model"], loader):
+            raise UsageError(f"{messages.missing_key('data')[:-1]}; the model itself has no {loader}.")
+        if self.content["lr_scheduler"] is not None and self.content["optimizer"] is None:
+            raise UsageError("lr_scheduler: needs an optimizer at the top level too; set optimizer.")
         self._values.check_short_names()
         for key, base in BASES.items():
             self._values.check_required(self.content[key], ExpectedType(classes=(base,)), key, linked="data.seed")

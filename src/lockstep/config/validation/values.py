@@ -1,5 +1,6 @@
 """Merge values into class arguments as jsonargparse does, and refuse those that a class does not accept."""
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,12 @@ from lockstep.core import UsageError, did_you_mean
 
 BASES = {"model": Definition("lightning.pytorch.LightningModule"), "data": Definition("lightning.pytorch.LightningDataModule")}
 """Keys whose values are classes, and the required base classes."""
+
+OPTIONAL_CLASSES = {
+    "optimizer": Definition("torch.optim.Optimizer"),
+    "lr_scheduler": Definition("torch.optim.lr_scheduler.LRScheduler"),
+}
+"""Further keys whose values are classes, made as LightningCLI makes them."""
 
 _SPEC_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
@@ -234,6 +241,20 @@ class ValueMerger:
                 if all(node.name != base for node, _ in class_hierarchy(self._sources, found)):
                     raise UsageError(f"{key}: {path} is not a {base}.")
         return signature(self._sources, found)
+
+    def may_define(self, spec: Any, method: str) -> bool:
+        """Whether a class, or a base that is not Lightning's own, may define ``method``."""
+        if not _is_spec(spec):
+            return True
+        try:
+            bases = list(class_hierarchy(self._sources, self._sources.find(spec["class_path"])))
+        except (Undecidable, NotDefined):
+            return True
+        trees = [(base.name, module.tree) for base, module in bases if not module.name.startswith("lightning.")]
+        whole = [
+            node for name, tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name
+        ]
+        return any(method in ast.dump(node) for node in whole)
 
     def check_short_names(self) -> None:
         """Raise UsageError for a class name without its module that no module of this run defines."""

@@ -5,8 +5,9 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from secrets import randbelow
 from typing import Any
 
 from lockstep.config import SweepPoint, check_checkpoint_path, check_deepspeed, check_run_root, check_sweep_keys, sweep_points
@@ -38,6 +39,7 @@ class Submission:
         folder: Folder of the run or sweep; created by ``submit``.
         sweep_points: The values of each run of a sweep; one empty point without a sweep.
         secrets: Texts that must not be written anywhere.
+        drawn_seed: Seed of the first run where the config asks for any seed.
     """
 
     command: str
@@ -48,6 +50,7 @@ class Submission:
     folder: Path
     sweep_points: tuple[SweepPoint, ...]
     secrets: tuple[str, ...]
+    drawn_seed: int = field(default_factory=lambda: randbelow(2**32))
 
     @classmethod
     def create(
@@ -104,6 +107,8 @@ class Submission:
             added.append(f"--wandb.group={self.folder.name}")
         if not self.profile.shared_filesystem and not self._has_argument("--shared_filesystem"):
             added.append("--shared_filesystem=false")
+        if self.config["seed_everything"] is True:  # drawn once: a restart must have the same seed
+            added.append(f"--seed_everything={(self.drawn_seed + index) % 2**32}")
         return [*self.arguments, *added, *(f"--{key}={value}" for key, value in self.sweep_points[index].items())]
 
     def preview(self, env: Mapping[str, str]) -> str:
