@@ -26,6 +26,7 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
     module = trainer.lightning_module
     state: dict[str, Any] = {
         "random": capture_rng_state(trainer.strategy.root_device),
+        "trainable": [name for name, p in module.named_parameters() if p.requires_grad],
         "metrics": {name: capture_metric(m) for name, m in module.named_modules() if isinstance(m, Metric)},
         **capture_logged_values(trainer),
     }
@@ -51,10 +52,11 @@ def restore_state(trainer: Trainer, point: ResumePoint) -> None:
             for state in states:
                 if name in state["metrics"]:
                     merge_metric(metric, state["metrics"][name])
-            if (
-                not states and name in point.shared["metrics"]
-            ):  # a rank that was added has seen nothing, but reduces with the others
+            if not states and name in point.shared["metrics"]:  # it has seen nothing, but reduces with the others
                 merge_metric(metric, {"count": point.shared["metrics"][name]["count"], "values": {}})
+    trainable = set(point.shared["trainable"])
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trainable)
     restore_logged_values(trainer, states, point.shared, is_mid_epoch=not point.has_ended)
     trainer.should_stop = point.should_stop
     for state in states[:1]:

@@ -57,8 +57,7 @@ class StatusReporter(Callback):
             return
         self.run.check_owner(self.attempt)
         self._next_report = time.monotonic() + _INTERVAL_SECONDS
-        estimated = trainer.estimated_stepping_batches
-        steps = None if math.isinf(estimated) or estimated < 0 else int(estimated)
+        steps = _total_steps(trainer)
         left = self._seconds_left(trainer.global_step, steps)
         progress = RunProgress(
             status=state,
@@ -99,6 +98,16 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         return {name: f"{value:.4g}" for name, value in latest_metrics(trainer).items() if name.startswith(("train", "val"))}
+
+
+def _total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run; with several optimizers, an estimate from those of a batch so far. None without end."""
+    batches, limit = trainer.estimated_stepping_batches, trainer.max_steps
+    if math.isinf(batches) or batches < 0:
+        return None
+    if (done := trainer.fit_loop.total_batch_idx + 1) and not trainer.lightning_module.automatic_optimization:
+        batches = round(batches * trainer.global_step / done)
+    return int(batches if limit == -1 else min(batches, limit))
 
 
 def _format_metrics(trainer: Trainer, stage: str) -> str:

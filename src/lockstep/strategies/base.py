@@ -1,6 +1,7 @@
 """What all strategies share: sharding of the data, the weight of an uneven last batch, and where a resumed run begins."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +56,8 @@ class LockstepStrategy(Strategy):
 
     sharding: DataSharding
     gradient_ready_order: list[int] | None = None
+    _resume_point: ResumePoint | None = None
+    _trainable: AbstractSet[int] = frozenset()
     _sharded_state: ShardedState | None = None
 
     def broadcast(self, obj: T, src: int = 0) -> T:
@@ -69,13 +72,27 @@ class LockstepStrategy(Strategy):
 
     def resume_from(self, point: ResumePoint) -> None:
         """Begin the fit at ``point``."""
+        self._resume_point = point
         self.gradient_ready_order = point.gradient_ready_order
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
+        self._note_trainable()
         # All ranks have drawn the same weights; from now on each draws its own dropout. Not earlier: Lightning gives all
         # ranks the same seed when it sets up the process group.
         torch.manual_seed(derive_seed(self.sharding.seed, self.sharding.world.rank) >> 1)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if newly := [name for name, p in self.module.named_parameters() if p.requires_grad and id(p) not in self._trainable]:
+            self.on_unfrozen(newly)
+            self._note_trainable()
+        return super().training_step(*args, **kwargs)
+
+    def on_unfrozen(self, names: Sequence[str]) -> None:
+        """Called on all ranks before a step in which the parameters ``names`` begin to require a gradient."""
+
+    def _note_trainable(self) -> None:
+        self._trainable = {id(p) for p in self.module.parameters() if p.requires_grad}
 
     def shards(self) -> State | None:
         """This rank's part of weights and optimizer state; None if Lightning's checkpoint holds them."""

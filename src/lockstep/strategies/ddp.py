@@ -1,5 +1,8 @@
 """``strategy: ddp``: every rank holds the whole model; a single rank trains without a process group."""
 
+import logging
+import re
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -14,9 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lockstep.compat.torch import replay_backward
 from lockstep.config import DDPOptions
+from lockstep.core import RunError, UsageError
 from lockstep.data import DataSharding
 from lockstep.distributed import WorldEnvironment
 from lockstep.strategies.base import LockstepStrategy
+
+log = logging.getLogger(__name__)
 
 
 class SingleDevice(LockstepStrategy, SingleDeviceStrategy):
@@ -55,15 +61,47 @@ class DDP(LockstepStrategy, DDPStrategy):
         zeros repeats it, so that the first step already uses the final buckets.
         """
         super().setup(trainer)
-        if trainer.state.fn != "fit" or self.options.find_unused_parameters:
+        if trainer.state.fn == "fit":
+            self._order_gradients()
+
+    def _order_gradients(self) -> None:
+        if self.options.find_unused_parameters:
             return
         assert isinstance(self.model, DistributedDataParallel)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if self.gradient_ready_order is None:
+        trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        parameters, order, point = list(trainable.values()), self.gradient_ready_order, self._resume_point
+        if point is not None and list(trainable) != point.shared["trainable"]:
+            return  # the flags of the parameters are not restored yet; after that, DDP wraps them again
+        if point is not None and order and sorted(order) == list(range(len(parameters))):
+            replay_backward(self.model, [parameters[index] for index in order])
+            self.module.zero_grad(set_to_none=True)
+        else:
             self.gradient_ready_order = _record_ready_order(parameters)
-        elif sorted(self.gradient_ready_order) == list(range(len(parameters))):
-            replay_backward(self.model, [parameters[index] for index in self.gradient_ready_order])
-            trainer.lightning_module.zero_grad(set_to_none=True)
+        self._resume_point = None
+
+    def on_unfrozen(self, names: Sequence[str]) -> None:
+        """Wrap the module again: DDP reduces only the gradients of parameters that required one when it wrapped them."""
+        if self.options.static_graph:
+            raise UsageError(f"ddp.static_graph: {names[0]} begins to require a gradient during training; set it to false.")
+        assert isinstance(self.model, DistributedDataParallel)
+        log.info("%d parameters begin to require a gradient, first %s; DDP reduces them too", len(names), names[0])
+        self.model = self.model.module
+        self.configure_ddp()
+        self._order_gradients()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if "Expected to have finished reduction in the prior iteration" not in str(error):
+                raise
+            found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            names = [name for name, p in self.module.named_parameters() if p.requires_grad]
+            unused = ", ".join(names[int(index)] for index in found[1].split()[:3]) if found else "some"
+            raise RunError(
+                f"The loss of the last step did not use all parameters ({unused} …): freeze those that no step uses, or set "
+                "ddp.find_unused_parameters to true."
+            ) from error
 
     def configure_ddp(self) -> None:
         super().configure_ddp()

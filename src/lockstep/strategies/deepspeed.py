@@ -1,7 +1,7 @@
 """``strategy: deepspeed``: ZeRO through Lightning's strategy, on GPUs, and over gloo on CPUs for tests and debugging."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -68,6 +68,12 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         return super().root_device if self.on_gpu else torch.device("cpu", 0)
+
+    def on_unfrozen(self, names: Sequence[str]) -> None:
+        raise UsageError(
+            f"strategy: deepspeed shards the parameters that require a gradient before training, and {names[0]} begins to "
+            "require one later; let it do so from the start, or use strategy ddp."
+        )
 
     def shards(self) -> State | None:
         return _capture_shards(ZeroOptimizer(self.deepspeed_engine), self.module)
