@@ -73,8 +73,11 @@ class DDP(LockstepStrategy, DDPStrategy):
         if point is not None and list(trainable) != point.shared["trainable"]:
             return  # the flags of the parameters are not restored yet; after that, DDP wraps them again
         if point is not None and order and sorted(order) == list(range(len(parameters))):
-            replay_backward(self.model, [parameters[index] for index in order])
+            gradients = [parameter.grad for parameter in parameters]  # accumulated ones, which are restored
             self.module.zero_grad(set_to_none=True)
+            replay_backward(self.model, [parameters[index] for index in order])
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
         else:
             self.gradient_ready_order = _record_ready_order(parameters)
         self._resume_point = None
