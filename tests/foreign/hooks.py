@@ -221,7 +221,6 @@ ROWS = (
     Row(
         "`on_train_epoch_end` and `on_train_end` change weights",
         model=Shrinks,
-        fails="the weights of the end are in no checkpoint",
     ),
     Row("a moving average of the weights in the module", model=OwnAverage),
     Row("`configure_gradient_clipping`", model=ClipsItself),

@@ -166,7 +166,6 @@ ROWS = (
         model=UsesExperiment,
         own_order="the plain Trainer has no W&B here",
         check=wandb_has_every_row,
-        fails="the first logger is not W&B's",
     ),
     Row(
         "`wandb.log` beside `self.log`",
@@ -174,7 +173,6 @@ ROWS = (
         model=UsesWandb,
         own_order="the plain Trainer has no W&B here",
         check=wandb_has_every_row,
-        fails="rows are displaced",
     ),
     Row("a `CSVLogger` of one's own", "--trainer.logger CSVLogger --trainer.logger.save_dir csv", check=has_csv),
     Row("`logger: false`", "--trainer.logger false"),
