@@ -182,8 +182,7 @@ ROWS = (
     ),
     Row(
         "`ModelPruning`",
-        callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.2),
-        fails="the weights of the end are in no checkpoint",
+        callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.2, use_lottery_ticket_hypothesis="false"),
     ),
     Row("`Timer`", callback("Timer", duration="00:01:00:00")),
     Row("`LambdaCallback`", callback("foreign.callbacks.Halves")),

@@ -4,7 +4,7 @@ The state consists of tensors and plain values, so that it loads with ``weights_
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torchmetrics import Metric
 
 from lockstep.checkpoint.serialization import copy_to_cpu
@@ -29,12 +30,33 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
         "trainable": [name for name, p in module.named_parameters() if p.requires_grad],
         "metrics": {name: capture_metric(m) for name, m in module.named_modules() if isinstance(m, Metric)},
         **capture_logged_values(trainer),
+        "pruned": _pruned_parameters(module),
     }
     # Before each backward Lightning clears the gradients of what its optimizers step. All others accumulate: those that only
     # the user's code clears, and those of parameters outside the optimizers.
     cleared = set(map(id, _optimized_parameters(trainer))) if module.automatic_optimization else set()
     state["gradients"] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None and id(p) not in cleared}
     return state
+
+
+def _pruned_parameters(module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What ``torch.nn.utils.prune`` has masked, by name. ModelPruning leaves the masks out of its checkpoint."""
+    buffers, parameters = dict(module.named_buffers()), dict(module.named_parameters())
+    names = [name.removesuffix("_orig") for name in parameters if name.endswith("_orig")]
+    return {
+        name: {"mask": buffers[f"{name}_mask"], "orig": parameters[f"{name}_orig"]}
+        for name in names
+        if f"{name}_mask" in buffers
+    }
+
+
+def _restore_pruned_parameters(module: nn.Module, pruned: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name in pruned.keys() - _pruned_parameters(module).keys():
+        owner, _, parameter = name.rpartition(".")
+        weight = module.get_parameter(name)
+        prune.custom_from_mask(module.get_submodule(owner), parameter, pruned[name]["mask"].to(weight.device))  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            weight.copy_(pruned[name]["orig"])  # the same object, which is now called orig
 
 
 def _optimized_parameters(trainer: Trainer) -> Iterator[Tensor]:
@@ -46,6 +68,7 @@ def _optimized_parameters(trainer: Trainer) -> Iterator[Tensor]:
 def restore_state(trainer: Trainer, point: ResumePoint) -> None:
     """Restore the state of this rank."""
     module, states = trainer.lightning_module, point.states
+    _restore_pruned_parameters(module, point.shared["pruned"])
     for name, metric in module.named_modules():
         if isinstance(metric, Metric):
             metric.reset()
