@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from support import slurm_jobs
 from support.waiting import wait_until
 from support.wandb_reader import read_history
 from support.wandb_server import WandbServer
+
+from lockstep.slurm import member_runs
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = (
@@ -102,7 +104,7 @@ class Job(slurm_jobs.Job):
             except OSError:
                 continue
             env = dict(entry.partition("=")[::2] for entry in entries)
-            if env.get("SLURM_JOB_ID") == self.id:
+            if env.get("LOCKSTEP_JOB") == self.id:
                 yield pid, command, env
 
     def kill(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
@@ -162,9 +164,16 @@ class FaultBench:
         job.wait_for_step(step)
         return job
 
-    def submit_again(self, job: Job) -> Job:
+    def submit_sweep(self, runs: int) -> list[Job]:
+        """Submit a sweep of equal runs; the steps of the last one are recorded like those of a single run."""
+        diaries = ",".join([*(f"diary-{number}" for number in range(runs - 1)), "diary"])
+        job = self.submit("--sweep", f"trainer.callbacks.diary={diaries}")
+        members = [run.folder for run in member_runs(job.folder, runs)]
+        return [replace(job, id=f"{job.id}_{number}", folder=folder) for number, folder in enumerate(members)]
+
+    def submit_again(self, job: Job, *arguments: str) -> Job:
         """Submit another job for the same run."""
-        return self._submit(job.shell.project, job.is_online, "--resume", str(job.folder))
+        return self._submit(job.shell.project, job.is_online, "--resume", str(job.folder), *arguments)
 
     def _submit(self, project: Path, is_online: bool, *arguments: str) -> Job:
         shell = slurm_jobs.Shell(self.cluster, project, self.env | (self.server.env if is_online else {}))

@@ -194,6 +194,31 @@ def submit_twice(bench: FaultBench) -> Job:
     return job
 
 
+def release_two(bench: FaultBench) -> Job:
+    """A cancelled run is resumed by two jobs that are released at the same moment: one must be refused."""
+    job = bench.submit_until(57)
+    bench.cluster.command("scancel", job.id)
+    job.wait_until_ended()
+    both = [bench.submit_again(job, "--sbatch=--hold") for _ in range(2)]
+    bench.cluster.command("scontrol", "release", *(other.id for other in both))
+    statuses = {other.wait_until_ended()["exit_status"]: other for other in both}
+    if set(statuses) != {0, 2}:
+        raise SystemExit(f"two jobs of a run ended with {sorted(statuses)} instead of 0 and 2")
+    return statuses[0]
+
+
+def kill_in_sweep(bench: FaultBench) -> Job:
+    """SIGKILL of a rank of the last run of a sweep, which has the job id of the whole array: no other run may notice."""
+    *others, last = bench.submit_sweep(3)
+    last.wait_for_step(57)
+    last.kill(1)
+    for other in others:
+        status = other.wait_until_ended()
+        if (status["state"], status["attempt"]) != ("finished", 1):
+            raise SystemExit(f"another run of the sweep was disturbed: {status}")
+    return last
+
+
 def kill_at(*steps: int) -> Injector:
     """SIGKILL of one rank after another, at the given steps."""
 

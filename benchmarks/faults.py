@@ -81,6 +81,8 @@ ROWS = [
     Row("15b", "slurmctld down for 20 s while running", inject.lose("slurmctld", 40)),
     Row("15c", "… and a rank killed meanwhile", inject.kill_without_controller, 2),
     Row("16", "the same run submitted twice more", inject.submit_twice),
+    Row("16b", "two jobs of the run released at once", inject.release_two, 2),
+    Row("16c", "SIGKILL in one of three runs of a sweep", inject.kill_in_sweep, 2),
     Row("17", "SIGKILL twice in one epoch", inject.kill_at(45, 55), 3),
     Row("17b", "SIGKILL during validation", inject.callback("SIGKILL", "on_validation_batch_start", 60), 2),
     Row("17c", "SIGKILL in the last step of an epoch", inject.callback("SIGKILL", "on_train_batch_end", 60), 2),

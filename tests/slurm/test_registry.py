@@ -7,7 +7,7 @@ import pytest
 
 from lockstep.core.files import atomic_write_json
 from lockstep.runs.failure import Failure, record_failure
-from lockstep.runs.records import Owner
+from lockstep.runs.records import Owner, RunResult
 from lockstep.runs.run import Run
 from lockstep.slurm.registry import SubmittedJob, find_job, register_job, registered_jobs
 from lockstep.slurm.status import RunStatus, query_status
@@ -48,6 +48,14 @@ def test_what_a_script_ends_with_is_not_taken_for_a_word_of_slurms(
     view = seen(run, env)
     assert (view.exit_status, view.state, view.is_active) == (told, "failed", False)
     assert "nvidia-smi: no devices" in view.message
+
+
+def test_a_job_that_was_refused_does_not_end_as_the_attempt_of_another_job(run: Run, env: dict[str, str]) -> None:
+    run.claim_attempt(Owner(job="8"))
+    RunResult("interrupted", attempts=1, reason="SIGTERM", exit_status=143).write(run.result)
+    ended(run, 2, "lockstep: The run is being trained by job 8; end that first.\n")
+    view = seen(run, env)
+    assert view.exit_status == 2 and "is being trained by job 8" in view.message
 
 
 def test_the_first_failure_is_told(run: Run, env: dict[str, str]) -> None:

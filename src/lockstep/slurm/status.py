@@ -5,13 +5,14 @@
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lockstep.runs import (
     JobState,
     LaunchRecord,
+    Owner,
     Run,
     RunProgress,
     RunResult,
@@ -148,7 +149,11 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
         return RunStatus(job, run, ACTIVE, state.state.lower(), message, state, progress, result)
     was_cancelled = (slurm / f"{job}.cancelled").exists()
     output, status = run.output(slurm, job), _read_exit_status(exit_file)
-    ending = endings.classify_ending(endings.Evidence(result, failure, output, status, state, was_cancelled, state is None))
+    evidence = endings.Evidence(result, failure, output, status, state, was_cancelled, state is None)
+    owner = Owner.read(run.owner)
+    if owner is not None and owner.job not in (None, job):  # the newest attempt is that of another job
+        evidence = replace(evidence, result=None, failure=None)
+    ending = endings.classify_ending(evidence)
     return RunStatus(job, run, ending.exit_status, ending.state, ending.reason, state, progress, result)
 
 
