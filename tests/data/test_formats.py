@@ -190,6 +190,28 @@ def test_an_archive_over_http_needs_a_checksum(address: str, md5: str | None, is
             ImageFolder(archive=address, archive_md5=md5, batch_size=4)
 
 
+def test_hidden_files_and_loops_of_links_are_neither_classes_nor_samples(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    train = tmp_path / "train"
+    data = ImageFolder(root=tmp_path, size=16)
+    files = data.load("train").files
+    for hidden in (train / ".ipynb_checkpoints", train / "cat" / ".cache", train / "cat" / "more" / ".trash"):
+        hidden.mkdir()
+        (hidden / "a.jpg").touch()
+    (train / "cat" / "._a.jpg").touch()
+    (train / "again").symlink_to(train)
+    (train / "all").symlink_to(tmp_path)
+    (train / "itself").symlink_to("itself")
+    (train / "cat" / "up").symlink_to("..")
+    (train / "cat" / "other").symlink_to(tmp_path / "more")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "back").symlink_to(train / "cat")
+    found = data.load("train")
+    assert (found.classes, found.files) == (["cat", "dog"], files)
+    shutil.copy(train / "cat" / "a.jpg", tmp_path / "more" / "linked.jpg")
+    assert len(data.load("train")) == len(files) + 1
+
+
 @pytest.mark.parametrize("source", ["path", "address"])
 def test_an_archive_is_unpacked_once(server: tuple[Path, str], tmp_path: Path, source: str) -> None:
     write_images(tmp_path / "images")

@@ -25,6 +25,7 @@ from lockstep.distributed.ranks import fork_ranks
 from lockstep.models.classifier import ClassificationMetrics, Classifier
 from lockstep.models.networks import make_torchvision_model
 from lockstep.strategies.factory import make_strategy
+from lockstep.trainer.loops import replace_loops
 
 
 def score_in_parts(world: World) -> dict[str, float]:
@@ -32,7 +33,7 @@ def score_in_parts(world: World) -> dict[str, float]:
     init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(13, 5, generator=generator), torch.randint(0, 5, (13,), generator=generator)
-    scores = ClassificationMetrics(5)
+    scores = ClassificationMetrics()
     shard = torch.arange(13).tensor_split(world.size)[world.rank]
     for batch in (shard[start : start + 2] for start in range(0, len(shard), 2)):
         scores.update(nn.functional.cross_entropy(logits[batch], labels[batch]), logits[batch], labels[batch])
@@ -129,6 +130,7 @@ def uneven_step(world: World) -> list[float]:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    replace_loops(trainer)
     trainer.fit(module, DataLoader(TensorDataset(torch.arange(7)), batch_size=8, shuffle=True))
     destroy_process_group()
     return module.weight.tolist()

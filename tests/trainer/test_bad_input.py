@@ -3,10 +3,12 @@
 Errors of validation and parsing, then of data and model in one process, then of several ranks.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
 from support.runs import REPO, SMALL, Launch
@@ -248,6 +250,56 @@ def test_skipped_jpeg_is_counted(launch: Launch, tmp_path: Path, capfd: pytest.C
     assert run.result["metrics"]["test/samples"] == 7
     assert launch("predict", *skipping, "--ckpt_path", str(run.folder)).status == RUNNING
     assert f"{broken} cannot be decoded, and predict skips no sample; replace the file" in capfd.readouterr().err
+
+
+def test_skipped_files_change_nothing_between_one_rank_and_two(
+    launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The samples that can be decoded weigh alike; a rank that has none in a batch goes on."""
+    images(tmp_path / "data", {"cat": 4, "dog": 4})
+    cats = tmp_path / "data" / "train" / "cat"
+    (cats / "2.jpg").write_bytes((cats / "2.jpg").read_bytes()[:200])
+    (cats / "1.jpg").unlink()
+    (cats / "1.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "data" / "val" / "dog" / "0.jpg").write_bytes(b"")
+    for batch_size in ("2", "4"):
+        skipping = folder_run(tmp_path / "data", "--data.on_corrupt", "skip", "--data.augment", "false")
+        runs = [launch("--ranks", ranks, *skipping, "--data.batch_size", batch_size) for ranks in ("1", "2")]
+        assert [run.status for run in runs] == [0, 0]
+        assert [run.result["skipped_files"] for run in runs] == [3, 3]
+        for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
+            assert runs[1].series(name) == pytest.approx(runs[0].series(name), rel=1e-5), name
+        for name, weight in runs[0].weights.items():
+            torch.testing.assert_close(runs[1].weights[name], weight)
+    assert f"skipped {cats / '1.jpg'}: it cannot be decoded" in capfd.readouterr().err
+
+
+def test_a_batch_without_a_file_that_can_be_decoded_ends_the_run(
+    launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images(tmp_path / "data", {"cat": 2, "dog": 2})
+    for file in (tmp_path / "data" / "train").glob("*/*.jpg"):
+        file.write_bytes(b"no image")
+    assert launch("--ranks", "2", *folder_run(tmp_path / "data", "--data.on_corrupt", "skip")).status == RUNNING
+    said = capfd.readouterr().err
+    assert "None of the files of a batch can be decoded; the first: " in said and "Traceback" not in said
+
+
+def test_a_dangling_link_and_a_name_that_is_not_utf8_are_named(
+    launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images(tmp_path / "data", {"cat": 4, "dog": 4})
+    dogs = tmp_path / "data" / "train" / "dog"
+    strange = os.fsencode(dogs / "1") + b"\xff.jpg"
+    os.rename(dogs / "1.jpg", strange)
+    assert launch(*folder_run(tmp_path / "data")).status == 0
+    os.unlink(strange)
+    os.symlink(dogs / "gone.jpg", strange)
+    capfd.readouterr()
+    assert launch(*folder_run(tmp_path / "data")).status == RUNNING
+    said = capfd.readouterr().err
+    assert f"lockstep: {dogs}/1\\xff.jpg cannot be read (No such file or directory); restore it, or set" in said
+    assert "Traceback" not in said
 
 
 class NanOnOneRank(Classifier):

@@ -1,11 +1,14 @@
 """Folders of JPEG and PNG files, one folder for each class."""
 
+import errno
 import logging
 import os
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -13,9 +16,10 @@ from torchcodec.decoders import decode_image
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 from torchvision.transforms import v2
 
-from lockstep.core import RunError, UsageError
+from lockstep.core import RunError, UsageError, World
 from lockstep.data.base import ImageData, Split
 from lockstep.data.prepare import prepare_folder
+from lockstep.distributed import StopConsensus
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +40,10 @@ class ImageFolder(ImageData):
         test: Its subfolder for testing.
         size: Height and width of an image in a batch, in pixels.
         augment: Crop and flip training images at random; else they are treated as in evaluation.
-        on_corrupt: If a file cannot be decoded, ``raise`` ends the run; ``skip`` leaves it out of its batch, logs its name and
-            counts it in ``result.json``. ``predict`` always ends.
+        on_corrupt: If a file cannot be read or decoded, ``raise`` ends the run; ``skip`` leaves it out of its batch, logs its
+            name and counts it in ``result.json``, and every other sample of the step weighs alike on any number of ranks. For
+            that the ranks wait for each other at each batch. A rank may get an empty batch; the run ends if all do.
+            ``predict`` always ends.
         archive: A tar or zip file, or its URL, that is unpacked into ``root`` if ``root`` does not exist. To copy the data to
             a local disk of each node, set ``root`` to a folder there and ``shared_filesystem: false``.
         archive_md5: MD5 checksum of ``archive``, verified before it is unpacked; required for a URL that is not https.
@@ -79,6 +85,8 @@ class ImageFolder(ImageData):
         self.archive, self.archive_md5 = archive, archive_md5
         self.image_shape, self.mean, self.std = (3, size, size), mean, std
         self.skipped: set[str] = set()
+        self.rank_weight: float | None = None
+        self._ranks: StopConsensus | None = None
 
     def prepare_data(self) -> None:
         """Unpack ``archive`` into ``root`` if ``root`` is missing."""
@@ -107,9 +115,11 @@ class ImageFolder(ImageData):
                 different = sorted(set(names) ^ set(classes))
                 raise UsageError(
                     f"data.root: {self.folders[first]} and {self.folders[split]} have different classes: "
-                    f"{', '.join(different[:5])}{' …' if len(different) > 5 else ''} only in one of them."
+                    f"{', '.join(map(printable, different[:5]))}{' …' if len(different) > 5 else ''} only in one of them."
                 )
         self.num_classes = len(classes)
+        if self.on_corrupt == "skip" and self._ranks is None and self.trainer is not None:
+            self._ranks = StopConsensus(World(self.trainer.global_rank, self.trainer.world_size))
 
     def load(self, split: Split) -> "ImageFiles":
         """One split; only the names of its files are read."""
@@ -120,40 +130,94 @@ class ImageFolder(ImageData):
         return ImageFiles(self.folders[split], transform, deterministic=not is_random)
 
     def collate(self, samples: Any) -> Any:
-        """Images, uint8 (B, 3, size, size), labels, int64 (B,), and the paths of the files that could not be decoded.
+        """Images, uint8 (B, 3, size, size), labels, int64 (B,), and the files that could not be decoded.
 
         Raises:
-            RunError: A file could not be decoded and ``on_corrupt`` is ``raise``, or no file of the batch could.
+            RunError: A file could not be decoded and ``on_corrupt`` is ``raise``.
         """
         corrupt = [sample for sample in samples if isinstance(sample, CorruptFile)]
         if corrupt and self.on_corrupt == "raise":
             raise RunError(corrupt[0].error)
         decoded = [sample for sample in samples if not isinstance(sample, CorruptFile)]
         if not decoded:
-            raise RunError(f"None of the {len(samples)} files of a batch can be decoded; the first: {corrupt[0].error}")
+            return torch.zeros(0, *self.image_shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), corrupt
         images, labels = default_collate(decoded)
-        return images, labels, [sample.path for sample in corrupt]
+        return images, labels, corrupt
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Remove the paths of undecodable files from the batch, log and count them; in predict, raise RunError."""
+        """Remove undecodable files from the batch, log and count them, and set the ``rank_weight`` of the rest.
+
+        Raises:
+            RunError: A file could not be decoded in predict, or no file of the batch could on any rank.
+        """
         images, labels, corrupt = batch
         if corrupt and self.trainer is not None and self.trainer.predicting:
-            raise RunError(f"{corrupt[0]} cannot be decoded, and predict skips no sample; replace the file or remove it.")
-        for path in corrupt:
-            if path not in self.skipped:
-                log.warning("skipped %s: it cannot be decoded", path)
-        self.skipped.update(corrupt)
+            raise RunError(f"{corrupt[0].path} cannot be decoded, and predict skips no sample; replace the file or remove it.")
+        for file in corrupt:
+            if file.path not in self.skipped:
+                log.warning("skipped %s: it cannot be decoded", file.path)
+        self.skipped.update(file.path for file in corrupt)
+        if self._ranks is not None:
+            total = self._ranks.total(len(labels))
+            if not total:
+                raise RunError(f"None of the files of a batch can be decoded; the first: {corrupt[0].error}")
+            self.rank_weight = len(labels) * self._world_size / total
         return images, labels
 
 
 def class_names(folder: Path) -> list[str]:
-    """The subfolders of ``folder``, sorted; the index of a name is its label."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    """The subfolders of ``folder`` that are not hidden, sorted; the index of a name is its label.
+
+    A link to the folder itself or to a folder that contains it is no class.
+    """
+    above = _with_parents(folder)
+    return sorted(entry.name for entry in _visible(folder) if entry.is_dir() and _identity(entry.stat()) not in above)
+
+
+def _image_files(folder: str, above: Set[tuple[int, int]]) -> Iterator[str]:
+    """The image files in ``folder`` and its subfolders, without hidden ones; ``above``: ``folder`` and what contains it."""
+    for entry in _visible(folder):  # Path.rglob takes ten times as long for a million files
+        if not entry.is_dir():
+            if entry.name.lower().endswith(_SUFFIXES):
+                yield entry.path
+        elif _identity(entry.stat()) not in above:  # else a loop of links
+            yield from _image_files(entry.path, above | {_identity(entry.stat())})
+
+
+def _visible(folder: str | Path) -> "list[os.DirEntry[str]]":
+    """Entries of ``folder``, without hidden ones and links to themselves."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".") and not _is_loop(entry)]
+    except OSError as error:
+        raise UsageError(f"data.root: {printable(folder)} cannot be read ({error.strerror}).") from error
+
+
+def _is_loop(entry: "os.DirEntry[str]") -> bool:
+    try:
+        entry.is_dir()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def _with_parents(folder: Path) -> Set[tuple[int, int]]:
+    """The identities of ``folder`` and of all folders that contain it."""
+    return {_identity(place.stat()) for place in (folder.resolve(), *folder.resolve().parents)}
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def printable(path: str | Path) -> str:
+    """``path`` for messages and logs, with the bytes of a name that is not UTF-8 as escapes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)
 class CorruptFile:
-    """The sample of a file that cannot be decoded."""
+    """The sample of a file that cannot be read or decoded."""
 
     path: str
     error: str
@@ -175,11 +239,9 @@ class ImageFiles(Dataset[Any]):
             raise UsageError(f"data.root: {folder} {problem}; it must hold one subfolder of images for each class.")
         self.files: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):
-            # Path.rglob takes ten times as long for a million files.
-            files = [os.path.join(at, file) for at, _, found in os.walk(folder / name, followlinks=True) for file in found]
-            images = sorted(path for path in files if path.lower().endswith(_SUFFIXES))
+            images = sorted(_image_files(os.path.join(folder, name), _with_parents(folder) | _with_parents(folder / name)))
             if not images:
-                raise UsageError(f"data.root: class folder {folder / name} holds no {', '.join(_SUFFIXES)} file.")
+                raise UsageError(f"data.root: class folder {printable(folder / name)} holds no {', '.join(_SUFFIXES)} file.")
             self.files += [(path, label) for path in images]
         self.transform, self.deterministic = transform, deterministic
 
@@ -188,10 +250,13 @@ class ImageFiles(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | CorruptFile:
         path, label = self.files[index]
+        name = printable(path)
         try:
-            image = decode_image(path, mode="RGB")
+            image = decode_image(Path(path).read_bytes(), mode="RGB")  # it does not open a path that is not UTF-8
+        except OSError as error:
+            return CorruptFile(name, f"{name} cannot be read ({error.strerror}); restore it, or set --data.on_corrupt skip.")
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0].rpartition(": ")[2]
-            message = f"{path} is not a complete JPEG or PNG ({reason}); replace it, or set --data.on_corrupt skip."
-            return CorruptFile(path, message)
+            message = f"{name} is not a complete JPEG or PNG ({reason}); replace it, or set --data.on_corrupt skip."
+            return CorruptFile(name, message)
         return self.transform(image), label

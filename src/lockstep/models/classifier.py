@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import SumMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from lockstep.compat.lightning import is_log_step
 from lockstep.core import UsageError
@@ -27,31 +26,29 @@ Batch = tuple[Tensor, Tensor]
 class ClassificationMetrics(nn.Module):
     """Mean loss and accuracy over many batches and all ranks; updates do not wait for the device."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         # MeanMetric of torchmetrics 1.9 ignores weights with ``nan_strategy="disable"``, and waits for the device at each
         # update with any other strategy.
-        self.loss, self.samples = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.loss, self.samples, self.correct = (SumMetric(nan_strategy="disable") for _ in range(3))
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss (), logits (B, num_classes) and labels (B,)."""
         self.loss.update(loss.detach().float() * len(labels))
         self.samples.update(len(labels))
-        self.accuracy.update(logits.detach(), labels)
+        self.correct.update((logits.argmax(1) == labels).sum())
 
     def compute_and_reset(self) -> dict[str, Tensor]:
         """Loss and accuracy since the last reset over all ranks, each (); then reset. Every rank must call."""
-        values = {"loss": self.loss.compute() / self.samples.compute(), "accuracy": self.accuracy.compute()}
-        for metric in (self.loss, self.samples, self.accuracy):
+        samples = self.samples.compute()
+        values = {"loss": self.loss.compute() / samples, "accuracy": self.correct.compute() / samples}
+        for metric in (self.loss, self.samples, self.correct):
             metric.reset()
         return values
 
     def counts(self) -> dict[str, Tensor]:
         """Number of samples and of correct predictions over all ranks, each (). Every rank must call."""
-        with self.accuracy.sync_context(should_sync=torch.distributed.is_initialized()):
-            correct = torch.as_tensor(self.accuracy.tp).sum()
-        return {"samples": self.samples.compute(), "correct": correct.double()}
+        return {"samples": self.samples.compute(), "correct": self.correct.compute()}
 
 
 class Classifier(LightningModule):
@@ -121,9 +118,7 @@ class Classifier(LightningModule):
             self.network.to(memory_format=torch.channels_last)
         if compile:
             self.network.compile()  # in place, so that the names in a checkpoint do not change
-        self.scores = nn.ModuleDict(
-            {f"{stage}_scores": ClassificationMetrics(num_classes) for stage in ("train", "val", "test")}
-        )
+        self.scores = nn.ModuleDict({f"{stage}_scores": ClassificationMetrics() for stage in ("train", "val", "test")})
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of ``images`` (B, C, H, W)."""
@@ -144,7 +139,8 @@ class Classifier(LightningModule):
     def _score(self, batch: Batch, stage: str) -> Tensor:
         images, labels = batch
         logits = self._logits(images)
-        loss: Tensor = self.criterion(logits, labels)
+        # The mean of an empty batch is not a number.
+        loss: Tensor = self.criterion(logits, labels) if len(labels) else logits.sum()
         self._scores(stage).update(loss, logits, labels)
         return loss
 
@@ -161,8 +157,8 @@ class Classifier(LightningModule):
         """Keep the sums in float32 if DeepSpeed has converted the module to bfloat16 or float16."""
         for stage in ("train", "val", "test"):
             scores = self._scores(stage)
-            scores.loss.set_dtype(torch.float32)
-            scores.samples.set_dtype(torch.float32)
+            for metric in (scores.loss, scores.samples, scores.correct):
+                metric.set_dtype(torch.float32)
 
     on_validation_start = on_test_start = on_train_start
 

@@ -152,8 +152,10 @@ class LockstepStrategy(Strategy):
         trainer = self.module.trainer
         # A weighted loss makes the mean over ranks the mean over samples.
         weight = getattr(getattr(trainer, "datamodule", None), "rank_weight", None)
-        if weight is None and (batch := current_batch(trainer)) is not None:
+        if weight is None:
+            batch = current_batch(trainer)
+            assert batch is not None
             weight = batch.weight
-        if weight is not None and weight != 1:
+        if weight != 1:
             closure_loss = closure_loss * weight
         return super().backward(closure_loss, optimizer, *args, **kwargs)
