@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.config import check_checkpoint_path, check_deepspeed, check_nvme_path
+from lockstep.config import check_checkpoint_path, check_deepspeed, check_nvme_path, check_wandb_key
 from lockstep.config.validation import shows_only, validate_arguments
 from lockstep.core import CommandLineParser, LockstepError, int_at_least, python_path
 from lockstep.runs import Run
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
             check_checkpoint_path(rest[0] if at else "fit", config["ckpt_path"], {})
             check_deepspeed(config)
             check_nvme_path(config)
+            check_wandb_key(config, os.environ)
         # In a shell inside a Slurm allocation, this run is not one of its tasks.
         for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del os.environ[name]

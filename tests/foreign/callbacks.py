@@ -190,8 +190,16 @@ ROWS = (
     Row("`RichProgressBar` and `RichModelSummary`", callback("RichProgressBar") + " " + callback("RichModelSummary")),
     Row("`ModelSummary`", callback("ModelSummary", max_depth=2)),
     Row("`DeviceStatsMonitor`", callback("DeviceStatsMonitor", cpu_stats="true"), measured=("DeviceStatsMonitor",)),
-    Row("`LearningRateFinder`", callback("LearningRateFinder", num_training_steps=8), fails="raises"),
-    Row("`BatchSizeFinder`", callback("BatchSizeFinder", max_trials=2), fails="raises"),
+    Row(
+        "`LearningRateFinder`",
+        callback("LearningRateFinder", num_training_steps=8),
+        refused="trainer.callbacks: LearningRateFinder takes trial steps before the run",
+    ),
+    Row(
+        "`BatchSizeFinder`",
+        callback("BatchSizeFinder", max_trials=2),
+        refused="trainer.callbacks: BatchSizeFinder takes trial steps before the run",
+    ),
     Row(
         "a callback with a `state_dict`, which changes the weights",
         callback("foreign.callbacks.Shrink"),

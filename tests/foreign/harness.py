@@ -133,7 +133,10 @@ def train_plainly(row: Row, folder: Path) -> tuple[dict[str, Tensor], dict[str, 
     process.start()
     process.join()
     assert process.exitcode == 0, "a plain Trainer cannot train this"
-    return torch.load(folder / "weights.pt"), series(folder / "csv" / "metrics.csv", (*OURS, *row.measured))
+    weights = {
+        name: value for name, value in torch.load(folder / "weights.pt", weights_only=False).items() if torch.is_tensor(value)
+    }
+    return weights, series(folder / "csv" / "metrics.csv", (*OURS, *row.measured))
 
 
 def _train_plainly(arguments: list[str], folder: Path) -> None:

@@ -1,10 +1,15 @@
 """What modules contain."""
 
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from support.runs import Outcome
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from foreign.base import Points, Regression, Row
 
@@ -91,7 +96,84 @@ class Saves(Regression):
 class SavesToo(Points):
     def __init__(self, note: str = "mine", sizes: tuple[int, ...] = (1, 2)) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters({"loader": DataLoader, "function": torch.relu, "dataset": self.dataset()})
+
+
+class Phase(Enum):
+    WARM, TRAIN = "warm", "train"
+
+
+@dataclass
+class Schedule:
+    phase: Phase
+    scale: Tensor
+    history: list[float]
+
+
+class Pair(NamedTuple):
+    low: float
+    high: float
+
+
+class KeepsState(Regression):
+    """State of many kinds, on which the loss depends: in the ``state_dict`` and in ``on_save_checkpoint``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own: dict[str, Any] = {
+            "schedule": Schedule(Phase.WARM, torch.ones(()), []),
+            "array": np.ones(3),
+            "number": np.float32(1.5),
+            "seen": {0},
+            "frozen": frozenset({1, 2}),
+            "pair": Pair(0.5, 1.5),
+            "counts": Counter(batches=0),
+            "complex": 1 + 2j,
+            "bytes": b"state",
+        }
+
+    def get_extra_state(self) -> Any:
+        return {"steps": [0] * len(self.own["seen"]), "phase": self.own["schedule"].phase}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.own["seen"], self.own["schedule"].phase = set(range(len(state["steps"]))), state["phase"]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        own, schedule = self.own, self.own["schedule"]
+        own["seen"].add(len(own["seen"]))
+        own["counts"]["batches"] += 1
+        own["array"] *= 0.99
+        schedule.phase = Phase.TRAIN if own["counts"]["batches"] > 3 else Phase.WARM
+        schedule.scale *= 0.9 if schedule.phase is Phase.TRAIN else 1
+        schedule.history.append(float(own["array"].sum()))
+        scale = schedule.scale * sum(schedule.history) / len(own["seen"]) * own["pair"].high / own["number"].item()
+        return super().training_step(batch, batch_idx) * scale
+
+    def on_save_checkpoint(self, checkpoint: Any) -> None:
+        checkpoint["own"] = self.own
+
+    def on_load_checkpoint(self, checkpoint: Any) -> None:
+        self.own = checkpoint["own"]
+
+
+def has_state(run: Outcome) -> None:
+    """Check that the last checkpoint has every kind of state, as it was at the last step."""
+    own = torch.load(run.newest.model, weights_only=False)["own"]
+    schedule = own["schedule"]
+    assert (own["counts"], len(own["seen"]), len(schedule.history)) == (Counter(batches=12), 13, 12)
+    assert (schedule.phase, own["pair"], own["frozen"]) == (Phase.TRAIN, Pair(0.5, 1.5), frozenset({1, 2}))
+    assert isinstance(own["array"], np.ndarray) and isinstance(own["number"], np.float32)
+
+
+class KeepsObject(Regression):
+    """An object of a class of one's own in the checkpoint."""
+
+    def on_save_checkpoint(self, checkpoint: Any) -> None:
+        checkpoint["own"] = {"reader": Lock()}
+
+
+class Lock:
+    """An object that a checkpoint cannot hold."""
 
 
 class Gan(Regression):
@@ -163,7 +245,7 @@ OWN_DROPOUT = "each rank draws its own dropout"
 
 ROWS = (
     Row("batch norm", model=Normalized, per_rank=RANK_STATISTICS, check=has_statistics),
-    Row("`sync_batchnorm`", "--trainer.sync_batchnorm true", model=Normalized, check=has_statistics, fails="raises"),
+    Row("`sync_batchnorm`", "--trainer.sync_batchnorm true", model=Normalized, check=has_statistics),
     Row("dropout", model=Dropped, own_order="dropout is seeded anew for each rank", per_rank=OWN_DROPOUT),
     Row("frozen parameters", model=Frozen),
     Row("unused parameters", model=Unused, refused_late="ddp.find_unused_parameters", fails="the message names another key"),
@@ -171,6 +253,12 @@ ROWS = (
     Row("buffers, persistent and not", model=Buffers),
     Row("tied weights", model=Tied),
     Row("spectral norm", model=Spectral),
+    Row("state of many kinds: enums, dataclasses, sets, arrays, extra state", model=KeepsState, check=has_state),
+    Row(
+        "an object of any other class in a checkpoint",
+        model=KeepsObject,
+        refused_late="A checkpoint cannot hold ['own']['reader'] (foreign.modules.Lock)",
+    ),
     Row("`save_hyperparameters` of anything, on module and DataModule", model=Saves, data=SavesToo),
     Row(
         "a GAN by `toggle_optimizer`",

@@ -134,7 +134,7 @@ ROWS = (
     Row("`OneCycleLR` over `estimated_stepping_batches`", model=OneCycle),
     Row("two schedules of one optimizer, `lr_scheduler_step`", model=TwoSchedules),
     Row("groups with a learning rate each", model=Groups),
-    Row("`configure_optimizers` returns None", model=NoOptimizer, fails="raises"),
+    Row("`configure_optimizers` returns None", model=NoOptimizer),
     Row("a parameter outside the optimizer, stepped in a hook", model=Unstepped),
     Row(
         "`accumulate_grad_batches`", "--trainer.accumulate_grad_batches 2 --trainer.max_epochs 4", kill_step=10, check=steps(12)

@@ -19,8 +19,10 @@ from support.wandb_server import WandbServer
 
 from lockstep import cli
 from lockstep.config.schema import WandbOptions
+from lockstep.core import World
 from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
-from lockstep.monitoring.wandb_logger import wandb_mode
+from lockstep.monitoring.wandb_logger import start_run_logger, wandb_mode
+from lockstep.runs import Run
 
 
 def test_the_metrics_file_gets_new_columns_and_continues_after_a_restart(tmp_path: Path) -> None:
@@ -60,6 +62,20 @@ def test_mode_follows_the_config_then_the_environment_then_the_key(
     if netrc:
         (tmp_path / ".netrc").write_text(netrc)
     assert wandb_mode(WandbOptions(mode=mode), env | {"HOME": str(tmp_path)}) == expected
+
+
+def test_online_without_a_key_is_refused_by_the_launcher(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(*SMALL, "--wandb.mode", "online").status == 2
+    assert "wandb.mode: online needs an API key, and none is found; set WANDB_API_KEY, or run" in capfd.readouterr().err
+
+
+def test_online_without_a_key_is_offline_in_a_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, _ = Run.start(tmp_path, "run", ["test"], 1, 1)
+    options = WandbOptions(mode="online")
+    logger = start_run_logger(run, options, {}, World(), step=lambda: 0, check_owner=lambda: None)
+    assert logger.run is not None and logger.run.offline
+    assert "W&B has no API key on this machine, so the run is offline; set WANDB_API_KEY" in caplog.text
+    assert logger.close(0)
 
 
 def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: Launch) -> None:

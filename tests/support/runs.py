@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lockstep.checkpoint.reader import Checkpoint, latest_checkpoint
+from lockstep.checkpoint.serialization import load_weights
 from lockstep.core.world import World
 from lockstep.monitoring.report import weights_sha256
 
@@ -39,8 +40,7 @@ class Outcome:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights in the newest checkpoint."""
-        weights: dict[str, torch.Tensor] = torch.load(self.newest.model, weights_only=True)["state_dict"]
-        return weights
+        return load_weights(self.newest.model)
 
     def series(self, metric: str) -> list[float]:
         """All values of a metric in ``metrics.csv``."""

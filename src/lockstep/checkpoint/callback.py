@@ -10,7 +10,7 @@ from dataclasses import astuple
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from lockstep.checkpoint.manifest import Progress
@@ -170,7 +170,8 @@ class CheckpointCallback(Callback):
         if (shards := strategy.shards()) is not None:
             parts[f"shard-{rank}.pt"] = shards
         if is_rank_zero:
-            checkpoint["hyper_parameters"] = to_plain_types(checkpoint.get("hyper_parameters", {}))
+            for key in ("hyper_parameters", LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+                checkpoint[key] = to_plain_types(checkpoint.get(key, {}))
             parts[MODEL_FILE] = checkpoint
         logger = run_logger(trainer)
         progress = Progress(
@@ -188,7 +189,7 @@ class CheckpointCallback(Callback):
             gradient_ready_order=strategy.gradient_ready_order,
             should_stop=trainer.should_stop,
             has_ended=has_ended,
-            wandb_position=logger.position() if logger else (0, {}),
+            wandb_position=list(logger.position()) if logger else [0, {}],
         )
         is_flushed = logger is None or not is_rank_zero or logger.metrics.flush()
         known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written before"

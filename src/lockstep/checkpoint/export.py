@@ -10,12 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from lockstep.checkpoint.reader import Checkpoint, find_checkpoint
+from lockstep.checkpoint.serialization import load_weights
 from lockstep.core import CommandLineParser, LockstepError, UsageError, atomic_write
 from lockstep.strategies import ShardedState
 
@@ -25,7 +24,7 @@ def export_weights(place: Path, out: Path, part: str | None = None) -> int:
     found = find_checkpoint(place, "RUN")
     model = found.model if isinstance(found, Checkpoint) else found
     try:
-        weights: dict[str, Tensor] = torch.load(model, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        weights = load_weights(model)
     except Exception as error:  # the user may have named any file
         raise UsageError(f"{model} is not a checkpoint of Lightning ({type(error).__name__}).") from None
     if (sharded := ShardedState.from_shards(model.parent)) is not None:

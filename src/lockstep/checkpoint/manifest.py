@@ -42,7 +42,7 @@ class Progress:
     loaded_epochs: list[int | None] = field(default_factory=lambda: [None, None])
     validation_due: bool = False
     seconds_since_validation: float = 0.0
-    wandb_position: tuple[int, dict[str, Any]] = (0, {})
+    wandb_position: list[Any] = field(default_factory=lambda: [0, {}])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,15 @@
 """Values that ``torch.load(weights_only=True)`` accepts, and copies of them on the CPU."""
 
+import copy
 import re
+import sys
+import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from enum import Enum
 from io import BytesIO
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -13,8 +19,13 @@ from lockstep.core import RunError
 
 
 def copy_to_cpu(value: Any) -> Any:
-    """A copy of a nested ``value`` whose tensors are on the CPU and share no memory with the original."""
-    return _map_tensors(value, lambda tensor: tensor.detach().to("cpu", copy=True))
+    """A copy of a nested ``value`` whose tensors are on the CPU; it shares no memory with the original."""
+    return _map_tensors(value, lambda tensor: tensor.detach().to("cpu", copy=True), _copy_mutable)
+
+
+def _copy_mutable(value: Any) -> Any:
+    is_mutable = isinstance(value, np.ndarray | set | bytearray | tuple) or is_dataclass(value)
+    return copy.deepcopy(value) if is_mutable else value
 
 
 def count_bytes(value: Any) -> int:
@@ -24,15 +35,18 @@ def count_bytes(value: Any) -> int:
     return sum(sizes)
 
 
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a nested ``value`` with ``function`` applied to each tensor."""
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor], other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A copy of a nested ``value`` with ``function`` applied to each tensor, ``other`` to all but dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return type(value)((key, _map_tensors(item, function)) for key, item in value.items())
+        copied = copy.copy(value)  # the constructors of its subclasses differ
+        for key, item in value.items():
+            copied[key] = _map_tensors(item, function, other)
+        return copied
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_map_tensors(item, function) for item in value)
-    return value
+        return type(value)(_map_tensors(item, function, other) for item in value)
+    return other(value)
 
 
 def to_plain_types(value: Any) -> Any:
@@ -47,10 +61,50 @@ def to_plain_types(value: Any) -> Any:
 
 
 def allow_numpy_globals() -> None:
-    """Let ``torch.load(weights_only=True)`` load arrays and numbers of numpy, which the state of user code often contains."""
+    """Let ``torch.load(weights_only=True)`` load frozen sets, and arrays and numbers of numpy, which user code often saves."""
     dtypes = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType") and name != "ObjectDType"]
     constructors: list[Any] = [value.__reduce__()[0] for value in (np.empty(0), np.float64(0))]  # what pickle calls for them
-    torch.serialization.add_safe_globals([np.ndarray, np.dtype, *constructors, *dtypes])
+    torch.serialization.add_safe_globals([frozenset, np.ndarray, np.dtype, *constructors, *dtypes])
+
+
+def allow_plain_classes(*files: Path | BinaryIO) -> None:
+    """Let ``torch.load(weights_only=True)`` load the enums, dataclasses and named tuples in ``files``.
+
+    Only classes of modules that are imported: reading a file never imports code.
+    """
+    for file in files:
+        for path in _refused_globals(file):
+            module, _, name = path.rpartition(".")
+            found = getattr(sys.modules.get(module), name, None)
+            is_tuple = isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields")
+            if isinstance(found, type) and (is_tuple or issubclass(found, Enum) or is_dataclass(found)):
+                torch.serialization.add_safe_globals([found])
+
+
+def _refused_globals(file: Path | BinaryIO) -> list[str]:
+    """Import paths in ``file`` that ``torch.load(weights_only=True)`` refuses; those in a format of before 2020 are unknown."""
+    if not zipfile.is_zipfile(file):
+        return []
+    if not isinstance(file, Path):
+        file.seek(0)
+    return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+
+
+class _Placeholder:
+    """Stands for an object of a class that is not here."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def load_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of the ``state_dict`` in Lightning's checkpoint ``file``, on the CPU, whatever else it contains."""
+    with torch.serialization.safe_globals([(_Placeholder, name) for name in _refused_globals(file)]):
+        state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    return {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
 
 
 def check_loadable(value: Any, place: str = "") -> None:
@@ -59,6 +113,8 @@ def check_loadable(value: Any, place: str = "") -> None:
     try:
         torch.save(_map_tensors(value, lambda tensor: tensor.detach().to("meta")), file)
         file.seek(0)
+        allow_plain_classes(file)
+        file.seek(0)
         torch.load(file, weights_only=True)
     except Exception as error:  # pickle may raise anything
         for key, item in value.items() if isinstance(value, dict) else ():
@@ -66,6 +122,6 @@ def check_loadable(value: Any, place: str = "") -> None:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         raise RunError(
             f"A checkpoint cannot hold {place} ({refused[1] if refused else ' '.join(str(error).split())}): torch.load("
-            "weights_only=True) would refuse it; save tensors, numbers, strings, lists and dicts (in state_dict or "
-            "on_save_checkpoint)."
+            "weights_only=True) would refuse it; save tensors, arrays, numbers, strings, lists, dicts, sets, enums and "
+            "dataclasses (in state_dict or on_save_checkpoint)."
         ) from None

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config.deepspeed import deepspeed_config, missing_nvme_folder
-from lockstep.config.schema import DeepSpeedOptions
-from lockstep.core import UsageError, is_secret
+from lockstep.config.schema import REFUSED_CALLBACKS, DeepSpeedOptions
+from lockstep.core import WANDB_KEY_ADVICE, UsageError, is_secret, wandb_api_key
 
 
 def check_ranges(config: Mapping[str, Any]) -> None:
@@ -40,6 +40,22 @@ def check_secrets(value: Any, key: str = "") -> None:
             f"{key}: the value looks like a secret, which config.yaml, launch.yaml and W&B would show; let your code read it "
             "from an environment variable, and export that in the shell that starts the run."
         )
+
+
+def check_trainer_callbacks(callbacks: Any) -> None:
+    """Raise UsageError if ``trainer.callbacks`` names a callback that a run cannot have."""
+    for callback in callbacks if isinstance(callbacks, list | tuple) else [callbacks]:
+        path = callback.get("class_path") if isinstance(callback, Mapping) else callback
+        name = str(path).rpartition(".")[2]
+        if name in REFUSED_CALLBACKS and str(path) in (name, f"lightning.pytorch.callbacks.{name}"):
+            raise UsageError(f"trainer.callbacks: {name} {REFUSED_CALLBACKS[name]}.")
+
+
+def check_wandb_key(config: Mapping[str, Any], env: Mapping[str, str]) -> None:
+    """Raise UsageError if W&B is to be online and ``env`` has no key, for which W&B would ask in the run."""
+    mode = env.get("WANDB_MODE") if (given := config["wandb"]["mode"]) == "auto" else given
+    if mode == "online" and wandb_api_key(env) is None:
+        raise UsageError(f"wandb.mode: online needs an API key, and none is found; {WANDB_KEY_ADVICE}, or set offline.")
 
 
 def check_run_root(root: Path, name: str, here: Path) -> None:

@@ -29,6 +29,14 @@ RESERVED_TRAINER_KEYS = {
 }
 """Arguments of Lightning's Trainer that a config cannot set, and what to do instead."""
 
+_TRIAL_STEPS = "takes trial steps before the run, which a restart would repeat with another result"
+
+REFUSED_CALLBACKS = {
+    "LearningRateFinder": f"{_TRIAL_STEPS}; find the rate with Lightning's Tuner in a script of your own, and set it in model",
+    "BatchSizeFinder": f"{_TRIAL_STEPS}; see what fits with --plan, and set the size in data",
+}
+"""Callbacks of Lightning that a run cannot have, and why."""
+
 
 @dataclass
 class RunOptions:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +12,15 @@ from lockstep.monitoring.csv_logger import read_metrics
 from lockstep.runs import Run, RunResult
 
 
-def weights_sha256(weights: Iterable[tuple[str, Tensor]], world: World) -> str:
+def weights_sha256(weights: Iterable[tuple[str, Any]], world: World) -> str:
     """SHA-256 of a state dict on rank zero; an empty string on other ranks.
 
-    Hashes one tensor at a time, as all of them together may not fit into the memory of a rank. ``weights`` are sorted by name;
-    every rank iterates over all of them.
+    Hashes the tensors alone, one at a time, as all of them together may not fit into the memory of a rank. ``weights`` are
+    sorted by name; every rank iterates over all of them.
     """
     digest = hashlib.sha256()
     for name, weight in weights:
-        if not world.is_rank_zero:
+        if not world.is_rank_zero or not isinstance(weight, Tensor):  # extra state of a module may be anything
             continue
         tensor = weight.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -49,7 +49,7 @@ class ThroughputMonitor(Callback):
     on_validation_start = on_train_epoch_end = _stop_clock
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if is_log_step(trainer):
+        if is_log_step(trainer) and optimizer.param_groups:  # none if configure_optimizers returns None
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
 
@@ -72,7 +72,7 @@ class ThroughputMonitor(Callback):
             "rate/step_ms": 1000 * elapsed / self._steps,
             "rate/data_wait": min(1.0, waited / elapsed),
         }
-        if trainer.optimizers:
+        if trainer.optimizers and trainer.optimizers[0].param_groups:
             values["optim/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         strategy: Any = trainer.strategy
         norm = strategy.global_grad_norm() if self._grad_norm is None else self._grad_norm

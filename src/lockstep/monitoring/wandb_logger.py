@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ class RunLogger(WandbLogger):
         self.metrics, self._client, self._step, self._check_owner = metrics, client, step, check_owner
         self._history = WandbHistory(step)
         self._deaths, self._has_failed, self._is_complete = 0, client is None, client is None
-        self._resume_position: tuple[int, dict[str, Any]] | None = (
+        self._resume_position: Sequence[Any] | None = (
             None  # while hooks of user code are called again that were called before the checkpoint
         )
         folder = metrics.path.parent
@@ -98,7 +98,7 @@ class RunLogger(WandbLogger):
             self._guard(self._history.commit)
         return self._history.next_row, dict(self._history.pending)
 
-    def begin_resume(self, metrics_rows: int, position: tuple[int, dict[str, Any]]) -> None:
+    def begin_resume(self, metrics_rows: int, position: Sequence[Any]) -> None:
         """Resume after ``metrics_rows`` rows of the file, at W&B's ``position``; ignore rows until ``finish_resume``."""
         self.metrics.row_count, self._resume_position = metrics_rows, position
         self._guard(self._send_missing_rows)

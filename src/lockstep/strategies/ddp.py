@@ -21,6 +21,7 @@ from lockstep.core import RunError, UsageError
 from lockstep.data import DataSharding
 from lockstep.distributed import WorldEnvironment
 from lockstep.strategies.base import LockstepStrategy
+from lockstep.strategies.sync_batchnorm import run_on_cpu as run_sync_batchnorm_on_cpu
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ class DDP(LockstepStrategy, DDPStrategy):
             ) from error
 
     def configure_ddp(self) -> None:
+        if self.root_device.type == "cpu":
+            run_sync_batchnorm_on_cpu(self.module)
         super().configure_ddp()
         if (name := self.options.gradient_compression) != "none":  # not ``ddp_comm_hook=``, which Lightning ignores on CPUs
             assert isinstance(self.model, DistributedDataParallel)

@@ -7,10 +7,17 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 
 from lockstep.checkpoint import CheckpointCallback, CheckpointWriter
+from lockstep.config import REFUSED_CALLBACKS
 from lockstep.core import UsageError
 from lockstep.distributed import SignalReceiver
 from lockstep.monitoring import NanGuard, ProgressBar, RunLogger, StatusReporter, ThroughputMonitor, Watchdog
@@ -21,7 +28,11 @@ from lockstep.trainer.loops import replace_loops
 
 
 def check_callbacks(callbacks: Any, strategy: AnyStrategy) -> None:
-    """Raise UsageError about a callback that the strategy cannot run."""
+    """Raise UsageError about a callback that a run, or the strategy, cannot have."""
+    for callback in _as_list(callbacks):
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            base = next(cls.__name__ for cls in type(callback).__mro__ if cls.__name__ in REFUSED_CALLBACKS)
+            raise UsageError(f"trainer.callbacks: {type(callback).__name__} {REFUSED_CALLBACKS[base]}.")
     for callback in _as_list(callbacks) if isinstance(strategy, DeepSpeed) else ():
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             name = type(callback).__name__

@@ -19,6 +19,7 @@ from lockstep.checkpoint import (
     Manifest,
     Progress,
     allow_numpy_globals,
+    allow_plain_classes,
     find_checkpoint,
     latest_checkpoint,
     read_checkpoint,
@@ -144,6 +145,8 @@ class TrainingSession:
         if isinstance(checkpoint, Checkpoint) and context.command == "fit":
             self._resume(strategy, checkpoint, is_same_run)
         path = None if checkpoint is None else str(checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint)
+        if path is not None:
+            allow_plain_classes(Path(path))
         began = time.monotonic()
         outcome: dict[str, Any] = {"metrics": {}}
         try:

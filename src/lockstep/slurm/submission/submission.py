@@ -10,7 +10,15 @@ from pathlib import Path
 from secrets import randbelow
 from typing import Any
 
-from lockstep.config import SweepPoint, check_checkpoint_path, check_deepspeed, check_run_root, check_sweep_keys, sweep_points
+from lockstep.config import (
+    SweepPoint,
+    check_checkpoint_path,
+    check_deepspeed,
+    check_run_root,
+    check_sweep_keys,
+    check_wandb_key,
+    sweep_points,
+)
 from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError, python_path, wandb_api_key
 from lockstep.runs import CodePaths, LaunchRecord, Run, SweepRun, frozen_config, git_state, new_run_id, snapshot
@@ -80,6 +88,7 @@ class Submission:
         command = keys.pop(0) if keys and not keys[0].startswith("-") else "fit"
         check_checkpoint_path(command, config["ckpt_path"], options.sweep)
         check_deepspeed(config)
+        check_wandb_key(config, {**env, **profile.environment})
         options.check(config, profile)
         folder = options.resume.folder if options.resume else root / name / new_run_id()
         return cls(command, tuple(keys), config, profile, options, folder, sweep_points(options.sweep), secrets)
