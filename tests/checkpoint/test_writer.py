@@ -203,3 +203,11 @@ def test_the_best_are_kept_beside_the_newest(launch: Launch) -> None:
     ranked = sorted((int(step) for step in scores if step != "120"), key=lambda step: (scores[str(step)], step), reverse=True)
     there = {int(path.name.removeprefix("step-")) for path in published_checkpoints(run.folder / "checkpoints")}
     assert there == {120, *ranked[:2]}
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_beyond_eight_digits(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "x")
+    for step in (99_999_998, 100_000_000, 99_999_999):
+        (run.checkpoints / f"step-{step:08}").mkdir()
+    steps = [int(path.name.removeprefix("step-")) for path in published_checkpoints(run.checkpoints)]
+    assert steps == [100_000_000, 99_999_999, 99_999_998] and run.latest_saved_step == 100_000_000

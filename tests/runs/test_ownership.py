@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.faults import fault
 from support.runs import Launch
+from support.wandb_reader import read_history
 
 from lockstep.core import Superseded, UsageError
 from lockstep.runs import Failure, Owner, Run, RunProgress, RunResult, write_failed_result
@@ -133,7 +134,7 @@ TOY = (
 @pytest.mark.parametrize(
     ("ranks", "hook", "step", "rows", "options"),
     [
-        ("1", "on_train_batch_end", 7, 6, ()),
+        ("1", "on_train_batch_end", 7, 6, ("--wandb.mode", "offline")),
         ("2", "on_train_batch_end", 1, 0, ("--trainer.log_every_n_steps", "8", "--model.seconds", "0.5")),
         ("2", "on_validation_batch_start", 8, 8, ()),
         ("1", "on_train_end", 0, 16, ()),
@@ -151,10 +152,10 @@ def test_whoever_loses_the_run_stops_and_writes_nothing(
 ) -> None:
     run = launch("--ranks", ranks, *TOY, *options, *fault(tmp_path / "marker", "claim", hook=hook, step=step))
     assert run.status == 1
-    err = capfd.readouterr().err
-    assert "job another has claimed the run" in err
+    assert "job another has claimed the run" in capfd.readouterr().err
     assert (run.folder / "result.json").read_text() == (run.folder / "status.json").read_text() == "{}"
     assert not (run.folder / "report.png").exists()
     metrics = run.folder / "metrics.csv"
     assert (len(run.series("train/loss_step")) if metrics.exists() else 0) == rows
+    assert len(read_history(run.folder)) == (rows if "offline" in options else 0)
     assert not any(path.name > f"step-{max(rows, step):08}" for path in run.folder.glob("checkpoints/step-*"))
