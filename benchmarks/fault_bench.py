@@ -1,5 +1,7 @@
 """A test bench that submits runs to a one-machine Slurm cluster, and compares them with an undisturbed run."""
 
+import copy
+import json
 import os
 import shutil
 import signal
@@ -21,6 +23,9 @@ from support.waiting import wait_until
 from support.wandb_reader import read_history
 from support.wandb_server import WandbServer
 
+from lockstep.checkpoint import latest_checkpoint
+from lockstep.core import World
+from lockstep.monitoring.report import weights_sha256
 from lockstep.slurm import member_runs
 
 REPO = Path(__file__).resolve().parents[1]
@@ -119,6 +124,11 @@ class Job(slurm_jobs.Job):
             for row in rows
         ]
 
+    def has_published_its_weights(self) -> bool:
+        """Whether the newest checkpoint has the weights that the result reports."""
+        found = latest_checkpoint(self.folder / "checkpoints")
+        return found is not None and weights_sha256(found.weights(), World()) == self.result["weights_sha256"]
+
     def losses(self) -> list[float]:
         """The loss of each logged step."""
         return [row["train/loss"] for row in self.history() if "train/loss" in row]
@@ -144,12 +154,30 @@ class FaultBench:
 
     Attributes:
         mounts: File systems to unmount at the end.
+        baselines: Undisturbed runs, by options.
     """
 
     def __init__(self, cluster: Cluster, server: WandbServer, folder: Path, nodes: int, options: Sequence[str]) -> None:
         self.cluster, self.server, self.folder, self.nodes, self.options = cluster, server, folder, nodes, options
         self.mounts: list[Path] = []
+        self.baselines: dict[tuple[str, ...], Job] = {}
         self.env = slurm_jobs.login_environment(cluster, folder)
+
+    def with_arguments(self, *arguments: str) -> "FaultBench":
+        """The same bench, for runs with further arguments."""
+        bench = copy.copy(self)
+        bench.options = [*self.options, *arguments]
+        return bench
+
+    def undisturbed(self) -> Job:
+        """A finished run without a fault; SystemExit if it does not finish."""
+        key = tuple(self.options)
+        if key not in self.baselines:
+            job = self.submit()
+            if (status := job.wait_until_ended())["state"] != "finished":
+                raise SystemExit(f"the undisturbed run did not finish: {json.dumps(status)}")
+            self.baselines[key] = job
+        return self.baselines[key]
 
     def submit(self, *arguments: str, is_online: bool = False) -> Job:
         """Submit a run in a new project folder."""

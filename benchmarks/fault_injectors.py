@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fault_bench import FaultBench, Job
@@ -99,10 +99,12 @@ def requeue(bench: FaultBench) -> Job:
     return job
 
 
-def callback(action: str, hook: str = "on_train_batch_end", step: int = 57, repeat: bool = False) -> Injector:
+def callback(
+    action: str, hook: str = "on_train_batch_end", step: int = 57, repeat: bool = False, arguments: Sequence[str] = ()
+) -> Injector:
     """A fault that a callback of rank one injects."""
     options = {"hook": hook, "step": step, "rank": 1, "repeat": repeat}
-    return lambda bench: bench.submit(*fault("marker", action, "fault_callbacks", **options))
+    return lambda bench: bench.submit(*arguments, *fault("marker", action, "fault_callbacks", **options))
 
 
 def damage_checkpoint(how: str) -> Injector:

@@ -9,7 +9,6 @@ whether the weights are equal bit for bit, and whether W&B's history has the sam
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,8 @@ class Row:
         attempts: Least number of attempts of the run; the exact number if it is expected to fail.
         same_weights: Whether the weights must equal those of the undisturbed run; otherwise the losses must be close.
         state: The expected state of the job at its end.
+        arguments: Further arguments of the run and of the undisturbed one.
+        is_timed: Whether the end depends on the time: then weights and rows are not those of the undisturbed run.
     """
 
     label: str
@@ -48,7 +49,19 @@ class Row:
     attempts: int = 1
     same_weights: bool = True
     state: str = "finished"
+    arguments: tuple[str, ...] = ()
+    is_timed: bool = False
 
+
+EARLY = ("monitor=val/loss", "mode=max", "patience=3")  # the loss falls: it ends after the fourth epoch
+EARLY_STOPPING = ("--trainer.callbacks+=EarlyStopping", *(f"--trainer.callbacks.{option}" for option in EARLY))
+SWA = (
+    "--trainer.callbacks+=StochasticWeightAveraging",
+    "--trainer.callbacks.swa_lrs=0.001",
+    "--trainer.callbacks.swa_epoch_start=3",
+)
+MAX_TIME = ("--trainer.max_time={seconds: 9}",)
+HANG = ("--checkpoint.timeout_seconds=3",)
 
 ROWS = [
     Row("1", "SIGKILL of a rank", inject.kill_rank(-1), 2),
@@ -91,6 +104,13 @@ ROWS = [
     Row("18", "20 random SIGKILLs", inject.random_kills(), 15),
     Row("18b", "… saving in the foreground", inject.random_kills(*FOREGROUND), 15),
     Row("19", "from 4 nodes to 2 and back", inject.change_nodes, 3, same_weights=False),
+    Row("20", "a disk that hangs in a save", inject.callback("hang", arguments=HANG), 2),
+    Row("21", "SIGKILL twice before EarlyStopping", inject.kill_at(57, 77), 3, arguments=EARLY_STOPPING),
+    Row("21b", "SIGKILL twice while SWA averages", inject.kill_at(75, 105), 3, arguments=SWA),
+    Row(
+        "21c", "SIGKILL in the test of SWA's average", inject.callback("SIGKILL", "on_test_batch_start", 100), 2, arguments=SWA
+    ),
+    Row("21d", "SIGKILL before max_time is over", inject.kill_at(37), 2, arguments=MAX_TIME, is_timed=True),
 ]
 COLUMNS = ("row", "fault", "attempts", "steps twice", "seconds lost", "weights equal", "W&B complete", "state")
 PARTITIONS = (
@@ -113,8 +133,12 @@ def judge(row: Row, job: Job, status: dict[str, Any], baseline: Job) -> tuple[li
         return [*cells, "", ""], status["state"] == row.state and is_stopped
     actual, expected = job.history(), baseline.history()
     is_complete = actual == expected
-    is_same = result.get("weights_sha256") == baseline.result["weights_sha256"]
+    is_same = result.get("weights_sha256") == baseline.result["weights_sha256"] and job.has_published_its_weights()
     same = "yes" if is_same else "no"
+    if row.is_timed:
+        is_complete = [entry["_step"] for entry in actual] == list(range(1, len(actual) + 1))
+        is_same = job.has_published_its_weights()
+        same = "published" if is_same else "no"
     if not row.same_weights:
         is_complete = [entry["_step"] for entry in actual] == [entry["_step"] for entry in expected]
         difference = max(abs(a - b) for a, b in zip(job.losses(), baseline.losses(), strict=True))
@@ -123,11 +147,13 @@ def judge(row: Row, job: Job, status: dict[str, Any], baseline: Job) -> tuple[li
     return [*cells, same, "yes" if is_complete else "no"], is_good
 
 
-def run_row(row: Row, bench: FaultBench, baseline: Job) -> tuple[list[str], bool]:
+def run_row(row: Row, bench: FaultBench) -> tuple[list[str], bool]:
     """Run one row; return its cells, and whether it meets its promises. An error becomes the first cell."""
     start = time.monotonic()
     state, reasons = "", []
     try:
+        bench = bench.with_arguments(*row.arguments)
+        baseline = bench.undisturbed()
         job = row.inject(bench)
         status = job.wait_until_ended()
         state, reasons = status["state"], [attempt["reason"] for attempt in status["attempts"] if attempt["reason"]]
@@ -163,11 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         with Cluster.up(folder / "c", nodes=options.nodes, cpus=4, partitions=PARTITIONS, options=OPTIONS) as cluster:
             bench = FaultBench(cluster, server, folder, options.nodes, run_options)
-            baseline = bench.submit()
-            if (status := baseline.wait_until_ended())["state"] != "finished":
-                raise SystemExit(f"the undisturbed run did not finish: {json.dumps(status)}")
             for row in options.rows:
-                cells, is_good = run_row(row, bench, baseline)
+                cells, is_good = run_row(row, bench)
                 table.add_row(*cells)
                 failed += not is_good
             for disk in bench.mounts:
