@@ -172,13 +172,11 @@ ROWS = (
         "`BackboneFinetuning`",
         callback("BackboneFinetuning", unfreeze_backbone_at_epoch=1),
         model=Backbone,
-        fails="ranks train different backbones",
     ),
     Row(
         "`BaseFinetuning`, one's own",
         callback("foreign.callbacks.Unfreeze"),
         model=Backbone,
-        fails="ranks train different backbones",
     ),
     Row(
         "`ModelPruning`",

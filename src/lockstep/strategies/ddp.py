@@ -100,8 +100,7 @@ class DDP(LockstepStrategy, DDPStrategy):
             if "Expected to have finished reduction in the prior iteration" not in str(error):
                 raise
             found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
-            names = [name for name, p in self.module.named_parameters() if p.requires_grad]
-            unused = ", ".join(names[int(index)] for index in found[1].split()[:3]) if found else "some"
+            unused = ", ".join(self._reduced[int(index)] for index in found[1].split()[:3]) if found else "some"
             raise RunError(
                 f"The loss of the last step did not use all parameters ({unused} …): freeze those that no step uses, or set "
                 "ddp.find_unused_parameters to true."
@@ -111,6 +110,7 @@ class DDP(LockstepStrategy, DDPStrategy):
         if self.root_device.type == "cpu":
             run_sync_batchnorm_on_cpu(self.module)
         super().configure_ddp()
+        self._reduced = [name for name, p in self.module.named_parameters() if p.requires_grad]
         if (name := self.options.gradient_compression) != "none":  # not ``ddp_comm_hook=``, which Lightning ignores on CPUs
             assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(None, getattr(default_hooks, f"{name}_compress_hook"))
