@@ -77,8 +77,9 @@ def test_an_owner_that_cannot_be_queried_lives_while_it_reports(tmp_path: Path, 
     RunProgress("training").write(run.status)
     assert claim(run, Owner.this_process()) is None
     assert run.living_owner(lambda owner: None) == owner
-    long_ago = time.time() - 600
-    os.utime(run.status, (long_ago, long_ago))
+    for last in (RunProgress("interrupted"), RunProgress("training", time=time.time() - 600)):
+        last.write(run.status)
+        assert run.living_owner(lambda owner: None) is None
     assert claim(run, Owner.this_process()) == 2
 
 

@@ -157,7 +157,10 @@ class Run:
         """Whether the owner may still write; one that cannot be queried is judged by its last ``status.json``."""
         if is_alive is not None:
             return is_alive
-        return self.status.exists() and time.time() - self.status.stat().st_mtime < _SILENT_SECONDS
+        last = RunProgress.read(self.status)
+        if last is None or last.status not in ("training", "trained"):
+            return False
+        return time.time() - last.time < _SILENT_SECONDS
 
     def _create_attempt(self, claim: Owner) -> bool:
         """Create the folder of an attempt with its owner in it, atomically; return False if another process was faster."""

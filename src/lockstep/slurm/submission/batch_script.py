@@ -136,6 +136,7 @@ retry() { [ $((retries += 1)) -le 60 ] && sleep 10; }  # for ten minutes: a full
 query() ( unset "${!SQUEUE_@}" SLURM_CLUSTERS; export SLURM_TIME_FORMAT=%s; squeue "$@" 2>/dev/null )
 running_jobs() {
   for _ in {1..300}; do query @running_jobs@ && echo end && return; sleep 2; done
+  echo lockstep: squeue has not answered for ten minutes. >&2
 }
 cancel_steps() {  # ranks that outlive a killed srun must not train beside those of the next attempt
   for _ in {1..1200}; do
