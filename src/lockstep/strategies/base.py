@@ -1,7 +1,6 @@
 """What all strategies share: sharding of the data, the weight of an uneven last batch, and where a resumed run begins."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lockstep.compat.lightning import set_sampler_epoch
@@ -57,7 +56,9 @@ class LockstepStrategy(Strategy):
     sharding: DataSharding
     gradient_ready_order: list[int] | None = None
     _resume_point: ResumePoint | None = None
-    _trainable: AbstractSet[int] = frozenset()
+    _known: set[int]
+    _frozen: dict[str, nn.Parameter]
+    _checked_epoch = -1
     _sharded_state: ShardedState | None = None
 
     def broadcast(self, obj: T, src: int = 0) -> T:
@@ -77,22 +78,28 @@ class LockstepStrategy(Strategy):
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        self._note_trainable()
+        self._note_parameters()
         # All ranks have drawn the same weights; from now on each draws its own dropout. Not earlier: Lightning gives all
         # ranks the same seed when it sets up the process group.
         torch.manual_seed(derive_seed(self.sharding.seed, self.sharding.world.rank) >> 1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if newly := [name for name, p in self.module.named_parameters() if p.requires_grad and id(p) not in self._trainable]:
+        epoch = self.module.current_epoch
+        if epoch != self._checked_epoch:  # parameters that are new come with a new epoch: a walk at each step takes too long
+            self._frozen |= {name: p for name, p in self.module.named_parameters() if id(p) not in self._known}
+            self._checked_epoch = epoch
+        if newly := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
             self.on_unfrozen(newly)
-            self._note_trainable()
+            self._note_parameters()
         return super().training_step(*args, **kwargs)
 
     def on_unfrozen(self, names: Sequence[str]) -> None:
         """Called on all ranks before a step in which the parameters ``names`` begin to require a gradient."""
 
-    def _note_trainable(self) -> None:
-        self._trainable = {id(p) for p in self.module.parameters() if p.requires_grad}
+    def _note_parameters(self) -> None:
+        parameters = dict(self.module.named_parameters())
+        self._known = {id(parameter) for parameter in parameters.values()}
+        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
 
     def shards(self) -> State | None:
         """This rank's part of weights and optimizer state; None if Lightning's checkpoint holds them."""
