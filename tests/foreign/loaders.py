@@ -270,7 +270,6 @@ ROWS = (
     Row(
         "a last, smaller batch",
         data=Uneven,
-        fails="the loss of a step is logged as the mean of ranks with different numbers of samples",
     ),
     Row(
         "a batch that does not divide by the ranks",
@@ -283,7 +282,7 @@ ROWS = (
         refused="batch_size=1 is the global batch size and is not divisible by 2 ranks",
     ),
     Row("a `collate_fn` of one's own", model=LearnsFromDicts, data=OwnCollate),
-    Row("loaders on the module, no DataModule", model=OwnLoaders, data=None, fails="data must be set"),
+    Row("loaders on the module, no DataModule", model=OwnLoaders, data=None),
     Row("`batch_size=None`: the dataset gives batches", data=AlreadyBatched, per_rank="each rank takes all batches"),
     Row("a dataset with `__getitems__` alone", data=ReadByLists),
     Row(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -82,6 +82,11 @@ def training_loader(trainer: Trainer) -> tuple[CombinedLoader | None, int]:
     loop = trainer.fit_loop
     fetcher = private("lightning", loop, "_data_fetcher")
     return private("lightning", loop, "_combined_loader"), len(getattr(fetcher, "batches", ()))
+
+
+def is_in_training_step(module: LightningModule) -> bool:
+    """Whether ``module`` is in its ``training_step``."""
+    return bool(private("lightning", module, "_current_fx_name") == "training_step")
 
 
 class LightningEpochLoop(_TrainingEpochLoop):

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lockstep.compat.lightning import set_sampler_epoch
+from lockstep.compat.lightning import is_in_training_step, set_sampler_epoch
 from lockstep.data import DataPosition, DataSharding, current_batch, derive_seed
 from lockstep.distributed import broadcast
 from lockstep.strategies.sharded_state import ShardedState, State, parameter_names
@@ -156,13 +156,24 @@ class LockstepStrategy(Strategy):
         return loader
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if (weight := self._rank_weight()) != 1:
+            closure_loss = closure_loss * weight
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if reduce_op == "mean" and isinstance(tensor, Tensor) and self.sharding.world.size > 1:
+            if not tensor.is_floating_point():  # Lightning divides the mean of an epoch by the mean of the ranks' samples
+                tensor = tensor.float()
+            if is_in_training_step(self.module) and (weight := self._rank_weight()) != 1:  # a step logs means over its samples
+                tensor = tensor * weight
+        return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
+
+    def _rank_weight(self) -> float:
+        """The factor that makes a mean over ranks the mean over the samples of this step."""
         trainer = self.module.trainer
-        # A weighted loss makes the mean over ranks the mean over samples.
         weight = getattr(getattr(trainer, "datamodule", None), "rank_weight", None)
         if weight is None:
             batch = current_batch(trainer)
             assert batch is not None
             weight = batch.weight
-        if weight != 1:
-            closure_loss = closure_loss * weight
-        return super().backward(closure_loss, optimizer, *args, **kwargs)
+        return float(weight)
