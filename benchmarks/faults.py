@@ -62,6 +62,7 @@ SWA = (
 )
 MAX_TIME = ("--trainer.max_time={seconds: 9}",)
 HANG = ("--checkpoint.timeout_seconds=3",)
+IMAGES = ("--trainer.callbacks+=wandb_calls.WandbCalls",)
 
 ROWS = [
     Row("1", "SIGKILL of a rank", inject.kill_rank(-1), 2),
@@ -111,6 +112,8 @@ ROWS = [
         "21c", "SIGKILL in the test of SWA's average", inject.callback("SIGKILL", "on_test_batch_start", 100), 2, arguments=SWA
     ),
     Row("21d", "SIGKILL before max_time is over", inject.kill_at(37), 2, arguments=MAX_TIME, is_timed=True),
+    Row("22", "SIGKILL twice with an own W&B image every step", inject.kill_at(45, 75), 3, arguments=IMAGES),
+    Row("22b", "preemption, likewise", inject.preempt("low"), 2, arguments=IMAGES),
 ]
 COLUMNS = ("row", "fault", "attempts", "steps twice", "seconds lost", "weights equal", "W&B complete", "state")
 PARTITIONS = (
