@@ -175,5 +175,10 @@ ROWS = (
         check=wandb_has_every_row,
     ),
     Row("a `CSVLogger` of one's own", "--trainer.logger CSVLogger --trainer.logger.save_dir csv", check=has_csv),
+    Row(
+        "a `WandbLogger` of one's own",
+        "--trainer.logger WandbLogger",
+        refused="trainer.logger: WandbLogger would log every row to W&B again",
+    ),
     Row("`logger: false`", "--trainer.logger false"),
 )

@@ -96,7 +96,16 @@ class Saves(Regression):
 class SavesToo(Points):
     def __init__(self, note: str = "mine", sizes: tuple[int, ...] = (1, 2)) -> None:
         super().__init__()
+        self.save_hyperparameters()
         self.save_hyperparameters({"loader": DataLoader, "function": torch.relu, "dataset": self.dataset()})
+
+
+class Clashes(Regression):
+    """Saves a hyperparameter that the DataModule saves with another value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"note": "other"})
 
 
 class Phase(Enum):
@@ -254,6 +263,12 @@ ROWS = (
     Row("tied weights", model=Tied),
     Row("spectral norm", model=Spectral),
     Row("state of many kinds: enums, dataclasses, sets, arrays, extra state", model=KeepsState, check=has_state),
+    Row(
+        "a hyperparameter with two values, on module and DataModule",
+        model=Clashes,
+        data=SavesToo,
+        refused="the keys ['note'] are present in both the LightningModule's and LightningDataModule's hparams",
+    ),
     Row(
         "an object of any other class in a checkpoint",
         model=KeepsObject,

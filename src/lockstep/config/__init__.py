@@ -9,14 +9,14 @@ from lockstep.config.checks import (
     check_ranges,
     check_run_root,
     check_secrets,
-    check_trainer_callbacks,
+    check_trainer_classes,
     check_wandb_key,
 )
 from lockstep.config.deepspeed import check_offload, deepspeed_config, missing_nvme_folder
 from lockstep.config.schema import (
     COMMANDS,
     FULL_PRECISIONS,
-    REFUSED_CALLBACKS,
+    REFUSED_TRAINER_CLASSES,
     RESERVED_TRAINER_KEYS,
     SHARED_CLASSES,
     CheckpointOptions,

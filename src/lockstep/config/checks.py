@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config.deepspeed import deepspeed_config, missing_nvme_folder
-from lockstep.config.schema import REFUSED_CALLBACKS, DeepSpeedOptions
+from lockstep.config.schema import REFUSED_TRAINER_CLASSES, DeepSpeedOptions
 from lockstep.core import WANDB_KEY_ADVICE, UsageError, is_secret, wandb_api_key
 
 
@@ -42,13 +42,15 @@ def check_secrets(value: Any, key: str = "") -> None:
         )
 
 
-def check_trainer_callbacks(callbacks: Any) -> None:
-    """Raise UsageError if ``trainer.callbacks`` names a callback that a run cannot have."""
-    for callback in callbacks if isinstance(callbacks, list | tuple) else [callbacks]:
-        path = callback.get("class_path") if isinstance(callback, Mapping) else callback
-        name = str(path).rpartition(".")[2]
-        if name in REFUSED_CALLBACKS and str(path) in (name, f"lightning.pytorch.callbacks.{name}"):
-            raise UsageError(f"trainer.callbacks: {name} {REFUSED_CALLBACKS[name]}.")
+def check_trainer_classes(trainer: Mapping[str, Any]) -> None:
+    """Raise UsageError if ``trainer`` names a callback or logger that a run cannot have."""
+    for key in ("callbacks", "logger"):
+        given = trainer.get(key)
+        for value in given if isinstance(given, list | tuple) else [given]:
+            path = str(value.get("class_path") if isinstance(value, Mapping) else value)
+            name = path.rpartition(".")[2]
+            if name in REFUSED_TRAINER_CLASSES and (path == name or path.startswith("lightning.pytorch.")):
+                raise UsageError(f"trainer.{key}: {name} {REFUSED_TRAINER_CLASSES[name]}.")
 
 
 def check_wandb_key(config: Mapping[str, Any], env: Mapping[str, str]) -> None:

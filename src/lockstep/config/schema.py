@@ -31,11 +31,12 @@ RESERVED_TRAINER_KEYS = {
 
 _TRIAL_STEPS = "takes trial steps before the run, which a restart would repeat with another result"
 
-REFUSED_CALLBACKS = {
+REFUSED_TRAINER_CLASSES = {
     "LearningRateFinder": f"{_TRIAL_STEPS}; find the rate with Lightning's Tuner in a script of your own, and set it in model",
     "BatchSizeFinder": f"{_TRIAL_STEPS}; see what fits with --plan, and set the size in data",
+    "WandbLogger": "would log every row to W&B again, as trainer.logger is a WandbLogger in every run; remove it and set wandb",
 }
-"""Callbacks of Lightning that a run cannot have, and why."""
+"""Callbacks and loggers of Lightning that a run cannot have, and why."""
 
 
 @dataclass

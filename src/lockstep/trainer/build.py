@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.loggers import WandbLogger
 
 from lockstep.checkpoint import CheckpointCallback, CheckpointWriter
-from lockstep.config import REFUSED_CALLBACKS
+from lockstep.config import REFUSED_TRAINER_CLASSES
 from lockstep.core import UsageError
 from lockstep.distributed import SignalReceiver
 from lockstep.monitoring import NanGuard, ProgressBar, RunLogger, StatusReporter, ThroughputMonitor, Watchdog
@@ -27,13 +28,14 @@ from lockstep.trainer.context import RunContext
 from lockstep.trainer.loops import replace_loops
 
 
-def check_callbacks(callbacks: Any, strategy: AnyStrategy) -> None:
-    """Raise UsageError about a callback that a run, or the strategy, cannot have."""
-    for callback in _as_list(callbacks):
-        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
-            base = next(cls.__name__ for cls in type(callback).__mro__ if cls.__name__ in REFUSED_CALLBACKS)
-            raise UsageError(f"trainer.callbacks: {type(callback).__name__} {REFUSED_CALLBACKS[base]}.")
-    for callback in _as_list(callbacks) if isinstance(strategy, DeepSpeed) else ():
+def check_trainer_objects(arguments: Namespace, strategy: AnyStrategy) -> None:
+    """Raise UsageError about a callback or logger that a run, or the strategy, cannot have."""
+    for key in ("callbacks", "logger"):
+        for value in _as_list(arguments[key]):
+            if isinstance(value, LearningRateFinder | BatchSizeFinder | WandbLogger):
+                base = next(cls.__name__ for cls in type(value).__mro__ if cls.__name__ in REFUSED_TRAINER_CLASSES)
+                raise UsageError(f"trainer.{key}: {type(value).__name__} {REFUSED_TRAINER_CLASSES[base]}.")
+    for callback in _as_list(arguments.callbacks) if isinstance(strategy, DeepSpeed) else ():
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             name = type(callback).__name__
             raise UsageError(f"trainer.callbacks: {name} copies the weights, which ZeRO partitions; use strategy ddp.")

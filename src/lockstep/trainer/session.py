@@ -43,7 +43,7 @@ from lockstep.runs import (
     update_status,
 )
 from lockstep.strategies import AnyStrategy, load_ops, make_strategy, private_folder, required_ops
-from lockstep.trainer.build import build_trainer, check_callbacks
+from lockstep.trainer.build import build_trainer, check_trainer_objects
 from lockstep.trainer.config_parser import instantiate, parse_config, set_optimizer
 from lockstep.trainer.context import RunContext
 from lockstep.trainer.loops import FitLoop
@@ -136,7 +136,7 @@ class TrainingSession:
         set_optimizer(objects.model, config)
         sharding = DataSharding(context.world, config.seed_everything)
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)
-        check_callbacks(objects.trainer.callbacks, strategy)
+        check_trainer_objects(objects.trainer, strategy)
         content = load_yaml(self._config_text)
         self.logger = start_run_logger(context.run, config.wandb, content, context.world, self.global_step, self._check_owner)
         self.trainer, self.checkpoints = build_trainer(
@@ -160,6 +160,10 @@ class TrainingSession:
                     outcome["metrics"] = self._evaluate(self.trainer, objects.model, objects.data, path)
         except MisconfigurationException as error:
             raise RunError(" ".join(str(error).split())) from error
+        except RuntimeError as error:
+            if not str(error).startswith("Error while merging hparams"):
+                raise
+            raise UsageError(f"{error} Rename them in one, or call its save_hyperparameters with logger=False.") from error
         finally:
             self._seconds = time.monotonic() - began
         if context.command != "fit":

@@ -15,7 +15,7 @@ from lockstep.config import (
     Options,
     check_ranges,
     check_secrets,
-    check_trainer_callbacks,
+    check_trainer_classes,
     messages,
     read_config_file,
     select_section,
@@ -206,4 +206,4 @@ class ConfigValidator:
             self._values.class_signature(path, "activation_checkpointing")
         check_ranges(self.content)
         check_secrets(self.content)
-        check_trainer_callbacks(self.content["trainer"].get("callbacks"))
+        check_trainer_classes(self.content["trainer"])
