@@ -5,6 +5,7 @@ import http.client
 import logging
 import signal
 import ssl
+import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 0.1
 """How often W&B's service writes rows to its local file, from which a restarted run reads what W&B has."""
+
+_SERVICE_SECONDS = 3.0
+"""How long W&B's service outlives a process that was killed; about two seconds were measured."""
 
 _FINISH_SECONDS = 60.0
 """How long finishing a run waits for uploads; the rest stays on disk."""
@@ -51,6 +55,7 @@ class WandbClient:
         Returns:
             The W&B run, the number of the next row that it does not have, and how many rows of ``metrics.csv`` it has.
         """
+        self._wait_for_killed_service()
         stored = self._stored_rows()
         # W&B's service inherits the mask, so that a signal to the whole job does not kill it.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -112,6 +117,11 @@ class WandbClient:
     def metrics_rows_on_disk(self) -> int:
         """How many rows of ``metrics.csv`` W&B's local files have."""
         return max((int(row.get(METRICS_ROW, 0)) for row, _ in self._stored_rows().values()), default=0)
+
+    def _wait_for_killed_service(self) -> None:
+        """Wait until the service of an attempt that was killed just now has written its last rows and ended."""
+        written = max((file.stat().st_mtime for file in self.run.folder.glob("wandb/*run-*/run-*.wandb")), default=0.0)
+        time.sleep(min(max(0.0, written + _SERVICE_SECONDS - time.time()), _SERVICE_SECONDS))
 
     def _stored_rows(self) -> dict[int, tuple[dict[str, Any], Path]]:
         """The rows in the local files of all attempts, by number, each with the folder of its media."""
