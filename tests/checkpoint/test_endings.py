@@ -107,7 +107,7 @@ IN_FOREGROUND = ("--checkpoint.async_save", "false", "--run.hang_timeout_seconds
 
 
 def test_a_stop_reaches_ranks_that_are_added(launch: Launch, tmp_path: Path) -> None:
-    stops = (*TOY, *IN_FOREGROUND, *own(f"{MINE}Stops", hook="on_train_batch_end", step=7))
+    stops = (*TOY, *IN_FOREGROUND, "--checkpoint.every_n_steps", "7", *own(f"{MINE}Stops", hook="on_train_batch_end", step=7))
     run = launch("--ranks", "2", *stops, *fault(tmp_path / "once", "SIGKILL", hook="on_train_epoch_end"))
     assert resume_run(launch, run, "--ranks", "3").status == 0
     assert run.result["global_step"] == 7

@@ -17,7 +17,7 @@ from lockstep.data import current_batch
 class ThroughputMonitor(Callback):
     """Logs speed, share of time spent waiting for data, learning rate and gradient norm at every logged step.
 
-    ``rate/samples_per_second`` counts the samples of all ranks. ``rate/step_ms`` is the time of an optimizer step, and
+    ``rate/samples_per_second`` counts the samples of all ranks. ``rate/step_ms`` is the time of a step of all optimizers, and
     ``rate/data_wait`` (0 to 1) the part of it in which the host waited for the next batch. They cover the steps since they
     were last logged, without validation. ``optim/lr`` is the learning rate of the first parameter group,
     ``optim/grad_norm`` the total 2-norm of the gradient before clipping.
