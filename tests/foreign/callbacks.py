@@ -182,6 +182,12 @@ ROWS = (
         "`ModelPruning`",
         callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.2, use_lottery_ticket_hypothesis="false"),
     ),
+    Row(
+        "`ModelPruning` with the lottery ticket",
+        callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.2) + " --trainer.max_epochs 4",
+        own_order="on a CPU a plain Trainer trains the original weights too, to which the ticket returns",
+        kill_step=20,
+    ),
     Row("`Timer`", callback("Timer", duration="00:01:00:00")),
     Row("`LambdaCallback`", callback("foreign.callbacks.Halves")),
     Row("`TQDMProgressBar`", callback("TQDMProgressBar", refresh_rate=1)),

@@ -1,11 +1,13 @@
 """Private names of Lightning."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -218,6 +220,12 @@ def keep_dataloaders(trainer: Trainer) -> None:
     """Keep Lightning from replacing the DataLoaders; for predict it would add a batch sampler that records indices."""
     connector = private("lightning", trainer, "_data_connector")
     patch("lightning", connector, "_prepare_dataloader", lambda dataloader, shuffle, mode: dataloader)
+
+
+def keep_original_weights(pruning: ModelPruning) -> None:
+    """Let the lottery ticket copy the original weights: on a CPU they would become those that are trained, and change too."""
+    copy_parameter = private("lightning", pruning, "_copy_param")
+    patch("lightning", pruning, "_copy_param", lambda new, old, name: copy_parameter(new, copy.deepcopy(old), name))
 
 
 def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:

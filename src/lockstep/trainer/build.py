@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Checkpoint,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import WandbLogger
 
 from lockstep.checkpoint import CheckpointCallback, CheckpointWriter
+from lockstep.compat.lightning import keep_original_weights
 from lockstep.config import REFUSED_TRAINER_CLASSES
 from lockstep.core import UsageError
 from lockstep.distributed import SignalReceiver
@@ -61,6 +63,9 @@ def build_trainer(
     run, config, options = context.run, context.config, context.config.checkpoint
     given: dict[str, Any] = vars(arguments).copy()
     callbacks = _as_list(given.pop("callbacks"))
+    for callback in callbacks:
+        if isinstance(callback, ModelPruning):
+            keep_original_weights(callback)
     has_own_bar = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
     bar = given.pop("enable_progress_bar")
     bar = has_own_bar or (sys.stderr.isatty() and sys.stdout.isatty()) if bar is None else bar
