@@ -182,7 +182,7 @@ class FaultBench:
     def submit(self, *arguments: str, is_online: bool = False) -> Job:
         """Submit a run in a new project folder."""
         project = Path(tempfile.mkdtemp(dir=self.folder))
-        for module in ("fault_callbacks", "wandb_calls"):
+        for module in ("fault_callbacks", "fault_data", "wandb_calls"):
             shutil.copy(REPO / "tests" / "support" / f"{module}.py", project)
         mode = "online" if is_online else "offline"
         return self._submit(project, is_online, *CONFIG, *self.options, "--wandb.mode", mode, *arguments)

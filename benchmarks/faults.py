@@ -26,6 +26,8 @@ from rich.table import Table
 from support.wandb_server import WandbServer
 
 FOREGROUND = ("--checkpoint.async_save", "false")
+TWO_LOADERS = ("--data=fault_data.TwoLoaders", "--model=fault_data.MeanOfLosses")
+CURRICULUM = ("--trainer.callbacks+=fault_data.Curriculum",)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ ROWS = [
     Row("21d", "SIGKILL before max_time is over", inject.kill_at(37), 2, arguments=MAX_TIME, is_timed=True),
     Row("22", "SIGKILL twice with an own W&B image every step", inject.kill_at(45, 75), 3, arguments=IMAGES),
     Row("22b", "preemption, likewise", inject.preempt("low"), 2, arguments=IMAGES),
+    Row("23", "two train loaders, SIGKILL twice in one epoch", inject.kill_at(47, 55), 3, arguments=TWO_LOADERS),
+    Row("23b", "a curriculum callback, SIGKILL twice in one epoch", inject.kill_at(47, 55), 3, arguments=CURRICULUM),
 ]
 COLUMNS = ("row", "fault", "attempts", "steps twice", "seconds lost", "weights equal", "W&B complete", "state")
 PARTITIONS = (
