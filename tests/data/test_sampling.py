@@ -14,8 +14,10 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 from lockstep.core.errors import UsageError
@@ -198,3 +200,68 @@ def test_a_loader_that_cannot_be_sharded_is_returned_with_a_warning(
 
 def test_other_objects_are_returned_unchanged() -> None:
     assert DataSharding(World(0, 2, 0, 2), 1).shard([1, 2, 3]) == [1, 2, 3]
+
+
+class Words(Dataset[tuple[str, float]]):
+    """Samples by name, with a random number and an attribute that callbacks may change."""
+
+    level = 0
+
+    def __getitem__(self, word: Any) -> tuple[str, float]:
+        return f"{word} {self.level}", torch.rand(()).item()
+
+
+class Shuffled(Sampler[Any]):
+    """Names or pairs in an order that torch's generator and the epoch choose; it counts what it hears."""
+
+    def __init__(self, words: list[Any]) -> None:
+        self.words, self.epochs = words, list[int]()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.words[index] for index in torch.randperm(len(self.words))])
+
+
+@pytest.mark.parametrize(
+    "words", [list("abcdefgh"), [(number, "x") for number in range(8)], list(np.arange(8)), list(torch.arange(8))]
+)
+def test_a_sampler_may_yield_anything(words: list[Any]) -> None:
+    def drawn(world: World) -> list[tuple[str, float]]:
+        loader = DataLoader(Words(), batch_size=4, sampler=Shuffled(words))
+        return [
+            sample
+            for names, numbers in DataSharding(world, 3).shard(loader)
+            for sample in zip(names, numbers.tolist(), strict=True)
+        ]
+
+    alone, ranks = drawn(World()), [drawn(World(rank, 2, rank, 2)) for rank in range(2)]
+    assert sorted(ranks[0] + ranks[1]) == sorted(alone)
+    assert sorted(name for name, _ in alone) == sorted(f"{word} 0" for word in words)
+    assert len({number for _, number in alone}) == 8
+
+
+def _show_level(_: int) -> None:
+    info = get_worker_info()
+    assert info is not None and isinstance(info.dataset, Words)
+    info.dataset.level += 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_users_see_and_change_their_own_loader_dataset_and_sampler(workers: int) -> None:
+    dataset, sampler = Words(), Shuffled(list("abcd"))
+    loader = DataLoader(dataset, batch_size=4, sampler=sampler, num_workers=workers, worker_init_fn=_show_level)
+    sharded = DataSharding(World(), 3).shard(loader)
+    seen = (sharded.dataset, sharded.sampler, sharded.batch_sampler, sharded.worker_init_fn, sharded.generator)
+    assert all(
+        own is given for own, given in zip(seen, (dataset, sampler, loader.batch_sampler, _show_level, None), strict=True)
+    )
+    sharded.dataset.level = 6
+    assert {name.split()[1] for names, _ in sharded for name in names} == {str(6 + workers)}
+    sharded.collate_fn = len
+    sharded.batch_sampler.batch_size = 2
+    assert (list(sharded), len(sharded)) == ([2, 2], 2)

@@ -1,11 +1,16 @@
 """One train loader or several, resumed anywhere in an epoch: all modes and positions first, then runs of real ranks."""
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from support.faults import fault
+from support.runs import SMALL, Launch, resume_run
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
 from lockstep.core import UsageError, World
@@ -159,3 +164,44 @@ def test_one_rule_for_the_global_batch_of_every_training_loader(shuffle: bool) -
     sampler = RandomSampler(Noisy(48)) if shuffle else None
     with pytest.raises(UsageError, match="use 4 or 6"):
         load(DataLoader(Noisy(48), batch_sampler=BatchSampler(sampler or range(48), 5, False)), world=world)
+
+
+def test_a_run_with_a_batch_per_rank_goes_on_with_half_of_its_ranks(launch: Launch, tmp_path: Path) -> None:
+    per_rank = (*SMALL, "--data.batch_size", "null", "--data.batch_size_per_rank", "16", "--checkpoint.every_n_steps", "5")
+    once = fault(tmp_path / "once", "SIGKILL", step=12)
+    run = launch("--ranks", "2", *per_rank, "--checkpoint.async_save", "false", *once)
+    assert run.newest.step == 10
+    resumed = resume_run(launch, run, "--ranks", "1")
+    assert resumed.status == 0
+    assert resumed.result["global_step"] == 10 + (1280 - 10 * 32) // 16 + 1280 // 16
+
+
+class FastClock(Callback):
+    """Sets the clock of rank one forward when training has begun."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank == 1:
+            own_clock = time.monotonic
+            time.monotonic = lambda: own_clock() + 0.5
+
+
+def test_one_clock_decides_for_all_ranks_when_to_validate(launch: Launch, tmp_path: Path) -> None:
+    """Also after a kill in a validation, which is then repeated at once."""
+    timed = (
+        *("--ranks", "2", "--model", "support.toy_model.TiedAndFrozen", "--data", "support.toy_model.ToyData"),
+        *("--data.workers", "0", "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "5"),
+        *("--trainer.val_check_interval", "00:00:00:01", "--run.hang_timeout_seconds", "20"),
+        *("--trainer.callbacks+=support.fault_callbacks.StepRecorder", "--trainer.callbacks.seconds=0.05"),
+        *(f"--trainer.callbacks.diary={tmp_path}/diary", f"--trainer.callbacks+={__name__}.FastClock"),
+        *("--checkpoint.async_save", "false"),
+    )
+    run = launch(*timed, *fault(tmp_path / "once", "SIGKILL", hook="on_validation_start", rank=1))
+    assert run.status == 1
+    step = run.newest.step
+    assert 0 < step < 60
+    resumed = resume_run(launch, run)
+    assert (resumed.status, resumed.result["global_step"]) == (0, 60)
+    lines = (run.folder / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    validated = [int(row["step"]) for row in rows if row["val/loss"]]
+    assert validated[0] == step and len(validated) >= 2
