@@ -174,7 +174,8 @@ def test_what_a_run_leaves_behind(launch: Launch) -> None:
         ),
     }
     assert run.folder.stat().st_mode & 0o777 == 0o700
-    assert sorted(path.name for path in (run.folder / "logs" / "1").iterdir()) == ["0.log", "1.log", "2.log", "3.log"]
+    attempt = sorted(path.name for path in (run.folder / "logs" / "1").iterdir())
+    assert attempt == ["0.log", "1.log", "2.log", "3.log", "owner.json"]
     launched = yaml.safe_load((run.folder / "launch.yaml").read_text())
     assert (launched["nodes"], launched["ranks_per_node"]) == (2, 2)
     assert launched["command"].startswith("python launch/local.py --nodes 2 --ranks 2")
