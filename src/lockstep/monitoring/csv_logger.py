@@ -38,9 +38,19 @@ class CsvMetricsLogger:
         self._pending: list[dict[str, Any]] = []
         if path.exists():
             _truncate_partial_line(path)
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self._columns, self._rows_in_file = list(reader.fieldnames or ()), len(list(reader))
+            try:
+                rows = _check_rows(read_metrics(path))
+                self._columns, self._rows_in_file = list(rows[0] if rows else ()), len(rows)
+            except (ValueError, TypeError, csv.Error) as error:
+                aside = path.replace(path.with_name(f"{path.name}.damaged"))
+                log.warning("%s is damaged (%s); it is kept as %s, and its rows are missing", path, error, aside.name)
+
+    def resume(self, row_count: int) -> None:
+        """Continue after the first ``row_count`` rows of the run; those that the file has lost are missing in it."""
+        self.row_count = row_count
+        if self._rows_in_file < row_count:
+            log.warning("%s has %d of the %d rows before the checkpoint", self.path, self._rows_in_file, row_count)
+            self._rows_in_file = row_count
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Append one row; new metrics become new columns."""
@@ -91,6 +101,15 @@ def _truncate_partial_line(path: Path) -> None:
     if not text.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(text.rfind(b"\n") + 1)
+
+
+def _check_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return ``rows``; raise TypeError or ValueError if they are not rows of numbers with a step."""
+    for row in rows:
+        int(row.get("step", ""))
+        for value in row.values():
+            float(value or 0)
+    return rows
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -100,7 +100,8 @@ class RunLogger(WandbLogger):
 
     def begin_resume(self, metrics_rows: int, position: Sequence[Any]) -> None:
         """Resume after ``metrics_rows`` rows of the file, at W&B's ``position``; ignore rows until ``finish_resume``."""
-        self.metrics.row_count, self._resume_position = metrics_rows, position
+        self.metrics.resume(metrics_rows)
+        self._resume_position = position
         self._guard(self._send_missing_rows)
 
     def finish_resume(self) -> None:
