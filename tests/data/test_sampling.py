@@ -47,6 +47,11 @@ def batches_of_all_ranks(
     return found
 
 
+def test_the_order_of_an_epoch_is_that_of_earlier_versions() -> None:
+    (first,), (second,) = (batches_of_all_ranks(8, 8, 1, is_training=True, epoch=epoch) for epoch in (0, 1))
+    assert (first, second) == ([[3, 1, 2, 4, 5, 6, 7, 0]], [[4, 7, 5, 0, 2, 6, 3, 1]])
+
+
 @pytest.mark.parametrize("size", RANKS)
 def test_evaluation_counts_each_sample_once_with_equally_many_batches_on_every_rank(size: int) -> None:
     for samples in range(size, 68):

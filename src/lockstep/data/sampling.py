@@ -155,7 +155,8 @@ class GlobalBatchSampler:
         return self._batches(self._start or DataPosition(self.epoch()))
 
     def _batches(self, position: DataPosition) -> Iterator[list[SampleKey]]:
-        seed, used = derive_seed(self.seed, position.epoch, position.cycle), position.used
+        cycle = [position.cycle] if position.cycle else []  # the first pass of an epoch is a function of (seed, epoch) alone
+        seed, used = derive_seed(self.seed, position.epoch, *cycle), position.used
         stream = RandomStream(seed)
         with stream.active():
             epoch = self._indices(seed)
