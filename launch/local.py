@@ -51,8 +51,9 @@ def main(arguments: Sequence[str]) -> int:
             check_deepspeed(config)
             check_nvme_path(config)
             check_wandb_key(config, os.environ)
-        # In a shell inside a Slurm allocation, this run is not one of its tasks.
-        for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+        # In a shell inside a Slurm allocation, this run is not one of its tasks. Nor does it use the W&B service of the program
+        # that started it, which would keep the run of a killed rank in use.
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "WANDB_SERVICE")) and name != "SLURM_CONF"]:
             del os.environ[name]
         # Imported only now: torch and Lightning take seconds, which a usage error should not cost.
         from lockstep.trainer.local import run_locally

@@ -15,6 +15,7 @@ from support.runs import REPO, Launch, assert_same_run, metric_rows, resume_run,
 from support.wandb_reader import read_history
 
 from lockstep.checkpoint.reader import latest_checkpoint, published_checkpoints
+from lockstep.runs import Owner
 
 DIGITS = (
     *("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "5"),
@@ -179,9 +180,9 @@ def test_a_rank_whose_disk_hangs_is_named_and_the_run_resumes(
 
 def test_the_same_run_is_not_trained_twice_at_once(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = launch(*DIGITS, *fault(tmp_path / "once", "SIGKILL", step=30))
-    (run.folder / "owner.json").write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}))
+    Owner.this_process().write(run.folder / "logs" / "1" / "owner.json")
     assert resume_run(launch, run).status == 2
-    assert f"is being trained by host {platform.node()}, pid {os.getpid()}; end that first" in capfd.readouterr().err
+    assert f"is being trained by process {os.getpid()} on {platform.node()}; end that first" in capfd.readouterr().err
     assert sorted(path.name for path in (run.folder / "logs").iterdir()) == ["1"]
 
 

@@ -32,11 +32,22 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
         **capture_logged_values(trainer),
         "pruned": _pruned_parameters(module),
     }
-    # Before each backward Lightning clears the gradients of what its optimizers step. All others accumulate: those that only
-    # the user's code clears, and those of parameters outside the optimizers.
-    cleared = set(map(id, _optimized_parameters(trainer))) if module.automatic_optimization else set()
-    state["gradients"] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None and id(p) not in cleared}
+    state["gradients"] = dict(_accumulating_gradients(trainer))
     return state
+
+
+def _accumulating_gradients(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
+    """Gradients that the next backward adds to: those that only user code clears, and of parameters outside the optimizers.
+
+    Before each backward Lightning clears those of what its optimizers step. With ZeRO the engine holds all gradients.
+    """
+    module = trainer.lightning_module
+    if isinstance(trainer.strategy, DeepSpeed):
+        return
+    cleared = set(map(id, _optimized_parameters(trainer))) if module.automatic_optimization else set()
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None and id(parameter) not in cleared:
+            yield name, parameter.grad
 
 
 def _pruned_parameters(module: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -82,7 +93,7 @@ def restore_state(trainer: Trainer, point: ResumePoint) -> None:
         parameter.requires_grad_(name in trainable)
     restore_logged_values(trainer, states, point.shared, is_mid_epoch=not point.has_ended)
     trainer.should_stop = point.should_stop
-    for state in states[:1]:
+    for state in states[:1] if not isinstance(trainer.strategy, DeepSpeed) else ():
         for name, gradient in state["gradients"].items():
             parameter = module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
