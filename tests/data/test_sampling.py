@@ -270,3 +270,19 @@ def test_users_see_and_change_their_own_loader_dataset_and_sampler(workers: int)
     sharded.collate_fn = len
     sharded.batch_sampler.batch_size = 2
     assert (list(sharded), len(sharded)) == ([2, 2], 2)
+
+
+def mixed(samples: list[int]) -> tuple[list[int], float]:
+    """A batch and a random number, as MixUp draws one."""
+    return samples, torch.rand(()).item()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_numbers_of_a_collate_fn_depend_on_the_position_alone(workers: int) -> None:
+    def numbers(epoch: int) -> list[float]:
+        loader = DataLoader(range(12), batch_size=4, num_workers=workers, collate_fn=mixed)  # type: ignore[arg-type]
+        return [number for _, number in DataSharding(World(), 5).shard(loader, epoch=lambda: epoch)]
+
+    first = numbers(0)
+    torch.rand(7)
+    assert numbers(0) == first and len({*first, *numbers(1)}) == 6

@@ -62,7 +62,6 @@ class CheckpointCallback(Callback):
         self.seconds_lost = 0.0
         self._consensus: StopConsensus | None = None
         self._boundary_step = self._saved_step = -1
-        self._saved_any = False
         self._saved_sums: Tensor | None = None
         self._saved_at = time.monotonic()
         self._resumed: Progress | None = None
@@ -193,10 +192,8 @@ class CheckpointCallback(Callback):
         )
         is_flushed = logger is None or not is_rank_zero or logger.metrics.flush()
         known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written before"
-        if not self._saved_any:
-            for part in parts.values():
-                check_loadable(part)
-            self._saved_any = True
+        for part in parts.values():
+            check_loadable(part)
         self.writer.save(progress, parts, self._consensus, known_error)
         self._saved_step, self._saved_at = progress.step, time.monotonic()
 

@@ -62,7 +62,8 @@ def _pruned_parameters(module: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def _restore_pruned_parameters(module: nn.Module, pruned: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for name in pruned.keys() - _pruned_parameters(module).keys():
+    is_pruned = _pruned_parameters(module).keys()
+    for name in [name for name in pruned if name not in is_pruned]:  # in this order on all ranks: it is that of the parameters
         owner, _, parameter = name.rpartition(".")
         weight = module.get_parameter(name)
         prune.custom_from_mask(module.get_submodule(owner), parameter, pruned[name]["mask"].to(weight.device))  # type: ignore[no-untyped-call]

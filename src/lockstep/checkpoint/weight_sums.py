@@ -37,7 +37,8 @@ def check_ranks_agree(weights: Mapping[str, Tensor], consensus: StopConsensus, s
 
     It names ``step``, the ranks that differ from rank zero, and their first parameter; at ``saved_step`` all were equal.
     """
-    sums = bit_sums(weights.values())
+    names = sorted(weights)  # the modules of the ranks may have another order, as after pruning
+    sums = bit_sums(weights[name] for name in names)
     if consensus.is_equal(sums):
         return
     by_rank: Sequence[Tensor] = consensus.all_gather(sums)
@@ -46,7 +47,7 @@ def check_ranks_agree(weights: Mapping[str, Tensor], consensus: StopConsensus, s
     places = differing[ranks[0]]
     more = f" and {len(places) - 1} more parameters" if len(places) > 1 else ""
     raise RunError(
-        f"After step {step} the ranks have different weights: {list(weights)[places[0]]}{more} of rank "
+        f"After step {step} the ranks have different weights: {names[places[0]]}{more} of rank "
         f"{', '.join(map(str, ranks[:8]))}{' …' if len(ranks) > 8 else ''} differ from rank 0; after step {saved_step} they "
         "were equal. Some code has changed weights or gradients on one rank alone; let it do the same on all ranks. This step "
         "is not saved."

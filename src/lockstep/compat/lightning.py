@@ -65,9 +65,11 @@ class LightningCombinedLoader(CombinedLoader):
         """How the loaders are combined: ``max_size_cycle``, ``max_size``, ``min_size`` or ``sequential``."""
         return self._mode
 
-    def start_iteration(self, iterables: Sequence[Iterable[Any]]) -> None:
-        """Iterate over ``iterables``, one for each loader."""
+    def start_iteration(self, iterables: Sequence[Iterable[Any]], consumed: Sequence[bool]) -> None:
+        """Iterate over ``iterables``, one for each loader; ``consumed`` says which of them have ended before in this epoch."""
         self._iterator = iter(_SUPPORTED_MODES[self._mode]["iterator"](list(iterables), self._limits))
+        if self._mode == "max_size_cycle":
+            patch("lightning", self._iterator, "_consumed", list(consumed))
 
     def combine_counts(self, counts: Sequence[int]) -> int:
         """The number of batches if the loaders have ``counts``."""

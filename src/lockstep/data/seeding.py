@@ -1,7 +1,7 @@
 """Seeds derived from (seed, epoch, position), so that a sample does not depend on the process that prepares it."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,10 +84,11 @@ class SeededDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
+        self.dataset, self.batch_seed = dataset, 0
 
     def __getitems__(self, keys: list[SampleKey]) -> Any:
         """The samples of ``keys``, in that order."""
+        self.batch_seed = derive_seed(*keys[0][:2], 0) if keys else 0
         indices = [index for *_, index in keys]
         if getattr(self.dataset, "deterministic", False):
             return self._read(indices)
@@ -104,3 +105,19 @@ class SeededDataset(Dataset[Any]):
     def _read(self, indices: list[Any]) -> Any:
         read_all = getattr(self.dataset, "__getitems__", None)
         return read_all(indices) if read_all else [self.dataset[index] for index in indices]
+
+
+class SeededCollate:
+    """A ``collate_fn`` whose random numbers, as of MixUp, depend on the position of the batch alone.
+
+    Args:
+        dataset: The dataset of the same loader, which has read the batch just before.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any], dataset: SeededDataset) -> None:
+        self.collate, self.dataset = collate, dataset
+
+    def __call__(self, samples: Any) -> Any:
+        with preserve_rng_state():
+            seed_cpu(self.dataset.batch_seed)
+            return self.collate(samples)

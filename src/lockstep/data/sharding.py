@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, default_collate, get_worker_info
 
 from lockstep.compat.torch import InternalsDataLoader, add_base_class
 from lockstep.core import World
 from lockstep.data.sampling import GlobalBatchSampler
-from lockstep.data.seeding import SeededDataset
+from lockstep.data.seeding import SeededCollate, SeededDataset
 from lockstep.distributed import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,11 @@ class ShardedLoader(InternalsDataLoader):
         return len(self.global_batches)
 
     def internals(self) -> dict[str, Any]:
+        dataset = SeededDataset(self.dataset)
+        is_plain = self.collate_fn is default_collate  # which draws no random numbers
         return {
-            "dataset": SeededDataset(self.dataset),
+            "dataset": dataset,
+            "collate_fn": self.collate_fn if is_plain else SeededCollate(self.collate_fn, dataset),
             "batch_sampler": self.global_batches,
             # Without it, each epoch would draw the seed of the workers from the generator that drives dropout.
             "generator": self.generator or torch.Generator(),

@@ -137,7 +137,7 @@ class TrainingLoader(LightningCombinedLoader):
         self._check_weights()
         self._batches.clear()
         self._batches.append(TrainingBatch(tuple(positions)))
-        self.start_iteration(self._passes)
+        self.start_iteration(self._passes, [position.cycle > 0 for position in positions])
         return self
 
     def _check_weights(self) -> None:

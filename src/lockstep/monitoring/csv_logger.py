@@ -23,20 +23,23 @@ class CsvMetricsLogger:
         path: The file.
         step: Returns the number of optimizer steps done; Lightning's own step starts at 0.
         check_owner: Called before each write; raises Superseded where this attempt must not write any more.
+        is_writer: Whether this rank writes the file; the others do not read it either.
 
     Attributes:
         row_count: Number of rows logged so far in the run.
         latest: The latest value of every metric.
     """
 
-    def __init__(self, path: Path, step: Callable[[], int], check_owner: Callable[[], None] = lambda: None) -> None:
-        self.path, self._step, self._check_owner = path, step, check_owner
+    def __init__(
+        self, path: Path, step: Callable[[], int], check_owner: Callable[[], None] = lambda: None, is_writer: bool = True
+    ) -> None:
+        self.path, self._step, self._check_owner, self._is_writer = path, step, check_owner, is_writer
         self.row_count = 0
         self.latest: dict[str, float] = {}
         self._columns: list[str] = []
         self._rows_in_file = 0
         self._pending: list[dict[str, Any]] = []
-        if path.exists():
+        if is_writer and path.exists():
             _truncate_partial_line(path)
             try:
                 rows = _check_rows(read_metrics(path))
@@ -48,7 +51,7 @@ class CsvMetricsLogger:
     def resume(self, row_count: int) -> None:
         """Continue after the first ``row_count`` rows of the run; those that the file has lost are missing in it."""
         self.row_count = row_count
-        if self._rows_in_file < row_count:
+        if self._is_writer and self._rows_in_file < row_count:
             log.warning("%s has %d of the %d rows before the checkpoint", self.path, self._rows_in_file, row_count)
             self._rows_in_file = row_count
 

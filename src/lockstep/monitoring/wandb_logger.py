@@ -282,7 +282,7 @@ def start_run_logger(
     ``RunLogger``.
     """
     mode = wandb_mode(options, os.environ)
-    metrics = CsvMetricsLogger(run.metrics, step, check_owner)
+    metrics = CsvMetricsLogger(run.metrics, step, check_owner, world.is_rank_zero)
     if mode == "disabled" or not world.is_rank_zero:
         if world.is_rank_zero and "wandb" in sys.modules:
             _disabled_run()  # so that wandb.log in user code does nothing

@@ -122,8 +122,7 @@ def _record_lost_attempts(run: Run, newest: int) -> None:
     recorded = {attempt.attempt for attempt in attempts.read_attempts(run)}
     result, progress = RunResult.read(run.result), RunProgress.read(run.status)
     for number in range(1, newest):
-        start = AttemptStart.read(run.start_record(number))
-        if number in recorded or start is None:
+        if number in recorded or (start := AttemptStart.read(run.start_record(number))) is None:
             continue
         reason = result.reason if result is not None and result.attempts == number else None
         attempt = attempts.Attempt(

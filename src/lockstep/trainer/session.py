@@ -25,7 +25,17 @@ from lockstep.checkpoint import (
     read_checkpoint,
 )
 from lockstep.config import load_yaml, split_command
-from lockstep.core import Interrupted, LockstepError, RunError, Stopped, UsageError, World, atomic_write_text, setup_logging
+from lockstep.core import (
+    Interrupted,
+    LockstepError,
+    RunError,
+    Stopped,
+    Superseded,
+    UsageError,
+    World,
+    atomic_write_text,
+    setup_logging,
+)
 from lockstep.data import DataSharding
 from lockstep.distributed import SignalReceiver, all_gather, broadcast_from_rank_zero, destroy_process_group
 from lockstep.monitoring import RunLogger, ThroughputMonitor, report, start_run_logger
@@ -211,6 +221,8 @@ class TrainingSession:
             try:
                 trainer.test(module, datamodule=data, verbose=False)
                 metrics |= trainer.logged_metrics
+            except Superseded:
+                raise
             except Exception as error:  # of user code; the training is finished in any case
                 if not self._has_failed_everywhere(error):
                     raise
@@ -238,6 +250,7 @@ class TrainingSession:
         found = None if writer.published is None else read_checkpoint(writer.published)
         if found is None:
             raise RunError(f"The checkpoint {writer.published} of the trained weights is gone or damaged; resume the run.")
+        allow_plain_classes(found.model)
         return report.weights_sha256(found.weights(), self.context.world)
 
     def _has_failed_everywhere(self, error: Exception) -> bool:
