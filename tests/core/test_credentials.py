@@ -17,6 +17,13 @@ VARIABLES = {
     "AWS_SECRET_ACCESS_KEY": "abc",
     "DB_CREDENTIALS": "abc",
     "NOTES": "sk-0123456789abcdefghij",
+    "SMTP_PASS": "abc",
+    "KEY_PASSPHRASE": "abc",
+    "HTTP_AUTH": "me:pw",
+    "SENTRY_DSN": "abc",
+    "SLACK_WEBHOOK_URL": "https://hooks.example/T0/B0/abc",
+    "REPOSITORY": "https://abcdef@git.example/project",
+    "SECRET": "/abc+def/ghi=",
 }
 NO_SECRETS = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -28,6 +35,9 @@ NO_SECRETS = {
     "NCCL_SOCKET_IFNAME": "^docker0,lo",
     "PATTERN": "a",
     "MONKEY": "b",
+    "SSH_AUTH_SOCK": "/run/user/0/agent.1",
+    "IMAGE": "registry/name:tag@sha256:0123abcd",
+    "PASSES": "3",
 }
 
 

@@ -212,8 +212,8 @@ class CheckpointWriter:
         if final.exists():  # damaged, or the run would have resumed from it
             shutil.rmtree(final)
         hidden.rename(final)
+        self.published = final  # even if the flush fails: another save must not replace it
         fsync(self.run.checkpoints)
-        self.published = final
         try:
             self._remove_old(scores)
         except OSError as error:

@@ -25,7 +25,9 @@ def wandb_api_key(env: Mapping[str, str]) -> str | None:
 
 
 _NAME = re.compile(
-    r"(^|_)(\w*(passw(or)?d|secret|api_?key|access_?key)|key|token|pwd|pat|credentials?|database_url)s?(_|$)", re.IGNORECASE
+    r"(^|_)(\w*(passw(or)?d|secret|api_?key|access_?key)|key|token|pwd|pass|passphrase|pat"
+    r"|auth|dsn|webhook|credentials?|database_url)s?(_|$)",
+    re.IGNORECASE,
 )
 """Names of variables that hold a secret: OPENAI_KEY, MY_PASSWD, GITHUB_PAT, but not TOKENIZERS_PARALLELISM or PATH."""
 
@@ -35,13 +37,13 @@ _CERTAIN_NAME = re.compile(
 """Names of arguments that hold a secret. A token or a key alone is more often a word or a column."""
 
 _VALUE = re.compile(
-    r"://[^/\s:@]*:[^/\s@]+@"  # user:password in a URL
+    r"://[^/\s:@]*:[^/\s@]+@|https?://[^/\s@]+@"  # user:password, or a token, in a URL
     r"|\b(sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|xox[abprs]-[\w-]{10,}"
     r"|AKIA[0-9A-Z]{16}|wandb_v\d_\w{20,})"
 )
 """Passwords in URLs, and the forms of well-known services: OpenAI, GitHub, GitLab, Hugging Face, Slack, AWS, W&B."""
 
-_REFERENCE = re.compile(r"[\"']?([/~$]|\./|$)")
+_REFERENCE = re.compile(r"[\"']?([~$]|\./|/[\w.@-]+(/[\w.@-]*)*[\"']?$|$)")
 """The beginning of a path or of a shell expansion, which only says where the secret is; or nothing."""
 
 

@@ -45,6 +45,8 @@ cancel_steps() {  # ranks that outlive a killed srun must not train beside those
     fi
     sleep 0.5
   done
+  echo lockstep: ranks of the attempt before still run, and scancel does not end them. >&2
+  return 1
 }
 srun() {
   retries=0 seen=
@@ -65,7 +67,7 @@ srun() {
     export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS MASTER_PORT
     command srun "$@"
     status=$?
-    [ $status -le 128 ] || cancel_steps
+    [ $status -le 128 ] || cancel_steps || return 1
     decision=$(running_jobs | supervisor finish $status)
     case $decision in
       restart) retries=0 ;;
