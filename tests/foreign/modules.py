@@ -255,7 +255,7 @@ OWN_DROPOUT = "each rank draws its own dropout"
 ROWS = (
     Row("batch norm", model=Normalized, per_rank=RANK_STATISTICS, check=has_statistics),
     Row("`sync_batchnorm`", "--trainer.sync_batchnorm true", model=Normalized, check=has_statistics),
-    Row("dropout", model=Dropped, own_order="dropout is seeded anew for each rank", per_rank=OWN_DROPOUT),
+    Row("dropout", model=Dropped, own_order="each rank seeds its own dropout", per_rank=OWN_DROPOUT),
     Row("frozen parameters", model=Frozen),
     Row("unused parameters", model=Unused, refused_late="ddp.find_unused_parameters"),
     Row("unused parameters, with `ddp.find_unused_parameters`", "--ddp.find_unused_parameters true", model=Unused),
@@ -285,7 +285,7 @@ ROWS = (
         "--ddp.find_unused_parameters true",
         model=Gan,
         kill_step=19,
-        own_order="noise is seeded anew for each rank",
+        own_order="each rank seeds its own noise",
         per_rank="each rank draws its own noise",
     ),
     Row("activations computed again in backward", model=Recomputes),

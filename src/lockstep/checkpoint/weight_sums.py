@@ -13,7 +13,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sums(tensors: Iterable[Any]) -> Tensor:
-    """The bits of each tensor, summed as integers: shape (tensors,), int64, on the CPU; 0 for what is no tensor."""
+    """The bits of each tensor, summed as integers: shape (tensors,), int64, on the CPU; 0 for what is not a tensor."""
     sums = [
         _bit_sum(tensor.detach()) if isinstance(tensor, Tensor) else torch.zeros((), dtype=torch.int64) for tensor in tensors
     ]

@@ -168,7 +168,7 @@ class ImageFolder(ImageData):
 def class_names(folder: Path) -> list[str]:
     """The subfolders of ``folder`` that are not hidden, sorted; the index of a name is its label.
 
-    A link to the folder itself or to a folder that contains it is no class.
+    A link to the folder itself or to a folder that contains it is not a class.
     """
     above = _with_parents(folder)
     return sorted(entry.name for entry in _visible(folder) if entry.is_dir() and _identity(entry.stat()) not in above)

@@ -132,7 +132,7 @@ class FitLoop(LightningFitLoop):
             self.epoch_loop.resume_validation(point.validation_due, point.seconds_since_validation)
             self._loaded_epochs = point.loaded_epochs
             self.epoch_loop.is_at_boundary = not point.has_ended
-            if point.has_ended:  # go on with the next epoch, if the limits of the run allow one
+            if point.has_ended:  # continue with the next epoch, if the limits of the run allow one
                 self._restore(point)
         super().run()
         if self.on_end is not None:
