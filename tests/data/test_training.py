@@ -189,7 +189,7 @@ def test_one_clock_decides_for_all_ranks_when_to_validate(launch: Launch, tmp_pa
     """Also after a kill in a validation, which is then repeated at once."""
     timed = (
         *("--ranks", "2", "--model", "support.toy_model.TiedAndFrozen", "--data", "support.toy_model.ToyData"),
-        *("--data.workers", "0", "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "5"),
+        *("--data.workers", "0", "--trainer.max_epochs", "6", "--trainer.log_every_n_steps", "5"),
         *("--trainer.val_check_interval", "00:00:00:01", "--run.hang_timeout_seconds", "20"),
         *("--trainer.callbacks+=support.fault_callbacks.StepRecorder", "--trainer.callbacks.seconds=0.05"),
         *(f"--trainer.callbacks.diary={tmp_path}/diary", f"--trainer.callbacks+={__name__}.FastClock"),
@@ -198,9 +198,9 @@ def test_one_clock_decides_for_all_ranks_when_to_validate(launch: Launch, tmp_pa
     run = launch(*timed, *fault(tmp_path / "once", "SIGKILL", hook="on_validation_start", rank=1))
     assert run.status == 1
     step = run.newest.step
-    assert 0 < step < 60
+    assert 0 < step < 120
     resumed = resume_run(launch, run)
-    assert (resumed.status, resumed.result["global_step"]) == (0, 60)
+    assert (resumed.status, resumed.result["global_step"]) == (0, 120)
     lines = (run.folder / "metrics.csv").read_text().splitlines()
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     validated = [int(row["step"]) for row in rows if row["val/loss"]]
