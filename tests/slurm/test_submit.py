@@ -346,7 +346,8 @@ def test_a_sweep_is_one_job_one_group_and_one_table(shell: Shell) -> None:
     assert all(run["metrics"]["val/loss"] < 100 for run in runs)
     groups = set()
     for run in runs:
-        (started,) = (record["run"] for record in read_records(Path(run["run"])) if record["type"] == "run")
-        assert started["run_id"] == Path(run["run"]).name
-        groups.add(started["run_group"])
+        starts = [record["run"] for record in read_records(Path(run["run"])) if record["type"] == "run"]
+        # More than one where W&B's service did not answer in time on a busy machine, and was started again.
+        assert starts and {start["run_id"] for start in starts} == {Path(run["run"]).name}
+        groups |= {start["run_group"] for start in starts}
     assert groups == {job.folder.name}, os.listdir(job.folder)
