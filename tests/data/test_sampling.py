@@ -280,7 +280,7 @@ def mixed(samples: list[int]) -> tuple[list[int], float]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_random_numbers_of_a_collate_fn_depend_on_the_position_alone(workers: int) -> None:
     def numbers(epoch: int) -> list[float]:
-        loader = DataLoader(range(12), batch_size=4, num_workers=workers, collate_fn=mixed)  # type: ignore[arg-type]
+        loader: DataLoader[Any] = DataLoader(range(12), batch_size=4, num_workers=workers, collate_fn=mixed)  # type: ignore[arg-type]
         return [number for _, number in DataSharding(World(), 5).shard(loader, epoch=lambda: epoch)]
 
     first = numbers(0)
