@@ -29,7 +29,7 @@ BASE = (
 RELATIVE, ABSOLUTE = 2e-5, 2e-6
 """Two ranks sum the gradients of their halves of a batch: another order of float32 sums, about 1e-7 a step."""
 
-OURS = ("step", "epoch", "rate/", "optim/")
+OURS = ("lockstep/row", "step", "epoch", "rate/", "optim/")
 """Columns of ``metrics.csv`` that lockstep adds."""
 
 

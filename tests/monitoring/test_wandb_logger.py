@@ -5,6 +5,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,25 @@ from lockstep.config.schema import WandbOptions
 from lockstep.core import World
 from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
 from lockstep.monitoring.wandb_logger import start_run_logger, wandb_mode
-from lockstep.runs import Run
+from lockstep.runs import Ownership, Run
 
 
 def test_the_metrics_file_gets_new_columns_and_continues_after_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    CsvMetricsLogger(path, lambda: 1).log_metrics({"a": 1.5, "epoch": 0})
-    second = CsvMetricsLogger(path, lambda: 2)
-    second.log_metrics({"a": 1.5, "epoch": 0})  # the step is repeated
-    second.log_metrics({"b": 2.5, "epoch": 1})
+    with closing(CsvMetricsLogger(path, lambda: 1)) as first:
+        first.log_metrics({"a": 1.5, "epoch": 0})
+    with closing(CsvMetricsLogger(path, lambda: 2)) as second:
+        second.log_metrics({"a": 1.5, "epoch": 0})  # the step is repeated
+        second.log_metrics({"b": 2.5, "epoch": 1})
     with path.open("a") as file:
         file.write("3,1,")  # killed in the middle of a line
-    third = CsvMetricsLogger(path, lambda: 3)
-    third.row_count = 2  # as in the checkpoint
-    third.log_metrics({"b": 3.5, "epoch": 1})
+    with closing(CsvMetricsLogger(path, lambda: 3)) as third:
+        third.row_count = 2  # as in the checkpoint
+        third.log_metrics({"b": 3.5, "epoch": 1})
     assert read_metrics(path) == [
-        {"step": "1", "epoch": "0", "a": "1.5", "b": ""},
-        {"step": "2", "epoch": "1", "a": "", "b": "2.5"},
-        {"step": "3", "epoch": "1", "a": "", "b": "3.5"},
+        {"lockstep/row": "1", "step": "1", "epoch": "0", "a": "1.5", "b": ""},
+        {"lockstep/row": "2", "step": "2", "epoch": "1", "a": "", "b": "2.5"},
+        {"lockstep/row": "3", "step": "3", "epoch": "1", "a": "", "b": "3.5"},
     ]
 
 
@@ -72,7 +74,7 @@ def test_online_without_a_key_is_refused_by_the_launcher(launch: Launch, capfd: 
 def test_online_without_a_key_is_offline_in_a_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, _ = Run.start(tmp_path, "run", ["test"], 1, 1)
     options = WandbOptions(mode="online")
-    logger = start_run_logger(run, options, {}, World(), step=lambda: 0, check_owner=lambda: None)
+    logger = start_run_logger(run, options, {}, World(), step=lambda: 0, ownership=Ownership(run, 1))
     assert logger.run is not None and logger.run.offline
     assert "W&B has no API key on this machine, so the run is offline; set WANDB_API_KEY" in caplog.text
     assert logger.close(0)

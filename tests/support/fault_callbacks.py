@@ -73,9 +73,12 @@ class FaultCallback(Callback):
             case "vanish":
                 (folder / "checkpoints").rename(folder / "gone")
             case "claim":  # as another job does that takes this one for lost
-                from lockstep.runs import Owner, Run
+                from lockstep.monitoring.csv_logger import CsvMetricsLogger
+                from lockstep.runs import OWNER_SECONDS, Owner, Run
 
                 Run(folder).claim_attempt(Owner(job="another"))
+                CsvMetricsLogger(folder / "metrics.csv", lambda: 0).close()
+                time.sleep(OWNER_SECONDS)
                 for name in ("result.json", "status.json"):
                     (folder / name).write_text("{}")
             case name:

@@ -25,13 +25,10 @@ from lockstep.core import RunError, SaveError, Stopped, atomic_write_json, read_
 from lockstep.data import current_batch
 from lockstep.distributed import SignalReceiver, StopConsensus, allocation_end_time
 from lockstep.monitoring import ThroughputMonitor, run_logger
-from lockstep.runs import Run, checkpoint_order
+from lockstep.runs import Ownership, checkpoint_order
 from lockstep.strategies import LockstepStrategy
 
 log = logging.getLogger(__name__)
-
-_OWNER_SECONDS = 1.0
-"""Time between two checks whether a newer attempt has claimed the run."""
 
 _SUPERSEDED = 128
 """What ranks agree on instead of a signal, which is less, where a newer attempt has claimed the run."""
@@ -49,14 +46,13 @@ class CheckpointCallback(Callback):
 
     def __init__(
         self,
-        run: Run,
-        attempt: int,
+        ownership: Ownership,
         options: CheckpointOptions,
         throughput: ThroughputMonitor,
         signals: SignalReceiver,
         writer: CheckpointWriter | None,
     ) -> None:
-        self.run, self.attempt, self.options = run, attempt, options
+        self.run, self.ownership, self.options = ownership.run, ownership, options
         self.throughput, self.signals, self.writer = throughput, signals, writer
         self.trainer: Trainer | None = None
         self.seconds_lost = 0.0
@@ -65,9 +61,8 @@ class CheckpointCallback(Callback):
         self._saved_sums: Tensor | None = None
         self._saved_at = time.monotonic()
         self._resumed: Progress | None = None
-        self._scores_file = run.checkpoints / "scores.json"
+        self._scores_file = self.run.checkpoints / "scores.json"
         self._allocation_end = allocation_end_time()
-        self._next_owner_check = 0.0
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue the same run from its ``checkpoint``."""
@@ -99,7 +94,7 @@ class CheckpointCallback(Callback):
         assert trainer is not None and consensus is not None
         decision = consensus.poll(self._stop_signal(trainer), self._wants_to_save(trainer))
         if decision.stop == _SUPERSEDED:
-            raise self.run.superseded(self.attempt)
+            raise self.run.superseded(self.ownership.attempt)
         step, every = trainer.global_step, self.options.every_n_steps
         # Several optimizers step in one batch, perhaps past the multiple.
         is_multiple = every is not None and step // every > self._boundary_step // every
@@ -226,7 +221,7 @@ class CheckpointCallback(Callback):
         elif math.isfinite(value):
             assert self.writer is not None
             self.writer.scores[trainer.global_step] = float(value)
-            self.run.check_owner(self.attempt)
+            self.ownership.check_now()
             try:
                 atomic_write_json(self._scores_file, {str(step): score for step, score in self.writer.scores.items()})
             except OSError as error:
@@ -242,21 +237,14 @@ class CheckpointCallback(Callback):
             if self.writer is not None:
                 self.writer.wait(SHUTDOWN_SECONDS)
             raise Stopped(self.signals.received, trainer.global_step, together=False)
-        if self._is_superseded(trainer):
-            raise self.run.superseded(self.attempt)
+        if trainer.is_global_zero:
+            self.ownership.check()
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _raise_if_signalled
 
-    def _is_superseded(self, trainer: Trainer) -> bool:
-        """Whether a newer attempt has claimed the run; rank zero checks about once a second."""
-        if not trainer.is_global_zero or time.monotonic() < self._next_owner_check:
-            return False
-        self._next_owner_check = time.monotonic() + _OWNER_SECONDS
-        return self.run.is_superseded(self.attempt)
-
     def _stop_signal(self, trainer: Trainer) -> int:
         """Number of the signal for which this rank wants to stop, or _SUPERSEDED; 0 for neither."""
-        if self._is_superseded(trainer):
+        if trainer.is_global_zero and self.ownership.is_lost():
             return _SUPERSEDED
         if self.signals.received is not None:
             return int(self.signals.received)

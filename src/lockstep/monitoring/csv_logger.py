@@ -1,32 +1,39 @@
 """The metrics file ``metrics.csv``: one row for every logged step, without repeats after a restart."""
 
 import csv
+import errno
 import logging
 import os
-from collections.abc import Callable, Mapping
-from io import StringIO
+from collections.abc import Callable, Iterable, Mapping
+from io import FileIO, StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lockstep.core import atomic_write_text, fsync
-
 log = logging.getLogger(__name__)
+
+METRICS_ROW = "lockstep/row"
+"""Name of the number of a row, counted from 1, in ``metrics.csv`` and in W&B."""
 
 
 class CsvMetricsLogger:
-    """Appends one row per logged step to ``metrics.csv``: step, epoch, then the metrics in the order of appearance.
+    """Appends one row per logged step to ``metrics.csv``: its number, step, epoch, then the metrics in the order of appearance.
 
     Rows are counted. A resumed run counts on from the number of rows that its checkpoint saved, and does not write rows that
     are in the file already.
 
+    Each attempt writes into a file of its own: it replaces ``metrics.csv`` by a copy and keeps that open. What an older
+    attempt still writes gets into the file that was replaced, which nobody sees, so a row needs no check of the owner.
+
     Args:
         path: The file.
         step: Returns the number of optimizer steps done; Lightning's own step starts at 0.
-        check_owner: Called before each write; raises Superseded where this attempt must not write any more.
+        check_owner: Called before the file is replaced; raises Superseded where this attempt must not write any more.
         is_writer: Whether this rank writes the file; the others do not read it either.
 
     Attributes:
         row_count: Number of rows logged so far in the run.
+        newest_row: Number of the newest row that was written or waits for that.
         latest: The latest value of every metric.
     """
 
@@ -34,84 +41,150 @@ class CsvMetricsLogger:
         self, path: Path, step: Callable[[], int], check_owner: Callable[[], None] = lambda: None, is_writer: bool = True
     ) -> None:
         self.path, self._step, self._check_owner, self._is_writer = path, step, check_owner, is_writer
-        self.row_count = 0
+        self.row_count = self.newest_row = 0
         self.latest: dict[str, float] = {}
         self._columns: list[str] = []
-        self._rows_in_file = 0
         self._pending: list[dict[str, Any]] = []
-        if is_writer and path.exists():
-            _truncate_partial_line(path)
-            try:
-                rows = _check_rows(read_metrics(path))
-                self._columns, self._rows_in_file = list(rows[0] if rows else ()), len(rows)
-            except (ValueError, TypeError, csv.Error) as error:
-                aside = path.replace(path.with_name(f"{path.name}.damaged"))
-                log.warning("%s is damaged (%s); it is kept as %s, and its rows are missing", path, error, aside.name)
+        self._file: FileIO | None = None
+        if is_writer:
+            self.flush(sync=False)
 
     def resume(self, row_count: int) -> None:
         """Continue after the first ``row_count`` rows of the run; those that the file has lost are missing in it."""
         self.row_count = row_count
-        if self._is_writer and self._rows_in_file < row_count:
-            log.warning("%s has %d of the %d rows before the checkpoint", self.path, self._rows_in_file, row_count)
-            self._rows_in_file = row_count
+        if self._is_writer:
+            if (found := sum(int(row[METRICS_ROW]) <= row_count for row in read_metrics(self.path))) < row_count:
+                log.warning("%s has %d of the %d rows before the checkpoint", self.path, found, row_count)
+            self.newest_row = max(self.newest_row, row_count)
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Append one row; new metrics become new columns."""
         metrics = {name: float(value) if isinstance(value, bool) else value for name, value in metrics.items()}
         self.latest |= metrics
         self.row_count += 1
-        if self.row_count > self._rows_in_file:
-            self._rows_in_file = self.row_count
-            self._pending.append({"step": self._step(), "epoch": metrics.get("epoch", "")} | dict(metrics))
+        if self.row_count > self.newest_row:
+            self.newest_row = self.row_count
+            place = {METRICS_ROW: self.row_count, "step": self._step(), "epoch": metrics.get("epoch", "")}
+            self._pending.append(place | dict(metrics))
             self.flush(sync=False)
+
+    def rows_after(self, number: int) -> list[dict[str, Any]]:
+        """The logged rows with higher numbers than ``number``, as far as the file has them or they wait to be written."""
+        rows = [*read_metrics(self.path), *self._pending] if number < self.row_count else []
+        return [row for row in rows if number < int(row[METRICS_ROW]) <= self.row_count]
 
     def flush(self, sync: bool = True) -> bool:
         """Write pending rows, to disk if ``sync``, and return whether that succeeded, so that a checkpoint can be saved."""
         try:
+            if self._file is None:
+                self._take_over()
             if self._pending:
-                self._append_pending()
-            if sync and self.path.exists():
-                fsync(self.path)
+                self._append()
+            if sync and self._file is not None:
+                if not self._is_in_place(self._file):  # an editor has replaced it, or an attempt that was paused in its write
+                    self._replace(_read(self._file))
+                os.fsync(self._file.fileno())
             return True
         except OSError as error:
+            if error.errno == errno.ESTALE:  # removed on another client of NFS: all that can be read is what is there
+                self.close()
             log.warning("%s cannot be written (%s); training continues, its rows are kept in memory", self.path, error.strerror)
             return False
 
-    def _append_pending(self) -> None:
+    def close(self) -> None:
+        """Close the file; another row opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _take_over(self) -> None:
+        """Replace the file that earlier attempts have left, if any, by a copy that none of them has open."""
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        content = content[: content.rfind(b"\n") + 1]  # a killed process may leave an incomplete line
+        try:
+            rows = _parse(content)
+        except (ValueError, TypeError, csv.Error) as error:
+            self._check_owner()
+            aside = self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
+            log.warning("%s is damaged (%s); it is kept as %s, and its rows are missing", self.path, error, aside.name)
+            return
+        self._replace(content)
+        self._columns = list(rows[0] if rows else ())
+        newest = int(rows[-1][METRICS_ROW]) if rows else 0
+        self.newest_row = max(self.newest_row, newest)
+        self._pending = [row for row in self._pending if row[METRICS_ROW] > newest]
+
+    def _append(self) -> None:
         """Append all pending rows, or none of them."""
-        self._check_owner()
         names = dict.fromkeys(name for row in self._pending for name in row)
         if added := [name for name in names if name not in self._columns]:
-            text = StringIO(newline="")
-            writer = csv.DictWriter(text, [*self._columns, *added])
-            writer.writeheader()
-            writer.writerows(read_metrics(self.path))
-            atomic_write_text(self.path, text.getvalue())
-            self._columns += added
-        size = self.path.stat().st_size
+            columns = [*self._columns, *added]
+            rows = _parse(_read(self._file)) if self._file is not None else []
+            self._replace(_format(columns, rows, header=True))
+            self._columns = columns
+        assert self._file is not None
+        end = self._file.tell()
         try:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerows(self._pending)
+            _write(self._file, _format(self._columns, self._pending))
         except OSError:
-            os.truncate(self.path, size)
+            self._file.seek(end)
+            self._file.truncate()
             raise
         self._pending.clear()
 
+    def _replace(self, content: bytes) -> None:
+        """Replace the file atomically by one with ``content`` that only this attempt has open."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        file = FileIO(temporary, "w+")
+        try:
+            _write(file, content)
+            os.fsync(file.fileno())
+            self._check_owner()
+            temporary.replace(self.path)
+        except Exception:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        self.close()
+        self._file = file
 
-def _truncate_partial_line(path: Path) -> None:
-    """Remove an incomplete last line, which a killed process left."""
-    text = path.read_bytes()
-    if not text.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(text.rfind(b"\n") + 1)
+    def _is_in_place(self, file: FileIO) -> bool:
+        return self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat())
 
 
-def _check_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return ``rows``; raise TypeError or ValueError if they are not rows of numbers with a step."""
+def _write(file: FileIO, content: bytes) -> None:
+    while content:  # a disk that gets full takes a part of it
+        content = content[file.write(content) :]
+
+
+def _read(file: FileIO) -> bytes:
+    """All of ``file``, whose position is its end, before and after."""
+    file.seek(0)
+    return file.readall()
+
+
+def _format(columns: list[str], rows: Iterable[Mapping[str, Any]], header: bool = False) -> bytes:
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _parse(content: bytes) -> list[dict[str, str]]:
+    """Parse ``content``; raise TypeError or ValueError if it is not rows of numbers with a step, in the order of theirs."""
+    rows = list(csv.DictReader(StringIO(content.decode(), newline="")))
+    numbers = [0]
     for row in rows:
         int(row.get("step", ""))
+        numbers.append(int(row.get(METRICS_ROW, "")))
         for value in row.values():
             float(value or 0)
+    if any(number <= previous for previous, number in pairwise(numbers)):
+        raise ValueError("its rows are not in order")
     return rows
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lockstep.core import World
-from lockstep.monitoring.csv_logger import read_metrics
+from lockstep.monitoring.csv_logger import METRICS_ROW, read_metrics
 from lockstep.runs import Run, RunResult
 
 
@@ -37,7 +37,7 @@ def draw(run: Run) -> None:
     series: dict[str, tuple[list[int], list[float]]] = {}
     for row in read_metrics(run.metrics):
         for name, value in row.items():
-            if value and name not in ("step", "epoch"):
+            if value and name not in (METRICS_ROW, "step", "epoch"):
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(int(row["step"]))
                 values.append(float(value))

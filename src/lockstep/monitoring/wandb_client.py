@@ -7,15 +7,16 @@ import signal
 import ssl
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config import WandbOptions
 from lockstep.distributed import STOP_SIGNALS
-from lockstep.monitoring.wandb_history import GLOBAL_STEP, METRICS_ROW
-from lockstep.runs import Run
+from lockstep.monitoring.csv_logger import METRICS_ROW
+from lockstep.monitoring.wandb_history import GLOBAL_STEP
+from lockstep.runs import OWNER_SECONDS, Run
 
 if TYPE_CHECKING:
     import wandb
@@ -55,7 +56,7 @@ class WandbClient:
         Returns:
             The W&B run, the number of the next row that it does not have, and how many rows of ``metrics.csv`` it has.
         """
-        self._wait_for_killed_service()
+        self._wait_for_earlier_attempts()
         stored = self._stored_rows()
         # W&B's service inherits the mask, so that a signal to the whole job does not kill it.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -118,18 +119,23 @@ class WandbClient:
         """How many rows of ``metrics.csv`` W&B's local files have."""
         return max((int(row.get(METRICS_ROW, 0)) for row, _ in self._stored_rows().values()), default=0)
 
-    def _wait_for_killed_service(self) -> None:
-        """Wait until the service of an attempt that was killed just now has written its last rows and ended."""
-        written = max((file.stat().st_mtime for file in self.run.folder.glob("wandb/*run-*/run-*.wandb")), default=0.0)
-        time.sleep(min(max(0.0, written + _SERVICE_SECONDS - time.time()), _SERVICE_SECONDS))
+    def _wait_for_earlier_attempts(self) -> None:
+        """Wait for the last rows of an attempt that was killed just now, or that has not noticed yet that it lost the run."""
+        if written := [file.stat().st_mtime for file in self._files()]:
+            claimed = self.run.owner.stat().st_mtime if self.run.owner.exists() else 0.0
+            end = max(*written, claimed - _SERVICE_SECONDS + 2 * OWNER_SECONDS) + _SERVICE_SECONDS
+            time.sleep(min(max(0.0, end - time.time()), _SERVICE_SECONDS))
 
     def _stored_rows(self) -> dict[int, tuple[dict[str, Any], Path]]:
         """The rows in the local files of all attempts, by number, each with the folder of its media."""
         from lockstep.compat.wandb import read_history
 
-        files = sorted(self.run.folder.glob("wandb/*run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
+        files = sorted(self._files(), key=lambda file: file.stat().st_mtime)
         histories = ((read_history(file, _FINISH_SECONDS), file.parent / "files") for file in files)
         return {number: (row, media) for history, media in histories for number, row in history.items()}
+
+    def _files(self) -> Iterable[Path]:
+        return self.run.folder.glob("wandb/*run-*/run-*.wandb")
 
 
 def _send_stored_row(wandb_run: "wandb.Run", number: int, row: Mapping[str, Any], media: Path) -> None:

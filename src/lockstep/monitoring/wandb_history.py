@@ -8,11 +8,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lockstep.monitoring.csv_logger import METRICS_ROW
+
 if TYPE_CHECKING:
     import wandb
-
-METRICS_ROW = "lockstep/row"
-"""Key of the number of a row in ``metrics.csv``."""
 
 GLOBAL_STEP = "trainer/global_step"
 """Key of the optimizer steps done, the x axis of all charts."""

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lockstep.config import WandbOptions
 from lockstep.core import WANDB_KEY_ADVICE, World, wandb_api_key
-from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
+from lockstep.monitoring.csv_logger import METRICS_ROW, CsvMetricsLogger
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable, one_line, sync_command
 from lockstep.monitoring.wandb_history import WandbHistory, to_python
-from lockstep.runs import LaunchRecord, Run
+from lockstep.runs import LaunchRecord, Ownership, Run
 
 if TYPE_CHECKING:
     import wandb
@@ -47,7 +47,7 @@ class RunLogger(WandbLogger):
         client: Starts the W&B run; None if W&B is disabled, and on all ranks but zero.
         step: Returns the number of optimizer steps done.
         project: Name of the W&B project.
-        check_owner: Called before each row; raises Superseded where this attempt must not write any more.
+        check_owner: Called for each row; raises Superseded where this attempt must not write any more.
 
     Attributes:
         run: The W&B run; None without a client, and if it could not be started.
@@ -142,6 +142,7 @@ class RunLogger(WandbLogger):
             exit_code: Exit code of the run, for W&B.
             preempted: Mark the run as preempting, and do not wait for a slow server.
         """
+        self.metrics.flush()
         if self._client is not None:
             closing = threading.Thread(target=self._close, args=(self._client, exit_code, preempted), name="wandb", daemon=True)
             closing.start()
@@ -236,11 +237,14 @@ class RunLogger(WandbLogger):
             log.warning("W&B cannot log %s (%s); training continues without it", ", ".join(data), one_line(error))
 
     def _send_missing_rows(self) -> None:
-        """Send the rows of the file that were logged so far and that W&B does not have."""
-        has, logged = self._history.metrics_rows, self.metrics.row_count
-        for number, row in enumerate(read_metrics(self.metrics.path)[has:logged] if has < logged else (), start=has + 1):
-            values = {name: float(row[name]) for name in row if row[name] and name != "step"}
-            self._history.log_metrics_row(number, int(row["step"]), values)
+        """Send the rows that were logged so far and that W&B does not have; name those that the file has lost."""
+        first = self._history.metrics_rows + 1
+        rows = self.metrics.rows_after(first - 1)
+        if lost := max(0, self.metrics.row_count - first + 1) - len(rows):
+            log.warning("W&B lacks %d of rows %d to %d: %s lost them", lost, first, self.metrics.row_count, self.metrics.path)
+        for row in rows:
+            values = {name: float(row[name]) for name in row if row[name] != "" and name not in (METRICS_ROW, "step")}
+            self._history.log_metrics_row(int(row[METRICS_ROW]), int(row["step"]), values)
 
 
 def run_logger(trainer: Trainer) -> RunLogger | None:
@@ -274,19 +278,18 @@ def start_run_logger(
     config: Mapping[str, Any],
     world: World,
     step: Callable[[], int],
-    check_owner: Callable[[], None],
+    ownership: Ownership,
 ) -> RunLogger:
     """Make the logger of a run, and start W&B on rank zero unless it is disabled.
 
-    W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` and ``check_owner`` are those of
-    ``RunLogger``.
+    W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` is that of ``RunLogger``.
     """
     mode = wandb_mode(options, os.environ)
-    metrics = CsvMetricsLogger(run.metrics, step, check_owner, world.is_rank_zero)
+    metrics = CsvMetricsLogger(run.metrics, step, ownership.check_now, world.is_rank_zero)
     if mode == "disabled" or not world.is_rank_zero:
         if world.is_rank_zero and "wandb" in sys.modules:
             _disabled_run()  # so that wandb.log in user code does nothing
-        return RunLogger(metrics, None, step, options.project, check_owner)
+        return RunLogger(metrics, None, step, options.project, ownership.check)
     if mode == "online" and wandb_api_key(os.environ) is None:
         mode = "offline"  # W&B would ask for the key
         log.warning("W&B has no API key on this machine, so the run is offline; %s", WANDB_KEY_ADVICE)
@@ -300,4 +303,4 @@ def start_run_logger(
         "versions": {name: version(name) for name in ("lockstep", "torch", "torchvision", "lightning")},
     }
     client = WandbClient(run, options, {**config, "lockstep": facts}, mode == "online")
-    return RunLogger(metrics, client, step, options.project, check_owner)
+    return RunLogger(metrics, client, step, options.project, ownership.check)

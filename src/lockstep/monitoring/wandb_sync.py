@@ -4,6 +4,7 @@ Each row is sent under its number, so that no row is there twice.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from os import environ
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 
 from lockstep.config import WandbOptions
 from lockstep.core import CommandLineParser, RunError, UsageError, World, setup_logging, wandb_api_key
-from lockstep.monitoring.csv_logger import CsvMetricsLogger, read_metrics
+from lockstep.monitoring.csv_logger import CsvMetricsLogger
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable
 from lockstep.monitoring.wandb_logger import RunLogger
 from lockstep.runs import Run, RunResult
@@ -33,14 +34,14 @@ def sync_run(run: Run) -> str:
     if not is_reachable(address := wandb.setup().settings.base_url):
         raise RunError(f"W&B cannot be reached at {address}; try again later.")
     config = yaml.safe_load(run.config.read_text())
-    metrics = CsvMetricsLogger(run.metrics, step=lambda: 0)
-    metrics.row_count = len(read_metrics(run.metrics))
     options = WandbOptions(**config["wandb"])
-    logger = RunLogger(metrics, WandbClient(run, options, config, online=True), lambda: 0, options.project)
-    url = logger.url
-    result = RunResult.read(run.result)
-    if not logger.close(0 if result is not None and result.is_finished else 1) or not url:
-        raise RunError("W&B does not have all rows; try again later.")
+    with closing(CsvMetricsLogger(run.metrics, step=lambda: 0)) as metrics:
+        metrics.row_count = metrics.newest_row
+        logger = RunLogger(metrics, WandbClient(run, options, config, online=True), lambda: 0, options.project)
+        url = logger.url
+        result = RunResult.read(run.result)
+        if not logger.close(0 if result is not None and result.is_finished else 1) or not url:
+            raise RunError("W&B does not have all rows; try again later.")
     return url
 
 

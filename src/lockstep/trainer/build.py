@@ -72,7 +72,7 @@ def build_trainer(
     watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds)
     writer = CheckpointWriter(run, context.world, context.attempt, options, signals, watchdog.reset)
     saves = given["enable_checkpointing"] is not False
-    checkpoints = CheckpointCallback(run, context.attempt, options, throughput, signals, writer if saves else None)
+    checkpoints = CheckpointCallback(context.ownership, options, throughput, signals, writer if saves else None)
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning's own
     callbacks += [
         NanGuard(),

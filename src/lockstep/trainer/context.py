@@ -4,6 +4,7 @@ import secrets
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from os import environ
 
 import torch
@@ -11,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lockstep.core import World
 from lockstep.distributed import broadcast_from_rank_zero, enable_flight_recorder, init_process_group, local_devices
-from lockstep.runs import Run
+from lockstep.runs import Ownership, Run
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class RunContext:
     def device(self) -> torch.device:
         """The device of this rank."""
         return self.devices[self.world.local_rank]
+
+    @cached_property
+    def ownership(self) -> Ownership:
+        """The claim of this attempt to the run."""
+        return Ownership(self.run, self.attempt)
 
     @classmethod
     def create(

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,12 @@ class TrainingSession:
         setup_logging(context.world, context.run.log(context.attempt, 0))
         try:
             if context.world.is_rank_zero:
-                self._check_owner()
+                context.ownership.check_now()
                 self._config_text = dump_config(context.parser, context.config)
                 atomic_write_text(context.run.config, self._config_text)
             result = self._execute()
             if context.world.is_rank_zero:
-                self._check_owner()
+                context.ownership.check_now()
         except BaseException as error:
             raised = _normalize(error)
             failure = Failure.from_exception(raised, context.world)
@@ -129,8 +130,10 @@ class TrainingSession:
             is_preempted = True
             raise
         finally:
-            if self.logger is not None and not context.run.is_superseded(context.attempt):
-                self.logger.close(0 if is_finished else 1, is_preempted)
+            if self.logger is not None:
+                with closing(self.logger.metrics):
+                    if not context.run.is_superseded(context.attempt):
+                        self.logger.close(0 if is_finished else 1, is_preempted)
 
     def _train(self, nvme_folder: Path | None) -> RunResult:
         """Build the objects of the config, run the command, and collect the result."""
@@ -148,7 +151,7 @@ class TrainingSession:
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)
         check_trainer_objects(objects.trainer, strategy)
         content = load_yaml(self._config_text)
-        self.logger = start_run_logger(context.run, config.wandb, content, context.world, self.global_step, self._check_owner)
+        self.logger = start_run_logger(context.run, config.wandb, content, context.world, self.global_step, context.ownership)
         self.trainer, self.checkpoints = build_trainer(
             context, objects.trainer, strategy, self.logger, self.throughput, self.signals
         )
@@ -257,10 +260,6 @@ class TrainingSession:
         """Whether the test failed on every rank by itself, so that they can go on together."""
         assert self.checkpoints is not None
         return not is_connection_loss(error) and self.checkpoints.joins_all_ranks(_JOIN_SECONDS)
-
-    def _check_owner(self) -> None:
-        """Raise Superseded if a newer attempt has claimed the run."""
-        self.context.run.check_owner(self.context.attempt)
 
     def global_step(self) -> int:
         """Optimizer steps done."""

@@ -1,0 +1,36 @@
+"""Whether an attempt still owns its run, without a question to the file system for each write."""
+
+import time
+
+from lockstep.runs.run import Run
+
+OWNER_SECONDS = 1.0
+"""For how long an attempt may not notice that a newer one has claimed the run."""
+
+
+class Ownership:
+    """The claim of one attempt to its run.
+
+    ``check_now`` stands before writes that replace what a newer attempt may have written: results, status, checkpoints. The
+    other two are free: they query the file system at most once in OWNER_SECONDS.
+    """
+
+    def __init__(self, run: Run, attempt: int) -> None:
+        self.run, self.attempt = run, attempt
+        self._is_lost, self._next_query = False, 0.0
+
+    def is_lost(self) -> bool:
+        """Whether a newer attempt has claimed the run, as of at most OWNER_SECONDS ago."""
+        if not self._is_lost and time.monotonic() >= self._next_query:
+            self._is_lost = self.run.is_superseded(self.attempt)
+            self._next_query = time.monotonic() + OWNER_SECONDS
+        return self._is_lost
+
+    def check(self) -> None:
+        """Raise Superseded if ``is_lost``."""
+        if self.is_lost():
+            raise self.run.superseded(self.attempt)
+
+    def check_now(self) -> None:
+        """Query the file system, and raise Superseded if a newer attempt has claimed the run."""
+        self.run.check_owner(self.attempt)
