@@ -5,7 +5,7 @@ same samples on 1, 2 or 64 ranks, and each rank takes a consecutive slice of it.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from lockstep.core import UsageError, World
+from lockstep.data.order import SequentialOrder, ShuffledOrder
 from lockstep.data.seeding import RandomStream, SampleKey, derive_seed
 
 
@@ -41,7 +42,7 @@ class GlobalBatchSampler:
     batch before it.
 
     Args:
-        source: The loader's batch sampler. Its ``RandomSampler`` is replaced by a permutation drawn from (seed, epoch); any
+        source: The loader's batch sampler. Its ``RandomSampler`` is replaced by a permutation keyed with (seed, epoch); any
             other sampler runs with random numbers seeded with (seed, epoch). It may yield anything that its dataset accepts.
         world: The ranks that share the batches.
         seed: Seed of the run.
@@ -157,28 +158,39 @@ class GlobalBatchSampler:
     def _batches(self, position: DataPosition) -> Iterator[list[SampleKey]]:
         cycle = [position.cycle] if position.cycle else []  # the first pass of an epoch is a function of (seed, epoch) alone
         seed, used = derive_seed(self.seed, position.epoch, *cycle), position.used
-        stream = RandomStream(seed)
-        with stream.active():
-            epoch = self._indices(seed)
-        indices = islice(epoch, used, None)
+        order, stream = self._order(seed), RandomStream(seed)
+        if order is None:
+            with stream.active():
+                drawn = islice(self._drawn(seed), used, None)
         while True:
-            with contextlib.nullcontext() if isinstance(epoch, Sequence) else stream.active():
-                batch = list(islice(indices, self.size_after(used)))
-            if not batch or (self.drop_last and len(batch) < self.batch_size):
+            size = self.size_after(used)
+            if order is None:
+                with stream.active():
+                    batch = list(islice(drawn, size))
+                size = len(batch)
+            else:
+                size = min(size, len(order) - used)
+            if size <= 0 or (self.drop_last and size < self.batch_size):
                 return
-            if len(batch) < self.world.size:
-                self._raise_too_few(len(batch))
-            start, end = self._slice(len(batch))
-            yield list(zip(repeat(seed), range(used + start, used + end), batch[start:end], strict=False))
-            used += len(batch)
+            if size < self.world.size:
+                self._raise_too_few(size)
+            start, end = self._slice(size)
+            samples = batch[start:end] if order is None else order.read(used + start, used + end, self.batch_size)
+            yield list(zip(repeat(seed), range(used + start, used + end), samples, strict=False))
+            used += size
 
-    def _indices(self, seed: int) -> Iterable[Any]:
-        """What the sampler yields in one pass."""
+    def _order(self, seed: int) -> SequentialOrder | ShuffledOrder | None:
+        """The order of one pass; None if only the sampler knows it."""
         sampler: Any = self.source.sampler
         if type(sampler) is SequentialSampler:
-            return range(len(sampler))
+            return SequentialOrder(len(sampler))
         if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source):
-            return torch.randperm(len(sampler), generator=torch.Generator().manual_seed(seed >> 1)).tolist()
+            return ShuffledOrder(len(sampler), seed)
+        return None
+
+    def _drawn(self, seed: int) -> Iterator[Any]:
+        """What the sampler yields in one pass."""
+        sampler = self.source.sampler
         if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
             generator.manual_seed(seed >> 1)
         drawn: Iterator[Any] = iter(sampler)
