@@ -194,7 +194,7 @@ def test_hidden_files_and_loops_of_links_are_neither_classes_nor_samples(tmp_pat
     write_images(tmp_path)
     train = tmp_path / "train"
     data = ImageFolder(root=tmp_path, size=16)
-    files = data.load("train").files
+    files = data.load("train").samples
     for hidden in (train / ".ipynb_checkpoints", train / "cat" / ".cache", train / "cat" / "more" / ".trash"):
         hidden.mkdir()
         (hidden / "a.jpg").touch()
@@ -207,7 +207,7 @@ def test_hidden_files_and_loops_of_links_are_neither_classes_nor_samples(tmp_pat
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "back").symlink_to(train / "cat")
     found = data.load("train")
-    assert (found.classes, found.files) == (["cat", "dog"], files)
+    assert (found.classes, found.samples) == (["cat", "dog"], files)
     shutil.copy(train / "cat" / "a.jpg", tmp_path / "more" / "linked.jpg")
     assert len(data.load("train")) == len(files) + 1
 

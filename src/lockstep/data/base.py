@@ -19,7 +19,12 @@ log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 
-_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+}
 """The splits that each stage of the Trainer reads."""
 
 
@@ -97,7 +102,7 @@ class ImageData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the splits that ``stage`` needs; runs on every rank."""
-        for split in _SPLITS[stage]:
+        for split in STAGE_SPLITS[stage]:
             if split not in self._datasets:
                 self._datasets[split] = self.load(split)
         if stage == "fit" and self.batch_size_per_rank is not None:

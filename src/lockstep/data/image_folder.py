@@ -1,9 +1,7 @@
 """Folders of JPEG and PNG files, one folder for each class."""
 
-import errno
 import logging
 import os
-from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +15,12 @@ from torchvision.datasets.utils import download_and_extract_archive, extract_arc
 from torchvision.transforms import v2
 
 from lockstep.core import RunError, UsageError, World
-from lockstep.data.base import ImageData, Split
+from lockstep.data.base import STAGE_SPLITS, ImageData, Split
+from lockstep.data.file_index import FileIndex, class_names, printable, publish_index, scan
 from lockstep.data.prepare import prepare_folder
 from lockstep.distributed import StopConsensus
 
 log = logging.getLogger(__name__)
-
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class ImageFolder(ImageData):
@@ -51,11 +48,16 @@ class ImageFolder(ImageData):
         std: Standard deviation of each channel, likewise.
         **options: Arguments of ImageData.
 
+    Attributes:
+        index_folder: Where a run keeps the list of the files of each split, which one process writes and all map into memory.
+            The run reads the same files in the same order in all of its attempts. None: each process lists the files itself.
+
     Raises:
         UsageError: A number is out of range, or an archive comes over http without a checksum.
     """
 
     in_memory = False
+    index_folder: Path | None = None
 
     def __init__(
         self,
@@ -89,9 +91,36 @@ class ImageFolder(ImageData):
         self._ranks: StopConsensus | None = None
 
     def prepare_data(self) -> None:
-        """Unpack ``archive`` into ``root`` if ``root`` is missing."""
+        """Unpack ``archive`` into ``root`` if ``root`` is missing, and list the files of the splits that the Trainer will read.
+
+        Raises:
+            UsageError: A split is not complete, or files that the run has read are gone.
+        """
         if self.archive is not None:
             prepare_folder(self.root, self._unpack)
+        if self.index_folder is not None and self.trainer is not None and self.trainer.state.fn is not None:
+            for split in STAGE_SPLITS[self.trainer.state.fn.value]:
+                self._prepare_index(self.folders[split], self.index_folder / f"{split}.index")
+
+    def _prepare_index(self, folder: Path, path: Path) -> None:
+        """Write the index of ``folder``; if it exists, check that its files do."""
+        if not path.exists():
+            publish_index(scan(folder), path, replace=not self.prepare_data_per_node)
+        known = FileIndex.open(path)
+        known.verify()
+        if known.is_current(folder):
+            return
+        content = scan(folder)
+        gone, added = known.difference(FileIndex(content))
+        place = f"of {printable(folder)} that the run began with are gone"
+        if gone and self.on_corrupt == "raise":
+            raise UsageError(f"data.root: {_count(gone)} {place}; restore them, or start a new run.")
+        if gone:
+            log.warning("%s %s, and are skipped", _count(gone), place)
+        if added:
+            log.warning("%s of %s are newer than the run, which does not read them", _count(added), printable(folder))
+        if not gone and not added and not self.prepare_data_per_node:  # else each node has other folders
+            publish_index(content, path, replace=True)
 
     def _unpack(self, folder: Path) -> None:
         assert self.archive is not None
@@ -122,12 +151,14 @@ class ImageFolder(ImageData):
             self._ranks = StopConsensus(World(self.trainer.global_rank, self.trainer.world_size))
 
     def load(self, split: Split) -> "ImageFiles":
-        """One split; only the names of its files are read."""
+        """One split; no file is opened."""
         if is_random := split == "train" and self.augment:
             transform = v2.Compose([v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()])
         else:
             transform = v2.Compose([v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)])
-        return ImageFiles(self.folders[split], transform, deterministic=not is_random)
+        path = None if self.index_folder is None else self.index_folder / f"{split}.index"
+        index = FileIndex(scan(self.folders[split])) if path is None or not path.exists() else FileIndex.open(path)
+        return ImageFiles(self.folders[split], index, transform, deterministic=not is_random)
 
     def collate(self, samples: Any) -> Any:
         """Images, uint8 (B, 3, size, size), labels, int64 (B,), and the files that could not be decoded.
@@ -165,56 +196,6 @@ class ImageFolder(ImageData):
         return images, labels
 
 
-def class_names(folder: Path) -> list[str]:
-    """The subfolders of ``folder`` that are not hidden, sorted; the index of a name is its label.
-
-    A link to the folder itself or to a folder that contains it is not a class.
-    """
-    above = _with_parents(folder)
-    return sorted(entry.name for entry in _visible(folder) if entry.is_dir() and _identity(entry.stat()) not in above)
-
-
-def _image_files(folder: str, above: Set[tuple[int, int]]) -> Iterator[str]:
-    """The image files in ``folder`` and its subfolders, without hidden ones; ``above``: ``folder`` and what contains it."""
-    for entry in _visible(folder):  # Path.rglob takes ten times as long for a million files
-        if not entry.is_dir():
-            if entry.name.lower().endswith(_SUFFIXES):
-                yield entry.path
-        elif _identity(entry.stat()) not in above:  # else a loop of links
-            yield from _image_files(entry.path, above | {_identity(entry.stat())})
-
-
-def _visible(folder: str | Path) -> "list[os.DirEntry[str]]":
-    """Entries of ``folder``, without hidden ones and links to themselves."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".") and not _is_loop(entry)]
-    except OSError as error:
-        raise UsageError(f"data.root: {printable(folder)} cannot be read ({error.strerror}).") from error
-
-
-def _is_loop(entry: "os.DirEntry[str]") -> bool:
-    try:
-        entry.is_dir()
-    except OSError as error:
-        return error.errno == errno.ELOOP
-    return False
-
-
-def _with_parents(folder: Path) -> Set[tuple[int, int]]:
-    """The identities of ``folder`` and of all folders that contain it."""
-    return {_identity(place.stat()) for place in (folder.resolve(), *folder.resolve().parents)}
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def printable(path: str | Path) -> str:
-    """``path`` for messages and logs, with the bytes of a name that is not UTF-8 as escapes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
-
-
 @dataclass(frozen=True)
 class CorruptFile:
     """The sample of a file that cannot be read or decoded."""
@@ -224,32 +205,35 @@ class CorruptFile:
 
 
 class ImageFiles(Dataset[Any]):
-    """The files of one split, in one subfolder for each class; labels follow the order of the subfolders' names.
+    """The files of ``index``, whose names are relative to ``folder``.
 
     A sample is ``transform`` of the decoded image, uint8 (3, H, W), and its label, or a ``CorruptFile``.
-
-    Raises:
-        UsageError: The folder is missing, has no classes, or a class has no image.
     """
 
-    def __init__(self, folder: Path, transform: v2.Transform, deterministic: bool) -> None:
-        self.classes = class_names(folder) if folder.is_dir() else []
-        if not self.classes:
-            problem = "has no subfolder" if folder.is_dir() else "does not exist"
-            raise UsageError(f"data.root: {folder} {problem}; it must hold one subfolder of images for each class.")
-        self.files: list[tuple[str, int]] = []
-        for label, name in enumerate(self.classes):
-            images = sorted(_image_files(os.path.join(folder, name), _with_parents(folder) | _with_parents(folder / name)))
-            if not images:
-                raise UsageError(f"data.root: class folder {printable(folder / name)} holds no {', '.join(_SUFFIXES)} file.")
-            self.files += [(path, label) for path in images]
+    def __init__(self, folder: Path, index: FileIndex, transform: v2.Transform, deterministic: bool) -> None:
+        self.folder, self.index, self.classes = folder, index, index.classes
         self.transform, self.deterministic = transform, deterministic
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.index)
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """Path and label of each file; the list is made at each call."""
+        return [self._sample(index) for index in range(len(self))]
+
+    @property
+    def targets(self) -> list[int]:
+        """Label of each file; the list is made at each call."""
+        targets: list[int] = self.index.labels.tolist()
+        return targets
+
+    def _sample(self, index: int) -> tuple[str, int]:
+        name, label = self.index[index]
+        return os.path.join(self.folder, name), label
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | CorruptFile:
-        path, label = self.files[index]
+        path, label = self._sample(index)
         name = printable(path)
         try:
             image = decode_image(Path(path).read_bytes(), mode="RGB")  # it does not open a path that is not UTF-8
@@ -260,3 +244,9 @@ class ImageFiles(Dataset[Any]):
             message = f"{name} is not a complete JPEG or PNG ({reason}); replace it, or set --data.on_corrupt skip."
             return CorruptFile(name, message)
         return self.transform(image), label
+
+
+def _count(names: list[str]) -> str:
+    """The number of files, and the names of the first ones."""
+    shown = ", ".join(map(printable, names[:3]))
+    return f"{len(names)} files ({shown}{', …' if len(names) > 3 else ''})"

@@ -53,8 +53,8 @@ class ShuffledOrder:
         if (first, end) not in self._rows:
             starts = range(first, self._samples - (end - first) + 1, stride)[: max(1, _BLOCK // (end - first))]
             positions = np.array(starts)[:, None] + np.arange(end - first)
-            rows = self.at(positions.ravel()).reshape(positions.shape).tolist()
-            self._rows = {(start, start + end - first): row for start, row in zip(starts, rows, strict=True)}
+            rows = self.at(positions.ravel()).reshape(positions.shape)
+            self._rows = {(start, start + end - first): row.tolist() for start, row in zip(starts, rows, strict=True)}
         return self._rows[first, end]
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -37,7 +37,7 @@ from lockstep.core import (
     atomic_write_text,
     setup_logging,
 )
-from lockstep.data import DataSharding
+from lockstep.data import DataSharding, ImageFolder
 from lockstep.distributed import SignalReceiver, all_gather, broadcast_from_rank_zero, destroy_process_group
 from lockstep.monitoring import RunLogger, ThroughputMonitor, report, start_run_logger
 from lockstep.runs import (
@@ -146,6 +146,8 @@ class TrainingSession:
             objects.data = None  # the module has its own loaders, which Lightning uses only without a DataModule
         for part in filter(None, (objects.model, objects.data)):
             part.prepare_data_per_node = not config.shared_filesystem
+        if isinstance(objects.data, ImageFolder):
+            objects.data.index_folder = context.run.folder / "data"
         set_optimizer(objects.model, config)
         sharding = DataSharding(context.world, config.seed_everything)
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)

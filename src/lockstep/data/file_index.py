@@ -1,0 +1,218 @@
+"""The files of an image folder: found by one walk, kept in one compact file that all processes of a run map into memory."""
+
+import errno
+import hashlib
+import json
+import mmap
+import os
+import secrets
+import sys
+import time
+from array import array
+from collections.abc import Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.core import RunError, UsageError, fsync
+
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_RACY_NS = 2 * 10**9  # a folder that has changed just before it is read may change again without a new time
+
+
+class FileIndex:
+    """Names and labels of the files of one split, in one subfolder for each class; labels follow the order of the classes.
+
+    The content is a line of JSON, padded to 8 bytes; the ends of the names, int64 (n + 1,), from 0; labels, int32 (n,); the
+    names, relative to the folder of the split; and as JSON what ``is_current`` compares. No Python object per file: its
+    reference count would make each worker process copy it.
+
+    Args:
+        content: What ``scan`` returns.
+        path: The file that holds it, if any.
+
+    Attributes:
+        classes: Names of the classes.
+        labels: Label of each file, int32 (n,).
+
+    Raises:
+        RunError: The file is damaged.
+    """
+
+    def __init__(self, content: bytes | mmap.mmap, path: Path | None = None) -> None:
+        self._content, self._path = content, path
+        try:
+            self._body = content.find(b"\n") + 1
+            self._header: dict[str, Any] = json.loads(content[: self._body])
+            self.classes: list[str] = self._header["classes"]
+            files = self._header["files"]
+            self._ends = np.frombuffer(content, "<i8", files + 1, self._body)
+            self.labels = np.frombuffer(content, "<i4", files, self._body + self._ends.nbytes)
+            self._names = self._body + self._ends.nbytes + self.labels.nbytes
+            self._folders = self._names + int(self._ends[-1])
+            if len(content) != self._folders + self._header["folders"]:
+                raise ValueError("a part is missing")
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged() from error
+
+    @classmethod
+    def open(cls, path: Path) -> "FileIndex":
+        """The index in ``path``, mapped into memory."""
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"", path)
+
+    def __reduce__(self) -> Any:
+        return (FileIndex, (self._content,)) if self._path is None else (FileIndex.open, (self._path,))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        """Name of a file, relative to the folder of the split, and its label."""
+        label = int(self.labels[index])
+        index %= len(self)
+        return os.fsdecode(
+            self._content[self._names + int(self._ends[index]) : self._names + int(self._ends[index + 1])]
+        ), label
+
+    def verify(self) -> None:
+        """Raise RunError if the content does not have its checksum."""
+        if hashlib.sha256(self._content[self._body :]).hexdigest() != self._header.get("sha256"):
+            raise self._damaged()
+
+    def is_current(self, folder: Path) -> bool:
+        """Whether ``folder`` is the one that was scanned, and no folder in it has got or lost a file since."""
+        scanned = json.loads(self._content[self._folders :])
+        try:
+            return scanned["root"] == os.path.realpath(folder) and all(
+                os.stat(os.path.join(folder, name)).st_mtime_ns == changed for name, changed in scanned["changed"].items()
+            )
+        except OSError:  # a folder is gone
+            return False
+
+    def difference(self, other: "FileIndex") -> tuple[list[str], list[str]]:
+        """Names that only this index has, and those that only ``other`` has."""
+        own, others = ({index[number][0] for number in range(len(index))} for index in (self, other))
+        return sorted(own - others), sorted(others - own)
+
+    def _damaged(self) -> RunError:
+        return RunError(f"{self._path} is damaged; if no file was added or removed since the run began, remove it, and resume.")
+
+
+def publish_index(content: bytes, path: Path, replace: bool) -> None:
+    """Write an index atomically, to disk; unless ``replace``, an index that is there already stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # several nodes may write
+    try:
+        temporary.write_bytes(content)
+        fsync(temporary)
+        if replace:
+            temporary.replace(path)
+        else:
+            os.link(temporary, path)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def scan(folder: Path) -> bytes:
+    """The content of the ``FileIndex`` of ``folder``.
+
+    Raises:
+        UsageError: The folder is missing or cannot be read, has no classes, or a class has no image.
+    """
+    walk = _Walk(folder)
+    classes = class_names(folder) if folder.is_dir() else []
+    if not classes:
+        problem = "has no subfolder" if folder.is_dir() else "does not exist"
+        raise UsageError(f"data.root: {folder} {problem}; it must hold one subfolder of images for each class.")
+    ends, labels, names = array("q", [0]), array("i"), bytearray()
+    above = _with_parents(folder)
+    for label, name in enumerate(classes):
+        images = sorted(walk.images(name, above | _with_parents(folder / name)))
+        if not images:
+            raise UsageError(f"data.root: class folder {printable(folder / name)} holds no {', '.join(_SUFFIXES)} file.")
+        for image in images:
+            names += os.fsencode(image)
+            ends.append(len(names))
+            labels.append(label)
+    if sys.byteorder == "big":
+        ends.byteswap()
+        labels.byteswap()
+    folders = json.dumps({"root": os.path.realpath(folder), "changed": walk.changed}).encode()
+    body = b"".join((ends, labels, names, folders))
+    header = {"files": len(labels), "folders": len(folders), "classes": classes, "sha256": hashlib.sha256(body).hexdigest()}
+    line = json.dumps(header).encode()
+    return line + b" " * (-(len(line) + 1) % 8) + b"\n" + body
+
+
+class _Walk:
+    """One walk through ``folder``.
+
+    Attributes:
+        changed: When each folder got or lost an entry last, in nanoseconds; -1 if it may change without a new time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._racy = folder, time.time_ns() - _RACY_NS
+        self.changed: dict[str, int] = {}
+        if folder.is_dir():
+            self._note(".")
+
+    def images(self, inner: str, above: Set[tuple[int, int]]) -> Iterator[str]:
+        """The image files in ``inner`` and its subfolders, without hidden ones; ``above``: ``inner`` and what contains it."""
+        self._note(inner)
+        for entry in _visible(os.path.join(self._folder, inner)):  # Path.rglob takes ten times as long for a million files
+            name = os.path.join(inner, entry.name)
+            if not entry.is_dir():
+                if entry.name.lower().endswith(_SUFFIXES):
+                    yield name
+            elif _identity(entry.stat()) not in above:  # else a loop of links
+                yield from self.images(name, above | {_identity(entry.stat())})
+
+    def _note(self, inner: str) -> None:
+        changed = os.stat(os.path.join(self._folder, inner)).st_mtime_ns
+        self.changed[inner] = changed if changed < self._racy else -1
+
+
+def class_names(folder: Path) -> list[str]:
+    """The subfolders of ``folder`` that are not hidden, sorted; the index of a name is its label.
+
+    A link to the folder itself or to a folder that contains it is not a class.
+    """
+    above = _with_parents(folder)
+    return sorted(entry.name for entry in _visible(folder) if entry.is_dir() and _identity(entry.stat()) not in above)
+
+
+def _visible(folder: str | Path) -> "list[os.DirEntry[str]]":
+    """Entries of ``folder``, without hidden ones and links to themselves."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".") and not _is_loop(entry)]
+    except OSError as error:
+        raise UsageError(f"data.root: {printable(folder)} cannot be read ({error.strerror}).") from error
+
+
+def _is_loop(entry: "os.DirEntry[str]") -> bool:
+    try:
+        entry.is_dir()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def _with_parents(folder: Path) -> Set[tuple[int, int]]:
+    """The identities of ``folder`` and of all folders that contain it."""
+    return {_identity(place.stat()) for place in (folder.resolve(), *folder.resolve().parents)}
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def printable(path: str | Path) -> str:
+    """``path`` for messages and logs, with the bytes of a name that is not UTF-8 as escapes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
