@@ -11,6 +11,15 @@ from lockstep.compat import private
 
 for _name in ("_update_count", "_defaults", "_reductions", "_computed"):
     private("torchmetrics", SumMetric(), _name)
+private("torchmetrics", SumMetric(), "sum_value")
+
+
+def add_to_sum(metric: SumMetric, value: Tensor | float) -> None:
+    """Add ``value`` (), without a gradient, as ``metric.update`` does, but without its checks, which take ten times as long."""
+    state = vars(metric)
+    state["sum_value"] = state["sum_value"] + value
+    state["_update_count"] += 1
+    state["_computed"] = None
 
 
 def capture_metric(metric: Metric) -> dict[str, Any]:

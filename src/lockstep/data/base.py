@@ -137,6 +137,8 @@ class ImageData(LightningDataModule):
         """The batch of a list of samples; a dataset with ``__getitems__`` may return the batch itself."""
         return default_collate(samples) if isinstance(samples, list) else samples
 
+    collate.deterministic = True  # type: ignore[attr-defined]  # it draws no random numbers
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled global batches, which the strategy shards."""
         return self._loader("train")

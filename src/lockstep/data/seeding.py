@@ -110,6 +110,8 @@ class SeededDataset(Dataset[Any]):
 class SeededCollate:
     """A ``collate_fn`` whose random numbers, as of MixUp, depend on the position of the batch alone.
 
+    A ``collate_fn`` whose attribute ``deterministic`` is true draws none, and needs no such wrapper.
+
     Args:
         dataset: The dataset of the same loader, which has read the batch just before.
     """

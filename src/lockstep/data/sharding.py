@@ -34,7 +34,7 @@ class ShardedLoader(InternalsDataLoader):
 
     def internals(self) -> dict[str, Any]:
         dataset = SeededDataset(self.dataset)
-        is_plain = self.collate_fn is default_collate  # which draws no random numbers
+        is_plain = self.collate_fn is default_collate or getattr(self.collate_fn, "deterministic", False)
         return {
             "dataset": dataset,
             "collate_fn": self.collate_fn if is_plain else SeededCollate(self.collate_fn, dataset),

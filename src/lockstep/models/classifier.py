@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from lockstep.compat.lightning import is_log_step
+from lockstep.compat.torchmetrics import add_to_sum
 from lockstep.core import UsageError
 from lockstep.models.networks import make_torchvision_model
 from lockstep.models.optimizers import make_optimizer, parameter_groups
@@ -34,9 +35,9 @@ class ClassificationMetrics(nn.Module):
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss (), logits (B, num_classes) and labels (B,)."""
-        self.loss.update(loss.detach().float() * len(labels))
-        self.samples.update(len(labels))
-        self.correct.update((logits.argmax(1) == labels).sum())
+        add_to_sum(self.loss, loss.detach().float() * len(labels))
+        add_to_sum(self.samples, len(labels))
+        add_to_sum(self.correct, (logits.detach().argmax(1) == labels).sum())
 
     def compute_and_reset(self) -> dict[str, Tensor]:
         """Loss and accuracy since the last reset over all ranks, each (); then reset. Every rank must call."""

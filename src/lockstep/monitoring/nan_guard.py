@@ -11,15 +11,20 @@ from lockstep.core import RunError
 
 _NEVER = 2**62
 
+_UNCHECKED = 64
+"""Losses that are checked together, if nothing else asks for a check before."""
+
 
 class NanGuard(Callback):
     """Ends the run at a loss that is not finite, before a checkpoint is saved after it.
 
-    Each step is checked on the device, without waiting for it. The ranks compare at logged steps, at the end of an epoch,
+    Losses are checked on the device, without waiting for it. The ranks compare at logged steps, at the end of an epoch,
     before a validation and before a save.
     """
 
     def __init__(self) -> None:
+        self._losses: list[Tensor] = []  # that are not checked yet, and their keys
+        self._keys: list[int] = []
         self._first_bad: Tensor | None = None
 
     def on_train_batch_end(
@@ -27,13 +32,21 @@ class NanGuard(Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            key = trainer.global_step * trainer.world_size + trainer.global_rank  # orders by step, then by rank
-            if self._first_bad is None:
-                self._first_bad = torch.full((), _NEVER, device=loss.device)
-            bad = ~torch.isfinite(loss.detach().mean())
-            self._first_bad = torch.where(bad, self._first_bad.clamp(max=key), self._first_bad)
+            loss = loss.detach()
+            self._losses.append(loss.mean() if loss.ndim else loss.clone())  # copies: the module may write to its own
+            self._keys.append(trainer.global_step * trainer.world_size + trainer.global_rank)  # orders by step, then by rank
+            if len(self._losses) == _UNCHECKED:
+                self._check_own()
         if is_log_step(trainer):
             self.check(trainer)
+
+    def _check_own(self) -> None:
+        """Check the losses of this rank on the device, without waiting for it."""
+        losses = torch.stack(self._losses)
+        keys = torch.tensor(self._keys, device=losses.device)
+        newest = torch.where(torch.isfinite(losses), _NEVER, keys).min()
+        self._first_bad = newest if self._first_bad is None else torch.minimum(self._first_bad, newest)
+        self._losses, self._keys = [], []
 
     def check(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Compare all ranks; every rank must call.
@@ -41,6 +54,8 @@ class NanGuard(Callback):
         Raises:
             RunError: A loss was not finite; names the first step and rank, and is raised on every rank.
         """
+        if self._losses:
+            self._check_own()
         if self._first_bad is None:
             return
         first = int(trainer.strategy.reduce(self._first_bad.clone(), reduce_op="min"))

@@ -28,6 +28,7 @@ from lockstep.compat.lightning import (
     keep_dataloaders,
     training_loader,
 )
+from lockstep.compat.lightning_hooks import call_hooks_fast
 from lockstep.data import TrainingLoader
 from lockstep.distributed import StopConsensus
 from lockstep.monitoring import run_logger
@@ -204,6 +205,7 @@ def replace_loops(trainer: Trainer) -> FitLoop:
     new = FitLoop(trainer, old.min_epochs, old.max_epochs)
     new.epoch_loop = EpochLoop(trainer, old.epoch_loop.min_steps, old.epoch_loop.max_steps)
     trainer.fit_loop = new
+    call_hooks_fast(trainer)
     disable_signal_handlers(trainer)
     keep_dataloaders(trainer)
     return new
