@@ -14,28 +14,25 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.optim import Optimizer
 
 from lockstep.compat import patch, private, private_imports
+from lockstep.compat.lightning_epoch import LightningEpochLoop, cache_batch_hooks
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
 
 with private_imports("lightning"):
     from lightning.fabric.utilities.data import _set_sampler_epoch as set_sampler_epoch
-    from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
     from lightning.pytorch.loops.fit_loop import _FitLoop
     from lightning.pytorch.loops.loop import _Loop
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
     from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
     from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
     from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
-    from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
     from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
     from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES
 
 # Methods too: an override of one that Lightning no longer calls would silently do nothing.
 for _owner, _names in (
-    (_TrainingEpochLoop, ("_broadcast_sigterm_tensor", "_on_after_fetch", "_on_before_fetch")),
-    (_TrainingEpochLoop, ("_is_training_done", "_should_accumulate", "_should_check_val_fx")),
+    (_TrainingEpochLoop, ("_is_training_done", "_should_accumulate")),
     (_FitLoop, ("_can_stop_early",)),
     (_CheckpointConnector, ("dump_checkpoint",)),
-    (_LoggerConnector, ("should_update_logs",)),
     (DeepSpeedStrategy, ("_format_config", "_init_deepspeed_distributed", "_init_optimizers")),
 ):
     for _name in _names:
@@ -50,11 +47,6 @@ def set_rank_zero(rank: int) -> None:
 def is_accumulating(trainer: Trainer) -> bool:
     """Whether the current batch only accumulates gradients, without an optimizer step."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def is_log_step(trainer: Trainer) -> bool:
-    """Whether the metrics of this optimizer step are logged; the same answer on every rank."""
-    return trainer._logger_connector.should_update_logs and not is_accumulating(trainer)
 
 
 class LightningCombinedLoader(CombinedLoader):
@@ -93,61 +85,6 @@ def is_in_training_step(module: LightningModule) -> bool:
     return bool(private("lightning", module, "_current_fx_name") == "training_step")
 
 
-class LightningEpochLoop(_TrainingEpochLoop):
-    """Lightning's loop over the batches of an epoch, without its broadcast at each step and with public hooks.
-
-    Attributes:
-        validation_due: With ``val_check_interval`` as a time: whether a validation follows the newest step, on all ranks.
-    """
-
-    validation_due = False
-
-    @property
-    def validation_interval(self) -> float | None:
-        """``val_check_interval`` in seconds, if it is a time."""
-        interval: float | None = private("lightning", self.trainer, "_val_check_time_interval")
-        return interval
-
-    def _should_check_val_fx(self, data_fetcher: DataFetcher) -> bool:
-        if self.validation_interval is not None:  # each rank would decide by its own clock
-            patch("lightning", self.trainer, "_last_val_time", -math.inf if self.validation_due else math.inf)
-        return super()._should_check_val_fx(data_fetcher)
-
-    def on_advance_end(self, data_fetcher: DataFetcher) -> None:
-        super().on_advance_end(data_fetcher)
-        if self.validation_interval is not None and math.isfinite(self.trainer._last_val_time):
-            self.after_validation()
-
-    def after_validation(self) -> None:
-        """Called after a validation, if ``val_check_interval`` is a time."""
-
-    @property
-    def seconds_since_validation(self) -> float:
-        """Seconds since the newest validation, or since training began."""
-        raise NotImplementedError
-
-    def before_fetch(self) -> None:
-        """Called before the loop takes the next batch."""
-
-    def after_fetch(self) -> None:
-        """Called when the loop has the next batch."""
-
-    def validates_next(self, data_fetcher: DataFetcher) -> bool | None:
-        """Return whether a validation follows the optimizer step that has just ended; None within an accumulated batch."""
-        return None if self._should_accumulate() else self._should_check_val_fx(data_fetcher)
-
-    def _broadcast_sigterm_tensor(self) -> None:
-        pass
-
-    def _on_before_fetch(self) -> None:
-        self.before_fetch()
-        super()._on_before_fetch()
-
-    def _on_after_fetch(self) -> None:
-        super()._on_after_fetch()
-        self.after_fetch()
-
-
 @dataclass
 class _CombiningSource(_DataLoaderSource):
     """A source of loaders that ``combine`` turns into one; it gets the function that requests them."""
@@ -169,6 +106,7 @@ class LightningFitLoop(_FitLoop):
 
     def setup_data(self) -> None:
         source = private("lightning", self, "_data_source")
+        cache_batch_hooks(self.trainer)
         self._data_source = _CombiningSource(source.instance, source.name, self.combine_loaders)
         try:
             super().setup_data()

@@ -4,30 +4,29 @@ In each step Lightning calls about 25 hooks. Around each it enters a profiler, s
 ``nn.Module.__setattr__``, and visits every callback. On a small model that takes longer than the step itself.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
+from torch import Tensor
 
 from lockstep.compat import patch, private, private_imports
 
 with private_imports("lightning"):
+    from lightning.fabric.utilities.apply_func import _BLOCKING_DEVICE_TYPES
     from lightning.pytorch.trainer import call
 
 _EMPTY = frozenset(
-    private("lightning", owner, name)
-    for owner, names in (
-        (
-            LightningModule,
-            ("on_train_batch_start", "on_train_batch_end", "on_validation_batch_start", "on_validation_batch_end"),
-        ),
-        (LightningModule, ("on_test_batch_start", "on_test_batch_end", "on_predict_batch_start", "on_predict_batch_end")),
-        (LightningModule, ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")),
-        (Strategy, ("on_train_batch_start",)),
+    private("lightning", LightningModule, name)
+    for name in (
+        *(f"on_{stage}_batch_{moment}" for stage in ("train", "validation", "test", "predict") for moment in ("start", "end")),
+        *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
     )
-    for name in names
-)
+) | {private("lightning", Strategy, "on_train_batch_start")}
 """Hooks of Lightning's own that do nothing."""
 
 _callback_hooks = private("lightning", call, "_call_callback_hooks")
@@ -36,52 +35,79 @@ _datamodule_hook = private("lightning", call, "_call_lightning_datamodule_hook")
 _strategy_hook = private("lightning", call, "_call_strategy_hook")
 
 
+_HOOKS = "_lockstep_hooks"
+"""Name of the attribute of a Trainer that calls hooks fast."""
+
+
+@dataclass
+class _Hooks:
+    """What overrides the hooks of callbacks: collected once, and again when the list of callbacks has changed."""
+
+    callbacks: list[Callback] = field(default_factory=list)
+    overridden: dict[str, list[Any]] = field(default_factory=dict)
+
+    def find(self, callbacks: list[Callback], name: str) -> list[Any]:
+        """The bound methods that override the hook ``name``, in the order of ``callbacks``."""
+        if callbacks != self.callbacks:
+            self.callbacks, self.overridden = list(callbacks), {}
+        found = self.overridden.get(name)
+        if found is None:
+            default, hooks = getattr(Callback, name), [getattr(callback, name) for callback in callbacks]
+            found = [hook for hook in hooks if getattr(hook, "__func__", None) is not default and callable(hook)]
+            self.overridden[name] = found
+        return found
+
+
+def calls_hooks_fast(trainer: Trainer) -> bool:
+    """Whether ``call_hooks_fast`` had an effect on ``trainer``."""
+    return _HOOKS in vars(trainer)
+
+
 def call_hooks_fast(trainer: Trainer) -> None:
     """Let ``trainer`` call only hooks that somebody overrides, unless it has a profiler. Other trainers call all, as before."""
     patch("lightning", call, "_call_callback_hooks", _call_callback_hooks)
     patch("lightning", call, "_call_lightning_module_hook", _call_module_hook)
     patch("lightning", call, "_call_lightning_datamodule_hook", _call_datamodule_hook)
     patch("lightning", call, "_call_strategy_hook", _call_strategy_hook)
-    vars(trainer)[_MARK] = type(trainer.profiler) is PassThroughProfiler
-
-
-_MARK = "_lockstep_calls_hooks_fast"
+    if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
+        vars(trainer)[_HOOKS] = _Hooks()
 
 
 def _call_callback_hooks(
     trainer: Trainer, hook_name: str, *args: Any, monitoring_callbacks: bool | None = None, **kwargs: Any
 ) -> None:
-    if monitoring_callbacks is not None or not getattr(trainer, _MARK, False):
+    hooks = vars(trainer).get(_HOOKS)
+    if hooks is None or monitoring_callbacks is not None:
         _callback_hooks(trainer, hook_name, *args, monitoring_callbacks=monitoring_callbacks, **kwargs)
         return
-    default = getattr(Callback, hook_name)
-    attributes = previous = module = None
-    for callback in trainer.callbacks:
-        hook = getattr(callback, hook_name)
-        if getattr(hook, "__func__", None) is default or not callable(hook):
-            continue
-        if attributes is None:
-            module = trainer.lightning_module
-            attributes = {} if module is None else vars(module)
-            previous = attributes.get("_current_fx_name")
-            attributes["_current_fx_name"] = hook_name
+    found = hooks.find(trainer.callbacks, hook_name)  # type: ignore[attr-defined]
+    if not found:
+        return
+    module = trainer.lightning_module
+    attributes = {"_current_fx_name": None} if module is None else vars(module)
+    previous, attributes["_current_fx_name"] = attributes["_current_fx_name"], hook_name
+    for hook in found:
         hook(trainer, module, *args, **kwargs)
-    if attributes is not None:
-        attributes["_current_fx_name"] = previous
+    attributes["_current_fx_name"] = previous
 
 
 def _call_module_hook(
     trainer: Trainer, hook_name: str, *args: Any, pl_module: LightningModule | None = None, **kwargs: Any
 ) -> Any:
     module = pl_module or trainer.lightning_module
-    if module is None or not getattr(trainer, _MARK, False):
+    if module is None or _HOOKS not in vars(trainer):
         return _module_hook(trainer, hook_name, *args, pl_module=pl_module, **kwargs)
     hook = getattr(module, hook_name)
-    return None if getattr(hook, "__func__", None) in _EMPTY else _call_within(module, hook_name, hook, args, kwargs)
+    function = getattr(hook, "__func__", None)
+    if function in _EMPTY:
+        return None
+    if function is LightningModule.transfer_batch_to_device:
+        return _move_to_device(*args)
+    return _call_within(module, hook_name, hook, args, kwargs)
 
 
 def _call_strategy_hook(trainer: Trainer, hook_name: str, *args: Any, **kwargs: Any) -> Any:
-    if not getattr(trainer, _MARK, False):
+    if _HOOKS not in vars(trainer):
         return _strategy_hook(trainer, hook_name, *args, **kwargs)
     hook = getattr(trainer.strategy, hook_name)
     if getattr(hook, "__func__", None) in _EMPTY:
@@ -91,10 +117,18 @@ def _call_strategy_hook(trainer: Trainer, hook_name: str, *args: Any, **kwargs: 
 
 def _call_datamodule_hook(trainer: Trainer, hook_name: str, *args: Any, **kwargs: Any) -> Any:
     data: LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
-    if data is None or not getattr(trainer, _MARK, False):
+    if data is None or _HOOKS not in vars(trainer):
         return _datamodule_hook(trainer, hook_name, *args, **kwargs)
     hook = getattr(data, hook_name)
     return hook(*args, **kwargs) if callable(hook) else None
+
+
+def _move_to_device(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    """``transfer_batch_to_device`` of Lightning, which asks for the kind of each item."""
+    if type(batch) in (list, tuple) and all(type(item) is Tensor for item in batch):
+        non_blocking = device.type not in _BLOCKING_DEVICE_TYPES
+        return type(batch)(item.to(device, non_blocking=non_blocking) for item in batch)
+    return move_data_to_device(batch, device)
 
 
 def _call_within(module: LightningModule, name: str, hook: Any, args: Any, kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
-from lockstep.compat.lightning import is_log_step
+from lockstep.compat.lightning_epoch import is_log_step
 from lockstep.compat.torchmetrics import add_to_sum
 from lockstep.core import UsageError
 from lockstep.models.networks import make_torchvision_model

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lockstep.compat.lightning import is_log_step
+from lockstep.compat.lightning_epoch import is_log_step
 from lockstep.core import RunError
 
 _NEVER = 2**62

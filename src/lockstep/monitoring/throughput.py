@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lockstep.compat.lightning import is_accumulating, is_log_step
+from lockstep.compat.lightning import is_accumulating
+from lockstep.compat.lightning_epoch import is_log_step
 from lockstep.data import current_batch
 
 

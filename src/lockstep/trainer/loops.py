@@ -19,8 +19,6 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lockstep.checkpoint import restore_state, undo_changes
 from lockstep.compat.lightning import (
-    DataFetcher,
-    LightningEpochLoop,
     LightningFitLoop,
     call_hooks,
     disable_signal_handlers,
@@ -28,6 +26,7 @@ from lockstep.compat.lightning import (
     keep_dataloaders,
     training_loader,
 )
+from lockstep.compat.lightning_epoch import DataFetcher, LightningEpochLoop
 from lockstep.compat.lightning_hooks import call_hooks_fast
 from lockstep.data import TrainingLoader
 from lockstep.distributed import StopConsensus
