@@ -13,7 +13,7 @@ import torch
 from lockstep.checkpoint import Checkpoint, Manifest, Progress
 from lockstep.core import RunError, World
 from lockstep.distributed import broadcast, broadcast_from_rank_zero, destroy_process_group, fork_ranks, init_process_group
-from lockstep.distributed.process_group import _listen, all_gather
+from lockstep.distributed.process_group import all_gather, listen
 from lockstep.runs import Run
 
 SECONDS = timedelta(seconds=30)
@@ -50,13 +50,13 @@ def test_the_store_listens_on_the_interface_of_its_address(address: str, nodes: 
 
 def test_an_address_of_another_machine_means_all_interfaces() -> None:
     """Behind a translated address, rank zero has no interface with it."""
-    with _listen("192.0.2.1", free_port(), 2) as listener:
+    with listen("192.0.2.1", free_port(), 2) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"
 
 
 def test_a_port_in_use_is_an_error() -> None:
-    with _listen("127.0.0.2", 0, 1) as first, pytest.raises(OSError, match="in use"):
-        _listen("127.0.0.2", first.getsockname()[1], 1)
+    with listen("127.0.0.2", 0, 1) as first, pytest.raises(OSError, match="in use"):
+        listen("127.0.0.2", first.getsockname()[1], 1)
 
 
 class Payload:

@@ -125,7 +125,7 @@ def test_output_of_other_ranks_goes_to_their_logs(tmp_path: Path, capfd: pytest.
         print(f"this is {world.rank}")
         os.system(f"echo shell of {world.rank}")
 
-    fork_ranks(write_output, 1, 2, logs=lambda rank: tmp_path / f"{rank}.log")
+    fork_ranks(write_output, 1, 2, logs=lambda world: tmp_path / f"{world.rank}.log" if world.rank else None)
     assert "this is 0" in (output := capfd.readouterr().out) and "this is 1" not in output
     assert sorted((tmp_path / "1.log").read_text().splitlines()) == ["shell of 1", "this is 1"]
 

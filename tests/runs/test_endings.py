@@ -1,5 +1,7 @@
 """The reason for the end of an attempt, from the output of srun as text."""
 
+from dataclasses import replace
+
 import pytest
 
 from lockstep.runs.endings import Evidence, JobState, classify_ending, killed_task
@@ -13,10 +15,15 @@ srun: error: n2: task 1: Exited with exit code 1
 RAISED = "srun: error: n2: task 1: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n"
 OVER = "slurmstepd: error: Detected 1 oom_kill event in StepId=10.0. Some of the step tasks have been OOM Killed.\n" + KILLED
 
+FINISHED, STOPPED = RunResult("finished"), RunResult("interrupted", reason="SIGUSR2", exit_status=140)
+CAUSE, LOST = Failure(1, 4, 1, "n2", "ValueError: no"), Failure(0, 4, 0, "n1", "RuntimeError: gloo", is_secondary=True)
+KILLED_RANK = Failure(2, 4, 2, "n3", "The process was killed by SIGKILL.", is_killed=True)
+SIGNALLED = Failure(2, 4, 2, "n3", "it was ended by SIGTERM.", 143)
+
 
 def test_who_was_killed_is_named() -> None:
     killed, over = killed_task(KILLED), killed_task(OVER)
-    assert killed is not None and killed.sentence.startswith("rank 0 on n1: Killed") and killed.is_killed
+    assert killed is not None and killed.sentence.startswith("the agent of n1: Killed") and killed.is_killed
     assert over is not None and over.sentence.startswith("Slurm says: ") and over.is_out_of_memory
 
 
@@ -25,6 +32,8 @@ def test_who_was_killed_is_named() -> None:
     [
         (KILLED, None, False),  # may come ten times in a row
         (RAISED, Failure(1, 4, 1, "n2", "ValueError: no"), True),
+        ("", KILLED_RANK, False),
+        ("", replace(KILLED_RANK, is_killed=False), True),
         (KILLED.replace("Killed", "Segmentation fault"), None, True),
         (OVER, None, True),
         ("srun: error: n4: task 3: Exited with exit code 1\n", None, True),
@@ -33,11 +42,6 @@ def test_who_was_killed_is_named() -> None:
 )
 def test_a_kill_from_outside_tells_nothing(text: str, failure: Failure | None, told: bool) -> None:
     assert classify_ending(Evidence(failure=failure, output=text, exit_status=1)).is_explained is told
-
-
-FINISHED, STOPPED = RunResult("finished"), RunResult("interrupted", reason="SIGUSR2", exit_status=140)
-CAUSE, LOST = Failure(1, 4, 1, "n2", "ValueError: no"), Failure(0, 4, 0, "n1", "RuntimeError: gloo", is_secondary=True)
-SIGNALLED = Failure(2, 4, 2, "n3", "it was ended by SIGTERM.", 143)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +54,11 @@ SIGNALLED = Failure(2, 4, 2, "n3", "it was ended by SIGTERM.", 143)
         (Evidence(None, LOST, OVER, 1), "out of memory", 6, "--mem"),
         (Evidence(None, None, "", 137, JobState("CANCELLED")), "cancelled", 4, ""),
         (Evidence(None, None, OVER, 137, JobState("CANCELLED")), "out of memory", 6, "oom_kill"),
+        (Evidence(None, KILLED_RANK, "", 1), "failed", 1, "rank 2 (node 2, n3): The process was killed by SIGKILL."),
+        (Evidence(None, replace(KILLED_RANK, is_out_of_memory=True), "", 1), "out of memory", 6, "--mem"),
+        (Evidence(None, KILLED_RANK, OVER, 1), "out of memory", 6, "oom_kill"),
         (Evidence(STOPPED, None, KILLED, 137), "interrupted", 140, "SIGUSR2"),
-        (Evidence(None, LOST, KILLED, 1), "failed", 1, "rank 0 on n1: Killed"),
+        (Evidence(None, LOST, KILLED, 1), "failed", 1, "the agent of n1: Killed"),
         (Evidence(None, SIGNALLED, "", 143), "interrupted", 143, "SIGTERM"),
         (Evidence(None, LOST, "", 143), "interrupted", 1, "gloo"),
         (Evidence(None, None, "", 143), "interrupted", 143, "exit status 143"),

@@ -59,7 +59,7 @@ def test_flags_override_the_profile_and_extend_its_lists() -> None:
     assert (
         "--time=2880\n" in text and "--gpus-per-node=4\n" in text and "--partition=a100\n" in text and "--begin=now\n" in text
     )
-    assert "#SBATCH --ntasks-per-node=4\n" in text and "#SBATCH --cpus-per-task=16\n" in text
+    assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --cpus-per-task=64\n" in text
 
 
 def test_a_hostile_path_is_quoted(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ class Jobs:
         code = CodePaths((REPO / "tests", REPO / "src"), None, "")
         folder = runs[0].folder if len(runs) == 1 else runs[0].folder.with_name("sweep")
         request = JobRequest("stub", folder, code, profile, LaunchOptions(self.folder), len(runs))
-        self.ids.append(submit_job(request, [StubTask(run.folder, "fit", (), "", None) for run in runs], os.environ))
+        self.ids.append(
+            submit_job(request, [StubTask(run.folder, folder / "slurm", "fit", (), "", 2, None) for run in runs], os.environ)
+        )
         return self.ids[-1]
 
     def queue(self, format_: str = "%F_%K %T %N") -> list[str]:
@@ -70,9 +72,9 @@ def new_run(folder: Path, name: str) -> Run:
 
 
 def wait_for_start(run: Run, attempt: int) -> None:
-    """Wait until both ranks of an attempt have started."""
-    started = [run.folder / f"{attempt}.{rank}.started" for rank in (0, 1)]
-    wait_until(lambda: all(path.exists() for path in started), 60, lambda: describe(run))
+    """Wait until an attempt has started."""
+    started = run.folder / f"{attempt}.started"
+    wait_until(lambda: started.exists() and started.read_text(), 60, lambda: describe(run))
 
 
 def wait_for_end(run: Run, attempt: int) -> None:
@@ -163,7 +165,7 @@ def test_a_job_in_an_image_without_slurm_is_claimed_restarted_and_finished(
     container = Container(str(image), runtime="pyxis" if runtime == "pyxis" else "apptainer")
     job = jobs.submit([run], Profile(time="30", ranks_per_node=2, cpus_per_rank=1, mem="1000", container=container))
     wait_for_start(run, 2)
-    ends = float((run.folder / "2.0.started").read_text())
+    ends = float((run.folder / "2.started").read_text())
     assert time.time() < ends < time.time() + 1900
     do(run, "crash")
     wait_for_start(run, 3)
@@ -187,7 +189,7 @@ def test_a_fault_of_a_run_of_a_sweep_reaches_no_other_run(jobs: Jobs, tmp_path: 
 
     for run in runs:
         wait_for_start(run, 1)
-        assert time.time() < float((run.folder / "1.1.started").read_text()) < time.time() + 1900
+        assert time.time() < float((run.folder / "1.started").read_text()) < time.time() + 1900
     for fault in ("crash", "stop", "preempt"):
         for index in (2, 0, 1):
             expected = attempts()

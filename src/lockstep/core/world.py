@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lockstep.core.errors import UsageError
 
@@ -16,7 +16,9 @@ class World:
         local_size: Ranks on each node; every node has the same number.
         rendezvous: ``init_method`` of ``torch.distributed.init_process_group``: ``file://…``, ``tcp://address:port``
             or ``env://``. Empty for a single process.
-        launcher: What started the ranks: ``local``, ``torchrun``, ``slurm``, ``submitit``, or ``process`` for a single one.
+        launcher: What started the ranks: ``local``, ``agent`` (on Slurm), ``torchrun``, ``slurm`` (plain srun), ``submitit``,
+            or ``process`` for a single one.
+        listener: Descriptor of the socket on which rank zero receives the others; None: it opens one for ``rendezvous``.
     """
 
     rank: int = 0
@@ -25,6 +27,7 @@ class World:
     local_size: int = 1
     rendezvous: str = ""
     launcher: str = "process"
+    listener: int | None = field(default=None, compare=False)
 
     @property
     def nodes(self) -> int:

@@ -89,7 +89,7 @@ class DataSharding:
             loader.batch_sampler, self.world, self.seed, is_training, keeps_last, epoch, name
         )
         # A signal to a whole Slurm job must not kill the workers. Elsewhere they accept SIGTERM, with which torch ends them.
-        is_slurm = self.world.launcher in ("slurm", "submitit")
+        is_slurm = self.world.launcher in ("slurm", "submitit", "agent")
         sharded.blocked_signals = STOP_SIGNALS if is_slurm else (signal.SIGINT,)
         return sharded
 

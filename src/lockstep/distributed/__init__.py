@@ -1,6 +1,10 @@
-"""Connect the ranks of a run: fork them, start the process group, receive signals, and agree when to stop."""
+"""Run the ranks of a job: agents fork and watch them, start the process group, receive signals, and agree when to stop."""
 
+from lockstep.distributed.agent import Agent, Plan
+from lockstep.distributed.channel import Channel, job_key
 from lockstep.distributed.consensus import StopConsensus
+from lockstep.distributed.cpus import share_cpus
+from lockstep.distributed.phases import STARTING_PHASES, PhaseBoard, phase_limits
 from lockstep.distributed.process_group import (
     WorldEnvironment,
     all_gather,

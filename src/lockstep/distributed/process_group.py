@@ -124,15 +124,24 @@ def _make_store(world: World, timeout: timedelta) -> Any:
     """The store in which the ranks find each other; None where ``init_method`` finds it, as under torchrun."""
     if world.size == 1:
         return torch.distributed.HashStore()  # type: ignore[attr-defined]
-    if not (place := re.fullmatch(r"tcp://\[?(.+?)]?:(\d+)", world.rendezvous)):
+    if not world.rendezvous.startswith("tcp://"):
         return None
-    address, port = place[1], int(place[2])
-    listener = _listen(address, port, world.nodes).detach() if world.is_rank_zero else None
+    address, port = parse_rendezvous(world.rendezvous)
+    listener = world.listener
+    if world.is_rank_zero and listener is None:
+        listener = listen(address, port, world.nodes).detach()
     tcp_store = torch.distributed.TCPStore  # type: ignore[attr-defined]
     return tcp_store(address, port, world.size, world.is_rank_zero, timeout=timeout, master_listen_fd=listener)
 
 
-def _listen(address: str, port: int, nodes: int) -> socket.socket:
+def parse_rendezvous(rendezvous: str) -> tuple[str, int]:
+    """Address and port of ``tcp://address:port``."""
+    place = re.fullmatch(r"tcp://\[?(.+?)]?:(\d+)", rendezvous)
+    assert place is not None, rendezvous
+    return place[1], int(place[2])
+
+
+def listen(address: str, port: int, nodes: int) -> socket.socket:
     """Listen on the interface that has ``address``, where all others connect to, since the store asks nobody for a password.
 
     A host name may stand for the loopback interface on its own host; then, with several nodes, on all interfaces.

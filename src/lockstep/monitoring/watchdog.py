@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ from lockstep.runs import Failure, Run, record_failure
 _SLOWDOWN_FACTOR = 10.0
 """The limit is at least this many times the longest recent interval between heartbeats."""
 
-_FIRST_STEP_SECONDS = 1800.0
-"""Minimum limit for the first step, which starts workers and may compile the model."""
+_FIRST_STEP_FACTOR = 3.0
+"""How much longer the first step may take, which starts workers and may compile the model."""
 
 _REPORT_SECONDS = 5.0
 """Time for all stuck ranks to write their records."""
@@ -43,11 +44,15 @@ class StuckRank:
 class Watchdog(Callback):
     """Watches over this rank while it trains, validates, tests or predicts.
 
-    ``seconds`` is the least time without a heartbeat after which the rank is stuck.
+    Args:
+        seconds: Least time without a heartbeat after which the rank is stuck.
+        enter: Reports the phase that this rank enters.
     """
 
-    def __init__(self, run: Run, world: World, attempt: int, seconds: float) -> None:
-        self.run, self.world, self.attempt, self.seconds = run, world, attempt, seconds
+    def __init__(
+        self, run: Run, world: World, attempt: int, seconds: float, enter: Callable[[str], None] = lambda phase: None
+    ) -> None:
+        self.run, self.world, self.attempt, self.seconds, self.enter = run, world, attempt, seconds, enter
         self._heartbeats = 0
         self._last_time = time.monotonic()
         self._intervals: deque[float] = deque(maxlen=200)
@@ -73,21 +78,30 @@ class Watchdog(Callback):
     @property
     def limit(self) -> float:
         """Seconds without a heartbeat after which this rank is stuck."""
-        least = max(self.seconds, _FIRST_STEP_SECONDS) if self._is_first_step else self.seconds
+        least = _FIRST_STEP_FACTOR * self.seconds if self._is_first_step else self.seconds
         return max(least, _SLOWDOWN_FACTOR * max(self._intervals, default=0.0))
 
     def _start(self, *_: Any, **__: Any) -> None:
+        self.enter("first step")
         self._stopped, self._is_first_step, self._last_time = threading.Event(), True, time.monotonic()
         threading.Thread(target=self._watch, args=(self._stopped,), name="watchdog", daemon=True).start()
 
     def _finish_step(self, *_: Any, **__: Any) -> None:
         self.heartbeat()
-        self._is_first_step = False
+        if self._is_first_step:
+            self.enter("running")
+            self._is_first_step = False
 
     on_train_start = on_test_start = on_predict_start = _start
-    on_train_epoch_start = on_train_batch_start = on_validation_batch_end = on_save_checkpoint = heartbeat
+    on_train_epoch_start = on_train_batch_start = on_save_checkpoint = heartbeat
     on_train_batch_end = on_test_batch_end = on_predict_batch_end = _finish_step
     on_fit_end = on_test_end = on_predict_end = on_exception = stop
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.state.fn == "fit":
+            self.heartbeat()
+        else:
+            self._finish_step()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":

@@ -12,5 +12,5 @@ from lockstep.runs.failure import (
 )
 from lockstep.runs.ownership import OWNER_SECONDS, Ownership
 from lockstep.runs.records import AttemptStart, Durations, LaunchRecord, Owner, RunProgress, RunResult, SweepRun
-from lockstep.runs.run import Run, checkpoint_order, git_state, new_run_id, update_status
+from lockstep.runs.run import Run, checkpoint_order, git_state, new_run_id, report_phase, update_status
 from lockstep.runs.snapshot import CodePaths, verify_snapshot

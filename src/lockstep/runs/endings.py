@@ -124,11 +124,15 @@ def classify_ending(evidence: Evidence) -> Ending:
         return _ending_by_slurm(job, lost)
     if result is not None and result.is_finished and (job is None or job.state == "COMPLETED"):
         return Ending("finished", 0)
-    if failure is not None and failure.is_cause:
-        return Ending("failed", _run_exit_status(failure.exit_status), failure.reason, is_explained=True)
     was_interrupted = result is not None and result.status == "interrupted"
-    if lost is not None and lost.is_out_of_memory and not was_interrupted:
+    is_killed = failure is not None and failure.is_killed
+    has_cause = failure is not None and failure.is_cause and not is_killed
+    if lost is not None and lost.is_out_of_memory and not was_interrupted and not has_cause:
         return Ending("out of memory", 6, f"{_OVER_MEMORY} {lost.sentence}", is_explained=True)
+    if failure is not None and failure.is_cause:
+        if failure.is_out_of_memory:
+            return Ending("out of memory", 6, f"{_OVER_MEMORY} {failure.reason}", is_explained=True)
+        return Ending("failed", _run_exit_status(failure.exit_status), failure.reason, is_explained=not is_killed)
     if evidence.is_forgotten and evidence.was_cancelled:
         return Ending("cancelled", 4)
     if evidence.is_forgotten and (why := _ENDED_BY_SLURM.search(evidence.output)):
@@ -179,7 +183,7 @@ def killed_task(output: str) -> LostTask | None:
     killed = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", output)
     if killed is None:
         return None
-    sentence = f"rank {killed[2]} on {killed[1]}: {killed[3]} (a signal ended it; SIGKILL may be the kernel, out of memory)."
+    sentence = f"the agent of {killed[1]}: {killed[3]} (a signal ended it; SIGKILL may be the kernel, out of memory)."
     return LostTask(sentence, is_killed=killed[3] == "Killed")
 
 
@@ -190,4 +194,4 @@ def exited_task(output: str, failure: Failure | None) -> LostTask | None:
     first = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): Exited with exit code (\d+)", output)
     if first is None or int(first[3]) in (130, 143):
         return None
-    return LostTask(f"rank {first[2]} on {first[1]} ended with exit status {first[3]} and without a report.")
+    return LostTask(f"the agent of {first[1]} ended with exit status {first[3]} and without a report.")

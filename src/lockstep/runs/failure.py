@@ -31,6 +31,8 @@ class Failure(Record):
         report: One sentence, or a traceback.
         is_secondary: Whether it only lost a connection because another rank was gone.
         is_permanent: Whether another attempt would fail in the same way.
+        is_killed: Whether SIGKILL from outside ended it, which has no known cause and may not happen again.
+        is_out_of_memory: Whether the kernel did that because the job used more memory than it may.
     """
 
     rank: int
@@ -41,6 +43,13 @@ class Failure(Record):
     exit_status: int = 1
     is_secondary: bool = False
     is_permanent: bool = False
+    is_killed: bool = False
+    is_out_of_memory: bool = False
+
+    @classmethod
+    def from_report(cls, report: str, world: World) -> "Failure":
+        """The failure of a rank of this machine that did not report it itself."""
+        return cls(world.rank, world.size, world.node_rank, platform.node(), report)
 
     @classmethod
     def from_exception(cls, error: BaseException, world: World) -> "Failure":

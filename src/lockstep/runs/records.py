@@ -113,7 +113,8 @@ class RunProgress(Record):
     """``status.json``: where a run is, written every few seconds.
 
     Attributes:
-        status: ``training``, ``trained``, or the status of the result.
+        status: ``starting``, ``training``, ``trained``, or the status of the result.
+        phase: How far an attempt is that starts: ``imports``, or one of ``distributed.phases``.
         steps: Optimizer steps of the whole run; None if it has no end.
         samples_per_second: Of all ranks.
         warning: What is wrong with the files of the run; empty if nothing.
@@ -121,6 +122,7 @@ class RunProgress(Record):
     """
 
     status: str
+    phase: str = ""
     step: int = 0
     steps: int | None = None
     epoch: int = 0
@@ -154,6 +156,11 @@ class Owner(Record):
     @classmethod
     def this_process(cls) -> "Owner":
         return cls.of_process(os.getpid())
+
+    @classmethod
+    def of_job(cls, env: Mapping[str, str]) -> "Owner":
+        """The Slurm job whose environment this is."""
+        return cls(job=env["LOCKSTEP_JOB"], restarts=int(env.get("SLURM_RESTART_COUNT", "0")))
 
     @classmethod
     def of_process(cls, pid: int) -> "Owner":

@@ -158,7 +158,7 @@ class Run:
         if is_alive is not None:
             return is_alive
         last = RunProgress.read(self.status)
-        if last is None or last.status not in ("training", "trained"):
+        if last is None or last.status not in ("starting", "training", "trained"):
             return False
         return time.time() - last.time < _SILENT_SECONDS
 
@@ -250,6 +250,13 @@ def git_state(folder: Path) -> GitState | None:
         return None
     commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "(initial)")
     return None if commit == "(initial)" else GitState(commit, changed=not lines[-1].startswith("# "))
+
+
+def report_phase(run: Run, attempt: int, phase: str) -> None:
+    """Write to ``status.json`` that an attempt starts, and how far it is; the rest stays as the attempt before left it."""
+    if not run.is_superseded(attempt):
+        progress = RunProgress.read(run.status) or RunProgress("starting")
+        replace(progress, status="starting", phase=phase, attempt=attempt, time=time.time()).write(run.status)
 
 
 def update_status(run: Run, status: str) -> None:

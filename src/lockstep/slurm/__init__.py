@@ -1,8 +1,9 @@
-"""Jobs on Slurm: query and follow them, restart or requeue them, and run the task of one rank."""
+"""Jobs on Slurm: query and follow them, restart or requeue them, and run the task of one node."""
 
 from lockstep.slurm.client import RUNNING_JOBS, check_slurm_conf, is_owner_alive, query_slurm
 from lockstep.slurm.follow import follow
 from lockstep.slurm.registry import SubmittedJob, find_job, member_runs, register_job, registered_jobs
 from lockstep.slurm.restart_policy import ASK_AGAIN, REQUEUE, RESTART
 from lockstep.slurm.status import RunStatus, mark_cancelled, query_status
-from lockstep.slurm.task import TrainTask
+from lockstep.slurm.supervisor import restart_in_allocation
+from lockstep.slurm.task import NodeTask

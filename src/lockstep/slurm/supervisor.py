@@ -48,9 +48,8 @@ class SlurmView:
     @classmethod
     def parse(cls, text: str, env: Mapping[str, str], seen: int = 0) -> "SlurmView":
         """Build it from the environment of the job, and from what its batch script has written to standard input."""
-        me = Owner(job=env["LOCKSTEP_JOB"], restarts=int(env.get("SLURM_RESTART_COUNT", "0")))
         *lines, end = text.splitlines() or [""]
-        return cls(me, parse_running_jobs("\n".join(lines)) if end == "end" else None, seen)
+        return cls(Owner.of_job(env), parse_running_jobs("\n".join(lines)) if end == "end" else None, seen)
 
     @property
     def my_job(self) -> RunningJob | None:
@@ -81,10 +80,46 @@ def start(run: Run, slurm: Path, view: SlurmView, env: Mapping[str, str]) -> int
 
 
 def finish(run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str, str]) -> str | int:
-    """Record how the attempt ended; return 0 if the run is finished, RESTART, REQUEUE, or the exit status of the run."""
-    number, mine = int(env["LOCKSTEP_ATTEMPT"]), view.my_job
-    if run.is_superseded(number):  # the new owner records this attempt
+    """Record how the newest attempt ended; return 0 if the run is finished, RESTART, REQUEUE, or the exit status of the run."""
+    if run.is_superseded(_newest_own_attempt(run, view, env)):  # the new owner records this attempt
         return status or 1
+    attempt, decision, why = _decide(run, slurm, status, view, env)
+    attempts.append_attempt(run, attempt)
+    return _give_up(run, status, why) if decision == _GIVE_UP else decision
+
+
+def restart_in_allocation(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> int | None:
+    """Record the attempt that has ended and claim the next one, which the agents start without srun; None if they must not.
+
+    Slurm is not queried: it has sent the agents no signal, so it has neither cancelled nor preempted the job.
+
+    Raises:
+        UsageError: Another job has claimed the run.
+    """
+    view = SlurmView(Owner.of_job(env), None)
+    if run.is_superseded(_newest_own_attempt(run, view, env)):
+        return None
+    attempt, decision, _ = _decide(run, slurm, status, view, env)
+    if decision != RESTART:
+        return None
+    attempts.append_attempt(run, attempt)
+    return start(run, slurm, view, env)
+
+
+_GIVE_UP = "give up"
+
+
+def _newest_own_attempt(run: Run, view: SlurmView, env: Mapping[str, str]) -> int:
+    """The newest attempt of this job: that of its batch script, or one that its agents have claimed since."""
+    held = Owner.read(run.owner)
+    return held.attempt if held == view.me else int(env["LOCKSTEP_ATTEMPT"])
+
+
+def _decide(
+    run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str, str]
+) -> tuple[attempts.Attempt, str | int, str]:
+    """The record of the newest attempt; what follows: an exit status, RESTART, REQUEUE or _GIVE_UP; and why it gives up."""
+    number, mine = _newest_own_attempt(run, view, env), view.my_job
     result, failure = RunResult.read(run.result), read_first_failure(run, number)
     if result is not None and result.attempts != number and not result.is_finished:
         result = None  # that of the attempt before
@@ -102,19 +137,18 @@ def finish(run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str
         crashed=not (ending.is_finished or ending.is_interrupted),
         preempted=ending.is_interrupted and mine is not None and mine.is_preempted,
     )
-    ended = [*attempts.read_attempts(run), attempt]
-    attempts.append_attempt(run, attempt)
     if ending.is_finished:
-        return 0
+        return attempt, 0, ""
     if failure is not None and failure.is_permanent:
-        return _give_up(run, status, "")
+        return attempt, _GIVE_UP, ""
     if view.jobs is not None and not is_running(view.me, view.jobs):
-        return status or 1  # cancelled, or Slurm requeues it by itself
+        return attempt, status or 1, ""  # cancelled, or Slurm requeues it by itself
     if attempt.preempted:
-        return REQUEUE
-    if why := reason_to_give_up(run, ended, ending.is_explained):
-        return _give_up(run, status, why)
-    return REQUEUE if ending.is_interrupted and ending.exit_status == 128 + signal.SIGUSR2 else RESTART
+        return attempt, REQUEUE, ""
+    if why := reason_to_give_up(run, [*attempts.read_attempts(run), attempt], ending.is_explained):
+        return attempt, _GIVE_UP, why
+    is_over = ending.is_interrupted and ending.exit_status == 128 + signal.SIGUSR2
+    return attempt, REQUEUE if is_over else RESTART, ""
 
 
 def _record_lost_attempts(run: Run, newest: int) -> None:

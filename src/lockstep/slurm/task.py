@@ -1,46 +1,56 @@
-"""The task that srun starts: one rank of a Slurm job."""
+"""The task that srun starts on each node: its agent, which forks the ranks of the node."""
 
+import faulthandler
 import logging
 import os
 import platform
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 
-from lockstep.core import Interrupted, RunError, Stopped, World, setup_logging
-from lockstep.runs import Failure, Run, RunResult, failure, verify_snapshot
+from lockstep.core import Interrupted, RunError, World, setup_logging
+from lockstep.runs import Failure, Run, RunResult, failure, report_phase, verify_snapshot
 
 log = logging.getLogger(__name__)
 
-ENTRY_POINT = "lockstep.trainer.session:run_rank"
-"""Entry point of a rank, resolved by name so that the launcher does not import torch."""
+ENTRY_POINT = "lockstep.trainer.node:run_node"
+"""Entry point of an agent, resolved by name so that the launcher does not import torch."""
+
+_IMPORT_SECONDS = 600.0
+"""Limit of the imports of an agent; from a cold shared file system they take minutes."""
 
 
 @dataclass(frozen=True)
-class TrainTask:
-    """One training, as submitit pickles it for every rank of the job.
+class NodeTask:
+    """One training on one node, as submitit pickles it for every node of the job.
 
     Attributes:
         folder: The run folder.
+        slurm: Folder of the scripts and the output of the job.
         arguments: Keys of the config; files in them are copies in the run folder.
         digest: SHA-256 of the code snapshot; empty without one.
+        ranks: Ranks of each node.
         cpus: CPUs that each rank was promised; None if unknown.
     """
 
     folder: Path
+    slurm: Path
     command: str
     arguments: tuple[str, ...]
     digest: str
+    ranks: int
     cpus: int | None
 
     def __call__(self) -> None:
-        """Train as the rank that the environment describes, and exit with the status of the rank."""
+        """Train with the ranks of this node, and exit with the status of the run."""
         run, attempt = Run(self.folder), int(os.environ["LOCKSTEP_ATTEMPT"])
-        world = World.from_env(os.environ)
-        _redirect_output(run.log(attempt, world.rank))
-        setup_logging(world)
+        agents = World.from_env(os.environ)
+        setup_logging(agents)
         logging.getLogger("submitit").setLevel(logging.WARNING)
         signal.signal(signal.SIGTERM, _raise_interrupted)
         # Before training there is nothing to save, and the time of the job is not over yet.
@@ -53,63 +63,70 @@ class TrainTask:
             return
         status = 1
         try:
-            self._check_environment(world)
-            # Resolved only now: torch takes seconds to import, which a failed check should not cost.
-            resolve_name(ENTRY_POINT)(self.command, self.arguments, world, run, attempt)
-            status = 0
+            notes = self._check_environment(agents)
+            with self._watch_imports(run, attempt, agents):
+                run_node = resolve_name(ENTRY_POINT)
+            status = run_node(self, agents, run, attempt, notes)
         except BaseException as error:
-            stopped = error.__cause__
-            # 0 where all ranks stopped together: any other status makes srun end rank zero before it has closed W&B.
-            together = isinstance(stopped, Stopped) and stopped.together
-            status = 0 if together else _record_failure(error, world, run, attempt)
+            mine = Failure.from_exception(error, self._first_rank(agents))
+            first = failure.record_failure(run, attempt, mine)
+            failure.write_failed_result(run, attempt, first)
+            status = mine.exit_status
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            # Not sys.exit: it waits for DataLoader workers, which ignore signals, and for threads of a broken group.
-            os._exit(status)
+            os._exit(status)  # srun waits for this task, not for threads of the libraries
 
-    def _check_environment(self, world: World) -> None:
-        """Log the place of this rank; verify the snapshot and what Slurm has allocated."""
-        if world.local_rank == 0 and self.digest:
+    def _first_rank(self, agents: World) -> World:
+        """The first rank of this node."""
+        return World(agents.rank * self.ranks, agents.size * self.ranks, 0, self.ranks)
+
+    def _check_environment(self, agents: World) -> list[str]:
+        """Verify the snapshot and what Slurm has allocated; return lines for the log."""
+        notes = [f"run folder {self.folder}"]
+        if self.digest:
             files = verify_snapshot(self.folder, self.digest)
-            log.info("code: snapshot %s, %d files", self.digest[:12], files)
-        log.info("run folder %s", self.folder)
-        log.info("%d ranks on %d nodes, rendezvous %s", world.size, world.nodes, world.rendezvous or "none")
+            notes.append(f"code: snapshot {self.digest[:12]}, {files} files")
         mine = len(os.sched_getaffinity(0))
-        if self.cpus is not None and mine < self.cpus:
-            log.warning("rank %d may use %d CPUs, but %d were requested; see --cpu-bind of srun", world.rank, mine, self.cpus)
+        if self.cpus is not None and mine < self.cpus * self.ranks:
+            log.warning(
+                "the ranks of node %d may use %d CPUs, but %d were requested; see --cpu-bind of srun",
+                agents.rank,
+                mine,
+                self.cpus * self.ranks,
+            )
         if scratch := os.environ.get("LOCKSTEP_SCRATCH"):  # not TMPDIR itself: Slurm replaces it where the folder is missing
             try:
                 os.makedirs(scratch, exist_ok=True)
             except OSError as error:
                 raise RunError(f"scratch: {scratch} cannot be made on {platform.node()} ({error.strerror}).") from None
             os.environ["TMPDIR"] = scratch
+        return notes
 
+    @contextmanager
+    def _watch_imports(self, run: Run, attempt: int, agents: World) -> Iterator[None]:
+        """Name this node, with the stack, where its imports hang."""
+        if agents.is_rank_zero:
+            report_phase(run, attempt, "imports")
 
-def _redirect_output(path: Path) -> None:
-    """Send everything that this process and its children print to ``path``."""
-    print(f"log of this rank: {path}", flush=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
+        def give_up() -> None:
+            what = f"The imports on node {agents.rank} have not finished after {_IMPORT_SECONDS:.0f} s"
+            report = f"{what}; its stack is in its output in {self.slurm}."
+            failure.record_failure(run, attempt, Failure.from_report(report, self._first_rank(agents)))
+            os._exit(1)
+
+        timer = threading.Timer(_IMPORT_SECONDS + 1, give_up)
+        timer.daemon = True
+        timer.start()
+        # It needs no GIL, which an import that hangs in the linker holds.
+        faulthandler.dump_traceback_later(_IMPORT_SECONDS, repeat=False)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            timer.cancel()
+            timer.join()  # a process with threads must not fork
 
 
 def _raise_interrupted(*_: object) -> None:
     raise Interrupted(143)
-
-
-def _record_failure(error: BaseException, world: World, run: Run, attempt: int) -> int:
-    """Record why this rank failed, unless another failed first, and return its exit status."""
-    mine = Failure.from_exception(error, world)
-    first = failure.wait_for_first_failure(run, attempt) if mine.is_secondary else None
-    first = first or failure.record_failure(run, attempt, mine)
-    if first.rank != world.rank:
-        print(f"lockstep: rank {world.rank} ended because of {first.reason}", flush=True)
-        if first.report != mine.report and not mine.is_secondary:
-            print(mine.report, flush=True)
-    elif world.rank:
-        print(f"lockstep: {mine.report}", flush=True)
-    if first.rank == world.rank or world.is_rank_zero:
-        failure.write_failed_result(run, attempt, first)
-    return mine.exit_status

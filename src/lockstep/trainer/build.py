@@ -69,7 +69,7 @@ def build_trainer(
     has_own_bar = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
     bar = given.pop("enable_progress_bar")
     bar = has_own_bar or (sys.stderr.isatty() and sys.stdout.isatty()) if bar is None else bar
-    watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds)
+    watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds, context.enter)
     writer = CheckpointWriter(run, context.world, context.attempt, options, signals, watchdog.reset)
     saves = given["enable_checkpointing"] is not False
     checkpoints = CheckpointCallback(context.ownership, options, throughput, signals, writer if saves else None)

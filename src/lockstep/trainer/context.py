@@ -2,6 +2,7 @@
 
 import secrets
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -11,8 +12,14 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from lockstep.core import World
-from lockstep.distributed import broadcast_from_rank_zero, enable_flight_recorder, init_process_group, local_devices
-from lockstep.runs import Ownership, Run
+from lockstep.distributed import (
+    STARTING_PHASES,
+    broadcast_from_rank_zero,
+    enable_flight_recorder,
+    init_process_group,
+    local_devices,
+)
+from lockstep.runs import Ownership, Run, report_phase
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class RunContext:
         config: What ``parse_config`` returned, with the precision resolved.
         devices: One for each rank of this node.
         attempt: Number of this start of the run.
+        report_phase: Tells the process that has forked this rank which phase it enters.
     """
 
     command: str
@@ -34,6 +42,13 @@ class RunContext:
     devices: list[torch.device]
     run: Run
     attempt: int
+    report_phase: Callable[[str], None]
+
+    def enter(self, phase: str) -> None:
+        """Report the phase that this rank enters, one of ``distributed.phases``; on rank zero also in ``status.json``."""
+        self.report_phase(phase)
+        if self.world.is_rank_zero and phase in STARTING_PHASES:
+            report_phase(self.run, self.attempt, phase)
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +62,13 @@ class RunContext:
 
     @classmethod
     def create(
-        cls, command: str, parsed: tuple[ArgumentParser, Namespace], world: World, run: Run | None = None, attempt: int = 1
+        cls,
+        command: str,
+        parsed: tuple[ArgumentParser, Namespace],
+        world: World,
+        run: Run | None = None,
+        attempt: int = 1,
+        report_phase: Callable[[str], None] = lambda phase: None,
     ) -> "RunContext":
         """Select the devices, connect the ranks and, where no launcher has done it, make the run folder.
 
@@ -76,4 +97,4 @@ class RunContext:
             run, attempt = broadcast_from_rank_zero(
                 lambda: Run.start(config.run.root, config.run.name, sys.argv, world.nodes, world.local_size), world
             )
-        return cls(command, parser, config, world, devices, run, attempt)
+        return cls(command, parser, config, world, devices, run, attempt, report_phase)

@@ -4,15 +4,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from lockstep.config import split_command
 from lockstep.core import Interrupted, World, setup_logging
-from lockstep.distributed import RankFailed, fork_ranks
+from lockstep.distributed import PhaseBoard, RankFailed, fork_ranks, phase_limits
 from lockstep.runs import LaunchRecord, Owner, Run, read_first_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
-from lockstep.strategies import preload
 from lockstep.trainer.config_parser import parse_config
+from lockstep.trainer.preload import preload
 from lockstep.trainer.session import train
 
 log = logging.getLogger(__name__)
@@ -46,9 +45,14 @@ def run_locally(
     if nodes * ranks == 1:
         train(command, parsed, World(), run, attempt)
         return 0
-    preload(parsed[1].strategy)
+    preload(parsed[1])
+    board = PhaseBoard(nodes * ranks, phase_limits(parsed[1].run.hang_timeout_seconds))
+
+    def train_rank(world: World) -> None:
+        train(command, parsed, world, run, attempt, board.reporter(world.rank))
+
     try:
-        fork_ranks(lambda world: train(command, parsed, world, run, attempt) and None, nodes, ranks, partial(run.log, attempt))
+        fork_ranks(train_rank, nodes, ranks, lambda world: run.log(attempt, world.rank) if world.rank else None, board)
     except RankFailed as failed:
         # The watchdog of a rank may have recorded that another one hangs.
         failure = read_first_failure(run, attempt) or failed.failure

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +118,9 @@ class TrainingSession:
     def _execute(self) -> RunResult:
         """Prepare what a strategy needs on this node, and train."""
         context, config = self.context, self.context.config
+        context.enter("compile")
         load_ops(required_ops(config), context.world, context.device)
+        context.enter("model")
         nvme = config.deepspeed.nvme_path if config.strategy == "deepspeed" else None
         is_finished = is_preempted = False
         try:
@@ -130,6 +132,7 @@ class TrainingSession:
             is_preempted = True
             raise
         finally:
+            context.enter("closing")
             if self.logger is not None:
                 with closing(self.logger.metrics):
                     if not context.run.is_superseded(context.attempt):
@@ -159,6 +162,7 @@ class TrainingSession:
         )
         if isinstance(checkpoint, Checkpoint) and context.command == "fit":
             self._resume(strategy, checkpoint, is_same_run)
+        context.enter("data")
         path = None if checkpoint is None else str(checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint)
         if path is not None:
             allow_plain_classes(Path(path))
@@ -312,15 +316,15 @@ def _normalize(error: BaseException) -> BaseException:
 
 
 def train(
-    command: str, parsed: tuple[ArgumentParser, Namespace], world: World, run: Run | None = None, attempt: int = 1
+    command: str,
+    parsed: tuple[ArgumentParser, Namespace],
+    world: World,
+    run: Run | None = None,
+    attempt: int = 1,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> RunResult:
     """Run one attempt on this rank, together with all others; the arguments are those of ``RunContext.create``."""
-    return TrainingSession(RunContext.create(command, parsed, world, run, attempt)).run()
-
-
-def run_rank(command: str, arguments: Sequence[str], world: World, run: Run, attempt: int) -> None:
-    """Parse ``arguments`` and train: the entry point of a Slurm task."""
-    train(command, parse_config(arguments, command), world, run, attempt)
+    return TrainingSession(RunContext.create(command, parsed, world, run, attempt, enter)).run()
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:

@@ -3,14 +3,14 @@
 # Parameters
 #SBATCH --account=your_account
 #SBATCH --chdir=/home/user/project
-#SBATCH --cpus-per-task=16
+#SBATCH --cpus-per-task=128
 #SBATCH --exclusive
 #SBATCH --gpus-per-node=8
 #SBATCH --mail-type=FAIL,TIME_LIMIT
 #SBATCH --mail-user=you@example.org
 #SBATCH --mem=960G
 #SBATCH --nodes=4
-#SBATCH --ntasks-per-node=8
+#SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
 #SBATCH --output=/home/user/project/runs/digits/20260101-000000-abcd/slurm/%j_0_log.out
 #SBATCH --partition=a100
@@ -66,12 +66,13 @@ srun() {
       *) retry || return 1; continue ;;
     esac
     LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
-    # Port of the rendezvous on the first node: random, so that nobody can guess it, and the next one while it is in use.
+    # Port and key of the agents on the first node: random, so that nobody can guess them; the next port while it is in use.
     MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
     while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
       MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
     done
-    export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS MASTER_PORT
+    LOCKSTEP_KEY=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+    export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS LOCKSTEP_KEY MASTER_PORT
     command srun "$@"
     status=$?
     [ $status -le 128 ] || cancel_steps || return 1
@@ -87,4 +88,4 @@ srun() {
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /home/user/project/runs/digits/20260101-000000-abcd/slurm/%j_%t_log.out --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=16 /home/user/.venv/bin/python -u -m submitit.core._submit /home/user/project/runs/digits/20260101-000000-abcd/slurm
+srun --unbuffered --output /home/user/project/runs/digits/20260101-000000-abcd/slurm/%j_%t_log.out --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=128 /home/user/.venv/bin/python -u -m submitit.core._submit /home/user/project/runs/digits/20260101-000000-abcd/slurm

@@ -58,12 +58,13 @@ srun() {
       *) retry || return 1; continue ;;
     esac
     LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
-    # Port of the rendezvous on the first node: random, so that nobody can guess it, and the next one while it is in use.
+    # Port and key of the agents on the first node: random, so that nobody can guess them; the next port while it is in use.
     MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
     while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
       MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
     done
-    export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS MASTER_PORT
+    LOCKSTEP_KEY=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+    export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS LOCKSTEP_KEY MASTER_PORT
     command srun "$@"
     status=$?
     [ $status -le 128 ] || cancel_steps || return 1

@@ -39,8 +39,8 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
     # submitit would have Slurm send SIGUSR2 before the time limit: without a handler yet, it ends a rank. SIGURG is ignored.
     additional: dict[str, Any] = {"chdir": options.working_directory, "requeue": True, "signal": "URG@90"}
     if options.nodes.is_range:
-        # With --ntasks-per-node Slurm would allocate the smallest number of nodes. Request the CPUs of a node for one task.
-        additional |= {"nodes": str(options.nodes), "cpus-per-task": profile.ranks * (profile.cpus or 1)}
+        # With --ntasks-per-node Slurm would allocate the smallest number of nodes.
+        additional |= {"nodes": str(options.nodes), "cpus-per-task": _node_cpus(profile)}
     if profile.reservation:
         additional["reservation"] = profile.reservation
     if options.after:
@@ -52,8 +52,8 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
     parameters = {name: getattr(profile, name) for name in same_name} | {
         "time": profile.minutes,
         "nodes": options.nodes.max,
-        "ntasks_per_node": profile.ranks,
-        "cpus_per_task": profile.cpus,
+        "ntasks_per_node": 1,  # the agent, which starts the ranks of its node
+        "cpus_per_task": _node_cpus(profile),
         "gpus_per_node": profile.gpus_per_node or None,
         "exclusive": profile.exclusive or None,
         "dependency": f"afterok:{options.after}" if options.after else None,
@@ -73,9 +73,13 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
 
 def _srun_arguments(request: JobRequest) -> list[str]:
     arguments = ["--kill-on-bad-exit=1", "--open-mode=append"]
-    if request.profile.cpus is not None:
-        arguments.append(f"--cpus-per-task={request.profile.cpus}")  # srun does not inherit it
+    arguments.append(f"--cpus-per-task={_node_cpus(request.profile)}")  # srun does not inherit it
     return [*arguments, *_pyxis_arguments(request), *request.profile.srun]
+
+
+def _node_cpus(profile: Profile) -> int:
+    """CPUs of the ranks of a node."""
+    return profile.ranks * (profile.cpus or 1)
 
 
 def _pyxis_arguments(request: JobRequest) -> list[str]:
@@ -160,12 +164,13 @@ srun() {
       *) retry || return 1; continue ;;
     esac
     LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
-    # Port of the rendezvous on the first node: random, so that nobody can guess it, and the next one while it is in use.
+    # Port and key of the agents on the first node: random, so that nobody can guess them; the next port while it is in use.
     MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
     while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
       MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
     done
-    export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS MASTER_PORT
+    LOCKSTEP_KEY=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+    export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS LOCKSTEP_KEY MASTER_PORT
     command srun @task_counts@"$@"
     status=$?
     [ $status -le 128 ] || cancel_steps || return 1
@@ -210,10 +215,8 @@ def _fill_in(template: str, request: JobRequest) -> list[str]:
     supervisor = f"{_python_command(request)} -m lockstep.slurm.supervisor"
     if pyxis := _pyxis_arguments(request):
         supervisor = f"command srun --overlap --nodes=1 --ntasks=1 {shlex.join(pyxis)} {supervisor}"
-    task_counts, ranks = "", request.profile.ranks
-    if request.options.nodes.is_range:  # sbatch cannot know the number of ranks
-        cpus = "" if request.profile.cpus else "--cpus-per-task=1 "
-        task_counts = f"--ntasks=$((SLURM_NNODES * {ranks})) --ntasks-per-node={ranks} {cpus}"
+    # sbatch does not know the number of nodes in a range.
+    task_counts = '--ntasks="$SLURM_NNODES" --ntasks-per-node=1 ' if request.options.nodes.is_range else ""
     values = {
         "restart": RESTART,
         "requeue": REQUEUE,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 from lockstep.compat.submitit import SUBMISSION_ERRORS
 from lockstep.core import UsageError
-from lockstep.slurm import TrainTask, query_slurm
+from lockstep.slurm import NodeTask, query_slurm
 from lockstep.slurm.submission import partitions
 from lockstep.slurm.submission.batch_script import PASSED_PREFIX, JobRequest, batch_script, make_executor
 
@@ -59,7 +59,7 @@ def check_dependency(job: str, env: Mapping[str, str]) -> None:
         )
 
 
-def submit_job(request: JobRequest, tasks: Sequence[TrainTask], env: MutableMapping[str, str]) -> str:
+def submit_job(request: JobRequest, tasks: Sequence[NodeTask], env: MutableMapping[str, str]) -> str:
     """Submit ``tasks``, one per run, with one ``sbatch``, and return the job id; after a UsageError nothing is queued."""
     executor = make_executor(request)
     (request.folder / "slurm").mkdir(mode=0o700, exist_ok=True)

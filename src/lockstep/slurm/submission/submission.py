@@ -22,7 +22,7 @@ from lockstep.config import (
 from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError, python_path, wandb_api_key
 from lockstep.runs import CodePaths, LaunchRecord, Run, SweepRun, frozen_config, git_state, new_run_id, snapshot
-from lockstep.slurm import SubmittedJob, TrainTask, member_runs, register_job
+from lockstep.slurm import NodeTask, SubmittedJob, member_runs, register_job
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script
 from lockstep.slurm.submission.options import LaunchOptions
 from lockstep.slurm.submission.profile import Profile
@@ -155,7 +155,7 @@ class Submission:
         if launch is None or launch.paths is None or launch.folder is None:
             raise UsageError(f"--resume: {run.launch} does not say how the run was submitted; resume it with launch/local.py.")
         code = CodePaths(tuple(map(Path, launch.paths)), None, launch.code or "")
-        task = TrainTask(run.folder, self.command, self.arguments, code.digest, self.profile.cpus)
+        task = self._task(run, self.arguments, code)
         options = replace(self.options, working_directory=Path(launch.folder))
         return self._register(submit_job(replace(self._request(code), options=options), [task], env), env)
 
@@ -201,7 +201,7 @@ class Submission:
         frozen_config.check_not_ignored(self.config, code, here, env)
         return code
 
-    def _tasks(self, code: CodePaths) -> list[TrainTask]:
+    def _tasks(self, code: CodePaths) -> list[NodeTask]:
         """Write the launch record of each run, freeze its config files, and return its task."""
         freezer = frozen_config.ConfigFreezer(code, self.folder / "configs", self.secrets)
         record = LaunchRecord(
@@ -223,8 +223,12 @@ class Submission:
                     (run.folder / name).symlink_to(Path("..") / self.folder.name / name)
             record.write(run.launch)
             arguments = freezer.freeze(self.run_arguments(index))
-            tasks.append(TrainTask(run.folder, self.command, arguments, code.digest, self.profile.cpus))
+            tasks.append(self._task(run, arguments, code))
         return tasks
+
+    def _task(self, run: Run, arguments: tuple[str, ...], code: CodePaths) -> NodeTask:
+        profile, slurm = self.profile, self.folder / "slurm"
+        return NodeTask(run.folder, slurm, self.command, arguments, code.digest, profile.ranks, profile.cpus)
 
     def _request(self, code: CodePaths) -> JobRequest:
         return JobRequest(self._job_name, self.folder, code, self.profile, self.options, len(self.sweep_points))

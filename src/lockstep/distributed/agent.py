@@ -1,0 +1,247 @@
+"""The agent of a node: it forks the ranks of its node, watches them, and forks those of the next attempt when one fails.
+
+The agent of node 0 leads: it opens the rendezvous of the ranks and hears of each rank that has ended on any node. When one has
+failed it has all ranks end, and decides with the restart policy whether another attempt follows. No agent imports again.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lockstep.core import World
+from lockstep.distributed.channel import Channel
+from lockstep.distributed.phases import PhaseBoard
+from lockstep.distributed.process_group import listen, parse_rendezvous
+from lockstep.distributed.rank_group import RankGroup, RankOutcome, first_failure, raise_interrupted
+from lockstep.runs import Failure
+
+_INTERVAL_SECONDS = 1.0
+"""How often the phases of the ranks are looked at."""
+
+_CAUSE_SECONDS, _SECONDARY_SECONDS = 0.2, 5.0
+"""How long to wait for an earlier failure of another rank, and for the cause of a lost connection."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the agent of a node runs.
+
+    Attributes:
+        train: Runs one attempt as one rank; its third argument reports the phase that the rank enters.
+        log: Log file of a rank in an attempt.
+        limits: As in ``PhaseBoard``.
+        record: Records why an attempt failed; called on node 0, with the failure of the rank that failed first.
+        next_attempt: Claims the next attempt where the restart policy wants one in this allocation, after one that ended with
+            this exit status; called on node 0.
+    """
+
+    train: Callable[[World, int, Callable[[str], None]], Any]
+    log: Callable[[World, int], Path]
+    limits: Mapping[str, float]
+    record: Callable[[int, Failure], None]
+    next_attempt: Callable[[int], int | None]
+
+
+class Agent:
+    """The agent of this node.
+
+    Args:
+        agents: This agent among those of all nodes.
+        ranks: Ranks of each node.
+        channel: Its connections to the others.
+    """
+
+    def __init__(self, agents: World, ranks: int, channel: Channel, plan: Plan) -> None:
+        self.agents, self.ranks, self.channel, self.plan = agents, ranks, channel, plan
+        self._group: RankGroup | None = None
+        self._signal = 0
+        self._others = set(_children())  # of libraries
+        adopt_orphans()
+
+    def run(self, attempt: int) -> int:
+        """Run this attempt and those that follow without another srun, and return the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._pass_on)
+        try:
+            return self._lead(attempt) if self.agents.is_rank_zero else self._follow()
+        finally:
+            self._end_group()
+            self.channel.close()
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        """Slurm sends most signals to the ranks too, which heed the first one only."""
+        self._signal = self._signal or number
+        if self._group is not None:
+            self._group.signal(number)
+
+    def _lead(self, attempt: int) -> int:
+        while True:
+            ended = self._lead_attempt(attempt)
+            if ended.failure is not None:
+                self.plan.record(attempt, ended.failure)
+            following = None if ended.is_final or self._signal else self.plan.next_attempt(ended.status)
+            if following is None:
+                self.channel.send({"exit": True})
+                return ended.status
+            attempt = following
+
+    def _lead_attempt(self, attempt: int) -> "_Ended":
+        """Run one attempt on all nodes, to the end of its last rank."""
+        address = parse_rendezvous(self.agents.rendezvous)[0] if self.agents.size > 1 else "127.0.0.1"
+        with listen(address, 0, self.agents.size) as listener:
+            host = f"[{address}]" if ":" in address else address
+            rendezvous = f"tcp://{host}:{listener.getsockname()[1]}"
+            self.channel.send({"start": attempt, "rendezvous": rendezvous})
+            group = self._fork(attempt, rendezvous, listener)
+        running, outcomes = set(self.channel.connections), list[RankOutcome]()
+        signalled, lost, failed_at, is_ending = False, False, None, False
+        while group.running or running:
+            new, ready = group.poll(_INTERVAL_SECONDS if failed_at is None else 0.1, list(self.channel.connections.values()))
+            for node, message in self.channel.receive(ready):
+                if message is None:  # srun tells why, and the batch script starts it again
+                    lost = True
+                    running.discard(node)
+                elif "failure" in message:
+                    new.append(_parse_outcome(message))
+                else:
+                    running.discard(node)
+                    lost, signalled = lost or bool(message["stuck"]), signalled or bool(message["signal"])
+            outcomes += [outcome for outcome in new if not (is_ending and _is_interruption(outcome))]
+            now = time.monotonic()
+            if failed_at is None and (lost or any(outcome.ends_others for outcome in outcomes)):
+                failed_at = now
+            if failed_at is not None and now - failed_at > (
+                _CAUSE_SECONDS if lost or any(_is_cause(outcome) for outcome in outcomes) else _SECONDARY_SECONDS
+            ):
+                is_ending = True
+                self.channel.send({"end": True})
+                group.end()
+        stuck = self._end_group()
+        failure = first_failure(outcomes)
+        together = all(outcome.together for outcome in outcomes if outcome.failure is not None)
+        status = 0 if failure is None or (together and not lost) else failure.exit_status
+        if self._signal or signalled:  # Slurm kills the ranks that did not end in time
+            failure = replace(failure, is_secondary=True) if failure is not None and failure.is_killed else failure
+        if stuck:
+            print(f"lockstep: the kernel does not end these ranks: {', '.join(map(str, stuck))}.", file=sys.stderr, flush=True)
+        is_final = bool(lost or stuck or signalled or (failure is None and not lost))
+        return _Ended(status or int(bool(lost or stuck)), None if together else failure, is_final)
+
+    def _follow(self) -> int:
+        (leader,) = self.channel.connections.values()
+        while True:
+            group = self._group
+            if group is None:
+                messages = self.channel.receive([leader])
+            else:
+                new, ready = group.poll(_INTERVAL_SECONDS, [leader])
+                for outcome in new:
+                    if outcome.failure is not None:
+                        self.channel.send(_outcome_message(outcome, outcome.failure))
+                messages = self.channel.receive(ready)
+            for _, message in messages:
+                if message is None:
+                    return 1  # it has ended without a word, and the ranks of this node end with this process
+                if "start" in message:
+                    self._fork(message["start"], message["rendezvous"], None)
+                elif "end" in message and group is not None:
+                    group.end()
+                elif "exit" in message:
+                    return 0
+            if group is not None and not group.running:
+                self.channel.send({"stuck": self._end_group(), "signal": self._signal})
+
+    def _fork(self, attempt: int, rendezvous: str, listener: socket.socket | None) -> RankGroup:
+        size, first = self.agents.size * self.ranks, self.agents.rank * self.ranks
+        worlds = [
+            World(first + index, size, index, self.ranks, rendezvous if size > 1 else "", "agent")
+            for index in range(self.ranks)
+        ]
+        if listener is not None and size > 1:
+            worlds[0] = replace(worlds[0], listener=listener.fileno())
+        board = PhaseBoard(self.ranks, self.plan.limits)
+
+        def train(world: World) -> None:
+            if listener is not None and world.listener is None:
+                listener.close()
+            self.plan.train(world, attempt, board.reporter(world.local_rank))
+
+        handlers: dict[int, Any] = {
+            signal.SIGTERM: raise_interrupted,
+            signal.SIGINT: signal.SIG_DFL,
+            signal.SIGCONT: signal.SIG_DFL,
+        }
+        # Before training there is nothing to save, and the time of the job is not over yet.
+        handlers |= dict.fromkeys((signal.SIGUSR1, signal.SIGUSR2), signal.SIG_IGN)
+        self._group = RankGroup(
+            train, worlds, lambda world: self.plan.log(world, attempt), handlers, board, on_fork=self.channel.close
+        )
+        if self._signal:
+            self._group.signal(self._signal)
+        return self._group
+
+    def _end_group(self) -> list[int]:
+        """End what is left of the ranks and their children, and return the ranks that the kernel does not end."""
+        group, self._group = self._group, None
+        stuck = group.close() if group is not None else []
+        if group is not None and not stuck:
+            self._kill_orphans()
+        return stuck
+
+    def _kill_orphans(self) -> None:
+        """Kill the children of ranks that have ended, and theirs, which this process adopts in turn."""
+        while orphans := set(_children()) - self._others:
+            for pid in orphans:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in orphans:
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How an attempt has ended on all nodes; ``is_final`` if these agents cannot, or need not, run another one."""
+
+    status: int
+    failure: Failure | None
+    is_final: bool
+
+
+def _is_interruption(outcome: RankOutcome) -> bool:
+    return outcome.failure is not None and outcome.failure.is_interruption
+
+
+def _is_cause(outcome: RankOutcome) -> bool:
+    return outcome.failure is not None and outcome.failure.is_cause
+
+
+def _outcome_message(outcome: RankOutcome, failure: Failure) -> dict[str, Any]:
+    return {"failure": failure.as_dict(), "together": outcome.together, "time": outcome.time}
+
+
+def _parse_outcome(message: Mapping[str, Any]) -> RankOutcome:
+    return RankOutcome(None, Failure.from_dict(message["failure"]), message["together"], message["time"])
+
+
+def adopt_orphans() -> None:
+    """Become the parent of processes whose rank has ended, such as DataLoader workers."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def _children() -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(path.parent.name))
+    return found

@@ -1,0 +1,143 @@
+"""The connections between the agents of a job: one from each node to node 0, whose agent leads.
+
+Both ends prove that they know the job's key. Messages are JSON objects, so that receiving one cannot run code.
+"""
+
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from typing import Any
+
+from lockstep.core import RunError, World
+from lockstep.distributed.process_group import listen, parse_rendezvous
+
+Message = dict[str, Any]
+
+_CONNECT_SECONDS = 600.0
+"""How long the leader waits for the other agents, and they for it: imports from a cold shared file system take minutes."""
+
+_HANDSHAKE_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Channel:
+    """The connections of this agent, by the node at the other end: those to all others on node 0, else the one to node 0."""
+
+    connections: dict[int, Connection]
+
+    @classmethod
+    def open(cls, agents: World, key: bytes) -> "Channel":
+        """Connect the agents of all nodes.
+
+        Args:
+            agents: This agent among those of all nodes; its rendezvous is that of the agents.
+            key: The secret of the job.
+
+        Raises:
+            RunError: An agent has not connected in time.
+        """
+        if agents.size == 1:
+            return cls({})
+        address, port = parse_rendezvous(agents.rendezvous)
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        return cls(_accept(agents, address, port, key, deadline) if agents.is_rank_zero else _connect(agents, key, deadline))
+
+    def send(self, message: Message) -> None:
+        """Send a message to the other end of each connection; one that is gone is noticed when receiving."""
+        for connection in self.connections.values():
+            try:
+                connection.send_bytes(json.dumps(message).encode())
+            except OSError:
+                continue
+
+    def receive(self, ready: Sequence[Any]) -> list[tuple[int, Message | None]]:
+        """The messages of the connections that are ``ready``, with the node that sent them; None: that agent is gone."""
+        received: list[tuple[int, Message | None]] = []
+        for node, connection in list(self.connections.items()):
+            if connection not in ready:
+                continue
+            try:
+                received.append((node, json.loads(connection.recv_bytes())))
+            except (EOFError, OSError):
+                connection.close()
+                del self.connections[node]
+                received.append((node, None))
+        return received
+
+    def close(self) -> None:
+        """Close all connections; a forked rank calls it, or its connections would outlive a killed agent."""
+        for connection in self.connections.values():
+            connection.close()
+
+
+def _accept(agents: World, address: str, port: int, key: bytes, deadline: float) -> dict[int, Connection]:
+    connections: dict[int, Connection] = {}
+    with listen(address, port, agents.size) as server:
+        while len(connections) < agents.size - 1:
+            server.settimeout(max(0.1, deadline - time.monotonic()))
+            try:
+                accepted, _ = server.accept()
+            except TimeoutError:
+                missing = ", ".join(str(node) for node in range(1, agents.size) if node not in connections)
+                raise RunError(
+                    f"The agents of these nodes have not connected to {agents.rendezvous} within {_CONNECT_SECONDS:.0f} s: "
+                    f"{missing}. They still import, or cannot reach it; see their output in the folder slurm of the run."
+                ) from None
+            connection = _keep_alive(accepted)
+            try:
+                deliver_challenge(connection, key)
+                answer_challenge(connection, key)
+                connections[json.loads(connection.recv_bytes())["node"]] = connection
+            except (OSError, EOFError, ValueError, AuthenticationError):  # no agent of this job
+                connection.close()
+                continue
+            _limit_reads(connection, 0)
+    return connections
+
+
+def _connect(agents: World, key: bytes, deadline: float) -> dict[int, Connection]:
+    address, port = parse_rendezvous(agents.rendezvous)
+    while True:
+        try:
+            connection = _keep_alive(socket.create_connection((address, port), timeout=_HANDSHAKE_SECONDS))
+            answer_challenge(connection, key)
+            deliver_challenge(connection, key)
+            connection.send_bytes(json.dumps({"node": agents.rank}).encode())
+            _limit_reads(connection, 0)
+            return {0: connection}
+        except (OSError, EOFError) as error:  # it still imports
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"The agent of node {agents.rank} cannot reach that of node 0 at {agents.rendezvous} ({error})."
+                ) from None
+            time.sleep(0.1)
+
+
+def _keep_alive(connected: socket.socket) -> Connection:
+    """A connection whose end is noticed within a minute, also if the other node has lost its power."""
+    connected.setblocking(True)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, option):  # not everywhere under the same name
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    connection = Connection(connected.detach())
+    _limit_reads(connection, _HANDSHAKE_SECONDS)
+    return connection
+
+
+def _limit_reads(connection: Connection, seconds: int) -> None:
+    """Let reads fail after ``seconds``; 0: never."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
+
+
+def job_key(env: Mapping[str, str]) -> bytes:
+    """The secret that the batch script has made for this start of the agents."""
+    return env.get("LOCKSTEP_KEY", "").encode()

@@ -1,0 +1,56 @@
+"""The phases of a rank, from its fork to its end, in memory that it shares with the process that has forked it.
+
+A rank that hangs before its first step has no heartbeats yet. Its agent knows the phase, and how long each may take.
+"""
+
+import mmap
+import struct
+import time
+from collections.abc import Callable, Mapping
+
+PHASES = ("rendezvous", "compile", "model", "data", "first step", "running", "closing")
+"""In the order in which a rank passes through them; ``closing`` is that of the loggers, after a failure too."""
+
+_TIMES_HANG_TIMEOUT = {"rendezvous": 1, "compile": 6, "model": 4, "data": 24, "first step": 4}
+"""Limit of each phase as a multiple of ``run.hang_timeout_seconds``. Data may be downloaded; later phases have the watchdog."""
+
+STARTING_PHASES = tuple(_TIMES_HANG_TIMEOUT)
+
+_SLOT = struct.Struct("=bd")
+
+
+def phase_limits(hang_timeout_seconds: float) -> dict[str, float]:
+    """Seconds after which a rank hangs in a phase."""
+    return {phase: times * hang_timeout_seconds for phase, times in _TIMES_HANG_TIMEOUT.items()}
+
+
+class PhaseBoard:
+    """The phase of each of several ranks; make it before they are forked.
+
+    Args:
+        limits: Seconds that a phase may last; one without a limit is not watched.
+    """
+
+    def __init__(self, ranks: int, limits: Mapping[str, float]) -> None:
+        self.limits = limits
+        self._memory = mmap.mmap(-1, _SLOT.size * ranks)
+        for index in range(ranks):
+            self.reporter(index)(PHASES[0])
+
+    def reporter(self, index: int) -> Callable[[str], None]:
+        """A function with which the rank of this index reports that it enters a phase."""
+
+        def enter(phase: str) -> None:
+            _SLOT.pack_into(self._memory, index * _SLOT.size, PHASES.index(phase), time.monotonic())
+
+        return enter
+
+    def phase(self, index: int) -> tuple[str, float]:
+        """The phase of a rank, and since when, by the monotonic clock."""
+        number, since = _SLOT.unpack_from(self._memory, index * _SLOT.size)
+        return PHASES[number], since
+
+    def is_overdue(self, index: int) -> bool:
+        """Whether a rank has spent more time in its phase than the limit."""
+        phase, since = self.phase(index)
+        return time.monotonic() - since > self.limits.get(phase, float("inf"))

@@ -1,0 +1,305 @@
+"""The ranks of this machine, forked from a process that has already imported torch and Lightning.
+
+Importing takes longer than many tests, and forking takes no time. CUDA must not be initialized before the fork.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockstep.core import Interrupted, Stopped, World
+from lockstep.distributed.phases import PhaseBoard
+from lockstep.distributed.signals import STOP_SIGNALS
+from lockstep.runs import Failure
+
+_KILL_SECONDS, _CLOSING_SECONDS = 1.0, 30.0
+"""How long a rank may take to end after ``RankGroup.end``, and one that closes its loggers."""
+
+_STUCK_SECONDS = 10.0
+"""How long the kernel may take to end a rank after SIGKILL, before it counts as stuck."""
+
+
+@dataclass(frozen=True)
+class RankOutcome:
+    """How a rank has ended.
+
+    Attributes:
+        together: Whether it stopped for a signal at the same step as all others.
+        time: In seconds since 1970.
+    """
+
+    result: Any = None
+    failure: Failure | None = None
+    together: bool = False
+    time: float = field(default_factory=time.time)
+
+    @property
+    def ends_others(self) -> bool:
+        """Whether the other ranks cannot finish without this one."""
+        return self.failure is not None and not self.together
+
+
+class _RankProcess:
+    """A forked rank: its process, the pipe for its outcome, and a descriptor that becomes readable when it ends."""
+
+    def __init__(self, main: "_RankMain", world: World, log: Path | None) -> None:
+        context = multiprocessing.get_context("fork")
+        self.world = world
+        self.stacks = tempfile.TemporaryFile()  # noqa: SIM115
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=main, args=(world, sender, log, os.getpid(), self.stacks.fileno()))
+        self.process.start()
+        # Before the next fork: a later rank must not hold the sending end, or the pipe would not close when this rank ends.
+        sender.close()
+        # Process.sentinel is a pipe too, and a DataLoader worker of a dead rank still holds its other end.
+        self.end = os.pidfd_open(self.process.pid or 0) if sys.platform == "linux" else os.dup(self.process.sentinel)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid or 0
+
+    def close(self) -> None:
+        os.close(self.end)
+        self.receiver.close()
+        self.stacks.close()
+
+
+Handlers = Mapping[int, Any]
+"""Handlers of signals, by number."""
+
+
+@dataclass(frozen=True)
+class _RankMain:
+    """What a forked rank runs."""
+
+    target: Callable[[World], Any]
+    handlers: Handlers
+    on_fork: Callable[[], None]
+
+    def __call__(self, world: World, sender: Connection, log: Path | None, parent: int, stacks: int) -> None:
+        """Run ``target``, send its result or failure, and exit."""
+        if sys.platform == "linux":
+            # PR_SET_PDEATHSIG: Linux kills this process when its parent ends, even after SIGKILL.
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+        self.on_fork()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        if log is not None:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            # Python's streams too: in the parent, sys.stdout may be something other than file descriptor 1.
+            sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
+        faulthandler.register(signal.SIGQUIT, stacks, all_threads=True)
+        os.environ.update(world.environ())
+        _select_gpus(world)
+        status = 1
+        try:
+            sender.send(RankOutcome(self.target(world)))
+            status = 0
+        except BaseException as error:
+            failure = Failure.from_exception(error, world)
+            status = failure.exit_status
+            if failure.is_secondary:
+                print(f"lockstep: this rank ended because another one was gone ({failure.report.splitlines()[-1]})")
+            elif log is not None and world.rank and not failure.is_interruption:  # that of rank zero has the first failure
+                print(f"lockstep: {failure.report}")
+            stopped = error.__cause__
+            sender.send(RankOutcome(failure=failure, together=isinstance(stopped, Stopped) and stopped.together))
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)  # without the exit handlers of the parent; they would wait for DataLoader workers and threads
+
+
+def raise_interrupted(number: int, frame: object) -> None:
+    """Handle a signal before training, when there is nothing to save; another one of its kind must not disturb the end."""
+    signal.signal(number, signal.SIG_IGN)
+    raise Interrupted(128 + number)
+
+
+class RankGroup:
+    """Ranks that this process has forked.
+
+    Args:
+        target: What each rank runs; its result must pickle.
+        logs: The log file of a rank; None inherits this process's output.
+        handlers: Signal handlers that a rank begins with.
+        board: Watches the phases of these ranks, by their index in ``worlds``; those of training have the watchdog.
+        on_fork: What each rank does first, such as closing what is not its own.
+    """
+
+    def __init__(
+        self,
+        target: Callable[[World], Any],
+        worlds: Sequence[World],
+        logs: Callable[[World], Path | None] = lambda world: None,
+        handlers: Handlers | None = None,
+        board: PhaseBoard | None = None,
+        on_fork: Callable[[], None] = lambda: None,
+    ) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._board = board
+        self._ended_at: float | None = None
+        self._oom_kills = _count_oom_kills()
+        self.outcomes: dict[int, RankOutcome] = {}
+        self.ranks: list[_RankProcess] = []
+        main = _RankMain(target, handlers or {signal.SIGTERM: signal.SIG_DFL}, on_fork)
+        # A rank that gets a signal before it has its own handlers would run those of this process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            for world in worlds:
+                self.ranks.append(_RankProcess(main, world, logs(world)))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    @property
+    def running(self) -> list[_RankProcess]:
+        """The ranks that have not ended."""
+        return [rank for rank in self.ranks if rank.world.rank not in self.outcomes]
+
+    def poll(self, timeout: float | None = None, others: Sequence[Any] = ()) -> tuple[list[RankOutcome], list[Any]]:
+        """Wait until a rank ends or one of ``others`` is ready, at most for ``timeout``; return new outcomes and what is ready.
+
+        After ``end`` it kills the ranks that take too long. A rank that hangs in a phase is killed, and its outcome says where.
+        """
+        running = self.running
+        ready = wait([*(handle for rank in running for handle in (rank.receiver, rank.end)), *others], timeout)
+        new = {rank.world.rank: self._receive(rank) for rank in running if rank.receiver in ready or rank.end in ready}
+        self.outcomes |= new
+        new |= self._hung_ranks()
+        self.outcomes |= new
+        if self._ended_at is not None:
+            self._kill_late(time.monotonic() - self._ended_at)
+        return list(new.values()), [other for other in others if other in ready]
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all ranks that have not ended."""
+        for rank in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, number)
+
+    def end(self) -> None:
+        """Have the ranks end, with SIGTERM; ``poll`` kills those that do not."""
+        if self._ended_at is None:
+            self._ended_at = time.monotonic()
+            self.signal(signal.SIGTERM)
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for all ranks to end, at most for ``seconds``."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        for rank in self.ranks:
+            rank.process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def close(self, seconds: float = 0.0) -> list[int]:
+        """Kill what is left after ``seconds``, release the descriptors, and return the ranks that the kernel does not end."""
+        self.join(seconds)
+        for rank in self.ranks:
+            rank.process.kill()
+        self.join(_STUCK_SECONDS)
+        stuck = [rank.world.rank for rank in self.ranks if rank.process.is_alive()]
+        for rank in self.ranks:
+            rank.close()
+        self.ranks = []
+        return stuck
+
+    def _receive(self, rank: _RankProcess) -> RankOutcome:
+        with contextlib.suppress(EOFError):
+            if rank.receiver.poll():
+                outcome: RankOutcome = rank.receiver.recv()
+                return outcome
+        rank.process.join(1)
+        code = rank.process.exitcode
+        is_killed = code == -signal.SIGKILL
+        is_out_of_memory = is_killed and _count_oom_kills() > self._oom_kills
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}" + (": the job is out of memory" if is_out_of_memory else "")
+        else:
+            how = f"exited with status {code} and without a report"
+        failure = replace(Failure.from_report(f"The process {how}.", rank.world), is_killed=is_killed)
+        # A killed rank fails before its peers notice, and sends nothing: date it back.
+        return RankOutcome(failure=replace(failure, is_out_of_memory=is_out_of_memory), time=time.time() - 0.2)
+
+    def _hung_ranks(self) -> dict[int, RankOutcome]:
+        """Kill each rank that hangs in a phase; its outcome has its stacks. One that waits for another rank says so."""
+        if self._board is None or self._ended_at is not None:
+            return {}
+        overdue = [
+            (index, rank)
+            for index, rank in enumerate(self.ranks)
+            if rank.world.rank not in self.outcomes and self._board.is_overdue(index)
+        ]
+        for _, rank in overdue:
+            os.kill(rank.pid, signal.SIGQUIT)
+        if overdue:
+            time.sleep(1.0)
+        found = {}
+        for index, rank in overdue:
+            rank.stacks.seek(0)
+            stacks = rank.stacks.read().decode(errors="replace")
+            os.kill(rank.pid, signal.SIGKILL)
+            phase, since = self._board.phase(index)
+            seconds = time.monotonic() - since
+            main = re.split(r"^(?=Current thread|Thread)", stacks, flags=re.MULTILINE)[-1]
+            is_waiting = "torch/distributed/" in main
+            what = "waits for another rank" if is_waiting else "hangs"
+            report = f"{stacks}It {what}: no progress for {seconds:.0f} s in the phase {phase!r}, before the first step."
+            failure = replace(Failure.from_report(report, rank.world), is_secondary=is_waiting)
+            found[rank.world.rank] = RankOutcome(failure=failure)
+        return found
+
+    def _kill_late(self, seconds: float) -> None:
+        for index, rank in enumerate(self.ranks):
+            is_closing = self._board is not None and self._board.phase(index)[0] == "closing"
+            if rank.world.rank not in self.outcomes and seconds > (_CLOSING_SECONDS if is_closing else _KILL_SECONDS):
+                rank.process.kill()
+                if seconds > _CLOSING_SECONDS + _STUCK_SECONDS:
+                    failure = Failure.from_report("The kernel does not end the process.", rank.world)
+                    self.outcomes[rank.world.rank] = RankOutcome(failure=replace(failure, is_secondary=True))
+
+
+def first_failure(outcomes: Iterable[RankOutcome]) -> Failure | None:
+    """The failure of the rank that failed first, and not because of another one; None if no rank failed."""
+    failed = [(not failure.is_cause, outcome.time, failure) for outcome in outcomes if (failure := outcome.failure) is not None]
+    return min(failed, key=itemgetter(0, 1))[2] if failed else None
+
+
+def _select_gpus(world: World) -> None:
+    """Let a rank of a simulated node see the GPUs of that node only; none if there are fewer GPUs than ranks."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if world.launcher == "local" and world.nodes > 1 and count:
+        names = visible.split(",") if visible else [str(index) for index in range(count)]
+        first = world.node_rank * world.local_size
+        own = names[first : first + world.local_size] if world.size <= count else []
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+
+
+def _count_oom_kills() -> int:
+    """Processes of this cgroup that the kernel has killed over its memory limit; 0 where there are no cgroups (version 2)."""
+    with contextlib.suppress(OSError):
+        (own,) = re.findall(r"^0::(.*)", Path("/proc/self/cgroup").read_text(), re.MULTILINE) or [""]
+        events = Path(f"/sys/fs/cgroup{own}/memory.events").read_text()
+        return int(dict(line.split() for line in events.splitlines()).get("oom_kill", "0"))
+    return 0

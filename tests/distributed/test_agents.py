@@ -1,0 +1,252 @@
+"""Agents of several nodes on this machine, without Slurm and without training: who is restarted, named, ended and refused."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.waiting import wait_until
+
+from lockstep.core import World
+from lockstep.distributed import Agent, Channel, Plan, init_process_group
+from lockstep.distributed.cpus import divide, share_cpus
+from lockstep.runs import Failure
+
+pytestmark = pytest.mark.timeout(60)
+
+Train = Callable[[World, int, Callable[[str], None]], Any]
+
+SECONDS = timedelta(seconds=30)
+
+
+@dataclass
+class Nodes:
+    """Agents in processes of their own; what they record goes to files in ``folder``."""
+
+    folder: Path
+    train: Train
+    nodes: int = 2
+    ranks: int = 2
+    attempts: int = 2
+    limits: dict[str, float] = field(default_factory=dict)
+    agents: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+
+    def start(self, *which: int) -> "Nodes":
+        for node in which or range(self.nodes):
+            self.agents.append(multiprocessing.get_context("fork").Process(target=self.run, args=(node,)))
+            self.agents[-1].start()
+        return self
+
+    def run(self, node: int, key: bytes = b"secret") -> None:
+        agents = World(node, self.nodes, 0, 1, f"tcp://127.0.0.1:{self.port}", "slurm")
+        plan = Plan(self.train, self.log, self.limits, self.record, self.next_attempt)
+        sys.exit(Agent(agents, self.ranks, Channel.open(agents, key), plan).run(1))
+
+    def log(self, world: World, attempt: int) -> Path:
+        return self.folder / f"{attempt}.{world.rank}.log"
+
+    def record(self, attempt: int, failure: Failure) -> None:
+        failure.write(self.folder / f"{attempt}.failure.json")
+
+    def next_attempt(self, status: int) -> int | None:
+        ended = len(list(self.folder.glob("next.*"))) + 1
+        (self.folder / f"next.{ended}").write_text(str(status))
+        return ended + 1 if ended < self.attempts else None
+
+    def failure(self, attempt: int) -> Failure:
+        failure = Failure.read(self.folder / f"{attempt}.failure.json")
+        assert failure is not None
+        return failure
+
+    def statuses(self) -> list[int | None]:
+        """Exit statuses of the agents, once all have ended."""
+        for agent in self.agents:
+            agent.join(40)
+        return [agent.exitcode for agent in self.agents]
+
+
+def note(folder: Path, world: World, attempt: int) -> None:
+    (folder / f"{attempt}.{world.rank}.pid").write_text(f"{os.getpid()} {os.getppid()}")
+
+
+def reduce(world: World) -> None:
+    init_process_group(world, torch.device("cpu"), SECONDS)
+    total = torch.tensor(world.rank)
+    torch.distributed.all_reduce(total)
+    assert int(total) == world.size * (world.size - 1) // 2
+
+
+def is_alive(pid: int) -> bool:
+    with suppress(OSError):
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def test_a_killed_rank_is_named_and_all_ranks_start_again_from_the_same_agents(tmp_path: Path) -> None:
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        note(tmp_path, world, attempt)
+        reduce(world)
+        if attempt == 1 and world.rank == 3:
+            if (child := os.fork()) == 0:  # as a DataLoader worker
+                time.sleep(100)
+            (tmp_path / "child").write_text(str(child))
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.barrier()
+
+    nodes = Nodes(tmp_path, train).start()
+    assert nodes.statuses() == [0, 0]
+    failure = nodes.failure(1)
+    assert (failure.rank, failure.node, failure.is_killed, failure.report) == (3, 1, True, "The process was killed by SIGKILL.")
+    assert not is_alive(int((tmp_path / "child").read_text()))
+    pids = {path.name: path.read_text().split() for path in tmp_path.glob("*.pid")}
+    assert len(pids) == 8 and len({pid for pid, _ in pids.values()}) == 8
+    for rank in range(4):
+        assert pids[f"1.{rank}.pid"][1] == pids[f"2.{rank}.pid"][1] == str(nodes.agents[rank // 2].pid)
+
+
+def test_the_cause_is_told_and_not_the_lost_connections(tmp_path: Path) -> None:
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        reduce(world)
+        if world.rank == 2:
+            raise ArithmeticError("rank two's own mistake")
+        torch.distributed.barrier()
+
+    nodes = Nodes(tmp_path, train, attempts=1).start()
+    assert nodes.statuses() == [1, 0]
+    assert nodes.failure(1).rank == 2 and "rank two's own mistake" in nodes.failure(1).report
+    assert (tmp_path / "next.1").read_text() == "1"
+
+
+def test_a_rank_that_ignores_sigterm_is_killed_before_the_next_attempt(tmp_path: Path) -> None:
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        note(tmp_path, world, attempt)
+        if attempt == 1 and world.rank == 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            (tmp_path / "ready").touch()
+            time.sleep(100)
+        if attempt == 1 and world.rank == 0:
+            wait_until((tmp_path / "ready").exists, 30)
+            raise ArithmeticError
+        assert not is_alive(int((tmp_path / "1.1.pid").read_text().split()[0]))
+
+    nodes = Nodes(tmp_path, train, nodes=1).start()
+    assert nodes.statuses() == [0]
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_without_one_agent_the_others_end_with_their_ranks(tmp_path: Path, node: int) -> None:
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        note(tmp_path, world, attempt)
+        time.sleep(100)
+
+    nodes = Nodes(tmp_path, train).start()
+    wait_until(lambda: len(list(tmp_path.glob("1.*.pid"))) == 4 and all(p.read_text() for p in tmp_path.glob("*.pid")), 30)
+    os.kill(nodes.agents[node].pid, signal.SIGKILL)
+    statuses = nodes.statuses()
+    assert statuses[node] == -signal.SIGKILL and statuses[1 - node] == 1
+    pids = [int(path.read_text().split()[0]) for path in tmp_path.glob("*.pid")]
+    wait_until(lambda: not any(map(is_alive, pids)), 20)
+    assert not list(tmp_path.glob("next.*"))  # the batch script decides
+
+
+def test_after_a_signal_of_slurm_nothing_is_started_again(tmp_path: Path) -> None:
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        note(tmp_path, world, attempt)
+        time.sleep(100)
+
+    nodes = Nodes(tmp_path, train).start()
+    wait_until(lambda: len(list(tmp_path.glob("1.*.pid"))) == 4, 30)
+    for agent in nodes.agents:
+        os.kill(agent.pid, signal.SIGTERM)
+    assert nodes.statuses() == [143, 0]
+    assert nodes.failure(1).is_interruption and not list(tmp_path.glob("next.*"))
+
+
+def test_the_rank_that_hangs_before_its_first_step_is_named_with_its_stack(tmp_path: Path) -> None:
+    def load_the_corrupt_archive(world: World) -> None:
+        time.sleep(100)
+
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        reduce(world)
+        enter("data")
+        if world.rank == 1:
+            load_the_corrupt_archive(world)
+        torch.distributed.barrier()
+
+    nodes = Nodes(tmp_path, train, attempts=1, limits={"data": 1.0}).start()
+    assert nodes.statuses() == [1, 0]
+    failure = nodes.failure(1)
+    assert failure.rank == 1 and "in load_the_corrupt_archive" in failure.report
+    assert "It hangs: no progress for" in failure.reason and "in the phase 'data', before the first step." in failure.reason
+
+
+def test_an_agent_that_cannot_fork_ends_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork, forks = os.fork, []
+
+    def limited() -> int:
+        forks.append(1)
+        if len(forks) > 3:  # the two agents, and the first rank of each
+            raise BlockingIOError("Resource temporarily unavailable")
+        return fork()
+
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        note(tmp_path, world, attempt)
+        time.sleep(100)
+
+    monkeypatch.setattr(os, "fork", limited)
+    statuses = Nodes(tmp_path, train).start().statuses()
+    assert 0 not in statuses
+    assert not any(is_alive(int(path.read_text().split()[0])) for path in tmp_path.glob("*.pid"))
+
+
+def test_a_stranger_is_refused(tmp_path: Path) -> None:
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        reduce(world)
+
+    nodes = Nodes(tmp_path, train, nodes=3, ranks=1).start(0)
+
+    def intrude(answer: bytes) -> bytes:
+        def connect() -> socket.socket | None:
+            with suppress(ConnectionRefusedError):
+                return socket.create_connection(("127.0.0.1", nodes.port), 20)
+            return None
+
+        connected = wait_until(connect, 20)
+        assert connected is not None
+        with connected:
+            assert b"#CHALLENGE#" in connected.recv(1000)
+            connected.sendall(answer)
+            return connected.recv(1000)
+
+    assert b"#FAILURE#" in intrude(b"\0\0\0\5{ha!}")
+    assert intrude(b"") == b""  # says nothing, and is dropped
+    nodes.start(1, 2)
+    assert nodes.statuses() == [0, 0, 0]
+
+
+def test_cpus_near_a_gpu_go_to_its_rank() -> None:
+    low, high = set(range(8)), set(range(8, 16))
+    assert divide(low | high, [high, high, low, low], 4) == [{8, 9, 10, 11}, {12, 13, 14, 15}, {0, 1, 2, 3}, {4, 5, 6, 7}]
+    assert divide(low | high, [low, low, low, low], 4) == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}]
+    assert divide(set(range(7)), [low] * 3, 3) == [{0, 1}, {2, 3}, {4, 5}]
+
+
+def test_cpus_that_slurm_has_not_bound_are_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert share_cpus(2, {"SLURM_CPUS_ON_NODE": "8"}) is None and share_cpus(2, {}) is None
+    assert share_cpus(2, {"SLURM_CPUS_ON_NODE": "16"}) == [set(range(8)), set(range(8, 16))]
+    assert share_cpus(32, {"SLURM_CPUS_ON_NODE": "16"}) is None
