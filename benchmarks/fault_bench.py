@@ -1,5 +1,6 @@
 """A test bench that submits runs to a one-machine Slurm cluster, and compares them with an undisturbed run."""
 
+import contextlib
 import copy
 import json
 import os
@@ -83,14 +84,23 @@ class Job(slurm_jobs.Job):
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks, by rank."""
-        rank_of = {
-            pid: int(env["SLURM_PROCID"])
-            for pid, command, env in self._processes()
-            if "SLURM_PROCID" in env and "submitit" in command and "_submit" in command
-        }
-        # Forked children of a rank have the same command and environment.
-        pid_of = {rank: pid for pid, rank in rank_of.items() if _parent(pid) not in rank_of}
-        return [pid_of[rank] for rank in sorted(pid_of)]
+        agents = self.agents()
+        # What a rank forks has its name.
+        return [pid for pid in self._named("rank") if _parent(pid) in agents]
+
+    def agents(self) -> list[int]:
+        """Process ids of the agents, by node."""
+        return self._named("agent")
+
+    def _named(self, kind: str) -> list[int]:
+        """Process ids of the ranks or agents, by number."""
+        found = {}
+        for pid, _, _ in self._processes():
+            with contextlib.suppress(OSError):
+                name, _, number = Path(f"/proc/{pid}/comm").read_text().strip().partition(" ")
+                if name == kind:
+                    found[pid] = int(number)
+        return sorted(found, key=lambda pid: found[pid])
 
     def processes(self) -> list[tuple[int, str]]:
         """Process id and command of all processes of the job, except the batch script and Slurm's own."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fault_bench import FaultBench, Job
 from support.faults import fault
+from support.waiting import wait_until
 
 Injector = Callable[[FaultBench], Job]
 
@@ -27,6 +28,25 @@ def kill_rank(rank: int, *arguments: str) -> Injector:
         return job
 
     return inject
+
+
+def signal_agent(node: int, number: signal.Signals) -> Injector:
+    """A signal to the agent of a node."""
+
+    def inject(bench: FaultBench) -> Job:
+        job = bench.submit_until(57, "--run.hang_timeout_seconds", "5")
+        os.kill(job.agents()[node], number)
+        return job
+
+    return inject
+
+
+def kill_beside_stubborn(bench: FaultBench) -> Job:
+    """SIGKILL of a rank while another one ignores SIGTERM."""
+    job = callback("ignore")(bench)
+    wait_until((job.shell.project / "marker").exists, 120, job.describe)
+    job.kill(2)
+    return job
 
 
 def kill_while_writing(bench: FaultBench) -> Job:
@@ -276,7 +296,7 @@ def lose_wandb_server(*, begin: int, end: int | None) -> Injector:
 def random_kills(*arguments: str) -> Injector:
     """SIGKILL of 20 random processes of the job, every second one while it trains, the others also while it starts.
 
-    Candidates are ranks, DataLoader workers, W&B's service, srun, and the commands of the batch script between attempts. The
+    Candidates are agents, ranks, DataLoader workers, W&B's service, srun, and the commands of the batch script between attempts. The
     batch script itself is not: with it, Slurm ends the job.
     """
 

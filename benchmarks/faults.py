@@ -9,6 +9,7 @@ whether the weights are equal bit for bit, and whether W&B's history has the sam
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,11 @@ ROWS = [
     Row("22b", "preemption, likewise", inject.preempt("low"), 2, arguments=IMAGES),
     Row("23", "two train loaders, SIGKILL twice in one epoch", inject.kill_at(47, 55), 3, arguments=TWO_LOADERS),
     Row("23b", "a curriculum callback, SIGKILL twice in one epoch", inject.kill_at(47, 55), 3, arguments=CURRICULUM),
+    Row("24", "SIGKILL of the agent of the first node", inject.signal_agent(0, signal.SIGKILL), 2),
+    Row("24b", "SIGKILL of another agent", inject.signal_agent(2, signal.SIGKILL), 2),
+    Row("24c", "SIGSTOP of the agent of the first node", inject.signal_agent(0, signal.SIGSTOP), 2),
+    Row("24d", "SIGSTOP of another agent", inject.signal_agent(2, signal.SIGSTOP), 2),
+    Row("24e", "a rank that ignores SIGTERM when another fails", inject.kill_beside_stubborn, 2),
 ]
 COLUMNS = ("row", "fault", "attempts", "steps twice", "seconds lost", "weights equal", "W&B complete", "state")
 PARTITIONS = (
@@ -185,12 +191,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=parse_rows, default=ROWS, help="labels of rows, separated by commas (default: all)")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="use DeepSpeed ZeRO of this stage instead of DDP")
+    parser.add_argument("--srun", action="store_true", help="restart through srun instead of the agents")
     parser.add_argument("--nodes", type=int, default=4, help="nodes of each run; most rows need four")
     parser.add_argument("--step-seconds", type=float, default=0.1, help="time of a step")
     options = parser.parse_args(arguments)
     run_options = [f"--trainer.callbacks.seconds={options.step_seconds}"]
     if options.stage is not None:
         run_options += ["--strategy=deepspeed", f"--deepspeed.stage={options.stage}"]
+    if options.srun:
+        run_options.append("--run.warm_restarts=false")
     table, failed = Table(*COLUMNS, box=None), 0
     with tempfile.TemporaryDirectory(prefix="f-") as name, WandbServer() as server:
         folder = Path(name)

@@ -39,6 +39,7 @@ class Nodes:
     ranks: int = 2
     attempts: int = 2
     limits: dict[str, float] = field(default_factory=dict)
+    silent_seconds: float = 60.0
     agents: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class Nodes:
     def run(self, node: int, key: bytes = b"secret") -> None:
         agents = World(node, self.nodes, 0, 1, f"tcp://127.0.0.1:{self.port}", "slurm")
         plan = Plan(self.train, self.log, self.limits, self.record, self.next_attempt)
-        sys.exit(Agent(agents, self.ranks, Channel.open(agents, key), plan).run(1))
+        sys.exit(Agent(agents, self.ranks, Channel.open(agents, key, self.silent_seconds), plan).run(1))
 
     def log(self, world: World, attempt: int) -> Path:
         return self.folder / f"{attempt}.{world.rank}.log"
@@ -148,16 +149,18 @@ def test_a_rank_that_ignores_sigterm_is_killed_before_the_next_attempt(tmp_path:
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_without_one_agent_the_others_end_with_their_ranks(tmp_path: Path, node: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_without_one_agent_the_others_end_with_their_ranks(tmp_path: Path, node: int, number: signal.Signals) -> None:
     def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
         note(tmp_path, world, attempt)
         time.sleep(100)
 
-    nodes = Nodes(tmp_path, train).start()
+    nodes = Nodes(tmp_path, train, silent_seconds=60.0 if number == signal.SIGKILL else 3.0).start()
     wait_until(lambda: len(list(tmp_path.glob("1.*.pid"))) == 4 and all(p.read_text() for p in tmp_path.glob("*.pid")), 30)
-    os.kill(nodes.agents[node].pid, signal.SIGKILL)
-    statuses = nodes.statuses()
-    assert statuses[node] == -signal.SIGKILL and statuses[1 - node] == 1
+    os.kill(nodes.agents[node].pid, number)
+    nodes.agents[1 - node].join(40)
+    assert nodes.agents[1 - node].exitcode == 1
+    nodes.agents[node].kill()  # as Slurm does when another task has failed
     pids = [int(path.read_text().split()[0]) for path in tmp_path.glob("*.pid")]
     wait_until(lambda: not any(map(is_alive, pids)), 20)
     assert not list(tmp_path.glob("next.*"))  # the batch script decides

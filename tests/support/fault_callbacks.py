@@ -16,7 +16,7 @@ class FaultCallback(Callback):
     """Injects a fault when a hook is called on one rank.
 
     Args:
-        action: A signal's name; or raise, exit, leave, sleep, allocate, wandb, pause, fill, empty, vanish, hang, claim.
+        action: A signal's name; or raise, exit, leave, sleep, ignore, allocate, wandb, pause, fill, empty, vanish, hang, claim.
         marker: File that is created just before. Where it exists, nothing happens.
         hook: The hook.
         step: First optimizer step at which the fault may happen.
@@ -46,6 +46,9 @@ class FaultCallback(Callback):
         match self.action:
             case "raise":
                 raise ValueError("injected fault")
+            case "ignore":  # does not end by itself any more
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                time.sleep(1000)
             case "exit":
                 sys.exit("there are no data")
             case "leave":

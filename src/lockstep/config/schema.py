@@ -49,6 +49,7 @@ class RunOptions:
         test_after_fit: Test the final weights after training, if the data has a test set.
         hang_timeout_seconds: Minimum time without progress before a rank counts as hung; it adapts to the usual step time.
         max_restarts: Maximum number of restarts after a crash; preemptions and time limits do not count.
+        warm_restarts: Restart failed ranks from the agents of the nodes, without srun and imports; false always uses srun.
     """
 
     name: str = "run"
@@ -56,6 +57,7 @@ class RunOptions:
     test_after_fit: bool = True
     hang_timeout_seconds: float = 300.0
     max_restarts: int = 100
+    warm_restarts: bool = True
 
 
 @dataclass

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lockstep.core import World
 from lockstep.distributed.channel import Channel
 from lockstep.distributed.phases import PhaseBoard
 from lockstep.distributed.process_group import listen, parse_rendezvous
-from lockstep.distributed.rank_group import RankGroup, RankOutcome, first_failure, raise_interrupted
+from lockstep.distributed.rank_group import RankGroup, RankOutcome, first_failure, raise_interrupted, set_process_name
 from lockstep.runs import Failure
 
 _INTERVAL_SECONDS = 1.0
@@ -65,6 +66,7 @@ class Agent:
         self._signal = 0
         self._others = set(_children())  # of libraries
         adopt_orphans()
+        set_process_name(f"agent {agents.rank}")
 
     def run(self, attempt: int) -> int:
         """Run this attempt and those that follow without another srun, and return the exit status."""
@@ -140,7 +142,7 @@ class Agent:
         while True:
             group = self._group
             if group is None:
-                messages = self.channel.receive([leader])
+                messages = self.channel.receive(wait([leader], _INTERVAL_SECONDS))
             else:
                 new, ready = group.poll(_INTERVAL_SECONDS, [leader])
                 for outcome in new:

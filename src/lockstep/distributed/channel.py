@@ -9,7 +9,6 @@ import socket
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
@@ -19,34 +18,43 @@ from lockstep.distributed.process_group import listen, parse_rendezvous
 
 Message = dict[str, Any]
 
+_HEARTBEAT: Message = {}
+
 _CONNECT_SECONDS = 600.0
 """How long the leader waits for the other agents, and they for it: imports from a cold shared file system take minutes."""
 
 _HANDSHAKE_SECONDS = 5
 
 
-@dataclass(frozen=True)
 class Channel:
-    """The connections of this agent, by the node at the other end: those to all others on node 0, else the one to node 0."""
+    """The connections of this agent, by the node at the other end: those to all others on node 0, else the one to node 0.
 
-    connections: dict[int, Connection]
+    Args:
+        silent_seconds: Time without a message, heartbeats included, after which the agent at the other end counts as gone: it
+            is stopped, or its node.
+    """
+
+    def __init__(self, connections: dict[int, Connection], silent_seconds: float) -> None:
+        self.connections, self._silent_seconds = connections, silent_seconds
+        self._heard = dict.fromkeys(connections, time.monotonic())
+        self._next_heartbeat = 0.0
 
     @classmethod
-    def open(cls, agents: World, key: bytes) -> "Channel":
+    def open(cls, agents: World, key: bytes, silent_seconds: float) -> "Channel":
         """Connect the agents of all nodes.
 
         Args:
             agents: This agent among those of all nodes; its rendezvous is that of the agents.
             key: The secret of the job.
+            silent_seconds: As above.
 
         Raises:
             RunError: An agent has not connected in time.
         """
         if agents.size == 1:
-            return cls({})
-        address, port = parse_rendezvous(agents.rendezvous)
-        deadline = time.monotonic() + _CONNECT_SECONDS
-        return cls(_accept(agents, address, port, key, deadline) if agents.is_rank_zero else _connect(agents, key, deadline))
+            return cls({}, silent_seconds)
+        connect = _accept if agents.is_rank_zero else _connect
+        return cls(connect(agents, key, time.monotonic() + _CONNECT_SECONDS), silent_seconds)
 
     def send(self, message: Message) -> None:
         """Send a message to the other end of each connection; one that is gone is noticed when receiving."""
@@ -57,17 +65,30 @@ class Channel:
                 continue
 
     def receive(self, ready: Sequence[Any]) -> list[tuple[int, Message | None]]:
-        """The messages of the connections that are ``ready``, with the node that sent them; None: that agent is gone."""
+        """The messages of the connections that are ``ready``, with the node that sent them; None: that agent is gone.
+
+        Call it at least every few seconds: it sends heartbeats too.
+        """
+        now = time.monotonic()
+        if now > self._next_heartbeat:
+            self._next_heartbeat = now + self._silent_seconds / 10
+            self.send(_HEARTBEAT)
         received: list[tuple[int, Message | None]] = []
         for node, connection in list(self.connections.items()):
-            if connection not in ready:
-                continue
-            try:
-                received.append((node, json.loads(connection.recv_bytes())))
-            except (EOFError, OSError):
+            message: Message | None = _HEARTBEAT
+            if connection in ready:
+                self._heard[node] = now
+                try:
+                    message = json.loads(connection.recv_bytes())
+                except (EOFError, OSError):
+                    message = None
+            elif now - self._heard[node] > self._silent_seconds:
+                message = None
+            if message is None:
                 connection.close()
                 del self.connections[node]
-                received.append((node, None))
+            if message != _HEARTBEAT:
+                received.append((node, message))
         return received
 
     def close(self) -> None:
@@ -76,7 +97,8 @@ class Channel:
             connection.close()
 
 
-def _accept(agents: World, address: str, port: int, key: bytes, deadline: float) -> dict[int, Connection]:
+def _accept(agents: World, key: bytes, deadline: float) -> dict[int, Connection]:
+    address, port = parse_rendezvous(agents.rendezvous)
     connections: dict[int, Connection] = {}
     with listen(address, port, agents.size) as server:
         while len(connections) < agents.size - 1:

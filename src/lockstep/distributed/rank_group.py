@@ -93,6 +93,7 @@ class _RankMain:
 
     def __call__(self, world: World, sender: Connection, log: Path | None, parent: int, stacks: int) -> None:
         """Run ``target``, send its result or failure, and exit."""
+        set_process_name(f"rank {world.rank}")
         if sys.platform == "linux":
             # PR_SET_PDEATHSIG: Linux kills this process when its parent ends, even after SIGKILL.
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -128,6 +129,12 @@ class _RankMain:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)  # without the exit handlers of the parent; they would wait for DataLoader workers and threads
+
+
+def set_process_name(name: str) -> None:
+    """Set the name of this process in ``ps -o comm`` and ``top``, at most 15 characters."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(15, name.encode())  # PR_SET_NAME
 
 
 def raise_interrupted(number: int, frame: object) -> None:

@@ -55,6 +55,8 @@ def run_node(task: NodeTask, agents: World, run: Run, attempt: int, notes: list[
         write_failed_result(run, attempt, first)
 
     def next_attempt(status: int) -> int | None:
+        if not config.run.warm_restarts:
+            return None
         try:
             return restart_in_allocation(run, task.slurm, status, os.environ)
         except (LockstepError, OSError) as error:  # the batch script decides
@@ -65,5 +67,5 @@ def run_node(task: NodeTask, agents: World, run: Run, attempt: int, notes: list[
         return run.log(attempt, world.rank)
 
     plan = Plan(train_rank, log_file, phase_limits(config.run.hang_timeout_seconds), record, next_attempt)
-    channel = Channel.open(agents, key)
+    channel = Channel.open(agents, key, config.run.hang_timeout_seconds)
     return Agent(agents, task.ranks, channel, plan).run(attempt)
