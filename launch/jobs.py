@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from lockstep.core import CommandLineParser, LockstepError, UsageError, int_at_least
-from lockstep.runs import RunProgress, read_attempts
+from lockstep.runs import LaunchRecord, RunProgress, read_attempts
 from lockstep.slurm import (
     RunStatus,
     SubmittedJob,
@@ -135,6 +135,7 @@ def print_facts(status: RunStatus) -> None:
         "nodes": slurm.nodes if slurm else "",
         "time": f"{slurm.elapsed} of {slurm.limit}" if slurm else "",
         "attempt": str(status.attempt or ""),
+        "phase": progress.phase if status.is_active and progress.status == "starting" else "",
         **{f"attempt {a.attempt}": f"ended at step {a.step}: {a.reason}" for a in attempts},
         "warning": progress.warning if status.is_active else "",
         "lost": f"{lost:.0f} s" if lost else "",
@@ -178,9 +179,11 @@ def show_log(job: SubmittedJob, rank: int, tail: int | None, following: bool) ->
     if following and tail is None:
         return follow(job, os.environ, rank)
     status = query_status([job], os.environ)[0]
-    path = status.run.folder / "logs" / str(status.attempt) / f"{rank}.log"
-    if not path.exists():
-        early = job.folder / "slurm" / f"{status.job}_{rank}_log.out"
+    path = status.run.find_log(status.attempt, rank)
+    if path is None:
+        launch = LaunchRecord.read(status.run.launch)
+        node = rank // launch.ranks_per_node if launch is not None else 0
+        early = job.folder / "slurm" / f"{status.job}_{node}_log.out"  # of the agent
         if not early.exists():
             raise UsageError(f"job {status.job} ({status.state}) has no log of rank {rank} yet. {status.message}".rstrip())
         path = early

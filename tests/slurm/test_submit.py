@@ -173,7 +173,7 @@ def test_values_of_a_profiles_environment_reach_the_ranks_and_no_file(shell: She
     arguments = ("--config", "toy_model.yaml", "--model", "mine.Mine", "--nodes", "2", "--profile", str(profile))
     job = shell.submit(*arguments, "--wandb.mode", "offline")
     job.wait("finished")
-    log = (job.folder / "logs/1/0.log").read_text()
+    log = (job.folder / "logs/1/node-0/0.log").read_text()
     found = re.search(rf"the value has {len(value)} characters (\d+)", log)
     assert found is not None and int(found[1]) in range(15000, 25000), log
     assert "listening on all interfaces" not in log

@@ -39,7 +39,9 @@ def test_classes_are_the_same_on_1_2_and_4_ranks_and_as_good_as_the_test(launch:
     for ranks in ("1", "2", "4"):
         run = launch("predict", *RUN, "--ranks", ranks, "--data.batch_size", "47", "--ckpt_path", str(trained.folder))
         files.append(predicted(run)["predictions"])
-        assert f"360 samples predicted: {run.folder}/predictions.safetensors" in (run.folder / "logs/1/0.log").read_text()
+        assert (
+            f"360 samples predicted: {run.folder}/predictions.safetensors" in (run.folder / "logs/1/node-0/0.log").read_text()
+        )
     for probabilities in files:
         assert (probabilities.shape, probabilities.dtype) == ((360, 10), torch.float32)
         torch.testing.assert_close(probabilities, files[0], rtol=0, atol=1e-5)

@@ -174,8 +174,9 @@ def test_what_a_run_leaves_behind(launch: Launch) -> None:
         ),
     }
     assert run.folder.stat().st_mode & 0o777 == 0o700
-    attempt = sorted(path.name for path in (run.folder / "logs" / "1").iterdir())
-    assert attempt == ["0.log", "1.log", "2.log", "3.log", "owner.json"]
+    attempt = run.folder / "logs" / "1"
+    files = sorted(str(path.relative_to(attempt)) for path in attempt.rglob("*") if path.is_file())
+    assert files == ["node-0/0.log", "node-0/1.log", "node-1/2.log", "node-1/3.log", "owner.json"]
     launched = yaml.safe_load((run.folder / "launch.yaml").read_text())
     assert (launched["nodes"], launched["ranks_per_node"]) == (2, 2)
     assert launched["command"].startswith("python launch/local.py --nodes 2 --ranks 2")
@@ -188,7 +189,7 @@ def test_what_a_run_leaves_behind(launch: Launch) -> None:
     assert run.series("rate/samples_per_second")[0] > 0
     assert all(0 <= share <= 1 for share in run.series("rate/data_wait"))
     assert len(run.series("optim/grad_norm")) == 8
-    log = (run.folder / "logs" / "1" / "0.log").read_text()
+    log = (attempt / "node-0" / "0.log").read_text()
     assert "val/accuracy" in log and "finished: 40 steps, 2 epochs, 4 ranks" in log
 
 

@@ -129,7 +129,7 @@ class Watchdog(Callback):
         text = f"lockstep: rank {self.world.rank} has made no progress for {silent:.0f} s; its stacks:"
         print(text, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        folder = self.run.log(self.attempt, 0).parent
+        folder = self.run.attempt_folder(self.attempt)
         mine = StuckRank(self.world.rank, self._heartbeats)
         atomic_write_json(folder / f"stuck-{self.world.rank}.json", asdict(mine))
         time.sleep(_REPORT_SECONDS)

@@ -119,7 +119,7 @@ def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
         temporary.unlink()
     what = "lost a peer, which left no report" if failure.is_secondary else "failed first"
     place = f"rank {failure.rank} of {failure.world_size} {failure.place} {what}.\n" if failure.world_size > 1 else ""
-    with run.log(attempt, 0).open("a") as log:
+    with run.log(attempt).open("a") as log:
         log.write(f"lockstep: {place}{failure.report.rstrip()}\n")
     return failure
 

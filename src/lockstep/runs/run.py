@@ -123,10 +123,15 @@ class Run:
         """``AttemptStart`` of an attempt on Slurm."""
         return self.attempt_folder(attempt) / "start.json"
 
-    def log(self, attempt: int, rank: int) -> Path:
-        """Log of one rank in one attempt; its folder is made."""
-        self.attempt_folder(attempt).mkdir(parents=True, exist_ok=True)
-        return self.attempt_folder(attempt) / f"{rank}.log"
+    def log(self, attempt: int, rank: int = 0, node: int = 0) -> Path:
+        """Log of a rank of a node in one attempt; its folder is made. A folder per node keeps each of them small."""
+        folder = self.attempt_folder(attempt) / f"node-{node}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{rank}.log"
+
+    def find_log(self, attempt: int, rank: int) -> Path | None:
+        """Log of a rank in one attempt; None if it has none yet."""
+        return next(self.attempt_folder(attempt).glob(f"node-*/{rank}.log"), None)
 
     def claim_attempt(self, owner: Owner, is_alive: Callable[[Owner], bool | None] = lambda owner: False) -> int:
         """Claim the run before its ranks start, and return the number of the attempt; all older attempts have to stop.

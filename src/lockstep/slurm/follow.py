@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from lockstep.runs import Run
 from lockstep.slurm.registry import SubmittedJob
@@ -49,19 +48,16 @@ class _RankLog:
 
     def __init__(self, run: Run, rank: int, attempt: int) -> None:
         self._run, self._rank, self._attempt = run, rank, attempt
-        path = self._path(attempt)
-        self._read = path.stat().st_size if path.exists() else 0
+        path = run.find_log(attempt, rank)
+        self._read = path.stat().st_size if path is not None else 0
 
     def print_news(self) -> None:
         """Print what was written since the last call."""
         for attempt in range(max(1, self._attempt), self._run.newest_attempt + 1):
             if attempt != self._attempt:
                 self._attempt, self._read = attempt, 0
-            if (path := self._path(attempt)).exists():
+            if (path := self._run.find_log(attempt, self._rank)) is not None:
                 with path.open(errors="replace", newline="") as file:
                     file.seek(self._read)
                     print(file.read(), end="", flush=True)
                     self._read = file.tell()
-
-    def _path(self, attempt: int) -> Path:
-        return self._run.folder / "logs" / str(attempt) / f"{self._rank}.log"

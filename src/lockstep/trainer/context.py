@@ -86,7 +86,7 @@ class RunContext:
             has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             config.trainer.precision = "bf16-mixed" if has_bf16 else "32-true"
         if run is not None:
-            enable_flight_recorder(run.log(attempt, 0).parent, environ)
+            enable_flight_recorder(run.attempt_folder(attempt), environ)
         timeout = timedelta(minutes=config.distributed.timeout_minutes)
         init_process_group(world, device, timeout, alone=config.strategy == "deepspeed")
         if config.seed_everything is True:

@@ -52,7 +52,9 @@ def run_locally(
         train(command, parsed, world, run, attempt, board.reporter(world.rank))
 
     try:
-        fork_ranks(train_rank, nodes, ranks, lambda world: run.log(attempt, world.rank) if world.rank else None, board)
+        fork_ranks(
+            train_rank, nodes, ranks, lambda world: run.log(attempt, world.rank, world.node_rank) if world.rank else None, board
+        )
     except RankFailed as failed:
         # The watchdog of a rank may have recorded that another one hangs.
         failure = read_first_failure(run, attempt) or failed.failure
@@ -66,7 +68,7 @@ def run_locally(
             print(f"lockstep: {failure.report}", file=sys.stderr)
         else:
             who = f"rank {failure.rank} of {failure.world_size} {failure.place}"
-            report, logs = failure.report.rstrip(), run.log(attempt, 0).parent
+            report, logs = failure.report.rstrip(), run.attempt_folder(attempt)
             log.error("%s failed first; the other ranks were ended.\n%s\nlogs: %s\n%s", who, report, logs, to_resume)
         return failure.exit_status
     except (KeyboardInterrupt, Interrupted) as interrupted:

@@ -64,7 +64,7 @@ def run_node(task: NodeTask, agents: World, run: Run, attempt: int, notes: list[
             return None
 
     def log_file(world: World, attempt: int) -> Path:
-        return run.log(attempt, world.rank)
+        return run.log(attempt, world.rank, world.node_rank)
 
     plan = Plan(train_rank, log_file, phase_limits(config.run.hang_timeout_seconds), record, next_attempt)
     channel = Channel.open(agents, key, config.run.hang_timeout_seconds)

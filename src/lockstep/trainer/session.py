@@ -89,7 +89,7 @@ class TrainingSession:
             Exception: Whatever user code raises.
         """
         context = self.context
-        setup_logging(context.world, context.run.log(context.attempt, 0))
+        setup_logging(context.world, context.run.log(context.attempt))
         try:
             if context.world.is_rank_zero:
                 context.ownership.check_now()
