@@ -296,9 +296,8 @@ def lose_wandb_server(*, begin: int, end: int | None) -> Injector:
 def random_kills(*arguments: str) -> Injector:
     """SIGKILL of 20 random processes of the job, every second one while it trains, the others also while it starts.
 
-    Candidates are agents, ranks, DataLoader workers, W&B's service, srun, and the commands of the batch script between attempts.
-    The
-    batch script itself is not: with it, Slurm ends the job.
+    Candidates are agents, ranks, DataLoader workers, W&B's service, srun, and the commands of the batch script between
+    attempts. The batch script itself is not: with it, Slurm ends the job.
     """
 
     def inject(bench: FaultBench) -> Job:
