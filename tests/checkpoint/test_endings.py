@@ -128,6 +128,24 @@ def test_added_ranks_reduce_the_metrics_of_the_epoch(launch: Launch, tmp_path: P
         )
 
 
+class Diary(Callback):
+    """Writes down each call of ``on_save_checkpoint``."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(f"{trainer.global_step} ")
+
+
+def test_user_code_hears_of_saves_only(launch: Launch, tmp_path: Path) -> None:
+    diary = (*TOY, *IN_FOREGROUND, "--checkpoint.every_n_steps", "10", *own(f"{MINE}Diary", path=tmp_path / "diary"))
+    run = launch(*diary, *fault(tmp_path / "once", "SIGKILL", step=23))
+    assert resume_run(launch, run).status == 0
+    assert (tmp_path / "diary").read_text() == "10 20 30 40 "
+
+
 def test_without_checkpoints_no_weights_are_reported(launch: Launch) -> None:
     run = launch(*TOY, "--trainer.enable_checkpointing", "false")
     assert run.status == 0 and "weights_sha256" not in run.result

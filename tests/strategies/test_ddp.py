@@ -69,6 +69,12 @@ def test_parameters_that_are_unfrozen_are_reduced(launch: Launch, tmp_path: Path
     assert_same_run(resume_run(launch, run), both)
 
 
+def test_parameters_that_are_unfrozen_are_refused_in_a_static_graph(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(*TOY, *UNFREEZING, "--ddp.static_graph", "true").status == 2
+    said = capfd.readouterr().err
+    assert "ddp.static_graph: layers.0.0.weight begins to require a gradient during training; set it to false." in said
+
+
 class Parts(Callback):
     """Changes a parameter on one rank."""
 

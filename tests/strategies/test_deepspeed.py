@@ -1,9 +1,11 @@
 """ZeRO over gloo in forked ranks: the losses of DDP, resuming bit for bit, and changes of ranks, stage and strategy."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 from support.deepspeed_runs import RUN, zero
 from support.faults import fault
@@ -178,6 +180,10 @@ def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.
             "trainer.callbacks: EMAWeightAveraging copies the weights",
         ),
         (
+            ["--trainer.callbacks+=ModelPruning", "--trainer.callbacks.pruning_fn=l1_unstructured"],
+            "trainer.callbacks: ModelPruning copies the weights, which ZeRO partitions; use strategy ddp.",
+        ),
+        (
             ["--trainer.gradient_clip_val=1", "--trainer.gradient_clip_algorithm=value"],
             "trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.",
         ),
@@ -193,6 +199,39 @@ def test_contradictory_options_are_refused(
     assert launch("--strategy", "deepspeed", *arguments).status == 2
     said = capfd.readouterr().err
     assert f"lockstep: {message}" in said and "Traceback" not in said
+
+
+class ChangesWeights(Callback):
+    """Unfreezes a parameter in training, or changes one when training has ended."""
+
+    def __init__(self, unfreezes: bool) -> None:
+        self.unfreezes = unfreezes
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        next(pl_module.parameters()).requires_grad_(not self.unfreezes)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == 3:
+            next(pl_module.parameters()).requires_grad_(True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        next(pl_module.parameters()).data.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("unfreezes", "status", "message"),
+    [
+        ("true", 2, "strategy: deepspeed shards the parameters that require a gradient before training, and layers.0.weight"),
+        ("false", 1, "A hook has changed the weights after the last step (on_train_end of the module or of a callback), and"),
+    ],
+)
+def test_weights_that_the_optimizer_does_not_have_are_refused(
+    launch: Launch, capfd: pytest.CaptureFixture[str], unfreezes: str, status: int, message: str
+) -> None:
+    toy = ("--model", "support.toy_model.ToyModel", "--data", "support.toy_model.ToyData", "--data.workers", "0")
+    changes = (f"--trainer.callbacks+={__name__}.ChangesWeights", f"--trainer.callbacks.unfreezes={unfreezes}")
+    assert launch(*toy, *zero(2, 1), "--trainer.max_epochs", "1", *changes).status == status
+    assert message in capfd.readouterr().err
 
 
 def test_keys_of_the_json_that_other_keys_decide_are_refused(

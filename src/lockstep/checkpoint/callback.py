@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
 from typing import Any
@@ -17,7 +17,7 @@ from lockstep.checkpoint.manifest import Progress
 from lockstep.checkpoint.rank_state import capture_state
 from lockstep.checkpoint.reader import MODEL_FILE, Checkpoint, published_checkpoints
 from lockstep.checkpoint.serialization import check_loadable, to_plain_types
-from lockstep.checkpoint.weight_sums import bit_sums, check_ranks_agree
+from lockstep.checkpoint.weight_sums import check_ranks_agree, weight_sums
 from lockstep.checkpoint.writer import SHUTDOWN_SECONDS, CheckpointWriter
 from lockstep.compat.lightning import LightningFitLoop, dump_checkpoint, is_stopping, is_training_done
 from lockstep.config import CheckpointOptions
@@ -86,7 +86,7 @@ class CheckpointCallback(Callback):
         self._boundary_step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
         if self.writer is not None and self._resumed is not None:
-            self._saved_sums = self._weight_sums(dump_checkpoint(trainer))
+            self._saved_sums = self._weight_sums()
 
     def on_step_boundary(self, validation_follows: bool) -> None:
         """Save or stop if it is time to; called after each optimizer step, before the validation that may follow."""
@@ -123,7 +123,7 @@ class CheckpointCallback(Callback):
         with self._stops_if_signalled(trainer):
             writer.wait_until_finished(consensus)
             is_published = writer.published is not None and checkpoint_order(writer.published)[0] == trainer.global_step
-            sums = self._weight_sums(dump_checkpoint(trainer))
+            sums = self._weight_sums()
             has_changed = self._saved_sums is None or not torch.equal(self._saved_sums, sums)
             is_partitioned = self._strategy.shards() is not None
             for _ in range(2):
@@ -159,7 +159,7 @@ class CheckpointCallback(Callback):
         assert self._consensus is not None and isinstance(loop, LightningFitLoop)
         check_ranks_agree(dict(strategy.replicated_weights()), self._consensus, trainer.global_step, max(0, self._saved_step))
         checkpoint = dump_checkpoint(trainer)  # with ZeRO every rank takes part
-        self._saved_sums = self._weight_sums(checkpoint)
+        self._saved_sums = self._weight_sums()
         parts: dict[str, Any] = {f"rank-{rank}.pt": capture_state(trainer)}
         if (shards := strategy.shards()) is not None:
             parts[f"shard-{rank}.pt"] = shards
@@ -270,9 +270,10 @@ class CheckpointCallback(Callback):
         """Whether this attempt has done a step."""
         return self._resumed is None or trainer.global_step != self._resumed.step
 
-    def _weight_sums(self, checkpoint: Mapping[str, Any]) -> Tensor:
-        """Checksums of all weights in ``checkpoint``, and of those that ZeRO saves elsewhere but every rank has."""
-        return bit_sums({**dict(self._strategy.replicated_weights()), **checkpoint["state_dict"]}.values())
+    def _weight_sums(self) -> Tensor:
+        """Checksums of the weights in Lightning's checkpoint, and of those that ZeRO saves elsewhere but every rank has."""
+        strategy = self._strategy
+        return weight_sums({**dict(strategy.replicated_weights()), **strategy.lightning_module_state_dict()}.values())
 
     @contextmanager
     def _stops_if_signalled(self, trainer: Trainer) -> Iterator[None]:

@@ -1,35 +1,44 @@
-"""Sums of the bits of tensors: a cheap checksum, computed on the device, that shows where weights differ."""
+"""Checksums of tensors, computed on their device, that show where weights differ."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lockstep.core import RunError
 from lockstep.distributed import StopConsensus
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+"""2**64 divided by the golden ratio: its multiples have bits all over a word."""
 
 
-def bit_sums(tensors: Iterable[Any]) -> Tensor:
-    """The bits of each tensor, summed as integers: shape (tensors,), int64, on the CPU; 0 for what is not a tensor."""
-    sums = [
-        _bit_sum(tensor.detach()) if isinstance(tensor, Tensor) else torch.zeros((), dtype=torch.int64) for tensor in tensors
-    ]
+def weight_sums(tensors: Iterable[Any]) -> Tensor:
+    """Checksums of the bits of tensors and their places: shape (tensors,), int64, on the CPU; 0 for what is not a tensor."""
+    nothing = torch.zeros((), dtype=torch.int64)
+    sums = [_weight_sum(tensor.detach()) if isinstance(tensor, Tensor) else nothing for tensor in tensors]
     device = next((value.device for value in sums if value.device.type != "cpu"), torch.device("cpu"))
     # One copy from the device for all of them.
     return torch.stack([value.to(device) for value in sums]).cpu() if sums else torch.zeros(0, dtype=torch.int64)
 
 
-def _bit_sum(tensor: Tensor) -> Tensor:
-    flat = tensor.contiguous().reshape(-1)
-    flat = flat.view(_INTEGERS[min(8, flat.element_size())])
-    per_word = 8 // flat.element_size()
-    whole = flat.numel() // per_word * per_word
-    if flat.storage_offset() % per_word:  # int64 must be aligned
-        return flat.sum(dtype=torch.int64)
-    return flat[:whole].view(torch.int64).sum() + flat[whole:].sum(dtype=torch.int64)
+def _weight_sum(tensor: Tensor) -> Tensor:
+    """Checksum of a tensor, shape (), in two passes without a copy of it: its words are laid out as a square.
+
+    The sum of each row and of each column, modulo 2**64, gets a factor of its own, so that words that change places show.
+    """
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:  # words must be aligned
+        flat = flat.clone()
+    count = flat.numel() // 8
+    words, rest = flat[: count * 8].view(torch.int64), pad(flat[count * 8 :], (0, -flat.numel() % 8)).view(torch.int64)
+    side = math.isqrt(count)
+    square, more = words[: side * side].view(side, side), words[side * side :]
+    sums = torch.cat([square.sum(0), square.sum(1), more, rest])
+    sums ^= sums >> 32  # round numbers differ in the highest bits only, which a factor would shift out
+    return (sums * (torch.arange(1, len(sums) + 1, device=flat.device) * _GOLDEN | 1)).sum()
 
 
 def check_ranks_agree(weights: Mapping[str, Tensor], consensus: StopConsensus, step: int, saved_step: int) -> None:
@@ -38,7 +47,7 @@ def check_ranks_agree(weights: Mapping[str, Tensor], consensus: StopConsensus, s
     It names ``step``, the ranks that differ from rank zero, and their first parameter; at ``saved_step`` all were equal.
     """
     names = sorted(weights)  # the modules of the ranks may have another order, as after pruning
-    sums = bit_sums(weights[name] for name in names)
+    sums = weight_sums(weights[name] for name in names)
     if consensus.is_equal(sums):
         return
     by_rank: Sequence[Tensor] = consensus.all_gather(sums)

@@ -38,7 +38,7 @@ def check_trainer_objects(arguments: Namespace, strategy: AnyStrategy) -> None:
                 base = next(cls.__name__ for cls in type(value).__mro__ if cls.__name__ in REFUSED_TRAINER_CLASSES)
                 raise UsageError(f"trainer.{key}: {type(value).__name__} {REFUSED_TRAINER_CLASSES[base]}.")
     for callback in _as_list(arguments.callbacks) if isinstance(strategy, DeepSpeed) else ():
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging | ModelPruning):
             name = type(callback).__name__
             raise UsageError(f"trainer.callbacks: {name} copies the weights, which ZeRO partitions; use strategy ddp.")
 
