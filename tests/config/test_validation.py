@@ -149,6 +149,10 @@ WRONG_CLASS = [
         ["--model.network.width", "[1]"],
         "model.network.width (value [1]): unknown argument of lockstep.models.ConvNet; did",
     ),
+    (
+        ["--data", "lockstep.data.ImageFolder", "--data.archive", "http://host/a.tar"],
+        "data.archive: http://host/a.tar can be replaced on its way, because its address is not encrypted; use https, or set",
+    ),
     (["--model", "nowhere.Model"], "model: nowhere.Model does not exist (No module named 'nowhere'); run from the folder"),
     (["--model", "lockstep.model.Classifier"], "model: lockstep.model.Classifier does not exist"),
     (

@@ -24,6 +24,12 @@ VARIABLES = {
     "SLACK_WEBHOOK_URL": "https://hooks.example/T0/B0/abc",
     "REPOSITORY": "https://abcdef@git.example/project",
     "SECRET": "/abc+def/ghi=",
+    "STORE_SLASH": "postgresql://me:p/w@host:5432/runs",
+    "STORE_AT": "postgresql://me:p@w@host/runs",
+    "STORE_COLON": "amqp://me:p:w@host",
+    "STORE_ALL": "mongodb+srv://me:1x/2:3@4/@host/runs?retry=1",
+    "STORE_DIGITS": "redis://:123456/7@host:6379/0",
+    "STORE_USER": "postgresql://me@here:pw@host/runs",
 }
 NO_SECRETS = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -38,6 +44,12 @@ NO_SECRETS = {
     "SSH_AUTH_SOCK": "/run/user/0/agent.1",
     "IMAGE": "registry/name:tag@sha256:0123abcd",
     "PASSES": "3",
+    "STORE": "postgresql://host:5432/runs?user=me@here",
+    "STORE_V6": "http://[::1]:8080/a@b",
+    "WHERE": "file:///home/me@here/data:set/a@b",
+    "PULLED": "docker://registry:5000/name:tag@sha256:0123abcd",
+    "PULLED_TAG": "docker://ubuntu:22.04@sha256:0123abcd",
+    "PACKAGE": "git+ssh://git@host:team/project.git@v1",
 }
 
 

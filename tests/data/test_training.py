@@ -106,6 +106,27 @@ def test_every_loader_resumes_at_its_own_position(form: str) -> None:
     assert str(epoch_of(load(shapes()[form], epoch=4))) != str(whole)
 
 
+class Preset(CombinedLoader):
+    """Fixes the mode."""
+
+    def __init__(self, loaders: Any) -> None:
+        super().__init__(loaders, "min_size")
+
+
+class Alternates(Preset):
+    """Iterates in its own way."""
+
+    def __next__(self) -> Any:
+        return super().__next__()[0]
+
+
+def test_a_combination_that_iterates_in_its_own_way_is_refused() -> None:
+    loaders = [plain(30), plain(10)]
+    assert len(epoch_of(load(Preset(loaders)))) == len(epoch_of(load(CombinedLoader(loaders, "min_size"))))
+    with pytest.raises(UsageError, match=r"^data: train_dataloader returns a Alternates, which defines __next__; .* Combine "):
+        load(Alternates(loaders))
+
+
 def test_each_cycle_of_a_shorter_loader_has_its_own_order_and_augmentation() -> None:
     batches = epoch_of(load({"long": plain(48), "short": plain(8)}))
     short = [batch["short"] for batch, _ in batches]

@@ -126,6 +126,28 @@ def test_a_folder_whose_runs_others_could_replace_is_refused(tmp_path: Path, mod
     assert made.folder.stat().st_mode & 0o777 == 0o700 and made.folder.parent.stat().st_mode & 0o777 == 0o755
 
 
+@pytest.mark.parametrize("place", [".", "..", "../.."])
+def test_a_run_that_others_could_replace_is_not_resumed(tmp_path: Path, place: str) -> None:
+    run = Run.create(tmp_path, "x")
+    run.config.touch()
+    assert Run.open(run.folder) == run
+    (run.folder / place).chmod(0o777)
+    with pytest.raises(UsageError, match=r"others can write to .*, and so replace what a run keeps there; .*\(chmod go-w "):
+        Run.open(run.folder)
+
+
+def test_runs_that_draw_the_same_id_get_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter(["a", "a", "b"])
+    monkeypatch.setattr("lockstep.runs.run.new_run_id", lambda: next(drawn))
+    assert [Run.create(tmp_path, "x").id for _ in range(2)] == ["a", "b"]
+    with pytest.raises(UsageError, match="cannot be written"):
+        Run.create(tmp_path, "x", "a")
+    (tmp_path / "y").touch()
+    drawn = iter(["c"])
+    with pytest.raises(UsageError, match="cannot be written"):
+        Run.create(tmp_path, "y")
+
+
 TOY = (
     *("--model", "support.toy_model.ToyModel", "--data", "support.toy_model.ToyData"),
     *("--data.samples", "96", "--data.workers", "0", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"),

@@ -1,10 +1,12 @@
 """What the supervisor decides from files and from an answer of squeue, without Slurm."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from lockstep.core import UsageError
+from lockstep.distributed import allocation_end_time
 from lockstep.runs import Failure, Owner, Run, RunResult, read_attempts, record_failure
 from lockstep.slurm.client import RUNNING_JOBS, is_owner_alive, parse_running_jobs, query_jobs
 from lockstep.slurm.restart_policy import REQUEUE, RESTART
@@ -43,6 +45,21 @@ def test_each_run_of_an_array_is_a_job_of_its_own() -> None:
         "7_2": (0, 1795717375, False),
     }
     assert "7" not in jobs
+
+
+def test_a_job_ends_on_time_in_the_hour_that_daylight_saving_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """02:30 on 25 October 2026 comes twice in Berlin, at 00:30 and at 01:30 UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        for end in (1792888200, 1792891800):
+            local = time.localtime(end)
+            assert time.strftime("%F %H:%M", local) == "2026-10-25 02:30"  # what squeue prints without SLURM_TIME_FORMAT
+            job = parse_running_jobs(f"7|N/A|7|0|{time.strftime('%s', local)}|N/A|\n")["7"]
+            assert job.end == end
+            patch.setenv("LOCKSTEP_ENDS", str(job.end))
+            assert allocation_end_time() == end
+    time.tzset()
 
 
 def test_another_job_is_queried_again_before_it_counts_as_ended(run: Run) -> None:

@@ -73,6 +73,14 @@ def split_combination(loaders: Any) -> tuple[Any, Any]:
     return (loaders.iterables, loaders._mode) if isinstance(loaders, CombinedLoader) else (loaders, "max_size_cycle")
 
 
+def overridden_iteration(loaders: Any) -> str | None:
+    """The method by which a subclass of CombinedLoader iterates in its own way; None if it does not, or is something else."""
+    if not isinstance(loaders, CombinedLoader):
+        return None
+    names = ("__iter__", "__next__", "__len__")
+    return next((name for name in names if getattr(type(loaders), name) is not getattr(CombinedLoader, name)), None)
+
+
 def training_loader(trainer: Trainer) -> tuple[CombinedLoader | None, int]:
     """The loader of training, and the number of batches that are fetched but not trained on yet."""
     loop = trainer.fit_loop

@@ -3,7 +3,9 @@
 from lockstep.config import messages
 from lockstep.config.arguments import select_section, split_command, split_keys
 from lockstep.config.checks import (
+    check_archive,
     check_checkpoint_path,
+    check_data,
     check_deepspeed,
     check_nvme_path,
     check_ranges,

@@ -42,6 +42,22 @@ def check_secrets(value: Any, key: str = "") -> None:
         )
 
 
+def check_archive(archive: str | None, md5: str | None) -> None:
+    """Raise UsageError if an archive of images comes from a remote machine without encryption and without a checksum."""
+    if archive is not None and "://" in archive and not archive.startswith(("https://", "file://")) and not md5:
+        raise UsageError(
+            f"data.archive: {archive} can be replaced on its way, because its address is not encrypted; use https, or set "
+            "data.archive_md5 to its checksum."
+        )
+
+
+def check_data(data: Mapping[str, Any] | None) -> None:
+    """Raise UsageError if the data cannot be loaded safely; ``data`` is a class and its arguments."""
+    if data is not None and data.get("class_path") == "lockstep.data.ImageFolder":
+        arguments = data.get("init_args", {})
+        check_archive(arguments.get("archive"), arguments.get("archive_md5"))
+
+
 def check_trainer_classes(trainer: Mapping[str, Any]) -> None:
     """Raise UsageError if ``trainer`` names a callback or logger that a run cannot have."""
     for key in ("callbacks", "logger"):

@@ -37,7 +37,8 @@ _CERTAIN_NAME = re.compile(
 """Names of arguments that hold a secret. A token or a key alone is more often a word or a column."""
 
 _VALUE = re.compile(
-    r"://[^/\s:@]*:[^/\s@]+@|https?://[^/\s@]+@"  # user:password, or a token, in a URL
+    r"://(?!\[)[^/\s:@]*:(?!\d{0,5}/)\S+@(?!sha\d+:)"  # user:password in a URL, but not host:port and a path
+    r"|://[^/\s:]*@[^/\s:]*:[^/\s@]+@|https?://[^/\s@]+@"  # me@here:password, or a token, in a URL
     r"|\b(sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|xox[abprs]-[\w-]{10,}"
     r"|AKIA[0-9A-Z]{16}|wandb_v\d_\w{20,})"
 )

@@ -14,6 +14,7 @@ from torchcodec.decoders import decode_image
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 from torchvision.transforms import v2
 
+from lockstep.config import check_archive
 from lockstep.core import RunError, UsageError, World
 from lockstep.data.base import STAGE_SPLITS, ImageData, Split
 from lockstep.data.file_index import FileIndex, class_names, printable, publish_index, scan
@@ -77,11 +78,7 @@ class ImageFolder(ImageData):
         super().__init__(root, **options)
         if size < 1:
             raise UsageError(f"data.size: {size} must be 1 or more pixels.")
-        if archive is not None and "://" in archive and not archive.startswith(("https://", "file://")) and not archive_md5:
-            raise UsageError(
-                f"data.archive: {archive} can be replaced on its way, because its address is not encrypted; use https, or set "
-                "data.archive_md5 to its checksum."
-            )
+        check_archive(archive, archive_md5)
         self.folders: dict[Split, Path] = {"train": self.root / train, "val": self.root / val, "test": self.root / test}
         self.size, self.augment, self.on_corrupt = size, augment, on_corrupt
         self.archive, self.archive_md5 = archive, archive_md5

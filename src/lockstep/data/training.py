@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lockstep.compat.lightning import LightningCombinedLoader, split_combination, training_loader
+from lockstep.compat.lightning import LightningCombinedLoader, overridden_iteration, split_combination, training_loader
 from lockstep.core import UsageError
 from lockstep.data.sampling import DataPosition
 from lockstep.data.seeding import RandomStream, derive_seed
@@ -112,6 +112,12 @@ class TrainingLoader(LightningCombinedLoader):
     def __init__(
         self, loaders: Any, sharding: DataSharding, epoch: Callable[[], int], start: Sequence[DataPosition] = ()
     ) -> None:
+        if (method := overridden_iteration(loaders)) is not None:
+            raise UsageError(
+                f"data: train_dataloader returns a {type(loaders).__name__}, which defines {method}; lockstep resumes the "
+                "loaders of a CombinedLoader at their positions, but not iteration of one's own. Combine the data in a Dataset or an "
+                "IterableDataset, or return a CombinedLoader."
+            )
         super().__init__(*split_combination(loaders))
         self.sharding, self.epoch, self.start = sharding, epoch, tuple(start)
         self._passes: list[LoaderPasses] = []

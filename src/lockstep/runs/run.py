@@ -62,24 +62,26 @@ class Run:
 
     @classmethod
     def create(cls, root: Path, name: str, identity: str | None = None) -> "Run":
-        """Make a new run folder named ``identity``; UsageError if it cannot be written, or other users could replace it."""
+        """Make a new run folder, with a new id or ``identity``; UsageError if it cannot be written or kept safe."""
         cls.check_name(name)
-        folder = root.absolute() / name / (identity or new_run_id())
-        try:
-            for parent in reversed(folder.parents):
-                parent.mkdir(mode=0o755, exist_ok=True)  # no more, where the umask lets the group write
-            folder.mkdir(mode=0o700)
-        except OSError as error:
-            raise UsageError(
-                f"run.root: the run folder {folder} cannot be written ({error.strerror}); choose another with --run.root."
-            ) from None
-        for parent in (folder.parent, folder.parent.parent):
-            if _others_can_write(parent):
-                folder.rmdir()
+        while True:
+            folder = root.absolute() / name / (identity or new_run_id())
+            try:
+                for parent in reversed(folder.parents):
+                    parent.mkdir(mode=0o755, exist_ok=True)  # no more, where the umask lets the group write
+                folder.mkdir(mode=0o700)
+                break
+            except OSError as error:
+                if identity is None and isinstance(error, FileExistsError) and folder.is_dir():
+                    continue  # of two runs with the same id, this one takes another
                 raise UsageError(
-                    f"run.root: others can write to {parent}, and so replace what a run keeps there; take that away "
-                    f"(chmod go-w {parent}) or choose another with --run.root, such as a new folder in it."
-                )
+                    f"run.root: the run folder {folder} cannot be written ({error.strerror}); choose another with --run.root."
+                ) from None
+        try:
+            _check_private(folder, "choose another with --run.root, such as a new folder in it")
+        except UsageError:
+            folder.rmdir()
+            raise
         for part in ("logs", "checkpoints"):
             (folder / part).mkdir()
         return cls(folder)
@@ -99,10 +101,11 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """Return the run in ``folder``; raise UsageError if that is not a run folder."""
+        """Return the run in ``folder``; raise UsageError if that is not a run folder, or others could replace what is in it."""
         run = cls(folder.absolute())
         if not run.config.is_file():
             raise UsageError(f"{folder} is not a run folder: it has no config.yaml.")
+        _check_private(run.folder.resolve(), "move the run to a folder of your own")
         return run
 
     @property
@@ -222,6 +225,16 @@ def checkpoint_order(path: Path) -> tuple[int, ...]:
     """The step of a published checkpoint, and 1 if it was saved after the end of training; empty for another name."""
     found = re.fullmatch(r"step-(\d+)(-end)?", path.name)
     return (int(found[1]), int(found[2] is not None)) if found else ()
+
+
+def _check_private(folder: Path, otherwise: str) -> None:
+    """Raise UsageError if other users can write to a run folder or to the two above it."""
+    for place in (folder, folder.parent, folder.parent.parent):
+        if _others_can_write(place):
+            raise UsageError(
+                f"run.root: others can write to {place}, and so replace what a run keeps there; take that away "
+                f"(chmod go-w {place}) or {otherwise}."
+            )
 
 
 def _others_can_write(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from lockstep.config import (
     RESERVED_TRAINER_KEYS,
     Options,
+    check_data,
     check_ranges,
     check_secrets,
     check_trainer_classes,
@@ -204,6 +205,7 @@ class ConfigValidator:
                 self._values.check_required(self.content["trainer"][name], expected, f"trainer.{name}")
         for path in filter(None, self.content["activation_checkpointing"]):
             self._values.class_signature(path, "activation_checkpointing")
+        check_data(self.content["data"])
         check_ranges(self.content)
         check_secrets(self.content)
         check_trainer_classes(self.content["trainer"])

@@ -136,10 +136,17 @@ class Submission:
         if self.options.resume is not None:
             return self._submit_resume(self.options.resume, env)
         new_folders = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
-        created: list[Run] = []
+        # Of two submissions that have drawn the same id, one draws again.
+        first = Run.create(self.folder.parent.parent, self.folder.parent.name)
+        return replace(self, folder=first.folder)._submit_new(first, new_folders, env)
+
+    def _submit_new(self, first: Run, new_folders: Sequence[Path], env: MutableMapping[str, str]) -> SubmittedJob:
+        """Create the other folders of a sweep, and queue the job."""
+        created = [first]
         try:
-            for run in dict.fromkeys([Run(self.folder), *self._runs]):
-                created.append(Run.create(run.folder.parent.parent, run.name, run.id))
+            for run in self._runs:
+                if run != first:
+                    created.append(Run.create(run.folder.parent.parent, run.name, run.id))
             code = self._code(env)
             job = submit_job(self._request(code), self._tasks(code), env)
         except BaseException as error:
