@@ -123,7 +123,7 @@ class Alternates(Preset):
 def test_a_combination_that_iterates_in_its_own_way_is_refused() -> None:
     loaders = [plain(30), plain(10)]
     assert len(epoch_of(load(Preset(loaders)))) == len(epoch_of(load(CombinedLoader(loaders, "min_size"))))
-    with pytest.raises(UsageError, match=r"^data: train_dataloader returns a Alternates, which defines __next__; .* Combine "):
+    with pytest.raises(UsageError, match=r"^data: train_dataloader returns a Alternates, which defines __next__; .* Return a "):
         load(Alternates(loaders))
 
 

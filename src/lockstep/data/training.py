@@ -115,8 +115,8 @@ class TrainingLoader(LightningCombinedLoader):
         if (method := overridden_iteration(loaders)) is not None:
             raise UsageError(
                 f"data: train_dataloader returns a {type(loaders).__name__}, which defines {method}; lockstep resumes the "
-                "loaders of a CombinedLoader at their positions, but not iteration of one's own. Combine the data in a Dataset or an "
-                "IterableDataset, or return a CombinedLoader."
+                "loaders of a CombinedLoader at their positions, but not iteration of one's own. Return a "
+                "CombinedLoader, or combine the data in a Dataset."
             )
         super().__init__(*split_combination(loaders))
         self.sharding, self.epoch, self.start = sharding, epoch, tuple(start)
