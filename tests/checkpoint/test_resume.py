@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_named_and_ignored(
     else:
         content[len(content) // 2] ^= 1
         file.write_bytes(content[:-1] if damage == "cut" else content)
-    found = latest_checkpoint(killed.folder / "checkpoints", lambda _: None)
+    found = latest_checkpoint(killed.folder / "checkpoints")
     assert found is not None and found.folder == before
     capfd.readouterr()
     assert_same_run(resume_run(launch, killed), undisturbed)

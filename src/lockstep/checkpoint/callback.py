@@ -125,7 +125,7 @@ class CheckpointCallback(Callback):
             is_published = writer.published is not None and checkpoint_order(writer.published)[0] == trainer.global_step
             sums = self._weight_sums()
             has_changed = self._saved_sums is None or not torch.equal(self._saved_sums, sums)
-            is_partitioned = self._strategy.shards() is not None
+            is_partitioned = self._strategy.is_partitioned
             for _ in range(2):
                 if not consensus.reduce_max(int(trainer.is_global_zero and (has_changed or not is_published))):
                     return
@@ -160,9 +160,7 @@ class CheckpointCallback(Callback):
         check_ranks_agree(dict(strategy.replicated_weights()), self._consensus, trainer.global_step, max(0, self._saved_step))
         checkpoint = dump_checkpoint(trainer)  # with ZeRO every rank takes part
         self._saved_sums = self._weight_sums()
-        parts: dict[str, Any] = {f"rank-{rank}.pt": capture_state(trainer)}
-        if (shards := strategy.shards()) is not None:
-            parts[f"shard-{rank}.pt"] = shards
+        parts: dict[str, Any] = {f"rank-{rank}.pt": capture_state(trainer), **strategy.shards()}
         if is_rank_zero:
             for key in ("hyper_parameters", LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
                 checkpoint[key] = to_plain_types(checkpoint.get(key, {}))
@@ -189,7 +187,7 @@ class CheckpointCallback(Callback):
         known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written before"
         for part in parts.values():
             check_loadable(part)
-        self.writer.save(progress, parts, self._consensus, known_error)
+        self.writer.save(progress, parts, self._consensus, known_error, in_background=not strategy.is_on_disk)
         self._saved_step, self._saved_at = progress.step, time.monotonic()
 
     def joins_all_ranks(self, seconds: float) -> bool:

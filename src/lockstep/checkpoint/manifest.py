@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: how far the run had come, and the size and SHA-256 of every file."""
+"""The manifest of a checkpoint: how far the run had come, and the size and checksums of every file."""
 
 import json
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lockstep.checkpoint.checksums import FileSums
 from lockstep.core import atomic_write_json
 
 MANIFEST_FILE = "manifest.json"
@@ -51,14 +52,14 @@ class Manifest:
 
     Attributes:
         published_at: When the checkpoint was complete, in seconds since 1970.
-        files: Size in bytes and SHA-256 of each file, by name.
+        files: Checksums of each file, by name.
     """
 
     progress: Progress
     world_size: int
     attempt: int
     published_at: float
-    files: Mapping[str, tuple[int, str]]
+    files: Mapping[str, FileSums]
 
     def write(self, folder: Path) -> None:
         atomic_write_json(folder / MANIFEST_FILE, asdict(self))
@@ -73,7 +74,7 @@ class Manifest:
         """
         try:
             content = json.loads((folder / MANIFEST_FILE).read_text())
-            files = {name: (int(size), str(digest)) for name, (size, digest) in content.pop("files").items()}
+            files = {name: (int(size), str(sums)) for name, (size, sums) in content.pop("files").items()}
             return cls(Progress(**content.pop("progress")), files=files, **content)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{MANIFEST_FILE} is not a manifest ({type(error).__name__}: {error})") from None

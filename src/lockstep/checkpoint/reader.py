@@ -6,12 +6,12 @@ left, where that differs. It contains:
 - ``model.ckpt``: Lightning's checkpoint with weights, optimizers, schedules, loops and callbacks
 - ``rank-0.pt`` …: per-rank state that Lightning omits, see ``rank_state``
 - ``shard-0.pt`` …: with ZeRO, each rank's part of weights and optimizer state, see ``ShardedState``
+- ``shards.pt``: their index
 - ``manifest.json``: the files with their checksums, see ``manifest``
 
 No file points to the newest checkpoint: it is the last one whose files match its manifest.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,15 +20,19 @@ from typing import Any
 
 import torch
 
-from lockstep.checkpoint.manifest import MANIFEST_FILE, Manifest
+from lockstep.checkpoint.checksums import share_pieces, verify_pieces
+from lockstep.checkpoint.manifest import MANIFEST_FILE, Manifest, Progress
 from lockstep.core import UsageError, World
 from lockstep.data import DataPosition, derive_seed
+from lockstep.distributed import all_gather, broadcast_from_rank_zero
 from lockstep.runs import checkpoint_order
 from lockstep.strategies import ResumePoint, ShardedState
 
 log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.ckpt"
+
+_ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -85,40 +89,56 @@ def published_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=checkpoint_order, reverse=True)
 
 
-def read_checkpoint(folder: Path, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
-    """The checkpoint in ``folder`` if every file matches its manifest; else ``complain`` gets the reason."""
+def read_checkpoint(folder: Path, world: World = _ALONE, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
+    """The checkpoint in ``folder`` if every file matches its manifest; else ``complain`` gets the reason on rank zero.
+
+    Every rank of ``world`` must call, and verifies its share of the files: that of its own, if as many ranks have saved it.
+    """
+    manifest, problem = broadcast_from_rank_zero(lambda: _read_manifest(folder), world, (Manifest, Progress))
+    if manifest is not None:
+        try:
+            verify_pieces(folder, share_pieces(manifest.files, world.size)[world.rank])
+        except (OSError, ValueError) as error:
+            problem = _reason(error)
+        problem = next(filter(None, all_gather(problem, world)), "")
+    if manifest is not None and not problem:
+        return Checkpoint(folder, manifest)
+    if world.is_rank_zero:
+        complain(f"checkpoint {folder} is damaged and is ignored: {problem}.")
+    return None
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest | None, str]:
+    """The manifest in ``folder``, or why it cannot be read."""
     try:
-        manifest = Manifest.read(folder)
-        for name, (size, digest) in manifest.files.items():
-            if (found := (folder / name).stat().st_size) != size:
-                raise ValueError(f"{name} has {found} bytes instead of {size}")
-            if file_sha256(folder / name) != digest:
-                raise ValueError(f"{name} has another checksum than when it was written")
+        return Manifest.read(folder), ""
     except (OSError, ValueError) as error:
-        reason = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        complain(f"checkpoint {folder} is damaged and is ignored: {reason}.")
-        return None
-    return Checkpoint(folder, manifest)
+        return None, _reason(error)
 
 
-def latest_checkpoint(checkpoints: Path, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
-    """The newest complete checkpoint of a run."""
-    return next((found for folder in published_checkpoints(checkpoints) if (found := read_checkpoint(folder, complain))), None)
+def _reason(error: OSError | ValueError) -> str:
+    return f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
-def find_checkpoint(place: Path, key: str) -> Checkpoint | Path:
+def latest_checkpoint(
+    checkpoints: Path, world: World = _ALONE, complain: Callable[[str], None] = log.warning
+) -> Checkpoint | None:
+    """The newest complete checkpoint of a run; every rank of ``world`` must call."""
+    folders = broadcast_from_rank_zero(lambda: published_checkpoints(checkpoints), world)
+    return next((found for folder in folders if (found := read_checkpoint(folder, world, complain))), None)
+
+
+def find_checkpoint(place: Path, key: str, world: World = _ALONE) -> Checkpoint | Path:
     """The checkpoint at ``place``: a checkpoint of a run, the newest one of a run folder, or a file of Lightning's.
+
+    Every rank of ``world`` must call; rank zero searches.
 
     Raises:
         UsageError: There is none; names ``key``, which was set to ``place``.
     """
     folder = place.parent if place.name == MODEL_FILE else place
-    found = read_checkpoint(folder) if (folder / MANIFEST_FILE).exists() else latest_checkpoint(place / "checkpoints")
-    if found is None and not place.is_file():
+    is_published, is_file = broadcast_from_rank_zero(lambda: ((folder / MANIFEST_FILE).exists(), place.is_file()), world)
+    found = read_checkpoint(folder, world) if is_published else latest_checkpoint(place / "checkpoints", world)
+    if found is None and not is_file:
         raise UsageError(f"{key}: {place} is neither a complete checkpoint nor a run folder with one in checkpoints/.")
     return found or place
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

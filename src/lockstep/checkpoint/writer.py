@@ -1,10 +1,10 @@
 """Write checkpoints atomically, in the background, and remove old ones.
 
-Every rank writes its files into a hidden folder and flushes them to disk. Rank zero reads all of them back, writes the
-manifest and renames the folder, which publishes the checkpoint. What a checkpoint contains is described in ``reader``.
+Every rank writes its files into a hidden folder and flushes them to disk. The ranks read all of them back, each an equal
+share. Rank zero gathers checksums and results, writes the manifest and renames the folder, which publishes the checkpoint.
+What a checkpoint contains is described in ``reader``.
 """
 
-import hashlib
 import logging
 import math
 import os
@@ -12,18 +12,16 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
+from lockstep.checkpoint.checksums import FileSums, share_pieces, verify_pieces, write_file
 from lockstep.checkpoint.manifest import Manifest, Progress
-from lockstep.checkpoint.reader import file_sha256, published_checkpoints
+from lockstep.checkpoint.reader import published_checkpoints
 from lockstep.checkpoint.serialization import copy_to_cpu, count_bytes
 from lockstep.config import CheckpointOptions
-from lockstep.core import SaveError, World, atomic_write_json, fsync, read_json
-from lockstep.distributed import SignalReceiver, StopConsensus
+from lockstep.core import SaveError, World, fsync
+from lockstep.distributed import SignalReceiver, StopConsensus, gather, new_group, scatter
 from lockstep.runs import Run, checkpoint_order
 
 log = logging.getLogger(__name__)
@@ -36,7 +34,7 @@ _EXIT_SECONDS = 60.0
 
 
 class CheckpointWriter:
-    """Writes the files of one rank, one checkpoint at a time.
+    """Writes the files of one rank, one checkpoint at a time; every rank must make one.
 
     Args:
         attempt: Number of this attempt; a newer attempt prevents publication.
@@ -68,7 +66,7 @@ class CheckpointWriter:
         self.protected: set[str] = set()
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
-        self._failed_rank: int | None = None
+        self._group = new_group(world)  # of the thread: the collectives of two threads would mix in one group
         self._step = 0
         self._limit, self._deadline, self._stop_by = 0.0, math.inf, math.inf
 
@@ -82,11 +80,22 @@ class CheckpointWriter:
         """Whether a save has been in progress for longer than its limits."""
         return self.busy and time.monotonic() > self._deadline + self._limit
 
-    def save(self, progress: Progress, parts: Mapping[str, Any], consensus: StopConsensus, known_error: str = "") -> None:
+    def save(
+        self,
+        progress: Progress,
+        parts: Mapping[str, Any],
+        consensus: StopConsensus,
+        known_error: str = "",
+        in_background: bool = True,
+    ) -> None:
         """Save ``parts`` as this rank's files of a checkpoint, by name; every rank must call.
 
         Returns once the parts are copied; without ``async_save``, once the checkpoint is published. A failure does not end
-        the run: it is logged, and in ``error``. ``known_error`` is the reason for which this rank cannot save, if it cannot.
+        the run: it is logged, and in ``error``.
+
+        Args:
+            known_error: The reason for which this rank cannot save, if it cannot.
+            in_background: Whether the parts may be copied. Those that do not fit into memory may not.
 
         Raises:
             SaveError: The save before this one hangs on a rank.
@@ -94,16 +103,15 @@ class CheckpointWriter:
         self.wait_until_finished(consensus)
         size = consensus.total(count_bytes(dict(parts)))
         self._limit = self.options.timeout_seconds + size / (1e6 * self.options.min_mb_per_second)
-        if self.options.async_save:
+        if in_background := in_background and self.options.async_save:
             parts = copy_to_cpu(dict(parts))
         self._written.clear()
-        self._failed_rank = None
         self._step, self._deadline = progress.step, time.monotonic() + self._limit
         scores = dict(self.scores)  # a later score must not change what this save removes
         arguments = (progress, parts, scores, known_error)
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
-        if not self.options.async_save:
+        if not in_background:
             self.wait_until_finished(consensus)
 
     def wait_until_finished(self, consensus: StopConsensus) -> None:
@@ -114,23 +122,20 @@ class CheckpointWriter:
         """
         if self._thread is None:
             return
-        rank, size = self.world.rank, self.world.size
+        rank = self.world.rank
         while not (self._written.wait(0.1) or self._is_over(self._deadline)):
             self.on_wait()
-        # The ranks tell each other, as no file system may answer. Rank zero must not wait for files that do not come.
-        mine = -1 if self._written.is_set() and not self.error else rank if self._written.is_set() else size + rank
-        if (highest := consensus.reduce_max(mine, self._reset_in_time)) >= size:
-            self._give_up(f"rank {highest - size} has not written its files")
-        if highest != -1:
-            self._failed_rank = highest
+        # The ranks tell each other, as no file system may answer.
+        if (hung := consensus.reduce_max(-1 if self._written.is_set() else rank, self._reset_in_time)) != -1:
+            self._give_up(f"rank {hung} has not written its files")
         while self.busy and not self._is_over(self._deadline + self._limit):
             self.wait(0.1)
             self.on_wait()
         if self.world.is_rank_zero and not self.busy:
             self.remove_debris()
         # The other ranks wait for the publication here.
-        if consensus.reduce_max(rank if self.busy else -1, self._reset_in_time) != -1:
-            self._give_up("rank 0 has not published it")
+        if (hung := consensus.reduce_max(rank if self.busy else -1, self._reset_in_time)) != -1:
+            self._give_up(f"rank {hung} has not verified its share" if hung else "rank 0 has not published it")
         self._thread = None
 
     def _is_over(self, deadline: float) -> bool:
@@ -168,45 +173,53 @@ class CheckpointWriter:
             self._thread.join(seconds)
 
     def _save(self, progress: Progress, parts: Mapping[str, Any], scores: Mapping[int, float], known_error: str) -> None:
+        """Write this rank's files, verify as many bytes of all files, and publish the checkpoint on rank zero."""
         start = time.monotonic()
         final = self.run.checkpoints / f"step-{progress.step:08}{'-end' if progress.has_ended else ''}"
         hidden = final.with_name(f".{final.name}.{self.attempt}")
+        files, error = {}, known_error
         try:
-            if known_error:
-                raise RuntimeError(known_error)
-            hidden.mkdir(exist_ok=True)
-            files = {name: _write_part(hidden / name, part) for name, part in parts.items()}
-            atomic_write_json(hidden / f"{self.world.rank}.json", files)
-            self.error = ""
-            self._written.set()
-            if self.world.is_rank_zero:
-                self._publish(hidden, final, progress, scores)
-        except Exception as error:  # state of a user's class may fail in any way
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-            self.error = f"the checkpoint of step {progress.step} could not be written ({reason})"
-            self._written.set()
+            if not known_error:
+                hidden.mkdir(exist_ok=True)
+                files = {name: write_file(hidden / name, part) for name, part in parts.items()}
+        except Exception as exception:  # state of a user's class may fail in any way
+            error = _reason(exception)
+        self._written.set()
+        try:
+            files, error = self._verify(hidden, files, error)
+            if self.world.is_rank_zero and not error:
+                self._publish(hidden, final, Manifest(progress, self.world.size, self.attempt, time.time(), files))
+                self._remove_old(scores)
+        except Exception as exception:  # the manifest cannot be written, another attempt owns the run, or a rank has died
+            error = _reason(exception)
+        self.error = f"the checkpoint of step {progress.step} could not be written ({error})" if error else ""
+        if error:
             log.warning("%s; training continues, and the last complete checkpoint is kept.", self.error)
             if self.world.is_rank_zero:
                 shutil.rmtree(hidden, ignore_errors=True)
         self.seconds = time.monotonic() - start
 
-    def _publish(self, hidden: Path, final: Path, progress: Progress, scores: Mapping[int, float]) -> None:
-        """Wait for the files of all ranks, verify them and rename the folder."""
-        files: dict[str, tuple[int, str]] = {}
-        for rank in range(self.world.size):
-            written = hidden / f"{rank}.json"
-            while not written.exists():
-                if self._failed_rank is not None:
-                    raise RuntimeError(f"rank {self._failed_rank} could not write its part; its log says why")
-                if time.monotonic() > self._deadline:
-                    raise RuntimeError(f"rank {rank} has not written its files in {self._limit:.0f} s; its disk may hang")
-                time.sleep(0.01)
-            files |= read_json(written)
-            written.unlink()
-        for name, (_, digest) in files.items():
-            if file_sha256(hidden / name) != digest:
-                raise RuntimeError(f"{name}: checksum mismatch after write")
-        Manifest(progress, self.world.size, self.attempt, time.time(), files).write(hidden)
+    def _verify(self, folder: Path, files: Mapping[str, FileSums], error: str) -> tuple[dict[str, FileSums], str]:
+        """Read back the files of all ranks together; return them and the first error on rank zero, else this rank's error.
+
+        A rank with an ``error`` takes part, so that no other waits for it.
+        """
+        reports = gather((dict(files), error), self.world, self._group)
+        written = {name: sums for of_rank, _ in reports for name, sums in of_rank.items()}
+        shares = share_pieces({} if any(failure for _, failure in reports) else written, self.world.size)
+        # What a rank has written is read on another node, if there is one: its page cache cannot answer.
+        shift = self.world.local_size % self.world.size
+        pieces = scatter([*shares[shift:], *shares[:shift]], self.world, self._group)
+        try:
+            verify_pieces(folder, pieces)
+        except (OSError, ValueError) as exception:
+            error = _reason(exception)
+        failures = enumerate(gather(error, self.world, self._group))
+        return written, next((f"rank {rank}: {failure}" if rank else failure for rank, failure in failures if failure), error)
+
+    def _publish(self, hidden: Path, final: Path, manifest: Manifest) -> None:
+        """Write the manifest and rename the folder."""
+        manifest.write(hidden)
         fsync(hidden)
         self.run.check_owner(self.attempt)  # this one may run on a node that Slurm considers lost
         if final.exists():  # damaged, or the run would have resumed from it
@@ -214,10 +227,6 @@ class CheckpointWriter:
         hidden.rename(final)
         self.published = final  # even if the flush fails: another save must not replace it
         fsync(self.run.checkpoints)
-        try:
-            self._remove_old(scores)
-        except OSError as error:
-            log.warning("old checkpoints in %s could not be removed (%s)", self.run.checkpoints, error.strerror)
 
     def _remove_old(self, scores: Mapping[int, float]) -> None:
         """Remove checkpoints that are neither among the newest, nor among the best that are published, nor protected."""
@@ -226,27 +235,15 @@ class CheckpointWriter:
         ranked = sorted(scored, key=lambda path: (scored[path], checkpoint_order(path)), reverse=self.options.mode == "max")
         best = ranked[: self.options.save_top_k] if self.options.monitor is not None else []
         for path in published[self.options.keep_last :]:
-            if path not in best and path.name not in self.protected:
+            if path in best or path.name in self.protected:
+                continue
+            try:
                 removed = path.rename(path.with_name(f".{path.name}.gone"))  # atomically: half a checkpoint is never visible
+            except OSError as error:
+                log.warning("the old checkpoint %s could not be removed (%s)", path, error.strerror)
+            else:
                 shutil.rmtree(removed, ignore_errors=True)
 
 
-def _write_part(path: Path, content: Any) -> tuple[int, str]:
-    """Write ``content``, flush it to disk, and return its size and SHA-256."""
-    with _HashingWriter(FileIO(path, "w")) as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell(), file.digest.hexdigest()
-
-
-class _HashingWriter(BufferedWriter):
-    """A file whose checksum is computed while it is written."""
-
-    def __init__(self, file: FileIO) -> None:
-        super().__init__(file)
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return super().write(data)
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())

@@ -150,11 +150,12 @@ class ZeroOptimizer:
         found: Tensor = self.flats[index] if key is None else self.inner.state[self.flats[index]][key]
         return found
 
-    def map_from_nvme(self, index: int, tensor: Tensor) -> Tensor:
-        """Return the content of ``tensor``, of flat tensor ``index``, which is empty while it is offloaded to NVMe.
+    def read_flat(self, index: int, key: str | None = None) -> Tensor:
+        """Return what ``flat_state`` does, live, or mapped from NVMe if it is offloaded there.
 
-        The file is mapped: an offloaded state need not fit into memory. Between two steps nothing writes to the file.
+        An offloaded state need not fit into memory. Between two steps nothing writes to its files.
         """
+        tensor = self.flat_state(index, key)
         swapper: Any = self._zero.optimizer_swapper if self._is_stage_3 else None
         swapped: Any = swapper and swapper.swap_params_info.get(swapper.parameter_id(self.flats[index]))
         for one in swapped.tensors if swapped else ():
@@ -185,11 +186,8 @@ class Fragment:
     flat: int | None
     offset: int
 
-    def read(self, key: str | None = None) -> Tensor:
-        """The weight, or what the optimizer keeps for it under ``key``: float32 (size,), live or mapped from NVMe."""
-        # Not DeepSpeed's mapping.optim_fragment: for all groups but the first it is made before there is a state.
-        if self.flat is not None:
-            return self.zero.map_from_nvme(self.flat, self.zero.flat_state(self.flat, key)).narrow(0, self.offset, self.size)
+    def read_unstepped(self) -> Tensor:
+        """The weight (size,) if the optimizer does not step it: live, or mapped from NVMe."""
         part = self.parameter.ds_tensor
         if part.status.name == "AVAILABLE":
             return torch.as_tensor(part).narrow(0, 0, self.size)
@@ -198,7 +196,7 @@ class Fragment:
         return torch.from_file(path, size=part.ds_numel, dtype=swapper.dtype).narrow(0, 0, self.size)
 
     def write(self, key: str | None, value: Tensor) -> None:
-        """Replace what ``read`` returns by ``value``, inside ``ZeroOptimizer.in_memory``."""
+        """Set the weight, or its optimizer state ``key``, to ``value``, inside ``ZeroOptimizer.in_memory``."""
         assert self.flat is not None
         target = self.zero.flat_state(self.flat, key).narrow(0, self.offset, self.padded)
         target.copy_(nn.functional.pad(value, (0, self.padded - self.size)))

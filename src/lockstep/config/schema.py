@@ -123,7 +123,8 @@ class CheckpointOptions:
     Args:
         every_n_steps: Also save every N steps.
         every_n_minutes: Also save every N minutes.
-        async_save: Continue training while the files are written.
+        async_save: Continue training while the files are written; with offload to NVMe it waits, as a copy may not fit into
+            memory.
         timeout_seconds: Time that a save may take in addition to its bytes at min_mb_per_second. After it, the disk of the
             rank whose files are missing counts as hung, and the attempt ends.
         min_mb_per_second: Lowest rate in MB per second at which all ranks together write a checkpoint.

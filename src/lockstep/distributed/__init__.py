@@ -12,8 +12,11 @@ from lockstep.distributed.process_group import (
     broadcast_from_rank_zero,
     destroy_process_group,
     enable_flight_recorder,
+    gather,
     init_process_group,
     local_devices,
+    new_group,
+    scatter,
 )
 from lockstep.distributed.ranks import RankFailed, fork_ranks
 from lockstep.distributed.signals import STOP_SIGNALS, SignalReceiver, allocation_end_time

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_NO_LIMIT = timedelta(days=365)
+"""The time-out of collectives whose callers have limits of their own."""
+
 _SAFE_TYPES = (PosixPath, Run, LockstepError, RunError, SaveError, UsageError)
 """Classes that a rank accepts from another one, beside those that ``torch.load(weights_only=True)`` accepts."""
 
@@ -218,6 +221,31 @@ def broadcast(value: T, source: int = 0, types: Sequence[type] = ()) -> T:
             "tensors, numbers, texts and collections of them, or allow the class with torch.serialization.add_safe_globals."
         ) from error
     return message[0]
+
+
+def new_group(world: World) -> Any:
+    """A gloo group of all ranks for the collectives of one thread, which wait without a limit; None for a single process."""
+    return torch.distributed.new_group(backend="gloo", timeout=_NO_LIMIT) if world.size > 1 else None
+
+
+def gather(value: T, world: World, group: Any = None) -> list[T]:
+    """Collect the ``value`` of every rank on rank zero, by rank; other ranks get an empty list. Every rank must call."""
+    if world.size == 1:
+        return [value]
+    values: list[T] | None = [value] * world.size if world.is_rank_zero else None
+    torch.distributed.gather_object(value, values, dst=0, group=group, weights_only=True)
+    return values or []
+
+
+def scatter(values: Sequence[T], world: World, group: Any = None) -> T:
+    """Return to each rank its item of the ``values`` of rank zero, which other ranks need not have. Every rank must call."""
+    if world.size == 1:
+        return values[0]
+    received: list[Any] = [None]
+    sent = list(values) if world.is_rank_zero else None
+    torch.distributed.scatter_object_list(received, sent, src=0, group=group, weights_only=True)
+    result: T = received[0]
+    return result
 
 
 def all_gather(value: T, world: World) -> list[T]:

@@ -101,9 +101,19 @@ class LockstepStrategy(Strategy):
         self._known = {id(parameter) for parameter in parameters.values()}
         self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
 
-    def shards(self) -> State | None:
-        """This rank's part of weights and optimizer state; None if Lightning's checkpoint holds them."""
-        return None
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether each rank saves its part of weights and optimizer state, which Lightning's checkpoint lacks."""
+        return False
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether weights or optimizer state are on a disk, and need not fit into memory."""
+        return False
+
+    def shards(self) -> State:
+        """Files of a checkpoint, by name, with this rank's part of weights and optimizer state; every rank must call."""
+        return {}
 
     def global_grad_norm(self) -> Tensor | float | None:
         """The gradient's 2-norm before clipping in the newest step; None if the strategy does not compute it."""

@@ -21,10 +21,18 @@ from lockstep.compat.lightning import LightningDeepSpeedStrategy, is_accumulatin
 from lockstep.config import DeepSpeedOptions, deepspeed_config
 from lockstep.core import UsageError
 from lockstep.data import DataSharding
-from lockstep.distributed import WorldEnvironment
+from lockstep.distributed import WorldEnvironment, gather
 from lockstep.strategies.base import LockstepStrategy
 from lockstep.strategies.deepspeed_ops import select_accelerator
-from lockstep.strategies.sharded_state import WEIGHT, ShardedState, State, parameter_names
+from lockstep.strategies.sharded_state import (
+    INDEX_FILE,
+    WEIGHT,
+    ShardedState,
+    State,
+    join_places,
+    parameter_names,
+    shard_file,
+)
 
 
 class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
@@ -49,6 +57,8 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
         )
         self.sharding, self.folder = sharding, folder
         self._names: list[str] = []
+        self._indexed: list[bool] = []
+        self._slices: dict[str, State] = {}
 
     def setup_environment(self) -> None:
         super(DeepSpeedStrategy, self).setup_environment()  # Lightning's own refuses CPUs
@@ -75,8 +85,23 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
             "require one later; let it do so from the start, or use strategy ddp."
         )
 
-    def shards(self) -> State | None:
-        return _capture_shards(ZeroOptimizer(self.deepspeed_engine), self.module)
+    is_partitioned = True
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self.folder is not None
+
+    def shards(self) -> State:
+        zero, world = ZeroOptimizer(self.deepspeed_engine), self.sharding.world
+        shard, places = _capture_shard(zero, self.module)
+        # The partition changes only with what is trainable, on all ranks alike.
+        if self._indexed != (trainable := [p.requires_grad for p in self.module.parameters()]):
+            by_rank = gather(places, world)
+            shapes = {name: full_shape(p) for name, p in self.module.named_parameters()}
+            self._slices = join_places(by_rank, shapes) if world.is_rank_zero else {}
+            self._indexed = trainable
+        index = {INDEX_FILE: _capture_index(zero, self.module, self._slices)} if world.is_rank_zero else {}
+        return {shard_file(world.rank): shard, **index}
 
     def format_config(self) -> None:
         super().format_config()
@@ -190,28 +215,45 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
         self.module.load_state_dict(checkpoint["state_dict"], strict=False)
 
 
-def _capture_shards(zero: ZeroOptimizer, module: nn.Module) -> State:
-    """This rank's shard; tensors are live, or mapped from NVMe."""
-    names, flats, inner = parameter_names(module), zero.flats, zero.inner
+def _capture_shard(zero: ZeroOptimizer, module: nn.Module) -> tuple[list[State], Tensor]:
+    """This rank's shard, whose tensors are live or mapped from NVMe, and its places as ``join_places`` needs them."""
+    state_keys = _optimizer_keys(zero)
+    shard = [
+        {WEIGHT: zero.read_flat(index), **{key: zero.read_flat(index, key) for key in state_keys}}
+        for index in range(len(zero.flats))
+    ]
+    numbers = {name: number for number, (name, _) in enumerate(module.named_parameters())}
+    places = []
+    for part in zero.fragments(module):
+        index, offset = part.flat, part.offset
+        if index is None:
+            index, offset = len(shard), 0
+            shard.append({WEIGHT: part.read_unstepped()})
+        places.append([numbers[part.name], part.start, part.size, index, offset])
+    return shard, torch.tensor(places, dtype=torch.int64).reshape(-1, 5).T.contiguous()
+
+
+def _capture_index(zero: ZeroOptimizer, module: nn.Module, slices: Mapping[str, State]) -> State:
+    """The index of the shards of all ranks."""
+    names, flats, inner, keys = parameter_names(module), zero.flats, zero.inner, _optimizer_keys(zero)
     state = inner.state[flats[0]] if flats and flats[0] in inner.state else {}
-    keys = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == flats[0].shape]
     return {
-        "slices": {
-            part.name: {
-                "start": part.start,
-                "shape": part.shape,
-                WEIGHT: part.read(),
-                **({} if part.flat is None else {key: part.read(key) for key in keys}),
-            }
-            for part in zero.fragments(module)
-        },
+        "slices": slices,
         "aliases": {
             alias: names[id(p)] for alias, p in module.named_parameters(remove_duplicate=False) if names[id(p)] != alias
         },
+        "keys": keys,
         "scalars": {key: value for key, value in state.items() if key not in keys},
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups],
         **zero.capture_counters(),
     }
+
+
+def _optimizer_keys(zero: ZeroOptimizer) -> list[str]:
+    """Names of the optimizer's tensors that have a value for each element, such as ``exp_avg``; none before the first step."""
+    flats = zero.flats
+    state = zero.inner.state[flats[0]] if flats and flats[0] in zero.inner.state else {}
+    return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == flats[0].shape]
 
 
 def _restore_shards(zero: ZeroOptimizer, module: nn.Module, saved: ShardedState) -> None:

@@ -70,14 +70,14 @@ def build_trainer(
     bar = given.pop("enable_progress_bar")
     bar = has_own_bar or (sys.stderr.isatty() and sys.stdout.isatty()) if bar is None else bar
     watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds, context.enter)
-    writer = CheckpointWriter(run, context.world, context.attempt, options, signals, watchdog.reset)
-    saves = given["enable_checkpointing"] is not False
-    checkpoints = CheckpointCallback(context.ownership, options, throughput, signals, writer if saves else None)
+    saves = context.command == "fit" and given["enable_checkpointing"] is not False
+    writer = CheckpointWriter(run, context.world, context.attempt, options, signals, watchdog.reset) if saves else None
+    checkpoints = CheckpointCallback(context.ownership, options, throughput, signals, writer)
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning's own
     callbacks += [
         NanGuard(),
         throughput,
-        StatusReporter(run, throughput, context.attempt, not bar, lambda: writer.error),
+        StatusReporter(run, throughput, context.attempt, not bar, lambda: writer.error if writer else ""),
         checkpoints,
         ActivationCheckpointing(config.activation_checkpointing),
         watchdog,

@@ -17,8 +17,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lockstep.checkpoint import (
     Checkpoint,
     CheckpointCallback,
-    Manifest,
-    Progress,
     allow_numpy_globals,
     allow_plain_classes,
     find_checkpoint,
@@ -195,12 +193,10 @@ class TrainingSession:
         context, path = self.context, self.context.config.ckpt_path
         if path is None and context.command != "fit":
             raise UsageError(f"ckpt_path: must be set to {context.command}: a checkpoint, or a run folder.")
-        given = None if path is None else find_checkpoint(Path(path), "ckpt_path")
-        if context.command != "fit":
-            return given, False
-        types = (Checkpoint, Manifest, Progress)
-        own = broadcast_from_rank_zero(lambda: latest_checkpoint(context.run.checkpoints), context.world, types)
-        return own or given, own is not None
+        own = latest_checkpoint(context.run.checkpoints, context.world) if context.command == "fit" else None
+        if own is not None or path is None:
+            return own, own is not None
+        return find_checkpoint(Path(path), "ckpt_path", context.world), False
 
     def _resume(self, strategy: AnyStrategy, checkpoint: Checkpoint, is_same_run: bool) -> None:
         """Restore progress from ``checkpoint``; in the same run also the row count, so that no row is logged twice."""
@@ -253,14 +249,17 @@ class TrainingSession:
         Raises:
             RunError: The checkpoint cannot be read.
         """
-        writer = self.checkpoints.writer if self.checkpoints is not None else None
-        if writer is None or not self.context.world.is_rank_zero:
+        writer, world = self.checkpoints.writer if self.checkpoints is not None else None, self.context.world
+        if writer is None:
             return None
-        found = None if writer.published is None else read_checkpoint(writer.published)
+        published = broadcast_from_rank_zero(lambda: writer.published, world)
+        found = None if published is None else read_checkpoint(published, world)
         if found is None:
-            raise RunError(f"The checkpoint {writer.published} of the trained weights is gone or damaged; resume the run.")
+            raise RunError(f"The checkpoint {published} of the trained weights is gone or damaged; resume the run.")
+        if not world.is_rank_zero:
+            return None
         allow_plain_classes(found.model)
-        return report.weights_sha256(found.weights(), self.context.world)
+        return report.weights_sha256(found.weights(), world)
 
     def _has_failed_everywhere(self, error: Exception) -> bool:
         """Whether the test failed on every rank by itself, so that they can go on together."""
