@@ -97,7 +97,7 @@ class Job(slurm_jobs.Job):
         found = {}
         for pid, _, _ in self._processes():
             with contextlib.suppress(OSError):
-                name, _, number = Path(f"/proc/{pid}/comm").read_text().strip().partition(" ")
+                name, _, number = Path(f"/proc/{pid}/comm").read_text().strip().partition("-")
                 if name == kind:
                     found[pid] = int(number)
         return sorted(found, key=lambda pid: found[pid])

@@ -98,13 +98,13 @@ def test_a_killed_rank_is_told(shell: Shell) -> None:
     shown = followed(job)
     status = told(job)
     assert (shown.returncode, status["exit"], status["state"]) == (1, 1, "failed")
-    assert "rank 1 on n2: Killed" in status["message"]
+    assert "rank 1 (node 1, n2): The process was killed by SIGKILL." in status["message"]
 
 
 @pytest.mark.parametrize(
     ("action", "message"),
     [
-        ("leave", "rank 1 on n2 ended with exit status 9 and without a report."),
+        ("leave", "rank 1 (node 1, n2): The process exited with status 9 and without a report."),
         ("exit", "The run was ended by sys.exit('there are no data')."),
     ],
 )

@@ -44,7 +44,8 @@ def test_whatever_happens_to_a_job_it_ends_with_the_same_weights(shell: Shell) -
         assert len(job.status()["attempts"]) == job.result["attempts"] == 1 + len(job.result["reasons"])
         assert all(job.result["reasons"])
     (attempt, *_, last) = killed.status()["attempts"]
-    assert "rank 1 on n3: Killed" in attempt["reason"] and (attempt["crashed"], last["reason"]) == (True, "")
+    assert "rank 1 (node 0, n3): The process was killed by SIGKILL." in attempt["reason"]
+    assert (attempt["crashed"], last["reason"]) == (True, "")
     assert "rank 1 does not answer" in stopped.status()["attempts"][0]["reason"]
     (attempt, *_) = late.status()["attempts"]
     assert (attempt["reason"], attempt["crashed"]) == ("SIGUSR2", False) and attempt["step"] == attempt["saved_step"] > 5

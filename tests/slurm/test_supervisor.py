@@ -10,7 +10,7 @@ from lockstep.distributed import allocation_end_time
 from lockstep.runs import Failure, Owner, Run, RunResult, read_attempts, record_failure
 from lockstep.slurm.client import RUNNING_JOBS, is_owner_alive, parse_running_jobs, query_jobs
 from lockstep.slurm.restart_policy import REQUEUE, RESTART
-from lockstep.slurm.supervisor import SlurmView, UnknownOwner, finish, start
+from lockstep.slurm.restarts import SlurmView, UnknownOwner, finish, start
 
 LAST = "7|2|7|0|1795717375|N/A|RUNNING|"
 """The last run of the array 7, as squeue prints it: its own job id is that of the array."""

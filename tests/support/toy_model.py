@@ -110,7 +110,7 @@ class ToyData(LightningDataModule):
     def _record(self, call: str) -> None:
         if self.diary is not None:
             Path(self.diary).mkdir(exist_ok=True)
-            (Path(self.diary) / f"{call}-{os.environ['SLURM_PROCID']}-{time.time_ns()}").touch()
+            (Path(self.diary) / f"{call}-{os.environ.get('RANK', '0')}-{time.time_ns()}").touch()
 
     def prepare_data(self) -> None:
         self._record("prepare")

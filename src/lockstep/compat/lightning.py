@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,6 +19,7 @@ from lockstep.compat.lightning_epoch import LightningEpochLoop, cache_batch_hook
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
 
 with private_imports("lightning"):
+    from lightning.fabric.utilities import registry as _registry
     from lightning.fabric.utilities.data import _set_sampler_epoch as set_sampler_epoch
     from lightning.pytorch.loops.fit_loop import _FitLoop
     from lightning.pytorch.loops.loop import _Loop
@@ -37,6 +39,15 @@ for _owner, _names in (
 ):
     for _name in _names:
         private("lightning", _owner, _name)
+
+
+def find_plugins_once() -> None:
+    """Look for packages that add callbacks to each Trainer now, and not in each forked rank: it opens two files a package."""
+    entry_points = private("lightning", _registry, "entry_points")
+    if not hasattr(entry_points, "cache_clear"):
+        entry_points = cache(entry_points)
+        patch("lightning", _registry, "entry_points", entry_points)
+    entry_points(group="lightning.pytorch.callbacks_factory")
 
 
 def set_rank_zero(rank: int) -> None:

@@ -55,6 +55,15 @@ class World:
             "LOCKSTEP_LAUNCHER": self.launcher,
             "LOCKSTEP_RENDEZVOUS": self.rendezvous,
         }
+        if self.launcher == "agent":  # one task of Slurm per node; code that reads Slurm's variables expects one per rank
+            variables |= {
+                "SLURM_PROCID": str(self.rank),
+                "SLURM_LOCALID": str(self.local_rank),
+                "SLURM_NTASKS": str(self.size),
+                "SLURM_NPROCS": str(self.size),
+                "SLURM_STEP_NUM_TASKS": str(self.size),
+                "SLURM_NTASKS_PER_NODE": str(self.local_size),
+            }
         if address := re.fullmatch(r"tcp://\[?(.+?)]?:(\d+)", self.rendezvous):
             variables |= {"MASTER_ADDR": address[1], "MASTER_PORT": address[2]}
         return variables

@@ -66,7 +66,7 @@ class Agent:
         self._signal = 0
         self._others = set(_children())  # of libraries
         adopt_orphans()
-        set_process_name(f"agent {agents.rank}")
+        set_process_name(f"agent-{agents.rank}")
 
     def run(self, attempt: int) -> int:
         """Run this attempt and those that follow without another srun, and return the exit status."""

@@ -93,7 +93,7 @@ class _RankMain:
 
     def __call__(self, world: World, sender: Connection, log: Path | None, parent: int, stacks: int) -> None:
         """Run ``target``, send its result or failure, and exit."""
-        set_process_name(f"rank {world.rank}")
+        set_process_name(f"rank-{world.rank}")
         if sys.platform == "linux":
             # PR_SET_PDEATHSIG: Linux kills this process when its parent ends, even after SIGKILL.
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -132,7 +132,11 @@ class _RankMain:
 
 
 def set_process_name(name: str) -> None:
-    """Set the name of this process in ``ps -o comm`` and ``top``, at most 15 characters."""
+    """Set the name of this process in ``ps -o comm`` and ``top``, at most 15 characters.
+
+    Without spaces: Slurm's proctrack/linuxproc would no longer find the process in ``/proc``, and neither count nor kill it.
+    """
+    assert " " not in name
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(15, name.encode())  # PR_SET_NAME
 

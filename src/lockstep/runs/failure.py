@@ -49,7 +49,7 @@ class Failure(Record):
     @classmethod
     def from_report(cls, report: str, world: World) -> "Failure":
         """The failure of a rank of this machine that did not report it itself."""
-        return cls(world.rank, world.size, world.node_rank, platform.node(), report)
+        return cls(world.rank, world.size, world.node_rank, _host(), report)
 
     @classmethod
     def from_exception(cls, error: BaseException, world: World) -> "Failure":
@@ -64,7 +64,7 @@ class Failure(Record):
             report = f"it was ended by sys.exit({error.code!r})."
         is_secondary = world.size > 1 and is_connection_loss(error)
         is_permanent = isinstance(error, LockstepError) and error.is_permanent
-        return cls(world.rank, world.size, world.node_rank, platform.node(), report, status, is_secondary, is_permanent)
+        return cls(world.rank, world.size, world.node_rank, _host(), report, status, is_secondary, is_permanent)
 
     @property
     def is_interruption(self) -> bool:
@@ -86,6 +86,11 @@ class Failure(Record):
     def place(self) -> str:
         """Its node, and its machine where that is known."""
         return f"(node {self.node}{', ' if self.host else ''}{self.host})"
+
+
+def _host() -> str:
+    """Name of this machine, as Slurm calls it where this is a job."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def signal_name(exit_status: int) -> str:

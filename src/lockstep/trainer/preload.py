@@ -6,11 +6,13 @@ from importlib import import_module
 from jsonargparse import Namespace
 
 from lockstep import strategies
+from lockstep.compat.lightning import find_plugins_once
 from lockstep.monitoring import wandb_mode
 
 
 def preload(config: Namespace, has_rank_zero: bool = True) -> None:
     """Import the libraries that a config uses; W&B's, which take a second, only where rank zero is forked."""
     strategies.preload(config.strategy)
+    find_plugins_once()
     if has_rank_zero and wandb_mode(config.wandb, os.environ) != "disabled":
         import_module("wandb")

@@ -1,0 +1,172 @@
+"""Claim, record and restart attempts of a job, for its batch script (``supervisor``) and for the agents of its nodes."""
+
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lockstep.runs import AttemptStart, Owner, Run, RunProgress, RunResult, attempts, endings, read_first_failure, update_status
+from lockstep.slurm.client import RunningJob, is_owner_alive, is_running, parse_running_jobs
+from lockstep.slurm.restart_policy import REQUEUE, RESTART, reason_to_give_up
+
+
+class UnknownOwner(Exception):
+    """Another job has claimed ``attempt``, perhaps after Slurm was queried: query it again."""
+
+    def __init__(self, attempt: int) -> None:
+        super().__init__(attempt)
+        self.attempt = attempt
+
+
+@dataclass(frozen=True)
+class SlurmView:
+    """What the batch script has found out from Slurm.
+
+    Attributes:
+        me: This job.
+        jobs: The user's running jobs; None if Slurm has not answered.
+        seen: The newest attempt that was known before the query.
+    """
+
+    me: Owner
+    jobs: Mapping[str, RunningJob] | None
+    seen: int = 0
+
+    @classmethod
+    def parse(cls, text: str, env: Mapping[str, str], seen: int = 0) -> "SlurmView":
+        """Build it from the environment of the job, and from what its batch script has written to standard input."""
+        *lines, end = text.splitlines() or [""]
+        return cls(Owner.of_job(env), parse_running_jobs("\n".join(lines)) if end == "end" else None, seen)
+
+    @property
+    def my_job(self) -> RunningJob | None:
+        """This job, while it runs."""
+        return (self.jobs or {}).get(self.me.job or "")
+
+    def is_alive(self, owner: Owner, env: Mapping[str, str]) -> bool | None:
+        """Whether an owner still runs; one counts as alive while Slurm does not answer. Raises UnknownOwner."""
+        if owner.job is None:
+            return is_owner_alive(owner, env)
+        if owner.job == self.me.job:
+            return owner.restarts > self.me.restarts
+        if self.jobs is None or is_running(owner, self.jobs):
+            return True
+        if owner.attempt != self.seen:
+            raise UnknownOwner(owner.attempt)
+        return False
+
+
+def start(run: Run, slurm: Path, view: SlurmView, env: Mapping[str, str]) -> int:
+    """Claim the next attempt for this job and return its number; UsageError if another job has the run."""
+    number = run.claim_attempt(view.me, lambda owner: view.is_alive(owner, env))
+    output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
+    printed = output.stat().st_size if output.exists() else 0
+    AttemptStart(env["LOCKSTEP_JOB"], time.time(), printed).write(run.start_record(number))
+    _record_lost_attempts(run, number)
+    return number
+
+
+def finish(run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str, str]) -> str | int:
+    """Record how the newest attempt ended; return 0 if the run is finished, RESTART, REQUEUE, or the exit status of the run."""
+    if run.is_superseded(_newest_own_attempt(run, view, env)):  # the new owner records this attempt
+        return status or 1
+    attempt, decision, why = _decide(run, slurm, status, view, env)
+    attempts.append_attempt(run, attempt)
+    return _give_up(run, status, why) if decision == _GIVE_UP else decision
+
+
+def restart_in_allocation(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> int | None:
+    """Record the attempt that has ended and claim the next one, which the agents start without srun; None if they must not.
+
+    Slurm is not queried: it has sent the agents no signal, so it has neither cancelled nor preempted the job.
+
+    Raises:
+        UsageError: Another job has claimed the run.
+    """
+    view = SlurmView(Owner.of_job(env), None)
+    if run.is_superseded(_newest_own_attempt(run, view, env)):
+        return None
+    attempt, decision, _ = _decide(run, slurm, status, view, env)
+    if decision != RESTART:
+        return None
+    attempts.append_attempt(run, attempt)
+    return start(run, slurm, view, env)
+
+
+_GIVE_UP = "give up"
+
+
+def _newest_own_attempt(run: Run, view: SlurmView, env: Mapping[str, str]) -> int:
+    """The newest attempt of this job: that of its batch script, or one that its agents have claimed since."""
+    held = Owner.read(run.owner)
+    return held.attempt if held == view.me else int(env["LOCKSTEP_ATTEMPT"])
+
+
+def _decide(
+    run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str, str]
+) -> tuple[attempts.Attempt, str | int, str]:
+    """The record of the newest attempt; what follows: an exit status, RESTART, REQUEUE or _GIVE_UP; and why it gives up."""
+    number, mine = _newest_own_attempt(run, view, env), view.my_job
+    result, failure = RunResult.read(run.result), read_first_failure(run, number)
+    if result is not None and result.attempts != number and not result.is_finished:
+        result = None  # that of the attempt before
+    ending = endings.classify_ending(endings.Evidence(result, failure, run.output(slurm, env["LOCKSTEP_JOB"]), status))
+    start, progress = AttemptStart.read(run.start_record(number)), RunProgress.read(run.status)
+    attempt = attempts.Attempt(
+        attempt=number,
+        job=env["LOCKSTEP_JOB"],
+        reason=ending.reason,
+        exit_status=status,
+        started_at=start.time if start is not None else 0.0,
+        ended_at=time.time(),
+        saved_step=run.latest_saved_step,
+        step=(result and result.global_step) or (progress.step if progress is not None else 0),
+        crashed=not (ending.is_finished or ending.is_interrupted),
+        preempted=ending.is_interrupted and mine is not None and mine.is_preempted,
+    )
+    if ending.is_finished:
+        return attempt, 0, ""
+    if failure is not None and failure.is_permanent:
+        return attempt, _GIVE_UP, ""
+    if view.jobs is not None and not is_running(view.me, view.jobs):
+        return attempt, status or 1, ""  # cancelled, or Slurm requeues it by itself
+    if attempt.preempted:
+        return attempt, REQUEUE, ""
+    if why := reason_to_give_up(run, [*attempts.read_attempts(run), attempt], ending.is_explained):
+        return attempt, _GIVE_UP, why
+    is_over = ending.is_interrupted and ending.exit_status == 128 + signal.SIGUSR2
+    return attempt, REQUEUE if is_over else RESTART, ""
+
+
+def _record_lost_attempts(run: Run, newest: int) -> None:
+    """Record earlier attempts whose batch script was killed before it could record them."""
+    recorded = {attempt.attempt for attempt in attempts.read_attempts(run)}
+    result, progress = RunResult.read(run.result), RunProgress.read(run.status)
+    for number in range(1, newest):
+        if number in recorded or (start := AttemptStart.read(run.start_record(number))) is None:
+            continue
+        reason = result.reason if result is not None and result.attempts == number else None
+        attempt = attempts.Attempt(
+            attempt=number,
+            job=start.job,
+            reason=reason or "Slurm ended the job: preempted, requeued, or a node was lost.",
+            exit_status=1,
+            started_at=start.time,
+            ended_at=progress.time if progress is not None and progress.attempt == number else start.time,
+            saved_step=run.latest_saved_step,
+            step=progress.step if progress is not None else 0,
+            crashed=False,
+            preempted=True,
+        )
+        attempts.append_attempt(run, attempt)
+
+
+def _give_up(run: Run, status: int, why: str) -> int:
+    """Record that no attempt follows, and return the exit status of the job."""
+    if why:
+        replace(RunResult.read(run.result) or RunResult("failed"), status="failed", reason=why, exit_status=status or 1).write(
+            run.result
+        )
+    update_status(run, "failed")
+    return status or 1
