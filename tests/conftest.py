@@ -7,17 +7,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks use gloo on CPUs
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import gc
 import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import local
 import pytest
+import requests  # noqa: F401  # W&B imports it in each run; forked ones have it
 from support.runs import Launch, Outcome
 
 from lockstep.core.logging import reset_logging
+from lockstep.monitoring import report
+from lockstep.trainer.config_parser import make_parser
 
 # Tests that run in the background inherit an ignored SIGINT, which no shell can trap.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,15 +48,27 @@ def _group(item: pytest.Item) -> str:
     return "deepspeed" if "strategies" in item.path.parts else ""
 
 
+@pytest.fixture
+def drawn_report() -> None:
+    """Let the runs of a test draw their report. Those of others do not: it is a quarter of the time of a short run."""
+
+
 @pytest.fixture(autouse=True)
-def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Remove keys and variables of a launcher, and disable W&B unless a test enables it."""
+def quiet_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Remove keys and variables of a launcher, and disable W&B and the report unless a test enables them."""
     for name in ("WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "WANDB_SERVICE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    if "drawn_report" not in request.fixturenames:
+        monkeypatch.setattr(report, "draw", lambda run: None)
     yield
     reset_logging()
+
+
+def _main(command: list[str]) -> NoReturn:
+    gc.freeze()  # a garbage collection would copy the memory of the parent
+    sys.exit(local.main(command))
 
 
 @pytest.fixture
@@ -60,12 +77,13 @@ def launch(tmp_path: Path) -> Launch:
 
     It runs in a fork, because a process that has run backward cannot fork ranks.
     """
+    make_parser()  # once, not in each fork
 
     def start(*arguments: str) -> Outcome:
         root = tmp_path / "runs"
         before = set(root.glob("*/*"))
         command = [*arguments, "--run.root", str(root)]
-        process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(local.main(command)))
+        process = multiprocessing.get_context("fork").Process(target=_main, args=(command,))
         process.start()
         process.join()
         made = [folder for folder in root.glob("*/*") if folder not in before]

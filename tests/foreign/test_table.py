@@ -9,7 +9,6 @@ from foreign.base import Row
 from foreign.harness import check_refusal, check_row
 from foreign.page import PAGE, page
 from foreign.table import TABLE
-from lockstep.trainer import session
 
 pytestmark = pytest.mark.filterwarnings("default")  # people's code may warn
 
@@ -27,7 +26,6 @@ def test_row(
     row: Row, launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # for loggers that write into folders of their own
-    monkeypatch.setattr(session.report, "draw", lambda run: None)  # a third of the time of such a run
     if row.refused or row.refused_late:
         check_refusal(row, launch, lambda: capfd.readouterr().err)
     else:

@@ -155,6 +155,7 @@ TOY = (
 """16 steps, and a validation after each eight."""
 
 
+@pytest.mark.usefixtures("drawn_report")
 @pytest.mark.parametrize(
     ("ranks", "hook", "step", "rows", "options"),
     [

@@ -157,6 +157,7 @@ def test_each_rank_draws_its_own_dropout_and_the_same_again(launch: Launch) -> N
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.usefixtures("drawn_report")
 def test_what_a_run_leaves_behind(launch: Launch) -> None:
     run = launch("--nodes", "2", "--ranks", "2", *SMALL)
     names = {path.name for path in run.folder.iterdir()}

@@ -6,6 +6,7 @@ Importing takes longer than many tests, and forking takes no time. CUDA must not
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import re
@@ -99,6 +100,7 @@ class _RankMain:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
+        gc.freeze()  # a garbage collection would touch, and so copy, all objects whose memory is the parent's
         self.on_fork()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

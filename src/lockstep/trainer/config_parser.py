@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -28,8 +29,9 @@ from lockstep.trainer.saved_config import dump_config
 log = logging.getLogger(__name__)
 
 
+@cache
 def make_parser() -> ArgumentParser:
-    """Make the parser of all keys, as YAML files (``--config``; later files override earlier ones) and dotted flags."""
+    """The parser of all keys, as YAML files (``--config``; later files override earlier ones) and dotted flags."""
     parser = ArgumentParser(
         prog="lockstep",
         description="Train, evaluate or predict with a LightningModule. Every key is a flag and a key of a --config file.",
