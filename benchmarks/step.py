@@ -10,6 +10,7 @@ counts loss and accuracy at each step, logs them every 50 steps and checks for N
 import argparse
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -101,6 +102,7 @@ def make_loader(world: World, steps: int) -> DataLoader[Any]:
 
 def train_by_hand(world: World, network: str, steps: int) -> None:
     """Train with a loop as one writes it without a library."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # as in a script that does not import Lightning
     device = local_devices(world, "auto")[world.local_rank]
     init_process_group(world, device, timedelta(minutes=5))
     model = make_network(network).to(device)

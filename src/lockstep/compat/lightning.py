@@ -95,8 +95,7 @@ def overridden_iteration(loaders: Any) -> str | None:
 def training_loader(trainer: Trainer) -> tuple[CombinedLoader | None, int]:
     """The loader of training, and the number of batches that are fetched but not trained on yet."""
     loop = trainer.fit_loop
-    fetcher = private("lightning", loop, "_data_fetcher")
-    return private("lightning", loop, "_combined_loader"), len(getattr(fetcher, "batches", ()))
+    return loop._combined_loader, len(getattr(loop._data_fetcher, "batches", ()))
 
 
 def is_in_training_step(module: LightningModule) -> bool:
@@ -118,6 +117,11 @@ class LightningFitLoop(_FitLoop):
     """Lightning's loop over epochs, with public hooks."""
 
     epoch_loop: LightningEpochLoop
+
+    def __init__(self, trainer: Trainer, min_epochs: int | None = 0, max_epochs: int | None = None) -> None:
+        super().__init__(trainer, min_epochs, max_epochs)
+        for name in ("_combined_loader", "_data_fetcher"):
+            private("lightning", self, name)
 
     def combine_loaders(self, request: Callable[[], Any]) -> CombinedLoader:
         """The loader of training; ``request`` returns what ``train_dataloader`` returns."""

@@ -29,7 +29,7 @@ with private_imports("lightning"):
 # Methods too: an override of one that Lightning no longer calls would silently do nothing.
 for _owner, _names in (
     (_TrainingEpochLoop, ("_broadcast_sigterm_tensor", "_on_after_fetch", "_on_before_fetch", "_build_kwargs")),
-    (_TrainingEpochLoop, ("_should_accumulate", "_should_check_val_fx", "_num_ready_batches_reached")),
+    (_TrainingEpochLoop, ("_is_training_done", "_num_ready_batches_reached", "_should_accumulate", "_should_check_val_fx")),
     (_AutomaticOptimization, ("output_result_cls",)),
     (ClosureResult, ("from_training_step_output",)),
     (_DataHookSelector, ("get_instance",)),
@@ -112,6 +112,7 @@ class LightningEpochLoop(_TrainingEpochLoop):
 
     def __init__(self, trainer: Trainer, min_steps: int | None = None, max_steps: int = -1) -> None:
         super().__init__(trainer, min_steps, max_steps)
+        private("lightning", trainer, "_val_check_time_interval")
         patch("lightning", self.automatic_optimization, "output_result_cls", _Result)
         self._results = _Results(training=True)
         self._step_names: tuple[Any, tuple[str, ...]] = (None, ())
@@ -119,7 +120,7 @@ class LightningEpochLoop(_TrainingEpochLoop):
     @property
     def validation_interval(self) -> float | None:
         """``val_check_interval`` in seconds, if it is a time."""
-        interval: float | None = private("lightning", self.trainer, "_val_check_time_interval")
+        interval: float | None = self.trainer._val_check_time_interval
         return interval
 
     def advance(self, data_fetcher: DataFetcher) -> None:
@@ -190,6 +191,10 @@ class LightningEpochLoop(_TrainingEpochLoop):
             connector.on_batch_end()
             results.has_changed = False
         results.batch = results.batch_size = None
+
+    @property
+    def _is_training_done(self) -> bool:
+        return self._num_ready_batches_reached() if self.max_steps == -1 else super()._is_training_done
 
     def _should_accumulate(self) -> bool:
         return self.trainer.accumulate_grad_batches != 1 and super()._should_accumulate()

@@ -43,6 +43,7 @@ _HOOKS = "_lockstep_hooks"
 class _Hooks:
     """What overrides the hooks of callbacks: collected once, and again when the list of callbacks has changed."""
 
+    strategy: Strategy
     callbacks: list[Callback] = field(default_factory=list)
     overridden: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -70,7 +71,7 @@ def call_hooks_fast(trainer: Trainer) -> None:
     patch("lightning", call, "_call_lightning_datamodule_hook", _call_datamodule_hook)
     patch("lightning", call, "_call_strategy_hook", _call_strategy_hook)
     if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
-        vars(trainer)[_HOOKS] = _Hooks()
+        vars(trainer)[_HOOKS] = _Hooks(trainer.strategy)
 
 
 def _call_callback_hooks(
@@ -83,7 +84,7 @@ def _call_callback_hooks(
     found = hooks.find(trainer.callbacks, hook_name)  # type: ignore[attr-defined]
     if not found:
         return
-    module = trainer.lightning_module
+    module = hooks.strategy.lightning_module
     attributes = {"_current_fx_name": None} if module is None else vars(module)
     previous, attributes["_current_fx_name"] = attributes["_current_fx_name"], hook_name
     for hook in found:
@@ -94,12 +95,12 @@ def _call_callback_hooks(
 def _call_module_hook(
     trainer: Trainer, hook_name: str, *args: Any, pl_module: LightningModule | None = None, **kwargs: Any
 ) -> Any:
-    module = pl_module or trainer.lightning_module
-    if module is None or _HOOKS not in vars(trainer):
+    hooks = vars(trainer).get(_HOOKS)
+    if hooks is None or (module := pl_module or hooks.strategy.lightning_module) is None:
         return _module_hook(trainer, hook_name, *args, pl_module=pl_module, **kwargs)
     hook = getattr(module, hook_name)
     function = getattr(hook, "__func__", None)
-    if function in _EMPTY:
+    if function in _EMPTY or (function is LightningModule.configure_gradient_clipping and _is_unclipped(module, kwargs)):
         return None
     if function is LightningModule.transfer_batch_to_device:
         return _move_to_device(*args)
@@ -107,12 +108,13 @@ def _call_module_hook(
 
 
 def _call_strategy_hook(trainer: Trainer, hook_name: str, *args: Any, **kwargs: Any) -> Any:
-    if _HOOKS not in vars(trainer):
+    hooks = vars(trainer).get(_HOOKS)
+    if hooks is None:
         return _strategy_hook(trainer, hook_name, *args, **kwargs)
-    hook = getattr(trainer.strategy, hook_name)
+    hook = getattr(hooks.strategy, hook_name)
     if getattr(hook, "__func__", None) in _EMPTY:
         return None
-    return _call_within(trainer.lightning_module, hook_name, hook, args, kwargs)
+    return _call_within(hooks.strategy.lightning_module, hook_name, hook, args, kwargs)
 
 
 def _call_datamodule_hook(trainer: Trainer, hook_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +123,11 @@ def _call_datamodule_hook(trainer: Trainer, hook_name: str, *args: Any, **kwargs
         return _datamodule_hook(trainer, hook_name, *args, **kwargs)
     hook = getattr(data, hook_name)
     return hook(*args, **kwargs) if callable(hook) else None
+
+
+def _is_unclipped(module: LightningModule, arguments: dict[str, Any]) -> bool:
+    """Whether Lightning's own ``configure_gradient_clipping`` does nothing."""
+    return arguments["gradient_clip_val"] is None and type(module).clip_gradients is LightningModule.clip_gradients
 
 
 def _move_to_device(batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -92,7 +92,7 @@ class LoaderPasses:
             yield batch
 
     def _advance(self, used: int) -> None:
-        self.position = replace(self.position, used=self.position.used + used)
+        self.position = DataPosition(self.position.epoch, self.position.cycle, self.position.used + used)
 
 
 class TrainingLoader(LightningCombinedLoader):
