@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -42,12 +43,14 @@ for _owner, _names in (
 
 
 def find_plugins_once() -> None:
-    """Look for packages that add callbacks to each Trainer now, and not in each forked rank: it opens two files a package."""
-    entry_points = private("lightning", _registry, "entry_points")
+    """Look for packages that add callbacks or backends now, and not in each forked rank: it opens a file of every package."""
+    entry_points: Any = metadata.entry_points
     if not hasattr(entry_points, "cache_clear"):
         entry_points = cache(entry_points)
+        patch("importlib", metadata, "entry_points", entry_points)
         patch("lightning", _registry, "entry_points", entry_points)
-    entry_points(group="lightning.pytorch.callbacks_factory")
+    for group in ("lightning.pytorch.callbacks_factory", "torch.distributed.backends"):
+        entry_points(group=group)
 
 
 def set_rank_zero(rank: int) -> None:
