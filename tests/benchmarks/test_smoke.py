@@ -1,7 +1,7 @@
 """Every benchmark runs with its smallest arguments and prints its table.
 
-Cheapest first: trainings in forks of this process, then a fault on a Slurm cluster. The benchmark of submissions is tested in
-``tests/slurm/test_submit.py``.
+Cheapest first: trainings in forks of this process, then an agent, which imports torch, and a fault on a Slurm cluster. The
+benchmark of submissions is tested in ``tests/slurm/test_submit.py``.
 """
 
 import multiprocessing
@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+import agent
 import checkpoint
 import faults
 import memory
@@ -51,6 +52,12 @@ def test_step(capfd: pytest.CaptureFixture[str]) -> None:
     output = capfd.readouterr().out
     for name in step.TRAINERS:
         assert_row(output, "tiny MLP", re.escape(name), NUMBER, NUMBER, NUMBER)
+
+
+def test_agent(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_fork(agent.main, "--ranks", "2", "--kills", "1")
+    cells = capfd.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert cells[0] == "2" and float(cells[2]) > float(cells[3]) > 0 and float(cells[4]) > 0 and float(cells[5]) > 0
 
 
 @pytest.mark.timeout(300)  # three times, ranks import torch

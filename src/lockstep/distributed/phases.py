@@ -14,6 +14,8 @@ PHASES = ("rendezvous", "compile", "model", "data", "first step", "running", "cl
 _TIMES_HANG_TIMEOUT = {"rendezvous": 1, "compile": 6, "model": 4, "data": 24, "first step": 4}
 """Limit of each phase as a multiple of ``run.hang_timeout_seconds``. Data may be downloaded; later phases have the watchdog."""
 
+_LEAST_SECONDS = 60.0
+
 STARTING_PHASES = tuple(_TIMES_HANG_TIMEOUT)
 
 _SLOT = struct.Struct("=bd")
@@ -21,7 +23,7 @@ _SLOT = struct.Struct("=bd")
 
 def phase_limits(hang_timeout_seconds: float) -> dict[str, float]:
     """Seconds after which a rank hangs in a phase."""
-    return {phase: times * hang_timeout_seconds for phase, times in _TIMES_HANG_TIMEOUT.items()}
+    return {phase: max(_LEAST_SECONDS, times * hang_timeout_seconds) for phase, times in _TIMES_HANG_TIMEOUT.items()}
 
 
 class PhaseBoard:

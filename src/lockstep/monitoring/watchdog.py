@@ -23,8 +23,8 @@ from lockstep.runs import Failure, Run, record_failure
 _SLOWDOWN_FACTOR = 10.0
 """The limit is at least this many times the longest recent interval between heartbeats."""
 
-_FIRST_STEP_FACTOR = 3.0
-"""How much longer the first step may take, which starts workers and may compile the model."""
+_FIRST_STEP_FACTOR, _FIRST_STEP_SECONDS = 3.0, 60.0
+"""How much longer the first step may take, which starts workers and may compile the model, and the least limit for it."""
 
 _REPORT_SECONDS = 5.0
 """Time for all stuck ranks to write their records."""
@@ -78,7 +78,7 @@ class Watchdog(Callback):
     @property
     def limit(self) -> float:
         """Seconds without a heartbeat after which this rank is stuck."""
-        least = _FIRST_STEP_FACTOR * self.seconds if self._is_first_step else self.seconds
+        least = max(_FIRST_STEP_FACTOR * self.seconds, _FIRST_STEP_SECONDS) if self._is_first_step else self.seconds
         return max(least, _SLOWDOWN_FACTOR * max(self._intervals, default=0.0))
 
     def _start(self, *_: Any, **__: Any) -> None:

@@ -21,6 +21,11 @@ _RESERVED_SBATCH = {
 }  # fmt: skip
 """Arguments of sbatch that the launcher sets itself, and the flag to use instead."""
 
+_PER_TASK = {"gpus-per-task", "gpu-bind", "ntasks-per-gpu", "tres-per-task", "tres-bind"}
+"""Arguments of sbatch and srun that divide GPUs among tasks: a node has one, whose ranks share its GPUs."""
+
+_RESERVED_SRUN = {"ntasks", "ntasks-per-node", "cpus-per-task", "nodes", "output", "kill-on-bad-exit"}
+
 _ASSIGNMENT = re.compile(r"(\w+)=(\S*)")
 
 _SIZE_UNITS = "KMGT"
@@ -251,6 +256,14 @@ def _check_values(profile: Profile, place: str) -> None:
         for argument in getattr(profile, name):
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", argument) or "\n" in argument:
                 raise UsageError(f"{place}{name}: {argument!r} must be one line of the form --name or --name=value.")
+            flag = argument[2:].partition("=")[0]
+            if flag in _PER_TASK:
+                raise UsageError(
+                    f"{place}{name}: {argument!r} is for tasks, and Slurm starts one task per node, whose ranks share the GPUs "
+                    "of the node; use gpus_per_node."
+                )
+            if name == "srun" and flag in _RESERVED_SRUN:
+                raise UsageError(f"{place}srun: {argument!r}: the launcher sets {flag} itself{_RESERVED_SBATCH.get(flag, '')}.")
     for argument in profile.sbatch:
         if (flag := argument[2:].partition("=")[0]) in _RESERVED_SBATCH:
             raise UsageError(f"{place}sbatch: {argument!r}: the launcher sets {flag} itself{_RESERVED_SBATCH[flag]}.")
