@@ -1,6 +1,8 @@
 """The metrics file and W&B's mode; then real offline W&B runs, read back from their files; then real online runs."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -78,6 +80,26 @@ def test_online_without_a_key_is_offline_in_a_job(tmp_path: Path, caplog: pytest
     assert logger.run is not None and logger.run.offline
     assert "W&B has no API key on this machine, so the run is offline; set WANDB_API_KEY" in caplog.text
     assert logger.close(0)
+
+
+def log_and_die(run: Run) -> None:
+    """Log rows of user code as before the publication of a checkpoint; then kill W&B's service and this process at once."""
+    logger = start_run_logger(run, WandbOptions(mode="offline"), {}, World(), lambda: 0, Ownership(run, 1))
+    service = int(subprocess.check_output(["pgrep", "-P", str(os.getpid()), "wandb-core"]))
+    for number in range(4):
+        logger.experiment.log({"number": number})
+        logger.flush_before_publication()()
+    for process in (service, os.getpid()):
+        os.kill(process, signal.SIGKILL)
+
+
+def test_a_published_checkpoint_counts_no_row_that_a_kill_can_lose(tmp_path: Path) -> None:
+    run, _ = Run.start(tmp_path, "run", ["test"], 1, 1)
+    process = multiprocessing.get_context("fork").Process(target=log_and_die, args=(run,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [row["number"] for row in read_history(run.folder)] == [0, 1, 2, 3]
 
 
 def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: Launch) -> None:

@@ -187,6 +187,9 @@ class CheckpointCallback(Callback):
         known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written before"
         for part in parts.values():
             check_loadable(part)
+        self.writer.wait_until_finished(self._consensus)
+        if logger is not None:
+            self.writer.before_publication = logger.flush_before_publication()
         self.writer.save(progress, parts, self._consensus, known_error, in_background=not strategy.is_on_disk)
         self._saved_step, self._saved_at = progress.step, time.monotonic()
 

@@ -47,6 +47,7 @@ class CheckpointWriter:
         published: The newest checkpoint that this rank has published: rank zero, else None.
         scores: Scores of checkpoints, by step. The best of those that are published are kept in addition to the newest.
         protected: Names of checkpoints that are kept, whatever their scores.
+        before_publication: Called on rank zero, in the background, before the next checkpoint is published.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class CheckpointWriter:
         self.published: Path | None = None
         self.scores: dict[int, float] = {}
         self.protected: set[str] = set()
+        self.before_publication: Callable[[], None] = lambda: None
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
         self._group = new_group(world)  # of the thread: the collectives of two threads would mix in one group
@@ -221,6 +223,7 @@ class CheckpointWriter:
         """Write the manifest and rename the folder."""
         manifest.write(hidden)
         fsync(hidden)
+        self.before_publication()
         self.run.check_owner(self.attempt)  # this one may run on a node that Slurm considers lost
         if final.exists():  # damaged, or the run would have resumed from it
             shutil.rmtree(final)

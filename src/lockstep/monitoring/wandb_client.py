@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config import WandbOptions
+from lockstep.core import fsync
 from lockstep.distributed import STOP_SIGNALS
 from lockstep.monitoring.csv_logger import METRICS_ROW
 from lockstep.monitoring.wandb_history import GLOBAL_STEP
@@ -118,6 +119,18 @@ class WandbClient:
     def metrics_rows_on_disk(self) -> int:
         """How many rows of ``metrics.csv`` W&B's local files have."""
         return max((int(row.get(METRICS_ROW, 0)) for row, _ in self._stored_rows().values()), default=0)
+
+    def flush(self, sent_at: float) -> None:
+        """Wait until W&B's service has written rows that were sent by then to its local file, and flush that to disk.
+
+        Args:
+            sent_at: By the monotonic clock.
+        """
+        time.sleep(min(max(0.0, sent_at + 2 * _FLUSH_SECONDS - time.monotonic()), 2 * _FLUSH_SECONDS))
+        try:
+            fsync(max(self._files(), key=lambda file: file.stat().st_mtime))
+        except (OSError, ValueError) as error:  # ValueError: there is no file
+            log.warning("W&B's rows could not be flushed to disk (%s)", one_line(error))
 
     def _wait_for_earlier_attempts(self) -> None:
         """Wait for the last rows of an attempt that was killed just now, or that has not noticed yet that it lost the run."""

@@ -4,6 +4,7 @@ All rows have one numbering, W&B's step: those of ``metrics.csv`` and those that
 saves the number of the next row. A resumed run repeats the calls from there on; rows that W&B has are counted and not sent.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,13 @@ class WandbHistory:
         next_row: Number of the next row.
         pending: Values of the next row that user code has logged so far, with ``commit=False`` or ``step``.
         metrics_rows: Number of rows of ``metrics.csv`` that W&B has.
+        sent_at: When the newest row was sent, by the monotonic clock.
     """
 
     def __init__(self, step: Callable[[], int]) -> None:
         self._steps_done = step
         self.next_row = self.metrics_rows = 0
+        self.sent_at = 0.0
         self.pending: dict[str, Any] = {}
         self._end = 0  # W&B has all rows below
         self._newest: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_KEPT_ROWS)
@@ -98,6 +101,7 @@ class WandbHistory:
         assert self._run is not None and self._write is not None
         set_step(self._run, number)
         self._write(row, step=number, commit=True)
+        self.sent_at = time.monotonic()
         self.metrics_rows = max(self.metrics_rows, row.get(METRICS_ROW, 0))
 
 

@@ -98,6 +98,12 @@ class RunLogger(WandbLogger):
             self._guard(self._history.commit)
         return self._history.next_row, dict(self._history.pending)
 
+    def flush_before_publication(self) -> Callable[[], None]:
+        """A function that returns once the rows so far are on disk; a checkpoint counts them, and must not be there before."""
+        if self._client is None or self.run is None or self._has_failed:
+            return lambda: None
+        return partial(self._client.flush, self._history.sent_at)
+
     def begin_resume(self, metrics_rows: int, position: Sequence[Any]) -> None:
         """Resume after ``metrics_rows`` rows of the file, at W&B's ``position``; ignore rows until ``finish_resume``."""
         self.metrics.resume(metrics_rows)
