@@ -13,6 +13,8 @@ from support.faults import fault
 from support.runs import REPO, Launch, assert_published, assert_same_run, resume_run, undisturbed_run
 from support.toy_model import ToyModel
 
+from lockstep.distributed import consensus
+
 TOY = (
     *("--model", f"{__name__}.Plain", "--data", "support.toy_model.ToyData", "--data.workers", "0"),
     *("--trainer.max_epochs", "2", "--trainer.limit_val_batches", "0"),
@@ -161,3 +163,25 @@ def test_a_test_that_fails_leaves_the_training_finished(launch: Launch, tmp_path
         assert_published(run)
         assert run.result["test_error"] == "ValueError: injected fault"
         assert "test/accuracy" not in run.result["metrics"] and run.result["metrics"]["val/accuracy"] > 0.5
+
+
+class StopsAlone(Callback):
+    """Sets ``should_stop`` on one rank, in one hook."""
+
+    def __init__(self, rank: int, hook: str) -> None:
+        self.rank = rank
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step >= 7:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("rank", "hook"), [(1, "on_train_batch_end"), (0, "on_train_epoch_end")])
+def test_a_stop_on_one_rank_ends_all_ranks(launch: Launch, monkeypatch: pytest.MonkeyPatch, rank: int, hook: str) -> None:
+    monkeypatch.setattr(consensus, "_MEETING_SECONDS", 1.0)
+    stops = own(f"{__name__}.StopsAlone", rank=rank, hook=hook)
+    run = launch(*TOY, "--ranks", "2", "--trainer.max_epochs", "40", "--model.seconds", "0.01", *stops)
+    assert run.status == 0
+    assert_published(run)
+    assert 7 < run.result["global_step"] < 40 * 20

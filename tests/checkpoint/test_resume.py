@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from support.faults import fault
 from support.runs import REPO, Launch, assert_same_run, metric_rows, resume_run, undisturbed_run
 from support.wandb_reader import read_history
@@ -238,3 +240,27 @@ def test_wandb_may_die_and_loses_no_row(launch: Launch, tmp_path: Path, capfd: p
         range(1, run.result["global_step"] + 1)
     )
     assert [row["lockstep/row"] for row in history if "lockstep/row" in row] == list(range(1, len(metric_rows(run)) + 1))
+
+
+class Overwrites(Callback):
+    """Sets weights when training starts, also when it resumes."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.nn.init.zeros_(pl_module.get_parameter("layers.3.bias"))
+
+
+@pytest.mark.parametrize("name", ["on_train_start of Overwrites", ""])
+def test_a_hook_that_changes_restored_weights_is_named(
+    launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    toy = ("--model", "support.toy_model.ToyModel", "--data", "support.toy_model.ToyData", "--checkpoint.every_n_steps", "6")
+    overwrites = [f"--trainer.callbacks+={__name__}.Overwrites"] if name else []
+    run = launch(*toy, "--trainer.max_epochs", "1", *overwrites, *fault(tmp_path / "once", "raise", step=10))
+    said = capfd.readouterr().err
+    assert resume_run(launch, run).status == 0
+    resumed = capfd.readouterr().err
+    assert "restored weights" not in said
+    if name:
+        assert f"{name} or on_fit_start of ToyModel changed 1 restored weights, first layers.3.bias: each restart" in resumed
+    else:
+        assert "restored weights" not in resumed

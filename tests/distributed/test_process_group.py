@@ -88,7 +88,7 @@ def test_what_a_rank_sends_is_not_executed(tmp_path: Path, collective: str) -> N
 
 
 def test_runs_checkpoints_and_errors_are_sent(tmp_path: Path) -> None:
-    progress = Progress(1, 2, 3, 4, 0.5, 0.0, 1e9, [1, 2])
+    progress = Progress(1, 2, 3, 4, 0.5, 0.0, 1e9, ["a", "b"])
     found = Checkpoint(tmp_path, Manifest(progress, 2, 1, 1e9, {"model.ckpt": (3, "ab")}))
 
     def exchange(world: World) -> Any:

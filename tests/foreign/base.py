@@ -82,6 +82,7 @@ class Row:
         refused_late: Likewise, but only a step shows it.
         own_order: Why the plain Trainer's figures are not those of lockstep; empty: they are.
         per_rank: Why two ranks have other figures than one; empty: they have not.
+        logged_per_rank: Why two ranks log other figures than one, though their weights are equal; empty: they do not.
         measured: Prefixes of metrics that measure time or memory, which no two runs share.
         check: What else must hold for a finished run.
         fails: Why this row does not hold yet.
@@ -96,6 +97,7 @@ class Row:
     refused_late: str = ""
     own_order: str = ""
     per_rank: str = ""
+    logged_per_rank: str = ""
     measured: tuple[str, ...] = ()
     check: Callable[[Outcome], None] = nothing_more
     fails: str = ""

@@ -197,12 +197,12 @@ ROWS = (
     Row(
         "`LearningRateFinder`",
         callback("LearningRateFinder", num_training_steps=8),
-        refused="trainer.callbacks: LearningRateFinder takes trial steps before the run",
+        refused="trainer.callbacks: LearningRateFinder takes trial steps whose losses are those of rank zero alone",
     ),
     Row(
         "`BatchSizeFinder`",
         callback("BatchSizeFinder", max_trials=2),
-        refused="trainer.callbacks: BatchSizeFinder takes trial steps before the run",
+        refused="trainer.callbacks: BatchSizeFinder tries what fits the memory of this machine",
     ),
     Row(
         "a callback with a `state_dict`, which changes the weights",

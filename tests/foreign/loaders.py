@@ -256,7 +256,7 @@ ROWS = (
     Row("several loaders for validation", model=Several, data=SeveralForValidation),
     Row("an `IterableDataset`, sharded by its author", data=Streamed, per_rank="its author shares it out"),
     Row("an `IterableDataset` with workers", "--data.workers 1", data=Streamed, per_rank="its author shares it out"),
-    Row("a loader with a `state_dict`", data=Stateful, per_rank="each rank takes all batches"),
+    Row("a loader with a `state_dict`", data=Stateful, logged_per_rank="each rank takes all batches"),
     Row("workers", "--data.workers 2"),
     Row("persistent workers", data=PersistentWorkers, own_order=OWN_ORDER),
     Row(
@@ -283,7 +283,7 @@ ROWS = (
     ),
     Row("a `collate_fn` of one's own", model=LearnsFromDicts, data=OwnCollate),
     Row("loaders on the module, no DataModule", model=OwnLoaders, data=None),
-    Row("`batch_size=None`: the dataset gives batches", data=AlreadyBatched, per_rank="each rank takes all batches"),
+    Row("`batch_size=None`: the dataset gives batches", data=AlreadyBatched, logged_per_rank="each rank takes all batches"),
     Row("a dataset with `__getitems__` alone", data=ReadByLists),
     Row(
         "random augmentation by torch, numpy and python",

@@ -149,17 +149,17 @@ def has_csv(run: Outcome) -> None:
 
 
 ROWS = (
-    Row("`self.log` by step, epoch, sum, maximum, `batch_size`", model=StepAndEpoch, per_rank=MOST_OF_A_RANK),
+    Row("`self.log` by step, epoch, sum, maximum, `batch_size`", model=StepAndEpoch, logged_per_rank=MOST_OF_A_RANK),
     Row("`log_dict`, and a `training_step` that returns a dict", model=Dicts),
     Row(
         "torchmetrics as attributes, logged as objects and as a collection",
         model=Metrics,
-        per_rank="a step logs the metric of rank zero's own batch",
+        logged_per_rank="a step logs the metric of rank zero's own batch",
     ),
     Row("a metric computed and reset by hand at the end of validation", model=ComputedByHand),
-    Row("`self.log` without `sync_dist`", model=NotReduced, per_rank="rank zero logs its own half of the batch"),
+    Row("`self.log` without `sync_dist`", model=NotReduced, logged_per_rank="rank zero logs its own half of the batch"),
     Row("`self.log` in hooks", model=InHooks),
-    Row("`log_every_n_steps: 5`", "--trainer.log_every_n_steps 5", model=StepAndEpoch, per_rank=MOST_OF_A_RANK),
+    Row("`log_every_n_steps: 5`", "--trainer.log_every_n_steps 5", model=StepAndEpoch, logged_per_rank=MOST_OF_A_RANK),
     Row(
         "`self.logger.experiment.log` and `log_table`",
         "--wandb.mode offline",

@@ -40,7 +40,8 @@ def _line(row: Row) -> str:
         return f"| {row.use} | refused: “{row.refused}” | | |"
     if row.refused_late:
         return f"| {row.use} | refused by the step that does it, on several ranks: “{row.refused_late}” | | |"
-    return f"| {row.use} | {row.own_order or 'equal'} | {row.per_rank or 'equal'} | equal |"
+    two_ranks = row.per_rank or (f"equal weights; {row.logged_per_rank}" if row.logged_per_rank else "equal")
+    return f"| {row.use} | {row.own_order or 'equal'} | {two_ranks} | equal |"
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ Errors of validation and parsing, then of data and model in one process, then of
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from PIL import Image
 from support.runs import REPO, SMALL, Launch
 from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from lockstep.core.errors import UsageError
 from lockstep.models.classifier import Classifier
@@ -252,8 +254,42 @@ def test_skipped_jpeg_is_counted(launch: Launch, tmp_path: Path, capfd: pytest.C
     assert f"{broken} cannot be decoded, and predict skips no sample; replace the file" in capfd.readouterr().err
 
 
+class Foreign(LightningModule):
+    """A module that cannot take an empty batch, with buffers and metrics; it is not made for lockstep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 8 * 8, 2)
+        self.norm = nn.BatchNorm2d(3).requires_grad_(False)
+        self.train_accuracy, self.val_accuracy = (MulticlassAccuracy(2, average="micro") for _ in range(2))
+        self.largest: Tensor
+        self.register_buffer("largest", torch.zeros(()))
+
+    def loss(self, batch: Any, accuracy: MulticlassAccuracy) -> Tensor:
+        x, y = batch
+        self.norm(x)  # its statistics are those of rank zero
+        self.largest.copy_(torch.maximum(self.largest, x.view(len(x), -1).mean(1).max()))
+        out = self.linear(x.view(x.size(0), -1))
+        accuracy(out, y)
+        return nn.functional.cross_entropy(out, y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch, self.train_accuracy)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch, self.val_accuracy), sync_dist=True)
+        self.log("val/accuracy", self.val_accuracy, on_step=False, on_epoch=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.linear.parameters(), lr=0.01, momentum=0.9)
+
+
+@pytest.mark.parametrize("model", ["Classifier", "Foreign"])
 def test_skipped_files_change_nothing_between_one_rank_and_two(
-    launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
     """The samples that can be decoded weigh alike; a rank that has none in a batch goes on."""
     images(tmp_path / "data", {"cat": 4, "dog": 4})
@@ -264,12 +300,17 @@ def test_skipped_files_change_nothing_between_one_rank_and_two(
     (tmp_path / "data" / "val" / "dog" / "0.jpg").write_bytes(b"")
     for batch_size in ("2", "4"):
         skipping = folder_run(tmp_path / "data", "--data.on_corrupt", "skip", "--data.augment", "false")
+        if model == "Foreign":
+            skipping = ["--model", f"{__name__}.Foreign", *skipping[skipping.index("--data") :]]
         runs = [launch("--ranks", ranks, *skipping, "--data.batch_size", batch_size) for ranks in ("1", "2")]
         assert [run.status for run in runs] == [0, 0]
         assert [run.result["skipped_files"] for run in runs] == [3, 3]
-        for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
+        train_loss = ("train/loss",) if model == "Classifier" else ("train/loss_step", "train/loss_epoch")
+        for name in (*train_loss, "train/accuracy", "val/loss", "val/accuracy"):
             assert runs[1].series(name) == pytest.approx(runs[0].series(name), rel=1e-5), name
-        for name, weight in runs[0].weights.items():
+        assert model == "Classifier" or runs[1].weights["largest"] == 0
+        for name in [name for name in runs[0].weights if "norm" not in name]:
+            weight = runs[0].weights[name]
             torch.testing.assert_close(runs[1].weights[name], weight)
     assert f"skipped {cats / '1.jpg'}: it cannot be decoded" in capfd.readouterr().err
 

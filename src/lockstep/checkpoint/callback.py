@@ -23,7 +23,7 @@ from lockstep.compat.lightning import LightningFitLoop, dump_checkpoint, is_stop
 from lockstep.config import CheckpointOptions
 from lockstep.core import RunError, SaveError, Stopped, atomic_write_json, read_json
 from lockstep.data import current_batch
-from lockstep.distributed import SignalReceiver, StopConsensus, allocation_end_time
+from lockstep.distributed import SignalReceiver, StopConsensus, all_meet, allocation_end_time
 from lockstep.monitoring import ThroughputMonitor, run_logger
 from lockstep.runs import Ownership, checkpoint_order
 from lockstep.strategies import LockstepStrategy
@@ -63,6 +63,7 @@ class CheckpointCallback(Callback):
         self._resumed: Progress | None = None
         self._scores_file = self.run.checkpoints / "scores.json"
         self._allocation_end = allocation_end_time()
+        self._wants_end = self._ends = False
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue the same run from its ``checkpoint``."""
@@ -92,7 +93,9 @@ class CheckpointCallback(Callback):
         """Save or stop if it is time to; called after each optimizer step, before the validation that may follow."""
         trainer, consensus = self.trainer, self._consensus
         assert trainer is not None and consensus is not None
-        decision = consensus.poll(self._stop_signal(trainer), self._wants_to_save(trainer))
+        decision = consensus.poll(self._stop_signal(trainer), self._wants_to_save(trainer), self._wants_end)
+        if decision.end:
+            trainer.should_stop = self._ends = True
         if decision.stop == _SUPERSEDED:
             raise self.run.superseded(self.ownership.attempt)
         step, every = trainer.global_step, self.options.every_n_steps
@@ -108,6 +111,22 @@ class CheckpointCallback(Callback):
         if decision.stop:
             trainer.strategy.barrier("stop")
             raise Stopped(decision.stop, step, together=True)
+
+    def settle_stop(self, place: str) -> None:
+        """Keep ``Trainer.should_stop`` if all ranks have set it at this ``place`` in the loops.
+
+        Otherwise the ranks that have set it continue with the others, until all can end after the same step.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        if self._ends or not is_stopping(trainer):
+            return
+        loop = trainer.fit_loop.epoch_loop
+        point = f"the stop after step {trainer.global_step} ({place}, batch {loop.batch_idx} of epoch {trainer.current_epoch})"
+        self._ends = all_meet(point, self._strategy.sharding.world)
+        if not self._ends:
+            log.warning("should_stop is set on rank %d, but not on all ranks; they end together soon", trainer.global_rank)
+            trainer.should_stop, self._wants_end = False, True
 
     def on_fit_loop_end(self) -> None:
         """Publish the weights that training has left, after all hooks that may change them, unless a checkpoint has them.

@@ -36,7 +36,7 @@ class Progress:
     train_seconds: float
     lost_seconds: float
     saved_at: float
-    gradient_ready_order: list[int] | None = None
+    gradient_ready_order: list[str] | None = None
     should_stop: bool = False
     has_ended: bool = False
     positions: list[list[int]] = field(default_factory=list)

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from lockstep.compat import patch, private, private_imports
 from lockstep.compat.lightning_epoch import LightningEpochLoop, cache_batch_hooks
@@ -207,6 +208,12 @@ def is_training_done(trainer: Trainer) -> bool:
 def is_stopping(trainer: Trainer) -> bool:
     """Whether training ends before its limits, because ``Trainer.should_stop`` was set."""
     return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+
+def logged_results(trainer: Trainer) -> list[Metric]:
+    """The values of this rank that the current stage has logged with ``self.log`` so far."""
+    results: dict[str, Metric] | None = private("lightning", trainer, "_results")
+    return [] if results is None else list(results.values())
 
 
 def capture_logged_values(trainer: Trainer) -> dict[str, Any]:

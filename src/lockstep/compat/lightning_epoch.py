@@ -41,13 +41,18 @@ for _owner, _names in (
 
 
 def is_log_step(trainer: Trainer) -> bool:
-    """Whether the metrics of this optimizer step are logged; the same answer on every rank. For hooks of training."""
-    return _is_due(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate()
+    """Whether ``log_every_n_steps`` says to log after this optimizer step; equal on all ranks. For hooks of training."""
+    return _is_regular(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def _is_due(trainer: Trainer) -> bool:
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every != 0 and ((trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0 or trainer.should_stop)
+    return every != 0 and (_is_regular(trainer) or trainer.should_stop)
+
+
+def _is_regular(trainer: Trainer) -> bool:
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every != 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
 
 def cache_batch_hooks(trainer: Trainer) -> None:

@@ -19,6 +19,7 @@ with private_imports("torch"):
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
     from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+    from torch.distributed.distributed_c10d import _get_default_store as default_store
     from torch.nn.parallel.distributed import _DDPSink
     from torch.utils._pytree import tree_leaves, tree_map_only
 

@@ -1,5 +1,6 @@
 """Private names of torchmetrics: the state that a metric accumulates on this rank."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,24 @@ def add_to_sum(metric: SumMetric, value: Tensor | float) -> None:
 def capture_metric(metric: Metric) -> dict[str, Any]:
     """Number of updates and state of ``metric`` on this rank: live tensors, or lists of them, by name."""
     return {"count": metric._update_count, "values": {name: getattr(metric, name) for name in metric._defaults}}
+
+
+def copy_states(metric: Metric) -> dict[str, Any]:
+    """Copies of the states of ``metric`` on this rank, by name."""
+    states = {name: getattr(metric, name) for name in metric._defaults}
+    return {name: list(value) if isinstance(value, list) else value.clone() for name, value in states.items()}
+
+
+def default_states(metric: Metric) -> dict[str, Any]:
+    """The states of ``metric`` before its first update."""
+    return copy.deepcopy(metric._defaults)
+
+
+def set_states(metric: Metric, states: Mapping[str, Any]) -> None:
+    """Set the states of ``metric`` to what ``copy_states`` or ``default_states`` returned."""
+    for name, value in states.items():
+        setattr(metric, name, value.to(metric.device) if isinstance(value, Tensor) else value)
+    metric._computed = None
 
 
 def merge_metric(metric: Metric, saved: Mapping[str, Any], reduce: Callable[[Tensor], Tensor] | None = None) -> None:

@@ -29,11 +29,11 @@ RESERVED_TRAINER_KEYS = {
 }
 """Arguments of Lightning's Trainer that a config cannot set, and what to do instead."""
 
-_TRIAL_STEPS = "takes trial steps before the run, which a restart would repeat with another result"
-
 REFUSED_TRAINER_CLASSES = {
-    "LearningRateFinder": f"{_TRIAL_STEPS}; find the rate with Lightning's Tuner in a script of your own, and set it in model",
-    "BatchSizeFinder": f"{_TRIAL_STEPS}; see what fits with --plan, and set the size in data",
+    "LearningRateFinder": "takes trial steps whose losses are those of rank zero alone, so its rate would depend on "
+    "the number of ranks; find the rate with Lightning's Tuner in a script of your own, and set it in model",
+    "BatchSizeFinder": "tries what fits the memory of this machine, so a run would train otherwise on another one; see what "
+    "fits with --plan, and set the size in data",
     "WandbLogger": "would log every row to W&B again, as trainer.logger is a WandbLogger in every run; remove it and set wandb",
 }
 """Callbacks and loggers of Lightning that a run cannot have, and why."""

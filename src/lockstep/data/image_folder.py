@@ -1,6 +1,7 @@
 """Folders of JPEG and PNG files, one folder for each class."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from torchcodec.decoders import decode_image
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
@@ -40,7 +41,9 @@ class ImageFolder(ImageData):
         augment: Crop and flip training images at random; else they are treated as in evaluation.
         on_corrupt: If a file cannot be read or decoded, ``raise`` ends the run; ``skip`` leaves it out of its batch, logs its
             name and counts it in ``result.json``, and every other sample of the step weighs alike on any number of ranks. For
-            that the ranks wait for each other at each batch. A rank may get an empty batch; the run ends if all do.
+            that the ranks wait for each other at each batch. The run ends if all files of a batch are skipped on all ranks;
+            a rank that has none left takes the step with a stand-in of the same shape, which changes nothing: not the
+            gradients, batch statistics, metrics or logged values. With ``sync_batchnorm`` its training batch is empty instead.
             ``predict`` always ends.
         archive: A tar or zip file, or its URL, that is unpacked into ``root`` if ``root`` does not exist. To copy the data to
             a local disk of each node, set ``root`` to a folder there and ``shared_filesystem: false``.
@@ -190,7 +193,20 @@ class ImageFolder(ImageData):
             if not total:
                 raise RunError(f"None of the files of a batch can be decoded; the first: {corrupt[0].error}")
             self.rank_weight = len(labels) * self._world_size / total
+            assert self.trainer is not None
+            if not len(labels) and not (self.trainer.training and _has_sync_batchnorm(self.trainer.lightning_module)):
+                images, labels = self._stand_in(max(2, len(corrupt)))  # batch norm cannot train on one sample
         return images, labels
+
+    def _stand_in(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Images of the shape and type of a batch, none of one colour, and labels; no file is needed."""
+        shape = (samples, *self.image_shape)
+        images = torch.arange(math.prod(shape)).remainder(251).to(torch.uint8).reshape(shape)
+        return images, torch.zeros(samples, dtype=torch.int64)
+
+
+def _has_sync_batchnorm(module: nn.Module) -> bool:
+    return any("SyncBatchNorm" in type(part).__name__ for part in module.modules())
 
 
 @dataclass(frozen=True)

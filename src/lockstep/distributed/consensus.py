@@ -13,17 +13,42 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp, Work
 
-from lockstep.core import World
+from lockstep.compat.torch import default_store
+from lockstep.core import RunError, World
 
 _INTERVAL_SECONDS = 0.25
+
+_MEETING_SECONDS = 60.0
+"""How long a rank waits for the others in ``all_meet``: longer than any rank is behind the first one after a step."""
+
+
+def all_meet(place: str, world: World) -> bool:
+    """Whether all ranks call this with the same ``place``, which names a point in training; the same answer on every rank.
+
+    Ranks that do not call it need do nothing: those that do have waited a minute when the answer is no.
+
+    Raises:
+        RunError: All ranks have called it, but this one a minute later than the first.
+    """
+    if world.size == 1:
+        return True
+    store, answer, deadline = default_store(), f"lockstep/answer/{place}", time.monotonic() + _MEETING_SECONDS
+    is_last = store.add(f"lockstep/count/{place}", 1) == world.size
+    while not is_last and not store.check([answer]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    is_met = bool(store.compare_set(answer, "", "yes" if is_last else "no") == b"yes")
+    if is_last and not is_met:
+        raise RunError(f"Rank {world.rank} was more than {_MEETING_SECONDS:g} s behind the others at {place}; resume the run.")
+    return is_met
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after a step: stop for a signal, by its number (0: continue), and save a checkpoint."""
+    """What all ranks do after a step: stop for a signal, by its number (0: continue), save a checkpoint, and end training."""
 
     stop: int = 0
     save: bool = False
+    end: bool = False
 
 
 class StopConsensus:
@@ -32,28 +57,28 @@ class StopConsensus:
     def __init__(self, world: World) -> None:
         self._group: Any = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
         self._work: Work | None = None
-        self._reduced = torch.tensor([0, 0, 1], device="cpu")  # stop, save, steps until the next all-reduce
+        self._reduced = torch.tensor([0, 0, 0, 1], device="cpu")  # stop, save, end, steps until the next all-reduce
         self._step = 0
         self._next_step = 1
         self._last_time = time.monotonic()
 
-    def poll(self, stop: int, save: bool) -> Decision:
+    def poll(self, stop: int, save: bool, end: bool = False) -> Decision:
         """The decision for this step, equal on all ranks; the arguments say what this rank wants, as in ``Decision``."""
         if self._group is None:
-            return Decision(stop, save)
+            return Decision(stop, save, end)
         self._step += 1
         if self._step < self._next_step:
             return Decision()
         if self._work is not None:
             self._work.wait()
-        agreed_stop, agreed_save, interval = self._reduced.tolist()
+        agreed_stop, agreed_save, agreed_end, interval = self._reduced.tolist()
         now = time.monotonic()
         steps = max(1, int(interval * _INTERVAL_SECONDS / max(now - self._last_time, 1e-4)))
         self._last_time = now
-        self._reduced = torch.tensor([stop, save, min(steps, 4 * interval, 10_000)], device="cpu")
+        self._reduced = torch.tensor([stop, save, end, min(steps, 4 * interval, 10_000)], device="cpu")
         self._work = torch.distributed.all_reduce(self._reduced, ReduceOp.MAX, group=self._group, async_op=True)
         self._next_step = self._step + interval
-        return Decision(agreed_stop, bool(agreed_save))
+        return Decision(agreed_stop, bool(agreed_save), bool(agreed_end))
 
     def reduce_max(self, number: int, on_wait: Callable[[], None] = lambda: None) -> int:
         """The maximum of ``number`` over all ranks; calls ``on_wait`` repeatedly while it waits for them."""

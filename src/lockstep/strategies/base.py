@@ -1,6 +1,8 @@
 """What all strategies share: sharding of the data, the weight of an uneven last batch, and where a resumed run begins."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,13 +10,18 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 from torch.optim import Optimizer
 
 from lockstep.compat.lightning import is_in_training_step, set_sampler_epoch
 from lockstep.data import DataPosition, DataSharding, current_batch, derive_seed
 from lockstep.distributed import broadcast
 from lockstep.strategies.sharded_state import ShardedState, State, parameter_names
+from lockstep.strategies.stand_in import undo_step, without_weight
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -32,7 +39,7 @@ class ResumePoint:
         states: This rank's saved state; in a world of another size those of the ranks that it replaces, perhaps none.
         shared: The state of a rank, for what is equal on all ranks.
         seed: Seed for the random numbers of a rank that does not have exactly one state.
-        gradient_ready_order: Indices of the parameters in the order in which DDP reduces their gradients; None without DDP.
+        gradient_ready_order: Names of the parameters in the order in which DDP reduces their gradients; None without DDP.
         should_stop: Whether training was to stop, as ``Trainer.should_stop`` says.
         has_ended: Whether training had ended, with all of its hooks.
     """
@@ -45,7 +52,7 @@ class ResumePoint:
     states: Sequence[State]
     shared: State
     seed: int
-    gradient_ready_order: list[int] | None
+    gradient_ready_order: list[str] | None
     should_stop: bool
     has_ended: bool
 
@@ -54,11 +61,12 @@ class LockstepStrategy(Strategy):
     """Base of all strategies: shards every DataLoader, and gives each sample of an uneven last batch the same weight."""
 
     sharding: DataSharding
-    gradient_ready_order: list[int] | None = None
     _resume_point: ResumePoint | None = None
     _known: set[int]
     _frozen: dict[str, nn.Parameter]
-    _checked_epoch = -1
+    _modules: Set[int] = frozenset()
+    _checked_epoch = -1  # also where a module has got a parameter since
+    _handles: Sequence[Any] = ()
     _sharded_state: ShardedState | None = None
 
     def broadcast(self, obj: T, src: int = 0) -> T:
@@ -74,27 +82,73 @@ class LockstepStrategy(Strategy):
     def resume_from(self, point: ResumePoint) -> None:
         """Begin the fit at ``point``."""
         self._resume_point = point
-        self.gradient_ready_order = point.gradient_ready_order
+
+    @property
+    def gradient_ready_order(self) -> list[str] | None:
+        """Names of the parameters in the order in which gradients are reduced; None if it is not sorted during training."""
+        return None
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         self._note_parameters()
+        if trainer.state.fn == "fit":
+            registers = (register_module_parameter_registration_hook, register_module_module_registration_hook)
+            self._handles = [register(self._on_registration) for register in registers]
         # All ranks have drawn the same weights; from now on each draws its own dropout. Not earlier: Lightning gives all
         # ranks the same seed when it sets up the process group.
         torch.manual_seed(derive_seed(self.sharding.seed, self.sharding.world.rank) >> 1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.prepare_step()
+        if not self._is_stand_in:
+            return super().training_step(*args, **kwargs)
+        with undo_step(self.module):
+            return without_weight(super().training_step(*args, **kwargs))
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with undo_step(self.module) if self._is_stand_in else nullcontext():
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with undo_step(self.module) if self._is_stand_in else nullcontext():
+            return super().test_step(*args, **kwargs)
+
+    @property
+    def _is_stand_in(self) -> bool:
+        """Whether all samples of this rank's batch were skipped."""
+        return getattr(getattr(self.module.trainer, "datamodule", None), "rank_weight", None) == 0
+
+    def prepare_step(self) -> None:
+        """Called on all ranks before each ``training_step`` of the module."""
         epoch = self.module.current_epoch
-        if epoch != self._checked_epoch:  # parameters that are new come with a new epoch: a walk at each step takes too long
-            self._frozen |= {name: p for name, p in self.module.named_parameters() if id(p) not in self._known}
+        if epoch != self._checked_epoch:  # a walk at each step takes too long
+            new = self._new_parameters()
+            if new and not is_overridden("on_load_checkpoint", self.module):
+                text = "parameter %s is new; a restart can restore it only if on_load_checkpoint of the module makes it again"
+                log.warning(text, next(iter(new)))
+            self._frozen |= new
+            self._known |= {id(parameter) for parameter in new.values()}
+            self._modules = {id(module) for module in self.module.modules()}
             self._checked_epoch = epoch
         if newly := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
             self.on_unfrozen(newly)
             self._note_parameters()
-        return super().training_step(*args, **kwargs)
 
     def on_unfrozen(self, names: Sequence[str]) -> None:
         """Called on all ranks before a step in which the parameters ``names`` begin to require a gradient."""
+
+    def teardown(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().teardown()
+
+    def _on_registration(self, module: nn.Module, name: str, part: object) -> None:
+        """Called when any module gets a parameter or a submodule."""
+        if id(module) in self._modules:
+            self._checked_epoch = -1
+
+    def _new_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if id(p) not in self._known}
 
     def _note_parameters(self) -> None:
         parameters = dict(self.module.named_parameters())
@@ -138,7 +192,8 @@ class LockstepStrategy(Strategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         # Lightning converts the module after the weights are loaded: 64-true would round them to float32.
         self.precision_plugin.convert_module(self.module)
-        super().load_model_state_dict(checkpoint, strict)
+        weights = _without_masks(checkpoint["state_dict"], self.module, is_pruned_again=self._resume_point is not None)
+        super().load_model_state_dict({**checkpoint, "state_dict": weights}, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self._sharded_state is not None:
@@ -167,7 +222,7 @@ class LockstepStrategy(Strategy):
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         if (weight := self._rank_weight()) != 1:
-            closure_loss = closure_loss * weight
+            closure_loss = closure_loss * weight if weight else without_weight(closure_loss)
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -175,7 +230,7 @@ class LockstepStrategy(Strategy):
             if not tensor.is_floating_point():  # Lightning divides the mean of an epoch by the mean of the ranks' samples
                 tensor = tensor.float()
             if is_in_training_step(self.module) and (weight := self._rank_weight()) != 1:  # a step logs means over its samples
-                tensor = tensor * weight
+                tensor = tensor * weight if weight else torch.zeros_like(tensor)
         return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
 
     def _rank_weight(self) -> float:
@@ -187,3 +242,16 @@ class LockstepStrategy(Strategy):
             assert batch is not None
             weight = batch.weight
         return float(weight)
+
+
+def _without_masks(state_dict: Mapping[str, Tensor], module: nn.Module, is_pruned_again: bool) -> dict[str, Tensor]:
+    """``state_dict`` for a ``module`` that is not pruned yet, if ``torch.nn.utils.prune`` has split weights into orig and mask.
+
+    A run that resumes is pruned again when its optimizers have their parameters, so it needs the original ones.
+    """
+    weights, own = dict(state_dict), module.state_dict().keys()
+    for name in [name.removesuffix("_mask") for name in weights if name.endswith("_mask")]:
+        if f"{name}_orig" in weights and name in own:
+            original, mask = weights.pop(f"{name}_orig"), weights.pop(f"{name}_mask")
+            weights[name] = original if is_pruned_again else original * mask
+    return weights

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +18,7 @@ from lockstep.compat.torch import replay_backward
 from lockstep.config import DDPOptions
 from lockstep.core import RunError, UsageError
 from lockstep.data import DataSharding
-from lockstep.distributed import WorldEnvironment
+from lockstep.distributed import WorldEnvironment, all_meet
 from lockstep.strategies.base import LockstepStrategy
 from lockstep.strategies.sync_batchnorm import run_on_cpu as run_sync_batchnorm_on_cpu
 
@@ -53,45 +52,88 @@ class DDP(LockstepStrategy, DDPStrategy):
             gradient_as_bucket_view=options.gradient_as_bucket_view,
         )
         self.sharding, self.options = sharding, options
+        self._ready: list[nn.Parameter] | None = None  # parameters in the order in which their gradients became ready
+        self._is_ordered = False
+        self._late: list[str] = []  # parameters that had a gradient when they were frozen
+        self._late_handles: list[Any] = []
 
-    def setup(self, trainer: Trainer) -> None:
-        """Set up, and sum gradients in the same order after a restart as before it.
+    @property
+    def gradient_ready_order(self) -> list[str] | None:
+        if self._resume_point is not None:
+            return self._resume_point.gradient_ready_order
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        return None if self._ready is None else [names[parameter] for parameter in self._ready if parameter in names]
 
-        After its first backward pass, DDP sorts gradients into buckets by the order in which they became ready, which changes
-        the order of summation from the second step on. That order is recorded and saved. After a restart a backward pass of
-        zeros repeats it, so that the first step already uses the final buckets.
-        """
-        super().setup(trainer)
-        if trainer.state.fn == "fit":
+    def prepare_step(self) -> None:
+        super().prepare_step()
+        if not self._is_ordered:
             self._order_gradients()
 
     def _order_gradients(self) -> None:
+        """Sum gradients in the same order after a restart as before it.
+
+        After its first backward pass, DDP sorts gradients into buckets by the order in which they became ready, which changes
+        the order of summation from the second step on. That order is recorded and saved. After a restart a backward pass of
+        zeros repeats it, so that the first step already uses the final buckets. It does so at the first step, when parameters
+        have the names and flags again that they had at the save: pruning, for example, has renamed them after ``setup``.
+        """
+        point, self._resume_point, self._is_ordered = self._resume_point, None, True
         if self.options.find_unused_parameters:
             return
         assert isinstance(self.model, DistributedDataParallel)
-        trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        parameters, order, point = list(trainable.values()), self.gradient_ready_order, self._resume_point
-        if point is not None and list(trainable) != point.shared["trainable"]:
-            return  # the flags of the parameters are not restored yet; after that, DDP wraps them again
-        if point is not None and order and sorted(order) == list(range(len(parameters))):
-            gradients = [parameter.grad for parameter in parameters]  # accumulated ones, which are restored
-            self.module.zero_grad(set_to_none=True)
-            replay_backward(self.model, [parameters[index] for index in order])
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-        else:
-            self.gradient_ready_order = _record_ready_order(parameters)
-        self._resume_point = None
+        parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        order = (point.gradient_ready_order if point is not None else None) or ()
+        is_whole = len(order) == len(parameters) or (self.options.static_graph and len(order) > 0)  # else some may be unused
+        if not is_whole or not parameters.keys() >= set(order):
+            self._ready = _record_ready_order(list(parameters.values()))
+            return
+        self._ready = [parameters[name] for name in order]
+        gradients = [parameter.grad for parameter in self._ready]  # accumulated ones, which are restored
+        self.module.zero_grad(set_to_none=True)
+        replay_backward(self.model, self._ready)
+        for parameter, gradient in zip(self._ready, gradients, strict=True):
+            parameter.grad = gradient
 
     def on_unfrozen(self, names: Sequence[str]) -> None:
         """Wrap the module again: DDP reduces only the gradients of parameters that required one when it wrapped them."""
         if self.options.static_graph:
             raise UsageError(f"ddp.static_graph: {names[0]} begins to require a gradient during training; set it to false.")
+        trainer, world = self.module.trainer, self.sharding.world
+        if not all_meet(f"{len(names)} new parameters, first {names[0]}, at batch {trainer.fit_loop.total_batch_idx}", world):
+            raise UsageError(
+                f"{names[0]} begins to require a gradient on rank {world.rank} in step {trainer.global_step}, but not on all "
+                "ranks; DDP needs the same parameters on all of them."
+            )
         assert isinstance(self.model, DistributedDataParallel)
         log.info("%d parameters begin to require a gradient, first %s; DDP reduces them too", len(names), names[0])
         self.model = self.model.module
         self.configure_ddp()
-        self._order_gradients()
+        self._is_ordered = False
+
+    def _note_parameters(self) -> None:
+        super()._note_parameters()
+        while self._late_handles:
+            self._late_handles.pop().remove()
+        for name, parameter in self._frozen.items():
+            if parameter.is_floating_point() and not parameter.is_inference():
+                parameter.requires_grad_(True)  # else it takes no hook
+                hook = partial(self._note_late, name)
+                self._late_handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+                parameter.requires_grad_(False)
+
+    def _note_late(self, name: str, _: Tensor) -> None:
+        self._late.append(name)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().backward(*args, **kwargs)
+        if self._checked_epoch == -1:  # training_step has added parameters
+            self._late += [name for name, parameter in self._new_parameters().items() if parameter.grad is not None]
+        if self._late:
+            raise UsageError(
+                f"{self._late[0]} begins to require a gradient within step {self.module.trainer.global_step}, after DDP has "
+                "prepared to reduce the others; let it do so earlier, for example in on_train_batch_start."
+            )
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -116,16 +158,15 @@ class DDP(LockstepStrategy, DDPStrategy):
             self.model.register_comm_hook(None, getattr(default_hooks, f"{name}_compress_hook"))
 
 
-def _record_ready_order(parameters: list[torch.nn.Parameter]) -> list[int]:
-    """A list to which the next backward pass appends the indices of ``parameters``, as their gradients become ready."""
-    order: list[int] = []
-    handles: dict[int, Any] = {}
+def _record_ready_order(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """A list to which the next backward pass appends ``parameters``, as their gradients become ready."""
+    order: list[nn.Parameter] = []
+    handles: dict[nn.Parameter, Any] = {}
 
-    def record(index: int, _: Tensor) -> None:
-        order.append(index)
-        handles.pop(index).remove()
+    def record(parameter: nn.Parameter) -> None:
+        order.append(parameter)
+        handles.pop(parameter).remove()
 
-    for index, parameter in enumerate(parameters):
-        hook = partial(record, index)
-        handles[index] = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    for parameter in parameters:
+        handles[parameter] = parameter.register_post_accumulate_grad_hook(record)  # type: ignore[no-untyped-call]
     return order

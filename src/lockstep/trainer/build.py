@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import WandbLogger
 
-from lockstep.checkpoint import CheckpointCallback, CheckpointWriter
+from lockstep.checkpoint import CheckpointCallback, CheckpointWriter, RestoredWeights
 from lockstep.compat.lightning import keep_original_weights
 from lockstep.config import REFUSED_TRAINER_CLASSES
 from lockstep.core import UsageError
@@ -73,12 +73,14 @@ def build_trainer(
     saves = context.command == "fit" and given["enable_checkpointing"] is not False
     writer = CheckpointWriter(run, context.world, context.attempt, options, signals, watchdog.reset) if saves else None
     checkpoints = CheckpointCallback(context.ownership, options, throughput, signals, writer)
+    restored = RestoredWeights()
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning's own
     callbacks += [
         NanGuard(),
         throughput,
         StatusReporter(run, throughput, context.attempt, not bar, lambda: writer.error if writer else ""),
         checkpoints,
+        restored,
         ActivationCheckpointing(config.activation_checkpointing),
         watchdog,
         *([ProgressBar()] if bar and not has_own_bar else []),
@@ -99,8 +101,8 @@ def build_trainer(
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
     loop = replace_loops(trainer)
-    loop.epoch_loop.on_step_boundary = checkpoints.on_step_boundary
-    loop.on_end = checkpoints.on_fit_loop_end
+    loop.epoch_loop.on_step_boundary, loop.epoch_loop.on_should_stop = checkpoints.on_step_boundary, checkpoints.settle_stop
+    loop.on_resume, loop.on_end = restored.check, checkpoints.on_fit_loop_end
     return trainer, checkpoints
 
 

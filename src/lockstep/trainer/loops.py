@@ -39,11 +39,13 @@ class EpochLoop(LightningEpochLoop):
 
     Attributes:
         on_step_boundary: Called after each optimizer step and before validation, with whether a validation follows.
+        on_should_stop: Called while ``Trainer.should_stop`` is set, with what has just ended; it may take it back.
         is_at_boundary: Whether the loop resumes at a boundary that it has not left yet.
         data_wait_seconds: Total seconds that the host has waited for the next batch.
     """
 
     on_step_boundary: Callable[[bool], None] | None = None
+    on_should_stop: Callable[[str], None] | None = None
     is_at_boundary = False
     data_wait_seconds = 0.0
     _fetch_start = 0.0
@@ -53,6 +55,8 @@ class EpochLoop(LightningEpochLoop):
 
     @property
     def done(self) -> bool:
+        if self.trainer.should_stop and self.on_should_stop is not None:
+            self.on_should_stop("batch")
         return not self.is_at_boundary and super().done
 
     def reset(self) -> None:
@@ -64,6 +68,8 @@ class EpochLoop(LightningEpochLoop):
             self.is_at_boundary = False
             return
         super().advance(data_fetcher)
+        if self.trainer.should_stop and self.on_should_stop is not None:
+            self.on_should_stop("step")
         if self.validation_interval is not None and not is_accumulating(self.trainer):
             self._decide_validation(self.validation_interval)
         if self.on_step_boundary is not None and (validates := self.validates_next(data_fetcher)) is not None:
@@ -114,16 +120,20 @@ class FitLoop(LightningFitLoop):
 
     Attributes:
         resume_point: Where to resume; None starts at the beginning, or where a checkpoint of Lightning's says.
+        on_resume: Called before training resumes, when all hooks of its start but those of the epoch have run.
         on_end: Called when the loop has ended, and all hooks of the end of training have run.
     """
 
     resume_point: ResumePoint | None = None
     _loaded_epochs: Sequence[int | None] = (None, None)  # before the restart
+    on_resume: Callable[[Trainer], None] | None = None
     on_end: Callable[[], None] | None = None
     epoch_loop: EpochLoop
 
     @property
     def done(self) -> bool:
+        if self.trainer.should_stop and self.epoch_loop.on_should_stop is not None:
+            self.epoch_loop.on_should_stop("epoch")
         return not self.epoch_loop.is_at_boundary and super().done
 
     def run(self) -> None:
@@ -177,6 +187,8 @@ class FitLoop(LightningFitLoop):
         if point is None:
             super().on_advance_start()
             return
+        if self.on_resume is not None:
+            self.on_resume(self.trainer)
         # Callbacks may allocate what they need here, or set up the data; what they train, draw, count or log is undone.
         with undo_changes(self.trainer, "on_train_epoch_start"):
             call_hooks(self.trainer, "on_train_epoch_start")

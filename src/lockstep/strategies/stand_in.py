@@ -1,0 +1,43 @@
+"""A step on a stand-in batch: a rank whose samples were all skipped takes part in the step, but adds nothing to it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import Metric
+
+from lockstep.compat.lightning import logged_results
+from lockstep.compat.torchmetrics import copy_states, default_states, set_states
+
+
+@contextmanager
+def undo_step(module: LightningModule) -> Iterator[None]:
+    """Undo what a step of ``module`` changes in its buffers, its metrics and the values that it logs.
+
+    Metrics and values that it logs for the first time stay, without a sample: the ranks reduce them together. Buffers of
+    synchronized batch norm, which count no sample of an empty batch, keep what the other ranks have added.
+    """
+    buffers = {
+        f"{name}.{key}": (buffer, buffer.clone())
+        for name, part in module.named_modules()
+        if "SyncBatchNorm" not in type(part).__name__
+        for key, buffer in part.named_buffers(recurse=False)
+    }
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    before = {id(metric): copy_states(metric) for metric in (*metrics, *logged_results(module.trainer))}  # a hash changes
+    yield
+    with torch.no_grad():
+        for buffer, saved in buffers.values():
+            buffer.copy_(saved)
+    for metric in (*metrics, *logged_results(module.trainer)):
+        set_states(metric, before[id(metric)] if id(metric) in before else default_states(metric))
+
+
+def without_weight(output: Any) -> Any:
+    """What ``training_step`` returned, with a loss of 0 whose gradients are 0; the mean over no samples is not a number."""
+    if isinstance(output, Tensor):
+        return torch.nan_to_num(output, 0.0, 0.0, 0.0) * 0
+    return {**output, "loss": without_weight(output["loss"])} if isinstance(output, dict) and "loss" in output else output
