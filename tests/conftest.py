@@ -20,6 +20,7 @@ import pytest
 import requests  # noqa: F401  # W&B imports it in each run; forked ones have it
 from support.runs import Launch, Outcome
 
+from lockstep.config.validation import validate_arguments
 from lockstep.core.logging import reset_logging
 from lockstep.monitoring import report
 from lockstep.trainer.config_parser import make_parser
@@ -71,13 +72,19 @@ def _main(command: list[str]) -> NoReturn:
     sys.exit(local.main(command))
 
 
+@pytest.fixture(scope="session")
+def parser_is_made() -> None:
+    """Make the parser and read the sources of common classes once, not in each fork."""
+    make_parser()
+    validate_arguments(["--config", str(local.DEFAULT_CONFIG)])
+
+
 @pytest.fixture
-def launch(tmp_path: Path) -> Launch:
+def launch(tmp_path: Path, parser_is_made: None) -> Launch:
     """Run ``launch/local.py`` with some arguments: ``launch("--ranks", "2", …)``. The run folder is below ``tmp_path``.
 
     It runs in a fork, because a process that has run backward cannot fork ranks.
     """
-    make_parser()  # once, not in each fork
 
     def start(*arguments: str) -> Outcome:
         root = tmp_path / "runs"

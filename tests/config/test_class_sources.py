@@ -154,3 +154,12 @@ def test_arguments_are_those_of_jsonargparse(module: Any) -> None:
             assert names <= set(found.arguments), name
             certain += 1
     assert certain > len(module.__all__) / 2
+
+
+def test_a_module_that_has_changed_is_read_again(tmp_path: Path) -> None:
+    for name, other in (("width", "depth"), ("depth", "width")):
+        text = "from torch import nn\n\nclass Own(nn.Module):\n    def __init__(self, {}: int = 1) -> None: ...\n"
+        written(tmp_path, text.format(name), "changing.py")
+        arguments = [*DIGITS, "--model.network", "changing.Own"]
+        assert said([*arguments, f"--model.network.{name}", "2"], tmp_path) == ""
+        assert f"model.network.{other}" in said([*arguments, f"--model.network.{other}", "2"], tmp_path)

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from lockstep.compat.pytorch_lightning import SAME_PACKAGES
@@ -207,14 +208,18 @@ class SourceIndex:
         raise Undecidable
 
 
+_module_source = lru_cache(maxsize=256)(ModuleSource)
+"""The text is part of the key: a module is scanned again only if it has changed. A local run validates its config twice."""
+
+
 def _read_module(name: str, path: Path) -> ModuleSource | None:
     """Read the module or package at ``path``, a path without a suffix; None if it does not exist."""
     init, file = path / "__init__.py", path.parent / f"{path.name}.py"
     try:
         if init.is_file():
-            return ModuleSource(name, init.read_text(), path, file=init)
+            return _module_source(name, init.read_text(), path, file=init)
         if file.is_file():
-            return ModuleSource(name, file.read_text(), stubbed=file.with_suffix(".pyi").is_file(), file=file)
+            return _module_source(name, file.read_text(), stubbed=file.with_suffix(".pyi").is_file(), file=file)
     except (OSError, UnicodeDecodeError):
         raise Undecidable from None
     if any(other.suffix in (".so", ".pyd", ".pyc") for other in path.parent.glob(f"{path.name}.*")):
