@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import agent
 import checkpoint
 import faults
+import growth_checkpoint
 import memory
 import pytest
 import step
@@ -40,6 +41,16 @@ def test_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
     output = capfd.readouterr().out
     for name in checkpoint.SAVES:
         assert_row(output, "1 MB", re.escape(name), f"{NUMBER} ms", NUMBER)
+
+
+def test_growth_of_checkpoints(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_fork(growth_checkpoint.main, "--largest", "100000")
+    output = capfd.readouterr().out
+    for ranks in (1, 8, 64):
+        assert re.search(
+            rf"\| checkpoint: verify a share, busiest rank \| {ranks} ranks, 0 MB each \| {NUMBER} \| 0\.1 \|", output
+        )
+    assert re.search(rf"\| checkpoint: read one's own shard \| 512 ranks \| {NUMBER} \| {NUMBER} \|", output)
 
 
 def test_memory(capfd: pytest.CaptureFixture[str]) -> None:

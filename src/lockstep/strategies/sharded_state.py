@@ -95,7 +95,7 @@ class ShardedState:
         """The state in the shards of ``folder``; None if there are none."""
         if not (file := folder / INDEX_FILE).exists():
             return None
-        return cls(folder, **torch.load(file, map_location="cpu", weights_only=True))
+        return cls(folder, **torch.load(file, map_location="cpu", weights_only=True, mmap=True))
 
     def include_weights(self, state_dict: Mapping[str, Tensor], module: nn.Module) -> None:
         """Add the weights in ``state_dict`` that are not partitioned, such as frozen ones; now all must be those of ``module``.
