@@ -252,19 +252,6 @@ class Compiled(Regression):
             self.layers = torch.compile(self.layers, backend="eager")
 
 
-class CompiledInPlace(Regression):
-    """A network that is compiled in place, and a compiled loss."""
-
-    def setup(self, stage: str) -> None:
-        self.layers.compile(backend="eager")
-        self.compiled_loss = torch.compile(nn.functional.mse_loss, backend="eager")
-
-    def loss(self, batch: Any) -> Tensor:
-        x, y = batch
-        loss: Tensor = self.compiled_loss(self.layers(x), y)
-        return loss
-
-
 def has_statistics(run: Outcome) -> None:
     """Check that batch norm has counted every step."""
     assert run.weights["layers.1.num_batches_tracked"] == 12
@@ -311,6 +298,5 @@ ROWS = (
     ),
     Row("activations computed again in backward", model=Recomputes),
     Row("`torch.compile` of a submodule in `configure_model`", model=Compiled),
-    Row("a submodule compiled in place, and a compiled function", model=CompiledInPlace),
     Row("what a module asks the Trainer", model=AsksTrainer),
 )
