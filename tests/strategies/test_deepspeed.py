@@ -33,16 +33,16 @@ def test_losses_are_those_of_ddp(launch: Launch, stage: int, ranks: int) -> None
     ddp = undisturbed_run(launch, *RUN)
     run = launch(*RUN, *zero(stage, ranks))
     assert run.status == 0
-    assert run.series("train/loss")[:50] == pytest.approx(ddp.series("train/loss")[:50], abs=1e-5)
+    assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
     assert run.result["metrics"]["test/correct"] == ddp.result["metrics"]["test/correct"]
-    assert run.series("optim/grad_norm")[:50] == pytest.approx(ddp.series("optim/grad_norm")[:50], rel=1e-3)
+    assert run.series("optim/grad_norm") == pytest.approx(ddp.series("optim/grad_norm"), rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_weights(launch: Launch, tmp_path: Path, stage: int) -> None:
     told = (*RUN, *zero(stage, 2))
     undisturbed = undisturbed_run(launch, *told)
-    killed = launch(*told, *fault(tmp_path / "once", "SIGKILL", step=33, rank=1))
+    killed = launch(*told, *fault(tmp_path / "once", "SIGKILL", step=17, rank=1))
     assert killed.status == 1
     assert_same_run(resume_run(launch, killed), undisturbed)
 
@@ -54,8 +54,8 @@ def test_accumulated_gradients_equal_those_of_ddp_also_at_the_end_of_an_epoch(
     accumulated = (*RUN, "--trainer.accumulate_grad_batches", "3")
     ddp, undisturbed = undisturbed_run(launch, *accumulated), launch(*accumulated, *zero(stage, 2))
     assert undisturbed.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
-    assert undisturbed.result["global_step"] == ddp.result["global_step"] == 21
-    killed = launch(*accumulated, *zero(stage, 2), *fault(tmp_path / "once", "SIGKILL", step=12, rank=1))
+    assert undisturbed.result["global_step"] == ddp.result["global_step"] == 12
+    killed = launch(*accumulated, *zero(stage, 2), *fault(tmp_path / "once", "SIGKILL", step=9, rank=1))
     assert_same_run(resume_run(launch, killed), undisturbed)
 
 
@@ -66,16 +66,18 @@ def test_a_user_module(launch: Launch, tmp_path: Path) -> None:
             "support.toy_model.ToyModel",
             "--data",
             "support.toy_model.ToyData",
+            "--data.samples",
+            "120",
             "--trainer.max_epochs",
             "4",
             "--trainer.log_every_n_steps",
-            "6",
+            "3",
         ),
         *("--checkpoint.every_n_steps", "6", "--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min", *zero(3, 2)),
         *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.patience=9"),
     )
     undisturbed = launch(*own)
-    killed = launch(*own, *fault(tmp_path / "once", "SIGKILL", step=33))
+    killed = launch(*own, *fault(tmp_path / "once", "SIGKILL", step=23))
     assert_same_run(resume_run(launch, killed), undisturbed)
 
 
@@ -86,15 +88,17 @@ def test_frozen_tied_and_unused_parameters(launch: Launch, tmp_path: Path) -> No
         "support.toy_model.TiedAndFrozen",
         "--data",
         "support.toy_model.ToyData",
+        "--data.samples",
+        "120",
         "--trainer.max_epochs",
         "3",
         "--checkpoint.every_n_steps",
         "6",
     )
     ddp = launch(*odd, "--ranks", "2")
-    run = launch(*odd, *zero(3, 2), *fault(tmp_path / "0", "SIGTERM", step=10))
+    run = launch(*odd, *zero(3, 2), *fault(tmp_path / "0", "SIGTERM", step=5))
     for number, told in enumerate((zero(1, 2), zero(3, 2), ["--strategy", "ddp"], zero(3, 1)), start=1):
-        resume_run(launch, run, *told, *fault(tmp_path / str(number), "SIGTERM", step=10 + 8 * number))
+        resume_run(launch, run, *told, *fault(tmp_path / str(number), "SIGTERM", step=5 + 4 * number))
     finished = resume_run(launch, run, *zero(2, 2))
     assert finished.status == 0
     assert finished.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
@@ -106,24 +110,25 @@ def test_frozen_tied_and_unused_parameters(launch: Launch, tmp_path: Path) -> No
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.timeout(150)  # six runs
 def test_from_any_strategy_and_number_of_ranks_to_any_other(launch: Launch, tmp_path: Path) -> None:
     ddp = undisturbed_run(launch, *RUN)
-    run = launch(*RUN, *zero(3, 4), *fault(tmp_path / "0", "SIGTERM", step=10))
+    run = launch(*RUN, *zero(3, 4), *fault(tmp_path / "0", "SIGTERM", step=5))
     chain = [["--strategy", "ddp", "--ranks", "2"], zero(1, 2), zero(3, 1), zero(2, 4)]
     for number, told in enumerate(chain, start=1):
-        resume_run(launch, run, *told, *fault(tmp_path / str(number), "SIGTERM", step=10 + 10 * number))
+        resume_run(launch, run, *told, *fault(tmp_path / str(number), "SIGTERM", step=5 + 5 * number))
     assert resume_run(launch, run, *zero(1, 4)).status == 0
     assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
 
 
 def test_channels_last_weights(launch: Launch, tmp_path: Path) -> None:
     digits = ("--config", str(REPO / "configs/digits.yaml"), "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1")
-    told = (*digits, "--model.network.widths", "[8,16]", "--model.channels_last", "true")
+    told = (*digits, "--data.batch_size", "128", "--model.network.widths", "[8,16]", "--model.channels_last", "true")
     ddp = launch(*told, "--ranks", "2")
-    run = launch(*told, *zero(3, 2), *fault(tmp_path / "0", "SIGTERM", step=10))
+    run = launch(*told, *zero(3, 2), *fault(tmp_path / "0", "SIGTERM", step=5))
     for number, last in ((1, "true"), (2, "false")):
         resume_run(
-            launch, run, *DDP, "--model.channels_last", last, *fault(tmp_path / str(number), "SIGTERM", step=12 + 8 * number)
+            launch, run, *DDP, "--model.channels_last", last, *fault(tmp_path / str(number), "SIGTERM", step=6 + 4 * number)
         )
     assert resume_run(launch, run, *zero(1, 2), "--model.channels_last", "true").status == 0
     assert run.series("train/loss") == pytest.approx(ddp.series("train/loss"), abs=1e-5)
@@ -290,7 +295,7 @@ def test_offload_and_half_precision_resume_bit_for_bit(
     monkeypatch.chdir(tmp_path)
     # The loss scale grows until gradients overflow, repeatedly.
     Path("scale.json").write_text('{"fp16": {"initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}}')
-    told = (*RUN, *zero(3, 2), *more, "--trainer.gradient_clip_val", "1", "--trainer.max_epochs", "2")
+    told = (*RUN, *zero(3, 2), *more, "--trainer.gradient_clip_val", "1")
     undisturbed = undisturbed_run(launch, *told)
     assert undisturbed.result["metrics"]["test/accuracy"] > 0.8
     killed = launch(*told, *fault(tmp_path / "once", "SIGKILL", step=17, rank=1))

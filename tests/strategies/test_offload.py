@@ -230,14 +230,16 @@ def test_from_nvme_to_ddp_and_back(launch: Launch, tmp_path: Path, disk: Path) -
         "support.toy_model.WideAndFrozen",
         "--data",
         "support.toy_model.ToyData",
+        "--data.samples",
+        "120",
         "--trainer.max_epochs",
         "3",
         "--checkpoint.every_n_steps",
         "6",
     )
     ddp = launch(*wide, "--ranks", "2")
-    run = launch(*wide, *nvme(disk), *fault(tmp_path / "0", "SIGTERM", step=10))
-    resume_run(launch, run, "--strategy", "ddp", *fault(tmp_path / "1", "SIGTERM", step=18))
+    run = launch(*wide, *nvme(disk), *fault(tmp_path / "0", "SIGTERM", step=5))
+    resume_run(launch, run, "--strategy", "ddp", *fault(tmp_path / "1", "SIGTERM", step=14))
     assert resume_run(launch, run, *nvme(disk)).status == 0
     assert run.series("val/loss") == pytest.approx(ddp.series("val/loss"), abs=1e-5)
     out = tmp_path / "weights.safetensors"
