@@ -58,9 +58,10 @@ lint: setup ## run ruff and mypy
 	@echo "== lint: ruff, mypy"
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check . && $(VENV)/bin/mypy --no-error-summary
 
-bench: setup slurm ## benchmark a training step, a checkpoint and a submission against the baselines of the README
+bench: setup slurm ## benchmark a training step, a checkpoint, a submission and what grows with samples and files
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/checkpoint.py
+	$(PYTHON) benchmarks/growth.py
 	$(PYTHON) slurm/cluster.py run -- $(PYTHON) benchmarks/launch.py
 
 faults: setup slurm ## inject faults into jobs on a one-machine Slurm cluster, and print the lost steps and time

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import agent
 import checkpoint
 import faults
+import growth
 import growth_checkpoint
 import memory
 import pytest
@@ -51,6 +52,14 @@ def test_growth_of_checkpoints(capfd: pytest.CaptureFixture[str]) -> None:
             rf"\| checkpoint: verify a share, busiest rank \| {ranks} ranks, 0 MB each \| {NUMBER} \| 0\.1 \|", output
         )
     assert re.search(rf"\| checkpoint: read one's own shard \| 512 ranks \| {NUMBER} \| {NUMBER} \|", output)
+
+
+def test_growth(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_fork(growth.main, "--largest", "10000", "--groups", "index")
+    run_in_fork(growth.main, "--largest", "1000000", "--groups", "order")
+    output = capfd.readouterr().out
+    for what in ("order: first batch after a resume", "image index: open, on each rank"):
+        assert re.search(rf"\| {what} \| 1e\+0\d \w+ \| {NUMBER} \| {NUMBER} \|", output), output
 
 
 def test_memory(capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import secrets
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +129,34 @@ def scan(folder: Path) -> bytes:
     if not classes:
         problem = "has no subfolder" if folder.is_dir() else "does not exist"
         raise UsageError(f"data.root: {folder} {problem}; it must hold one subfolder of images for each class.")
-    ends, labels, names = array("q", [0]), array("i"), bytearray()
+    files: list[tuple[str, int]] = []
     above = _with_parents(folder)
     for label, name in enumerate(classes):
         images = sorted(walk.images(name, above | _with_parents(folder / name)))
         if not images:
             raise UsageError(f"data.root: class folder {printable(folder / name)} holds no {', '.join(_SUFFIXES)} file.")
-        for image in images:
-            names += os.fsencode(image)
-            ends.append(len(names))
-            labels.append(label)
+        files += [(image, label) for image in images]
+    return index_content(files, classes, folder, walk.changed)
+
+
+def index_content(files: Iterable[tuple[str, int]], classes: list[str], folder: Path, changed: Mapping[str, int]) -> bytes:
+    """The content of a ``FileIndex``.
+
+    Args:
+        files: Names and labels, in order.
+        classes: Names of the classes.
+        folder: The folder that was scanned.
+        changed: When each folder in it got or lost an entry last, in nanoseconds; -1 if it may change without a new time.
+    """
+    ends, labels, names = array("q", [0]), array("i"), bytearray()
+    for name, label in files:
+        names += os.fsencode(name)
+        ends.append(len(names))
+        labels.append(label)
     if sys.byteorder == "big":
         ends.byteswap()
         labels.byteswap()
-    folders = json.dumps({"root": os.path.realpath(folder), "changed": walk.changed}).encode()
+    folders = json.dumps({"root": os.path.realpath(folder), "changed": changed}).encode()
     body = b"".join((ends, labels, names, folders))
     header = {"files": len(labels), "folders": len(folders), "classes": classes, "sha256": hashlib.sha256(body).hexdigest()}
     line = json.dumps(header).encode()
@@ -153,7 +167,7 @@ class _Walk:
     """One walk through ``folder``.
 
     Attributes:
-        changed: When each folder got or lost an entry last, in nanoseconds; -1 if it may change without a new time.
+        changed: See ``index_content``.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,0 +1,148 @@
+"""What grows with ranks, samples, files and runs: one Markdown table, by simulation where the machine is too small.
+
+    python benchmarks/growth.py [--groups order index …] [--largest 1000000000]
+
+Each row runs in a fork of its own. MB is the memory that the work adds to its process, at its peak, without what it shares with
+others. Rows named "usual way" do what a DistributedSampler and torchvision's ImageFolder do.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.data import BatchSampler, RandomSampler
+
+from lockstep.core import World
+from lockstep.data.file_index import FileIndex, index_content, publish_index, scan
+from lockstep.data.sampling import DataPosition, GlobalBatchSampler
+
+_MOST = 10**7  # samples that the usual ways may hold: 1e8 take a minute and 4 GB
+_MOST_FILES = 10**5  # files that are made on disk
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what is done, at which size, and a function that does it."""
+
+    what: str
+    size: str
+    work: Callable[[], object]
+
+
+def order_rows(largest: int) -> Iterator[Row]:
+    """Rank 3 of 64 resumes in the middle of epoch 7: its first batch, then 1,000 batches."""
+    for samples in _sizes(10**6, largest):
+        size = f"{samples:.0e} samples"
+        yield Row("order: first batch after a resume", size, partial(_read_batches, samples, 1))
+        yield Row("order: 1,000 batches", size, partial(_read_batches, samples, 1000))
+        if samples <= _MOST:
+            yield Row("order, usual way: first batch", size, partial(_draw_order, samples))
+
+
+def _read_batches(samples: int, number: int) -> None:
+    batches = BatchSampler(RandomSampler(range(samples)), _BATCH, drop_last=True)
+    sampler = GlobalBatchSampler(batches, World(3, 64, 3, 64), 0, is_training=True, epoch=lambda: 7)
+    with sampler.starting_at(DataPosition(7, used=samples // 2 // _BATCH * _BATCH)):
+        resumed = iter(sampler)
+    for _ in range(number):
+        next(resumed)
+
+
+def _draw_order(samples: int) -> list[int]:
+    order: list[int] = torch.randperm(samples).tolist()
+    return order
+
+
+def index_rows(largest: int) -> Iterator[Row]:
+    """The files of an image folder: one walk per run, then what each rank and each of its workers holds."""
+    for files in _sizes(10**4, min(largest, 10**6)):
+        size = f"{files:.0e} files"
+        names = [f"n{number % 1000:08d}/n{number % 1000:08d}_{number:08d}.JPEG" for number in range(files)]
+        with tempfile.TemporaryDirectory() as root:
+            folder, path = Path(root, "train"), Path(root, "run", "train.index")
+            if files <= _MOST_FILES:
+                _make_files(folder, names)
+                yield Row("image index: walk, once per run", size, partial(scan, folder))
+            publish_index(index_content([(name, 0) for name in sorted(names)], ["n0"], folder, {}), path, replace=True)
+            yield Row("image index: open, on each rank", size, partial(FileIndex.open, path))
+            index, paths = FileIndex.open(path), [(os.path.join(folder, name), 0) for name in names]
+            yield Row("image index: all names, in each worker", size, partial(_touch, index))
+            yield Row("image index, usual way: all names, in each worker", size, partial(_touch, paths))
+
+
+def _touch(files: FileIndex | list[tuple[str, int]]) -> None:
+    for number in range(len(files)):
+        _name, _label = files[number]
+
+
+def _make_files(folder: Path, names: Sequence[str]) -> None:
+    for inner in sorted({name.rpartition("/")[0] for name in names}):
+        (folder / inner).mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def _sizes(least: int, largest: int) -> Iterator[int]:
+    size = least
+    while size <= largest:
+        yield size
+        size *= 10
+
+
+GROUPS = {"order": order_rows, "index": index_rows}
+
+
+def measure(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds and MB of ``work`` in a fork of this process."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def child() -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _memory()
+        began = time.perf_counter()
+        result = work()  # which lives until its memory is counted
+        seconds = time.perf_counter() - began
+        sender.send((seconds, max(now - then for now, then in zip(_memory(), before, strict=True)) * 1024 / 1e6))
+        del result
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    sender.close()
+    measured: tuple[float, float] = receiver.recv()
+    process.join()
+    return measured
+
+
+def _memory() -> tuple[int, int]:
+    """Peak without pages of files, and what is written to and not shared, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines() + Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    peak, files, private = (int(fields[name].split()[0]) for name in ("VmHWM", "RssFile", "Private_Dirty"))
+    return peak - files, private
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--largest", type=int, default=10**9, help="samples and files of the largest rows")
+    options = parser.parse_args(arguments)
+    print("| what | size | ms | MB |\n|---|---|---|---|")
+    for group in options.groups:
+        for row in GROUPS[group](options.largest):
+            seconds, megabytes = measure(row.work)
+            print(f"| {row.what} | {row.size} | {seconds * 1e3:,.1f} | {megabytes:,.1f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
