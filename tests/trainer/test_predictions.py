@@ -116,7 +116,7 @@ def test_a_users_module_predicts_each_sample_once_in_the_order_of_the_data_set(l
 
 
 def test_an_interrupted_prediction_leaves_no_file(launch: Launch, tmp_path: Path) -> None:
-    run = predict(launch, f"{__name__}.Named", *fault(tmp_path / "once", "SIGTERM", hook="on_predict_batch_start"))
+    run = predict(launch, f"{__name__}.Named", *fault(tmp_path / "once", "SIGTERM", hook="on_predict_batch_end"))
     assert (run.status, run.result["status"]) == (143, "interrupted")
     assert list(run.folder.glob("*predictions*")) == []
 

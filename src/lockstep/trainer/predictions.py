@@ -1,28 +1,28 @@
 """Predictions of all ranks in one file, each sample once, in the order of the data set.
 
 ``predictions.safetensors`` holds the outputs of ``predict_step``, of any type and shape, with one row per sample. A tensor is
-stored as ``predictions``, those of a dict under their keys, those of a tuple as ``0``, ``1`` … Each rank collects its rows in
-CPU memory and writes them to the run folder; rank zero merges them.
+stored as ``predictions``, those of a dict under their keys, those of a tuple as ``0``, ``1`` … Each rank writes its rows to the
+run folder as it predicts them; rank zero merges them.
 """
 
 import operator
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lockstep.core import RunError, UsageError, World, atomic_write
 from lockstep.data import SampleKey, ShardedLoader
 from lockstep.distributed import broadcast_from_rank_zero
 from lockstep.trainer.context import RunContext
+from lockstep.trainer.prediction_parts import Part, PartWriter, TensorType, merge_parts
 
 
 def run_prediction(
@@ -45,7 +45,7 @@ def run_prediction(
     writer = PredictionWriter(run.folder / f".predictions-{context.attempt}", world)
     trainer.callbacks.append(writer)  # type: ignore[attr-defined]
     trainer.predict(module, datamodule=data, return_predictions=False, ckpt_path=checkpoint, weights_only=True)
-    if not writer.batches:
+    if not writer.samples:
         raise RunError(
             "predict_dataloader gave no batch, so there are no predictions; check the data and trainer.limit_predict_batches."
         )
@@ -58,17 +58,16 @@ def run_prediction(
 
 
 class PredictionWriter(Callback):
-    """Collect the outputs of ``predict_step`` on this rank with the indices of their samples, and write them to ``folder``.
+    """Write the outputs of ``predict_step`` on this rank, with the indices of their samples, to ``folder``.
 
     Attributes:
-        batches: Outputs by name, one dict per batch, in CPU memory.
+        samples: Number of samples predicted on this rank.
     """
 
     def __init__(self, folder: Path, world: World) -> None:
-        self.folder, self.world = folder, world
-        self.batches: list[dict[str, Tensor]] = []
+        self.folder, self.world, self.samples = folder, world, 0
+        self._part = PartWriter(folder, world.rank)
         self._batch_indices: Iterator[list[int]] | None = None
-        self._indices: list[int] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loaders = CombinedLoader(trainer.predict_dataloaders, "sequential").flattened
@@ -90,26 +89,33 @@ class PredictionWriter(Callback):
     ) -> None:
         tensors = _name_outputs(outputs)
         lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors.values()}
-        first = len(self._indices)
-        indices = next(self._batch_indices) if self._batch_indices else range(first, first + max(lengths))
+        following = range(self.samples, self.samples + max(lengths))
+        indices = next(self._batch_indices) if self._batch_indices else following
         if lengths != {len(indices)}:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
             raise RunError(
                 f"predict_step returns {shapes} for {len(indices)} samples; the first dimension must be {len(indices)}."
             )
-        self._indices += indices
-        self.batches.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
-        _check_same_types(self.batches[-1], self.batches[0])
+        self.samples += len(indices)
+        types = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
+        _check_same_types(types, self._part.types or types)
+        with self._named_errors():
+            self._part.append(indices, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.batches:
-            joined = {name: torch.cat([batch[name] for batch in self.batches]) for name in self.batches[0]}
-            try:
-                self.folder.mkdir(exist_ok=True)
-                torch.save({"indices": torch.tensor(self._indices), "tensors": joined}, self.folder / f"{self.world.rank}.pt")
-            except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
-                raise RunError(f"The predictions of rank {self.world.rank} cannot be written ({error}).") from error
+        with self._named_errors():
+            self._part.close()
         trainer.strategy.barrier("predictions")  # inside the loop, where the watchdog sees a rank that does not arrive
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._part.discard()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
+            raise RunError(f"The predictions of rank {self.world.rank} cannot be written ({error}).") from error
 
 
 def _row(key: SampleKey) -> int:
@@ -139,10 +145,10 @@ def _name_outputs(outputs: Any) -> dict[str, Tensor]:
     return {str(name): value for name, value in named.items()}
 
 
-def _check_same_types(tensors: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> None:
+def _check_same_types(types: Mapping[str, TensorType], first: Mapping[str, TensorType]) -> None:
     """Raise RunError where the outputs of a batch differ in type or shape from those of the first batch."""
-    for name in sorted(tensors.keys() | first.keys()):
-        here, there = _describe_type(tensors.get(name)), _describe_type(first.get(name))
+    for name in sorted(types.keys() | first.keys()):
+        here, there = _describe_type(types.get(name)), _describe_type(first.get(name))
         if here != there:
             raise RunError(
                 f"predict_step returns {name} as {there} for one batch and as {here} for another; "
@@ -150,21 +156,25 @@ def _check_same_types(tensors: Mapping[str, Tensor], first: Mapping[str, Tensor]
             )
 
 
-def _describe_type(tensor: Tensor | None) -> str:
-    return "nothing" if tensor is None else f"{tensor.dtype} ({', '.join(['batch', *map(str, tensor.shape[1:])])})"
+def _describe_type(kind: TensorType | None) -> str:
+    return "nothing" if kind is None else f"{kind[0]} ({', '.join(['batch', *map(str, kind[1])])})"
 
 
 def _merge_predictions(folder: Path, ranks: int, path: Path) -> int:
     """Write the rows of all ranks to ``path``, delete them, and return the number of samples."""
     try:
-        parts = [torch.load(folder / f"{rank}.pt", weights_only=True, mmap=True) for rank in range(ranks)]
+        parts = [Part.open(folder, rank) for rank in range(ranks)]
         for part in parts:
-            _check_same_types(part["tensors"], parts[0]["tensors"])
-        order = torch.cat([part["indices"] for part in parts]).argsort(stable=True)
-        merged = {name: torch.cat([part["tensors"][name] for part in parts])[order] for name in parts[0]["tensors"]}
-        atomic_write(path, lambda temporary: save_file(merged, temporary))
+            _check_same_types(part.types, parts[0].types)
+        samples = 0
+
+        def write(temporary: Path) -> None:
+            nonlocal samples
+            samples = merge_parts(parts, temporary)
+
+        atomic_write(path, write)
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:  # KeyError: safetensors lacks the type
         raise RunError(f"{path} cannot be written ({error}).") from error
     for left in path.parent.glob(".predictions-*"):
         shutil.rmtree(left, ignore_errors=True)
-    return len(order)
+    return samples

@@ -1,0 +1,143 @@
+"""The rows that each rank predicts, in files of their own, and the one file that rank zero merges from them.
+
+Rows are written as they are predicted and copied in blocks, so that no process ever holds more than a batch or a block of them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+
+_BLOCK_BYTES = 2**20
+
+TensorType = tuple[torch.dtype, tuple[int, ...]]
+"""Type of an output, and its shape without the first dimension."""
+
+
+class PartWriter:
+    """Appends rows to the files of one rank in ``folder``.
+
+    Attributes:
+        types: Type of each output; empty before the first rows.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank, self._files = folder, rank, list[BinaryIO]()
+        self.types: dict[str, TensorType] = {}
+
+    def append(self, indices: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Add the rows ``tensors``, each (n, …), of the samples ``indices``."""
+        if not self._files:
+            self._folder.mkdir(exist_ok=True)
+            self.types = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
+            self._files = [_file(self._folder, self._rank, number).open("wb") for number in range(len(tensors) + 1)]
+        rows = [np.array(indices, "<i8"), *(_as_bytes(tensors[name]) for name in self.types)]
+        for file, content in zip(self._files, rows, strict=True):
+            content.tofile(file)
+
+    def close(self) -> None:
+        """Write the types, after which the part is complete."""
+        for file in self._files:
+            file.close()
+        if self._files:
+            torch.save(self.types, self._folder / f"{self._rank}.pt")
+
+    def discard(self) -> None:
+        """Remove the files."""
+        for file in self._files:
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
+        if self._files:
+            (self._folder / f"{self._rank}.pt").unlink(missing_ok=True)
+            with suppress(OSError):  # the last rank removes the folder
+                self._folder.rmdir()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one rank.
+
+    Attributes:
+        types: Type of each output.
+        indices: The samples, int64 (n,).
+        rows: The bytes of each output, uint8 (n, bytes of a row).
+    """
+
+    types: dict[str, TensorType]
+    indices: NDArray[np.int64]
+    rows: dict[str, NDArray[np.uint8]]
+
+    @classmethod
+    def open(cls, folder: Path, rank: int) -> "Part":
+        """Map the files of ``rank`` into memory."""
+        types = torch.load(folder / f"{rank}.pt", weights_only=True)
+        indices = np.memmap(_file(folder, rank, 0), "<i8", "r")
+        rows: dict[str, NDArray[np.uint8]] = {}
+        for number, (name, kind) in enumerate(types.items(), 1):
+            shape = len(indices), _row_bytes(kind)
+            rows[name] = (
+                np.memmap(_file(folder, rank, number), np.uint8, "r", shape=shape) if shape[1] else np.empty(shape, np.uint8)
+            )
+        return cls(types, indices, rows)
+
+
+def merge_parts(parts: Sequence[Part], path: Path) -> int:
+    """Write the rows of ``parts`` to ``path``, a safetensors file, in the order of their indices; return their number."""
+    order = np.concatenate([part.indices for part in parts]).argsort(kind="stable")
+    places = np.empty_like(order)  # of each row, 8 bytes: the only memory that grows
+    places[order] = np.arange(len(order))
+    del order
+    total, types = len(places), parts[0].types
+    names = sorted(types, key=lambda name: (-types[name][0].itemsize, name))  # as safetensors does, for the alignment
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        kind, shape = types[name]
+        begin, end = end, end + total * _row_bytes(types[name])
+        header[name] = {"dtype": _type_name(kind), "shape": [total, *shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
+    for name in names:
+        if width := _row_bytes(types[name]):
+            start = 8 + len(text) + header[name]["data_offsets"][0]
+            merged = np.memmap(path, np.uint8, "r+", start, (total, width))
+            block, first = max(1, _BLOCK_BYTES // width), 0
+            for part in parts:
+                for row in range(0, len(part.indices), block):
+                    rows = part.rows[name][row : row + block]
+                    merged[places[first : first + len(rows)]] = rows
+                    first += len(rows)
+            merged.flush()
+    return total
+
+
+def _file(folder: Path, rank: int, number: int) -> Path:
+    """The file of an output; ``number`` 0: of the indices."""
+    return folder / f"{rank}-{number}.bin"
+
+
+def _as_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return array
+
+
+def _row_bytes(kind: TensorType) -> int:
+    return kind[0].itemsize * int(np.prod(kind[1], dtype=np.int64))
+
+
+def _type_name(kind: torch.dtype) -> str:
+    """What safetensors calls a type; KeyError if it lacks the type."""
+    content = save({"": torch.empty(0, dtype=kind)})
+    name: str = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[""]["dtype"]
+    return name
