@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Show, follow and cancel the jobs that launch/slurm.py has submitted.
 
-    python launch/jobs.py list                         all jobs on this cluster
+    python launch/jobs.py list [--all] [--json]        the 20 newest jobs on this cluster, or all
     python launch/jobs.py status [JOB] [--json]        state, reason, step, speed, time left, metrics
     python launch/jobs.py logs [JOB] [--rank N] [--tail N] [-f]
     python launch/jobs.py cancel JOB
@@ -38,12 +38,16 @@ from lockstep.slurm import (
 
 Row = dict[str, str]
 
+SHOWN = 20
+"""How many jobs ``list`` shows; each takes a dozen reads."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command in ``arguments`` and return the exit status."""
     parser = CommandLineParser(prog="launch/jobs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="all jobs")
+    listing = commands.add_parser("list", help="the newest jobs")
+    listing.add_argument("--all", action="store_true", help=f"all jobs, not only the {SHOWN} newest")
     status = commands.add_parser("status", help="state and progress of a job")
     for command in (listing, status):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -61,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         options = parser.parse_args(arguments)
         check_slurm_conf(os.environ)
         if options.command == "list":
-            return show_all(registered_jobs(os.environ), options.json)
+            return show_all(registered_jobs(os.environ, None if options.all else SHOWN), options.json)
         job = find_job(options.job, os.environ)
         if options.command == "status":
             return show(job, options.json)

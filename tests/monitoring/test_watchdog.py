@@ -3,12 +3,15 @@
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lockstep.core.files import atomic_write_json, read_json
 from lockstep.core.world import World
 from lockstep.monitoring import watchdog
 from lockstep.monitoring.watchdog import Watchdog
+from lockstep.runs import read_first_failure
 from lockstep.runs.run import Run
 
 
@@ -29,3 +32,26 @@ def test_a_stuck_rank_ends_even_if_its_report_hangs(tmp_path: Path, monkeypatch:
     process.start()
     process.join(60)
     assert process.exitcode == 1
+
+
+@pytest.mark.parametrize(("ranks", "reader"), [(range(8), 0), (range(3, 8), 3)])
+def test_one_rank_reads_what_all_stuck_ranks_have_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: range, reader: int
+) -> None:
+    run = Run.create(tmp_path, "x")
+    folder = run.log(1, 0).parent
+    for rank in ranks:
+        atomic_write_json(folder / f"stuck-{rank}.json", {"rank": rank, "heartbeats": 0})
+    read: list[tuple[int, str]] = []
+    monkeypatch.setattr(watchdog, "_REPORT_SECONDS", 0)
+    for rank in ranks:
+
+        def recording(path: Path, rank: int = rank) -> dict[str, Any]:
+            read.append((rank, path.name))
+            return read_json(path)
+
+        monkeypatch.setattr(watchdog, "read_json", recording)
+        Watchdog(run, World(rank, 8, rank, 8), 1, seconds=1)._report(1.0)
+    assert sorted(read) == [(reader, f"stuck-{rank}.json") for rank in ranks]
+    failure = read_first_failure(run, 1)
+    assert failure is not None and failure.rank == 0

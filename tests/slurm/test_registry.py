@@ -9,6 +9,7 @@ from lockstep.core.files import atomic_write_json
 from lockstep.runs.failure import Failure, record_failure
 from lockstep.runs.records import Owner, RunResult
 from lockstep.runs.run import Run
+from lockstep.slurm import registry
 from lockstep.slurm.registry import SubmittedJob, find_job, register_job, registered_jobs
 from lockstep.slurm.status import RunStatus, query_status
 
@@ -85,6 +86,27 @@ def test_an_id_belongs_to_the_job_that_has_it_last(tmp_path: Path, env: dict[str
     register_job(SubmittedJob("2", tmp_path / "gone", "x", 1, ""), env)
     assert [(job.folder, job.is_recycled) for job in registered_jobs(env)] == [(runs[0].folder, True), (runs[1].folder, False)]
     assert find_job("1", env).folder == runs[1].folder and find_job(str(runs[0].folder), env).is_recycled
+
+
+@pytest.mark.parametrize("block", [7, 65536])
+def test_the_newest_jobs_are_found_without_reading_all(
+    tmp_path: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(registry, "_BLOCK", block)
+    folders = [Run.create(tmp_path / "runs", "x").folder for _ in range(5)]
+    for number, folder in enumerate(folders):
+        register_job(SubmittedJob(str(number), folder, "x", 1, ""), env)
+    path = tmp_path / ".local/state/lockstep/jobs.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])  # a partial line, as a full disk leaves one
+    register_job(SubmittedJob("5", folders[0], "x", 1, ""), env)
+    assert [job.job for job in registered_jobs(env)] == [str(number) for number in range(6)]
+    assert path.read_bytes().count(b"\n") == 6
+
+    looked_at: list[str] = []
+    monkeypatch.setattr(Path, "is_dir", lambda folder: looked_at.append(folder.name) is None)
+    assert [job.job for job in registered_jobs(env, newest=2)] == ["4", "5"]
+    assert looked_at == [folders[0].name, folders[4].name]
+    assert find_job(None, env).job == "5"
 
 
 def test_a_run_of_a_sweep_is_found_by_its_folder(tmp_path: Path, env: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -133,9 +134,15 @@ class Watchdog(Callback):
         mine = StuckRank(self.world.rank, self._heartbeats)
         atomic_write_json(folder / f"stuck-{self.world.rank}.json", asdict(mine))
         time.sleep(_REPORT_SECONDS)
-        stuck = [StuckRank(**read_json(path)) for path in folder.glob("stuck-*.json")]
-        if self.world.rank == min(rank.rank for rank in stuck):
+        if self._is_lowest(folder):
+            stuck = [StuckRank(**read_json(path)) for path in folder.glob("stuck-*.json")]
             record_failure(self.run, self.attempt, self._blame(stuck, silent))
+
+    def _is_lowest(self, folder: Path) -> bool:
+        """Whether this is the lowest of the stuck ranks; all ranks ask, so it opens no file."""
+        if self.world.rank and (folder / "stuck-0.json").exists():
+            return False
+        return self.world.rank == min(int(path.stem.partition("-")[2]) for path in folder.glob("stuck-*.json"))
 
     def _blame(self, stuck: list[StuckRank], silent: float) -> Failure:
         """The failure of the first rank that wrote no record, else of the rank with the fewest heartbeats."""

@@ -3,12 +3,15 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from lockstep.core import UsageError
 from lockstep.runs import Run
+
+_BLOCK = 65536  # bytes of the registry that are read at once
 
 
 @dataclass(frozen=True)
@@ -50,49 +53,66 @@ def register_job(job: SubmittedJob, env: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     row = asdict(job) | {"folder": str(job.folder), "time": time.time()}
     del row["is_recycled"]
-    is_partial = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # after a full disk
+    is_partial = next(_lines_from_end(path), b"") != b""  # after a full disk
     line = ("\n" if is_partial else "") + json.dumps(row, ensure_ascii=False) + "\n"
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as file:
         file.write(line.encode())  # one write: other launchers append too
 
 
-def registered_jobs(env: Mapping[str, str]) -> list[SubmittedJob]:
-    """Return all submissions to this cluster from this machine whose folder still exists, oldest first."""
-    return [job for job in _read_registry(env) if job.folder.is_dir()]
+def registered_jobs(env: Mapping[str, str], newest: int | None = None) -> list[SubmittedJob]:
+    """Return the submissions to this cluster from this machine whose folder still exists, oldest first.
+
+    Args:
+        newest: Return only so many, and read no more of the registry.
+    """
+    return list(islice((job for job in _read_registry(env) if job.folder.is_dir()), newest))[::-1]
 
 
-def _read_registry(env: Mapping[str, str]) -> list[SubmittedJob]:
-    path = _registry_path(env)
-    found: list[SubmittedJob] = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+def _read_registry(env: Mapping[str, str]) -> Iterator[SubmittedJob]:
+    """The submissions to this cluster, newest first."""
+    seen: set[str] = set()
+    for line in _lines_from_end(_registry_path(env)):
         try:
             row = json.loads(line)
             job = SubmittedJob(**row | {"folder": Path(row["folder"])})
         except (ValueError, TypeError, KeyError):  # a partial line, after a full disk
             continue
         if job.conf == env.get("SLURM_CONF", ""):
-            found.append(job)
-    newest = {job.job: job for job in found}
-    return [replace(job, is_recycled=newest[job.job] is not job) for job in found]
+            yield replace(job, is_recycled=job.job in seen)
+            seen.add(job.job)
+
+
+def _lines_from_end(path: Path) -> Iterator[bytes]:
+    """The lines of a file, last first; an empty one first if the last line is complete."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        start, rest = file.seek(0, os.SEEK_END), b""
+        while start:
+            block = min(start, _BLOCK)
+            start = file.seek(start - block)
+            rest, *lines = (file.read(block) + rest).split(b"\n")
+            yield from reversed(lines)
+        yield rest
 
 
 def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
     """Return the submission with this job id, run id of a sweep, or run folder; the newest one if None."""
     if name is None:
-        jobs = registered_jobs(env)
+        jobs = registered_jobs(env, newest=1)
         if not jobs:
             raise UsageError("No job was submitted to this cluster yet; submit one with launch/slurm.py.")
-        return jobs[-1]
+        return jobs[0]
     main, _, index = name.partition("_")
     folder = Path(name).absolute()
-    for job in reversed(_read_registry(env)):
+    for job in _read_registry(env):
         if name == job.job or folder == job.folder:
             return job
         if main == job.job or folder.parent == job.folder.parent:
             for number, (member, run) in enumerate(job.members if job.runs > 1 else []):
                 if index == str(number) or folder == run.folder:
                     return replace(job, job=member, folder=run.folder, runs=1)
-    raise UsageError(f"{name}: lockstep has not submitted such a job; jobs.py list shows all jobs.")
+    raise UsageError(f"{name}: lockstep has not submitted such a job; jobs.py list --all shows all jobs.")
 
 
 def _registry_path(env: Mapping[str, str]) -> Path:
