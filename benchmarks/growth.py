@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch.utils.data import BatchSampler, RandomSampler
 from lockstep.core import World
 from lockstep.data.file_index import FileIndex, index_content, publish_index, scan
 from lockstep.data.sampling import DataPosition, GlobalBatchSampler
+from lockstep.slurm import SubmittedJob, register_job, registered_jobs
+from lockstep.trainer.prediction_parts import Part, PartWriter, merge_parts
 
 _MOST = 10**7  # samples that the usual ways may hold: 1e8 take a minute and 4 GB
 _MOST_FILES = 10**5  # files that are made on disk
@@ -98,7 +101,34 @@ def _sizes(least: int, largest: int) -> Iterator[int]:
         size *= 10
 
 
-GROUPS = {"order": order_rows, "index": index_rows}
+def prediction_rows(largest: int) -> Iterator[Row]:
+    """Rank zero merges rows of 1 kB from four ranks."""
+    for samples in _sizes(10**4, min(largest, 10**5)):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for rank in range(4):
+                part = PartWriter(folder / "parts", rank)
+                part.append(range(rank, samples, 4), {"x": torch.zeros(samples // 4, 250)})
+                part.close()
+            yield Row("predict: merge rows of 1 kB", f"{samples:.0e} samples", partial(_merge, folder))
+
+
+def _merge(folder: Path) -> None:
+    merge_parts([Part.open(folder / "parts", rank) for rank in range(4)], folder / "merged.safetensors")
+
+
+def job_rows(largest: int) -> Iterator[Row]:
+    """``jobs.py list`` finds its 20 jobs, and all, among those that were ever submitted."""
+    for jobs in _sizes(10**2, min(largest, 10**4)):
+        with tempfile.TemporaryDirectory() as home:
+            for number in range(jobs):
+                register_job(SubmittedJob(str(number), Path(home), "run", 1, ""), {"HOME": home})
+            for what, newest in (("newest 20", 20), ("all", None)):
+                find = partial(registered_jobs, {"HOME": home}, newest)
+                yield Row(f"jobs.py list: {what}", f"{jobs:.0e} jobs ever", find)
+
+
+GROUPS = {"order": order_rows, "index": index_rows, "predict": prediction_rows, "jobs": job_rows}
 
 
 def measure(work: Callable[[], object]) -> tuple[float, float]:
@@ -106,12 +136,22 @@ def measure(work: Callable[[], object]) -> tuple[float, float]:
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = _memory()
+        before, peak, is_done = _memory(), [0], threading.Event()
+
+        def sample() -> None:
+            while not is_done.wait(0.01):
+                peak[0] = max(peak[0], _kilobytes("status", "RssAnon"))
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
         began = time.perf_counter()
         result = work()  # which lives until its memory is counted
         seconds = time.perf_counter() - began
-        sender.send((seconds, max(now - then for now, then in zip(_memory(), before, strict=True)) * 1024 / 1e6))
+        is_done.set()
+        sampler.join()
+        after = _memory()
+        grown = max(*peak, after[0]) - before[0], after[1] - before[1]
+        sender.send((seconds, max(grown) * 1024 / 1e6))
         del result
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -123,11 +163,13 @@ def measure(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def _memory() -> tuple[int, int]:
-    """Peak without pages of files, and what is written to and not shared, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines() + Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
-    fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
-    peak, files, private = (int(fields[name].split()[0]) for name in ("VmHWM", "RssFile", "Private_Dirty"))
-    return peak - files, private
+    """Memory that is not of files, and what is written to and not shared, in KiB."""
+    return _kilobytes("status", "RssAnon"), _kilobytes("smaps_rollup", "Private_Dirty")
+
+
+def _kilobytes(file: str, field: str) -> int:
+    lines = Path("/proc/self", file).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -55,11 +55,16 @@ def test_growth_of_checkpoints(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_growth(capfd: pytest.CaptureFixture[str]) -> None:
-    run_in_fork(growth.main, "--largest", "10000", "--groups", "index")
+    run_in_fork(growth.main, "--largest", "10000", "--groups", "index", "predict", "jobs")
     run_in_fork(growth.main, "--largest", "1000000", "--groups", "order")
     output = capfd.readouterr().out
-    for what in ("order: first batch after a resume", "image index: open, on each rank"):
-        assert re.search(rf"\| {what} \| 1e\+0\d \w+ \| {NUMBER} \| {NUMBER} \|", output), output
+    for what in (
+        "order: first batch after a resume",
+        "image index: open, on each rank",
+        "predict: merge rows of 1 kB",
+        "jobs.py list: all",
+    ):
+        assert re.search(rf"\| {what} \| 1e\+0\d [\w ]+ \| {NUMBER} \| {NUMBER} \|", output), output
 
 
 def test_memory(capfd: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def test_rows_of_all_types_are_merged_in_order_without_holding_them(tmp_path: Pa
     }
     for rank, indices in enumerate((order[:2500], order[2500:])):
         writer = PartWriter(tmp_path / "parts", rank)
-        for batch in indices.split(64):
+        for batch in torch.split(indices, 64):
             writer.append(batch.tolist(), {name: tensor[batch] for name, tensor in expected.items()})
         writer.close()
     tracemalloc.start()
