@@ -39,7 +39,8 @@ def test_one_rank_reads_what_all_stuck_ranks_have_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: range, reader: int
 ) -> None:
     run = Run.create(tmp_path, "x")
-    folder = run.log(1, 0).parent
+    run.log(1, 0)
+    folder = run.attempt_folder(1)
     for rank in ranks:
         atomic_write_json(folder / f"stuck-{rank}.json", {"rank": rank, "heartbeats": 0})
     read: list[tuple[int, str]] = []

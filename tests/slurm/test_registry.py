@@ -103,7 +103,12 @@ def test_the_newest_jobs_are_found_without_reading_all(
     assert path.read_bytes().count(b"\n") == 6
 
     looked_at: list[str] = []
-    monkeypatch.setattr(Path, "is_dir", lambda folder: looked_at.append(folder.name) is None)
+
+    def is_dir(folder: Path) -> bool:
+        looked_at.append(folder.name)
+        return True
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
     assert [job.job for job in registered_jobs(env, newest=2)] == ["4", "5"]
     assert looked_at == [folders[0].name, folders[4].name]
     assert find_job(None, env).job == "5"
