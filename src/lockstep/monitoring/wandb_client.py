@@ -17,7 +17,7 @@ from lockstep.core import fsync
 from lockstep.distributed import STOP_SIGNALS
 from lockstep.monitoring.csv_logger import METRICS_ROW
 from lockstep.monitoring.wandb_history import GLOBAL_STEP
-from lockstep.runs import OWNER_SECONDS, Run
+from lockstep.runs import OWNER_SECONDS, Owner, Run
 
 if TYPE_CHECKING:
     import wandb
@@ -133,7 +133,13 @@ class WandbClient:
             log.warning("W&B's rows could not be flushed to disk (%s)", one_line(error))
 
     def _wait_for_earlier_attempts(self) -> None:
-        """Wait for the last rows of an attempt that was killed just now, or that has not noticed yet that it lost the run."""
+        """Wait for the last rows of an attempt that was killed just now, or that has not noticed yet that it lost the run.
+
+        Not for one of the same Slurm job: its agents, or srun, have ended all processes of an attempt before the next one.
+        """
+        owner = Owner.read(self.run.owner)
+        if owner is not None and owner == self.run.owner_of(owner.attempt - 1):
+            return
         if written := [file.stat().st_mtime for file in self._files()]:
             claimed = self.run.owner.stat().st_mtime if self.run.owner.exists() else 0.0
             end = max(*written, claimed - _SERVICE_SECONDS + 2 * OWNER_SECONDS) + _SERVICE_SECONDS

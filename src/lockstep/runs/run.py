@@ -147,7 +147,7 @@ class Run:
         """
         attempt = self.newest_attempt
         while True:
-            held = Owner.read(self.attempt_folder(attempt) / self.owner.name)
+            held = self.owner_of(attempt)
             if held is not None and held != owner and self._is_held(is_alive(held)):
                 raise UsageError(f"The run {self.folder} is being trained by {held}; end that first.")
             attempt += 1
@@ -155,6 +155,10 @@ class Run:
             if self._create_attempt(claim):
                 claim.write(self.owner)
                 return attempt
+
+    def owner_of(self, attempt: int) -> Owner | None:
+        """Who claimed an attempt; None if it is unknown."""
+        return Owner.read(self.attempt_folder(attempt) / self.owner.name)
 
     def living_owner(self, is_alive: Callable[[Owner], bool | None]) -> Owner | None:
         """The owner, if it still runs; ``is_alive`` is that of ``claim_attempt``."""
