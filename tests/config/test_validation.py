@@ -72,7 +72,7 @@ def test_the_user_module_of_the_readme_passes(tmp_path: Path) -> None:
 
 def test_defaults_files_and_flags_are_merged_in_their_order(tmp_path: Path) -> None:
     config = validate_arguments(list(DIGITS))
-    usual = {"test_after_fit": True, "hang_timeout_seconds": 300.0, "max_restarts": 100}
+    usual = {"test_after_fit": True, "hang_timeout_seconds": 300.0, "max_restarts": 100, "warm_restarts": True}
     assert config["run"] == {"name": "digits", "root": Path("runs"), **usual}
     assert (config["wandb"]["group"], config["shared_filesystem"]) == (None, True)
     later = written(
@@ -137,6 +137,10 @@ WRONG_VALUE = [
     (["--data.batch_size", "many"], "data.batch_size: 'many' is not valid: expected int or null."),
 ]
 OUT_OF_RANGE = [  # only static validation refuses these
+    (
+        ["--data", "lockstep.data.ImageFolder", "--data.archive", "http://host/a.tar"],
+        "data.archive: http://host/a.tar can be replaced on its way, because its address is not encrypted; use https, or set",
+    ),
     (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
     (["--checkpoint.save_top_k", "0"], "checkpoint.save_top_k: 0 must be 1 or more."),
 ]
@@ -148,10 +152,6 @@ WRONG_CLASS = [
     (
         ["--model.network.width", "[1]"],
         "model.network.width (value [1]): unknown argument of lockstep.models.ConvNet; did",
-    ),
-    (
-        ["--data", "lockstep.data.ImageFolder", "--data.archive", "http://host/a.tar"],
-        "data.archive: http://host/a.tar can be replaced on its way, because its address is not encrypted; use https, or set",
     ),
     (["--model", "nowhere.Model"], "model: nowhere.Model does not exist (No module named 'nowhere'); run from the folder"),
     (["--model", "lockstep.model.Classifier"], "model: lockstep.model.Classifier does not exist"),

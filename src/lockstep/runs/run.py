@@ -64,6 +64,7 @@ class Run:
     def create(cls, root: Path, name: str, identity: str | None = None) -> "Run":
         """Make a new run folder, with a new id or ``identity``; UsageError if it cannot be written or kept safe."""
         cls.check_name(name)
+        made = [parent for parent in (root.absolute() / name, *(root.absolute() / name).parents) if not parent.exists()]
         while True:
             folder = root.absolute() / name / (identity or new_run_id())
             try:
@@ -80,7 +81,8 @@ class Run:
         try:
             _check_private(folder, "choose another with --run.root, such as a new folder in it")
         except UsageError:
-            folder.rmdir()
+            for path in (folder, *made):
+                path.rmdir()
             raise
         for part in ("logs", "checkpoints"):
             (folder / part).mkdir()
