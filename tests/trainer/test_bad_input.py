@@ -260,6 +260,7 @@ class Foreign(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3 * 8 * 8, 2)
+        self.conv = nn.Conv2d(3, 3, 1)
         self.norm = nn.BatchNorm2d(3).requires_grad_(False)
         self.train_accuracy, self.val_accuracy = (MulticlassAccuracy(2, average="micro") for _ in range(2))
         self.largest: Tensor
@@ -267,11 +268,11 @@ class Foreign(LightningModule):
 
     def loss(self, batch: Any, accuracy: MulticlassAccuracy) -> Tensor:
         x, y = batch
-        self.norm(x)  # its statistics are those of rank zero
+        unused = 0 * self.norm(self.conv(x)).mean()  # backward needs it; its statistics are those of rank zero
         self.largest.copy_(torch.maximum(self.largest, x.view(len(x), -1).mean(1).max()))
         out = self.linear(x.view(x.size(0), -1))
         accuracy(out, y)
-        return nn.functional.cross_entropy(out, y)
+        return nn.functional.cross_entropy(out, y).add(unused)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch, self.train_accuracy)
@@ -284,7 +285,7 @@ class Foreign(LightningModule):
         self.log("val/accuracy", self.val_accuracy, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.linear.parameters(), lr=0.01, momentum=0.9)
+        return torch.optim.SGD([*self.conv.parameters(), *self.linear.parameters()], lr=0.01, momentum=0.9)
 
 
 @pytest.mark.parametrize("model", ["Classifier", "Foreign"])

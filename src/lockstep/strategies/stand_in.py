@@ -20,18 +20,21 @@ def undo_step(module: LightningModule) -> Iterator[None]:
     Metrics and values that it logs for the first time stay, without a sample: the ranks reduce them together. Buffers of
     synchronized batch norm, which count no sample of an empty batch, keep what the other ranks have added.
     """
-    buffers = {
-        f"{name}.{key}": (buffer, buffer.clone())
-        for name, part in module.named_modules()
+    buffers = [
+        (part, key, buffer)
+        for part in module.modules()
         if "SyncBatchNorm" not in type(part).__name__
-        for key, buffer in part.named_buffers(recurse=False)
-    }
+        for key, buffer in part.named_buffers(recurse=False, remove_duplicate=False)
+    ]
     metrics = [part for part in module.modules() if isinstance(part, Metric)]
     before = {id(metric): copy_states(metric) for metric in (*metrics, *logged_results(module.trainer))}  # a hash changes
+    # The step writes to copies, DDP's broadcast included. They are not written back: backward needs what batch norm has read.
+    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}  # parts may share a buffer
+    for part, key, buffer in buffers:
+        setattr(part, key, copies[id(buffer)])
     yield
-    with torch.no_grad():
-        for buffer, saved in buffers.values():
-            buffer.copy_(saved)
+    for part, key, buffer in buffers:
+        setattr(part, key, buffer)
     for metric in (*metrics, *logged_results(module.trainer)):
         set_states(metric, before[id(metric)] if id(metric) in before else default_states(metric))
 
