@@ -42,8 +42,9 @@ class NanGuard(Callback):
 
     def _check_own(self) -> None:
         """Check the losses of this rank on the device, without waiting for it."""
-        losses = torch.stack(self._losses)
-        keys = torch.tensor(self._keys, device=losses.device)
+        device = self._losses[0].device if self._first_bad is None else self._first_bad.device
+        losses = torch.stack([loss.to(device) for loss in self._losses])  # a module may compute some on another device
+        keys = torch.tensor(self._keys, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         newest = torch.where(torch.isfinite(losses), _NEVER, keys).min()
         self._first_bad = newest if self._first_bad is None else torch.minimum(self._first_bad, newest)
         self._losses, self._keys = [], []
