@@ -143,6 +143,36 @@ def test_callbacks_may_come_and_go_during_a_run() -> None:
     assert other.count == 2
 
 
+class ChangesHooks(Callback):
+    """Sets a hook on itself after two batches, replaces one of ``other``'s after three, and takes its own back after five."""
+
+    def __init__(self, other: Callback) -> None:
+        self.other = other
+        self.calls: list[tuple[str, int]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            vars(self)["on_train_batch_end"] = lambda trainer, *_: self.calls.append(("end", trainer.global_step))
+        if trainer.global_step == 3:
+            vars(self.other)["on_train_batch_start"] = lambda trainer, *_: self.calls.append(("start", trainer.global_step))
+        if trainer.global_step == 5:
+            del self.on_train_batch_end
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_callbacks_may_set_and_replace_hooks_during_a_run() -> None:
+    found: list[Any] = []
+    for is_ours in (True, False):
+        other = Steps()
+        callback = ChangesHooks(other)
+        fit(make_trainer(is_ours, [callback, other], max_epochs=1), Model())
+        found.append((callback.calls, other.count))
+    ours, plain = found
+    assert ours == plain
+    calls = [("end", 3), ("start", 3), ("end", 4), ("start", 4), ("end", 5), ("start", 5), ("start", 6)]
+    assert plain == (calls, 3)
+
+
 class LogsTwice(Model):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if batch_idx == 2:

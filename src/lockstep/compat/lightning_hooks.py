@@ -4,7 +4,6 @@ In each step Lightning calls about 25 hooks. Around each it enters a profiler, s
 ``nn.Module.__setattr__``, and visits every callback. On a small model that takes longer than the step itself.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,27 +35,7 @@ _strategy_hook = private("lightning", call, "_call_strategy_hook")
 
 
 _HOOKS = "_lockstep_hooks"
-"""Name of the attribute of a Trainer that calls hooks fast."""
-
-
-@dataclass
-class _Hooks:
-    """What overrides the hooks of callbacks: collected once, and again when the list of callbacks has changed."""
-
-    strategy: Strategy
-    callbacks: list[Callback] = field(default_factory=list)
-    overridden: dict[str, list[Any]] = field(default_factory=dict)
-
-    def find(self, callbacks: list[Callback], name: str) -> list[Any]:
-        """The bound methods that override the hook ``name``, in the order of ``callbacks``."""
-        if callbacks != self.callbacks:
-            self.callbacks, self.overridden = list(callbacks), {}
-        found = self.overridden.get(name)
-        if found is None:
-            default, hooks = getattr(Callback, name), [getattr(callback, name) for callback in callbacks]
-            found = [hook for hook in hooks if getattr(hook, "__func__", None) is not default and callable(hook)]
-            self.overridden[name] = found
-        return found
+"""Name of the attribute of a Trainer that calls hooks fast: its strategy."""
 
 
 def calls_hooks_fast(trainer: Trainer) -> bool:
@@ -71,32 +50,31 @@ def call_hooks_fast(trainer: Trainer) -> None:
     patch("lightning", call, "_call_lightning_datamodule_hook", _call_datamodule_hook)
     patch("lightning", call, "_call_strategy_hook", _call_strategy_hook)
     if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
-        vars(trainer)[_HOOKS] = _Hooks(trainer.strategy)
+        vars(trainer)[_HOOKS] = trainer.strategy
 
 
 def _call_callback_hooks(
     trainer: Trainer, hook_name: str, *args: Any, monitoring_callbacks: bool | None = None, **kwargs: Any
 ) -> None:
-    hooks = vars(trainer).get(_HOOKS)
-    if hooks is None or monitoring_callbacks is not None:
+    strategy = vars(trainer).get(_HOOKS)
+    if strategy is None or monitoring_callbacks is not None:
         _callback_hooks(trainer, hook_name, *args, monitoring_callbacks=monitoring_callbacks, **kwargs)
         return
-    found = hooks.find(trainer.callbacks, hook_name)  # type: ignore[attr-defined]
-    if not found:
-        return
-    module = hooks.strategy.lightning_module
+    module, default = strategy.lightning_module, getattr(Callback, hook_name)
     attributes = {"_current_fx_name": None} if module is None else vars(module)
     previous, attributes["_current_fx_name"] = attributes["_current_fx_name"], hook_name
-    for hook in found:
-        hook(trainer, module, *args, **kwargs)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        hook = getattr(callback, hook_name)  # each time: a callback may set it on itself, or on another one, during a run
+        if getattr(hook, "__func__", None) is not default and callable(hook):
+            hook(trainer, module, *args, **kwargs)
     attributes["_current_fx_name"] = previous
 
 
 def _call_module_hook(
     trainer: Trainer, hook_name: str, *args: Any, pl_module: LightningModule | None = None, **kwargs: Any
 ) -> Any:
-    hooks = vars(trainer).get(_HOOKS)
-    if hooks is None or (module := pl_module or hooks.strategy.lightning_module) is None:
+    strategy = vars(trainer).get(_HOOKS)
+    if strategy is None or (module := pl_module or strategy.lightning_module) is None:
         return _module_hook(trainer, hook_name, *args, pl_module=pl_module, **kwargs)
     hook = getattr(module, hook_name)
     function = getattr(hook, "__func__", None)
@@ -108,13 +86,13 @@ def _call_module_hook(
 
 
 def _call_strategy_hook(trainer: Trainer, hook_name: str, *args: Any, **kwargs: Any) -> Any:
-    hooks = vars(trainer).get(_HOOKS)
-    if hooks is None:
+    strategy = vars(trainer).get(_HOOKS)
+    if strategy is None:
         return _strategy_hook(trainer, hook_name, *args, **kwargs)
-    hook = getattr(hooks.strategy, hook_name)
+    hook = getattr(strategy, hook_name)
     if getattr(hook, "__func__", None) in _EMPTY:
         return None
-    return _call_within(hooks.strategy.lightning_module, hook_name, hook, args, kwargs)
+    return _call_within(strategy.lightning_module, hook_name, hook, args, kwargs)
 
 
 def _call_datamodule_hook(trainer: Trainer, hook_name: str, *args: Any, **kwargs: Any) -> Any:
