@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.runs import SMALL, Launch
 
-from lockstep.checkpoint import writer
+from lockstep.checkpoint import checksums, writer
 from lockstep.checkpoint.manifest import Manifest, Progress
 from lockstep.checkpoint.reader import latest_checkpoint, published_checkpoints, read_checkpoint
 from lockstep.checkpoint.serialization import allow_numpy_globals, check_loadable
@@ -68,6 +68,24 @@ def test_a_manifest_that_lacks_a_key_or_is_foreign_is_named(tmp_path: Path) -> N
         complaints: list[str] = []
         assert read_checkpoint(tmp_path, complain=complaints.append) is None
         assert complaints[0].startswith(f"checkpoint {tmp_path} is damaged and is ignored: manifest.json is not a manifest (")
+
+
+@pytest.mark.parametrize(("content", "digits"), [(b"123", 0), (b"123", 63), (b"123", 128), (b"", 0), (b"1" * 100, 64)])
+def test_a_manifest_without_a_checksum_of_each_piece_is_not_trusted(
+    tmp_path: Path, content: bytes, digits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "PIECE_BYTES", 64)
+    (tmp_path / "rank-0.pt").write_bytes(content)
+    sums = "".join(hashlib.sha256(content[start : start + 64]).hexdigest() for start in range(0, len(content) or 1, 64))
+    Manifest(PROGRESS, 1, 1, 0.0, {"rank-0.pt": (len(content), sums)}).write(tmp_path)
+    assert read_checkpoint(tmp_path) is not None
+    Manifest(PROGRESS, 1, 1, 0.0, {"rank-0.pt": (len(content), (sums * 2)[:digits])}).write(tmp_path)
+    complaints: list[str] = []
+    assert read_checkpoint(tmp_path, complain=complaints.append) is None
+    assert complaints == [
+        f"checkpoint {tmp_path} is damaged and is ignored: rank-0.pt of {len(content)} bytes needs {len(sums)} digits of "
+        f"checksums instead of {digits}: they are damaged or of another format."
+    ]
 
 
 def save_three(world: World, run: Run) -> tuple[list[str], list[str]]:

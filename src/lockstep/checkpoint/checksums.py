@@ -19,7 +19,10 @@ PIECE_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**20
 
 FileSums = tuple[int, str]
-"""Size of a file in bytes, and the SHA-256 of each of its pieces, as hexadecimal digits one after the other."""
+"""Size of a file in bytes, and the SHA-256 of each of its pieces, as hexadecimal digits one after the other.
+
+An empty file has one piece, so that it is verified too.
+"""
 
 _DIGITS = 2 * hashlib.sha256().digest_size
 
@@ -35,6 +38,21 @@ def write_file(path: Path, content: Any) -> FileSums:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk answers who verifies it on this node
         return file.tell(), file.sums()
+
+
+def check_sums(name: str, file: FileSums) -> None:
+    """Check that each piece of the file ``name`` has a checksum; what lacks one would not be verified.
+
+    Raises:
+        ValueError: There are fewer or more.
+    """
+    size, sums = file
+    needed = max(1, -(-size // PIECE_BYTES))
+    if len(sums) != needed * _DIGITS:
+        raise ValueError(
+            f"{name} of {size} bytes needs {needed * _DIGITS} digits of checksums instead of {len(sums)}: they are damaged or "
+            "of another format"
+        )
 
 
 def share_pieces(files: Mapping[str, FileSums], shares: int) -> list[list[Piece]]:
@@ -94,4 +112,4 @@ class _HashingWriter(BufferedWriter):
 
     def sums(self) -> str:
         """The SHA-256 of each piece that was written."""
-        return self._sums + (self._sha256.hexdigest() if self._left < PIECE_BYTES else "")
+        return self._sums + (self._sha256.hexdigest() if self._left < PIECE_BYTES or not self._sums else "")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lockstep.checkpoint.checksums import FileSums
+from lockstep.checkpoint.checksums import FileSums, check_sums
 from lockstep.core import atomic_write_json
 
 MANIFEST_FILE = "manifest.json"
@@ -70,11 +70,14 @@ class Manifest:
 
         Raises:
             OSError: It cannot be read.
-            ValueError: It is damaged, or another program has written it.
+            ValueError: It is damaged, lacks checksums, or another program has written it.
         """
         try:
             content = json.loads((folder / MANIFEST_FILE).read_text())
             files = {name: (int(size), str(sums)) for name, (size, sums) in content.pop("files").items()}
-            return cls(Progress(**content.pop("progress")), files=files, **content)
+            manifest = cls(Progress(**content.pop("progress")), files=files, **content)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{MANIFEST_FILE} is not a manifest ({type(error).__name__}: {error})") from None
+        for name, file in manifest.files.items():
+            check_sums(name, file)
+        return manifest
