@@ -116,6 +116,29 @@ def test_what_the_disk_has_not_kept_is_found_on_another_node(tmp_path: Path, mon
     assert not list(run.checkpoints.iterdir())
 
 
+def save_with_a_failing_rank(world: World, run: Run) -> str:
+    """Save where rank one cannot verify its share, for a reason without a text; return the error of this rank."""
+    init_process_group(world, torch.device("cpu"), timedelta(seconds=20))
+    saver, consensus = CheckpointWriter(run, world, 1, OPTIONS), StopConsensus(world)
+    saver.save(PROGRESS, {f"rank-{world.rank}.pt": torch.zeros(9)}, consensus)
+    destroy_process_group()
+    return saver.error
+
+
+def test_any_failure_to_verify_is_reported_to_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_on_rank_one(folder: Path, pieces: Sequence[checksums.Piece]) -> None:
+        if any(piece[0] == "rank-0.pt" for piece in pieces):
+            raise MemoryError
+
+    run = Run.create(tmp_path, "x")
+    run.log(1, 0)
+    monkeypatch.setattr(writer, "verify_pieces", fail_on_rank_one)
+    errors = fork_ranks(lambda world: save_with_a_failing_rank(world, run), nodes=2, ranks=1)
+    failed = "the checkpoint of step 1 could not be written (%s)"
+    assert errors == [failed % "rank 1: MemoryError", failed % "MemoryError"]
+    assert not list(run.checkpoints.iterdir())
+
+
 def find_together(world: World, run: Run, elsewhere: Path) -> tuple[int, int, list[str]]:
     """Search on all ranks; return the steps that are found in two ways, and the complaints and errors of this rank."""
     init_process_group(world, torch.device("cpu"), timedelta(minutes=1))

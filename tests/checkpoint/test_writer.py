@@ -88,6 +88,21 @@ def test_a_manifest_without_a_checksum_of_each_piece_is_not_trusted(
     ]
 
 
+def test_a_failure_to_remove_old_checkpoints_does_not_concern_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Path) -> list[Path]:
+        raise OSError(5, "Input/output error")
+
+    run = Run.create(tmp_path, "x")
+    saver = CheckpointWriter(run, World(), 0, CheckpointOptions(async_save=False))
+    monkeypatch.setattr(writer, "published_checkpoints", fail)
+    saver.save(PROGRESS, {"rank-0.pt": torch.ones(3)}, StopConsensus(World()))
+    assert not saver.error
+    assert [path.name for path in published_checkpoints(run.checkpoints)] == ["step-00000001"]
+    assert caplog.messages == ["old checkpoints could not be removed (Input/output error)"]
+
+
 def save_three(world: World, run: Run) -> tuple[list[str], list[str]]:
     """Save three times, where rank one cannot write its second part; return the errors and checkpoints after each save."""
     init_process_group(world, torch.device("cpu"), timedelta(minutes=1))

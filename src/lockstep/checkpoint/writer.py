@@ -191,7 +191,10 @@ class CheckpointWriter:
             files, error = self._verify(hidden, files, error)
             if self.world.is_rank_zero and not error:
                 self._publish(hidden, final, Manifest(progress, self.world.size, self.attempt, time.time(), files))
-                self._remove_old(scores)
+                try:
+                    self._remove_old(scores)
+                except OSError as exception:  # the checkpoint is published all the same
+                    log.warning("old checkpoints could not be removed (%s)", _reason(exception))
         except Exception as exception:  # the manifest cannot be written, another attempt owns the run, or a rank has died
             error = _reason(exception)
         self.error = f"the checkpoint of step {progress.step} could not be written ({error})" if error else ""
@@ -214,7 +217,7 @@ class CheckpointWriter:
         pieces = scatter([*shares[shift:], *shares[:shift]], self.world, self._group)
         try:
             verify_pieces(folder, pieces)
-        except (OSError, ValueError) as exception:
+        except Exception as exception:  # whatever it is: the other ranks wait for this one's report
             error = _reason(exception)
         failures = enumerate(gather(error, self.world, self._group))
         return written, next((f"rank {rank}: {failure}" if rank else failure for rank, failure in failures if failure), error)
@@ -249,4 +252,5 @@ class CheckpointWriter:
 
 
 def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return text or type(error).__name__  # an empty text would mean that nothing has failed
