@@ -120,9 +120,9 @@ class Agent:
             now = time.monotonic()
             if failed_at is None and (lost or any(outcome.ends_others for outcome in outcomes)):
                 failed_at = now
-            if failed_at is not None and now - failed_at > (
-                _CAUSE_SECONDS if lost or any(_is_cause(outcome) for outcome in outcomes) else _SECONDARY_SECONDS
-            ):
+            has_cause = lost or any(_is_cause(outcome) for outcome in outcomes)
+            patience = _CAUSE_SECONDS if has_cause else _SECONDARY_SECONDS
+            if failed_at is not None and now - failed_at > patience and not is_ending:
                 is_ending = True
                 self.channel.send({"end": True})
                 group.end()
