@@ -301,8 +301,8 @@ def first_failure(outcomes: Iterable[RankOutcome]) -> Failure | None:
 
 def _select_gpus(world: World) -> None:
     """Let a rank of a simulated node see the GPUs of that node only; none if there are fewer GPUs than ranks."""
-    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if world.launcher == "local" and world.nodes > 1 and count:
+    if world.launcher == "local" and world.nodes > 1 and (count := torch.cuda.device_count()):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(index) for index in range(count)]
         first = world.node_rank * world.local_size
         own = names[first : first + world.local_size] if world.size <= count else []

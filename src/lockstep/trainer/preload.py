@@ -3,6 +3,7 @@
 import os
 from importlib import import_module
 
+import torch
 from jsonargparse import Namespace
 
 from lockstep import strategies
@@ -12,6 +13,8 @@ from lockstep.monitoring import wandb_mode
 
 def preload(config: Namespace, has_rank_zero: bool = True) -> None:
     """Import the libraries that a config uses; W&B's, which take a second, only where rank zero is forked."""
+    if not torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no rank looks for NVIDIA's libraries again
     strategies.preload(config.strategy)
     find_plugins_once()
     if has_rank_zero and wandb_mode(config.wandb, os.environ) != "disabled":
