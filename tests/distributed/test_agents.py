@@ -216,6 +216,26 @@ def test_an_agent_that_cannot_fork_ends_the_attempt(tmp_path: Path, monkeypatch:
     assert not any(is_alive(int(path.read_text().split()[0])) for path in tmp_path.glob("*.pid"))
 
 
+def test_agents_wait_for_one_that_imports_longer_than_an_agent_may_be_silent(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path, lambda world, attempt, enter: reduce(world), nodes=3, ranks=1, silent_seconds=1.5).start(0, 1)
+    time.sleep(4)
+    nodes.start(2)
+    assert nodes.statuses() == [0, 0, 0]
+
+
+def test_ranks_that_an_agent_has_killed_are_not_blamed(tmp_path: Path) -> None:
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        reduce(world)
+        if world.rank == 0:
+            raise RuntimeError("Connection closed by peer")  # as if a rank of a lost node were gone
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(100)
+
+    nodes = Nodes(tmp_path, train, nodes=1, attempts=1).start()
+    assert nodes.statuses() == [1]
+    assert (nodes.failure(1).rank, nodes.failure(1).is_secondary) == (0, True)
+
+
 def test_a_stranger_is_refused(tmp_path: Path) -> None:
     def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
         reduce(world)

@@ -88,6 +88,14 @@ def test_the_batch_script_of_a_superseded_attempt_ends_and_records_nothing(run: 
     assert read_attempts(run) == before and not run.result.exists()
 
 
+def test_an_attempt_is_recorded_and_counted_once(run: Run) -> None:
+    """The agents may have recorded it, and then could not start the next one."""
+    begin(run, "7_0")
+    record_failure(run, 1, Failure(0, 1, 0, "", "ValueError: once"))
+    assert [end(run, "7_0", 1, status=1), end(run, "7_0", 1, status=1)] == [RESTART, RESTART]
+    assert [attempt.attempt for attempt in read_attempts(run)] == [1]
+
+
 def interrupt(run: Run, attempt: int, number: int) -> None:
     RunResult("interrupted", attempts=attempt, reason="a signal", exit_status=number).write(run.result)
 

@@ -3,6 +3,12 @@
 import ctypes
 import os
 from collections.abc import Mapping
+from pathlib import Path
+
+
+def may_have_gpus() -> bool:
+    """Whether this machine has device files of GPUs. CUDA's own answer may initialize it, where NVML does not work."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()
 
 
 def cpus_near_gpus(env: Mapping[str, str]) -> list[set[int]]:

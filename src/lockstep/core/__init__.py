@@ -6,6 +6,7 @@ from lockstep.core.errors import (
     SIGNAL_EXIT_STATUSES,
     Interrupted,
     LockstepError,
+    PeerError,
     RunError,
     SaveError,
     Stopped,

@@ -42,6 +42,12 @@ class SaveError(RunError):
     is_permanent = False
 
 
+class PeerError(RunError):
+    """Another rank or node did not answer in time. It may answer another attempt."""
+
+    is_permanent = False
+
+
 class Superseded(LockstepError):
     """A newer attempt has claimed the run: this one stops, and writes nothing that attempts share. Exit status 1."""
 

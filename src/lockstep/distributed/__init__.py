@@ -1,7 +1,7 @@
 """Run the ranks of a job: agents fork and watch them, start the process group, receive signals, and agree when to stop."""
 
 from lockstep.distributed.agent import Agent, Plan
-from lockstep.distributed.channel import Channel, job_key
+from lockstep.distributed.channel import Channel
 from lockstep.distributed.consensus import StopConsensus, all_meet
 from lockstep.distributed.cpus import share_cpus
 from lockstep.distributed.phases import STARTING_PHASES, PhaseBoard, phase_limits

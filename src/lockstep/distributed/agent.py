@@ -21,7 +21,14 @@ from lockstep.core import World
 from lockstep.distributed.channel import Channel
 from lockstep.distributed.phases import PhaseBoard
 from lockstep.distributed.process_group import listen, parse_rendezvous
-from lockstep.distributed.rank_group import RankGroup, RankOutcome, first_failure, raise_interrupted, set_process_name
+from lockstep.distributed.rank_group import (
+    STUCK_SECONDS,
+    RankGroup,
+    RankOutcome,
+    first_failure,
+    raise_interrupted,
+    set_process_name,
+)
 from lockstep.runs import Failure
 
 _INTERVAL_SECONDS = 1.0
@@ -79,10 +86,10 @@ class Agent:
             self.channel.close()
 
     def _pass_on(self, number: int, frame: object) -> None:
-        """Slurm sends most signals to the ranks too, which heed the first one only."""
+        """Pass a signal on to the ranks, to which Slurm sends most signals too: they heed the first one only."""
         self._signal = self._signal or number
-        if self._group is not None:
-            self._group.signal(number)
+        if self._group is not None:  # a second SIGINT would end a rank at once
+            self._group.signal(signal.SIGTERM if number == signal.SIGINT else number)
 
     def _lead(self, attempt: int) -> int:
         while True:
@@ -133,7 +140,7 @@ class Agent:
         if self._signal or signalled:  # Slurm kills the ranks that did not end in time
             failure = replace(failure, is_secondary=True) if failure is not None and failure.is_killed else failure
         if stuck:
-            print(f"lockstep: the kernel does not end these ranks: {', '.join(map(str, stuck))}.", file=sys.stderr, flush=True)
+            print(f"lockstep: the kernel does not end these processes: {stuck}", file=sys.stderr, flush=True)
         is_final = bool(lost or stuck or signalled or (failure is None and not lost))
         return _Ended(status or int(bool(lost or stuck)), None if together else failure, is_final)
 
@@ -176,11 +183,8 @@ class Agent:
                 listener.close()
             self.plan.train(world, attempt, board.reporter(world.local_rank))
 
-        handlers: dict[int, Any] = {
-            signal.SIGTERM: raise_interrupted,
-            signal.SIGINT: signal.SIG_DFL,
-            signal.SIGCONT: signal.SIG_DFL,
-        }
+        handlers: dict[int, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT), raise_interrupted)
+        handlers[signal.SIGCONT] = signal.SIG_DFL
         # Before training there is nothing to save, and the time of the job is not over yet.
         handlers |= dict.fromkeys((signal.SIGUSR1, signal.SIGUSR2), signal.SIG_IGN)
         self._group = RankGroup(
@@ -191,22 +195,26 @@ class Agent:
         return self._group
 
     def _end_group(self) -> list[int]:
-        """End what is left of the ranks and their children, and return the ranks that the kernel does not end."""
+        """End what is left of the ranks and their children, and return the processes that the kernel does not end."""
         group, self._group = self._group, None
         stuck = group.close() if group is not None else []
-        if group is not None and not stuck:
-            self._kill_orphans()
-        return stuck
+        return stuck if stuck or group is None else self._kill_orphans()
 
-    def _kill_orphans(self) -> None:
-        """Kill the children of ranks that have ended, and theirs, which this process adopts in turn."""
-        while orphans := set(_children()) - self._others:
+    def _kill_orphans(self) -> list[int]:
+        """Kill the children of ranks that have ended, and theirs, which this process adopts in turn.
+
+        Returns:
+            The processes that the kernel does not end, such as DataLoader workers that wait for a disk.
+        """
+        deadline = time.monotonic() + STUCK_SECONDS
+        while (orphans := set(_children()) - self._others) and time.monotonic() < deadline:
             for pid in orphans:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            for pid in orphans:
                 with suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
+                    os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.01)
+        return sorted(orphans)
 
 
 @dataclass(frozen=True)

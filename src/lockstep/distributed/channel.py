@@ -8,12 +8,13 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
-from lockstep.core import RunError, World
+from lockstep.core import PeerError, UsageError, World
 from lockstep.distributed.process_group import listen, parse_rendezvous
 
 Message = dict[str, Any]
@@ -49,10 +50,13 @@ class Channel:
             silent_seconds: As above.
 
         Raises:
-            RunError: An agent has not connected in time.
+            PeerError: An agent has not connected in time.
+            UsageError: There is no key.
         """
         if agents.size == 1:
             return cls({}, silent_seconds)
+        if not key:
+            raise UsageError("LOCKSTEP_KEY is not set in this job, with which its agents prove who they are; let it pass.")
         connect = _accept if agents.is_rank_zero else _connect
         return cls(connect(agents, key, time.monotonic() + _CONNECT_SECONDS), silent_seconds)
 
@@ -101,13 +105,18 @@ def _accept(agents: World, key: bytes, deadline: float) -> dict[int, Connection]
     address, port = parse_rendezvous(agents.rendezvous)
     connections: dict[int, Connection] = {}
     with listen(address, port, agents.size) as server:
+        server.settimeout(1.0)
         while len(connections) < agents.size - 1:
-            server.settimeout(max(0.1, deadline - time.monotonic()))
+            for connected in connections.values():  # those that wait for the slowest must not take this agent for gone
+                with suppress(OSError):
+                    connected.send_bytes(json.dumps(_HEARTBEAT).encode())
             try:
                 accepted, _ = server.accept()
             except TimeoutError:
+                if time.monotonic() < deadline:
+                    continue
                 missing = ", ".join(str(node) for node in range(1, agents.size) if node not in connections)
-                raise RunError(
+                raise PeerError(
                     f"The agents of these nodes have not connected to {agents.rendezvous} within {_CONNECT_SECONDS:.0f} s: "
                     f"{missing}. They still import, or cannot reach it; see their output in the folder slurm of the run."
                 ) from None
@@ -133,9 +142,9 @@ def _connect(agents: World, key: bytes, deadline: float) -> dict[int, Connection
             connection.send_bytes(json.dumps({"node": agents.rank}).encode())
             _limit_reads(connection, 0)
             return {0: connection}
-        except (OSError, EOFError) as error:  # it still imports
+        except (OSError, EOFError, AssertionError, AuthenticationError) as error:  # it still imports, or this is not its port
             if time.monotonic() > deadline:
-                raise RunError(
+                raise PeerError(
                     f"The agent of node {agents.rank} cannot reach that of node 0 at {agents.rendezvous} ({error})."
                 ) from None
             time.sleep(0.1)
@@ -158,8 +167,3 @@ def _limit_reads(connection: Connection, seconds: int) -> None:
     """Let reads fail after ``seconds``; 0: never."""
     with socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
-
-
-def job_key(env: Mapping[str, str]) -> bytes:
-    """The secret that the batch script has made for this start of the agents."""
-    return env.get("LOCKSTEP_KEY", "").encode()

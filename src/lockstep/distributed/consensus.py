@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp, Work
 
 from lockstep.compat.torch import default_store
-from lockstep.core import RunError, World
+from lockstep.core import PeerError, World
 
 _INTERVAL_SECONDS = 0.25
 
@@ -28,7 +28,7 @@ def all_meet(place: str, world: World) -> bool:
     Ranks that do not call it need do nothing: those that do have waited a minute when the answer is no.
 
     Raises:
-        RunError: All ranks have called it, but this one a minute later than the first.
+        PeerError: All ranks have called it, but this one a minute later than the first.
     """
     if world.size == 1:
         return True
@@ -38,7 +38,7 @@ def all_meet(place: str, world: World) -> bool:
         time.sleep(0.02)
     is_met = bool(store.compare_set(answer, "", "yes" if is_last else "no") == b"yes")
     if is_last and not is_met:
-        raise RunError(f"Rank {world.rank} was more than {_MEETING_SECONDS:g} s behind the others at {place}; resume the run.")
+        raise PeerError(f"Rank {world.rank} was more than {_MEETING_SECONDS:g} s behind the others at {place}; resume the run.")
     return is_met
 
 

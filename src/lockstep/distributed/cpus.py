@@ -3,8 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from lockstep.compat.nvml import cpus_near_gpus
 
 
@@ -16,8 +14,8 @@ def share_cpus(ranks: int, env: Mapping[str, str]) -> list[set[int]] | None:
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     if len(mine) < ranks or len(mine) > int(env.get("SLURM_CPUS_ON_NODE", "0")):
         return None
-    near = cpus_near_gpus(env) if torch.cuda.device_count() >= ranks else []
-    return divide(mine, near or [mine] * ranks, ranks)
+    near = cpus_near_gpus(env)
+    return divide(mine, near if len(near) >= ranks else [mine] * ranks, ranks)
 
 
 def divide(cpus: set[int], near: Sequence[set[int]], ranks: int) -> list[set[int]]:

@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-from lockstep.core import Interrupted, Stopped, World
+from lockstep.core import SIGNAL_EXIT_STATUSES, Interrupted, Stopped, World
 from lockstep.distributed.phases import PhaseBoard
 from lockstep.distributed.signals import STOP_SIGNALS
-from lockstep.runs import Failure
+from lockstep.runs import Failure, signal_name
 
 _KILL_SECONDS, _CLOSING_SECONDS = 1.0, 30.0
 """How long a rank may take to end after ``RankGroup.end``, and one that closes its loggers."""
 
-_STUCK_SECONDS = 10.0
+STUCK_SECONDS = 10.0
 """How long the kernel may take to end a rank after SIGKILL, before it counts as stuck."""
 
 
@@ -104,7 +104,6 @@ class _RankMain:
         self.on_fork()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         if log is not None:
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(file, 1)
@@ -116,9 +115,11 @@ class _RankMain:
         _select_gpus(world)
         status = 1
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             sender.send(RankOutcome(self.target(world)))
             status = 0
         except BaseException as error:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             failure = Failure.from_exception(error, world)
             status = failure.exit_status
             if failure.is_secondary:
@@ -210,15 +211,22 @@ class RankGroup:
 
     def signal(self, number: int) -> None:
         """Send a signal to all ranks that have not ended."""
-        for rank in self.running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank.pid, number)
+        self._signal(self.ranks, number)
+
+    def _signal(self, ranks: Iterable[_RankProcess], number: int) -> None:
+        for rank in ranks:
+            if rank.world.rank not in self.outcomes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.pid, number)
+
+    def _is_closing(self, index: int) -> bool:
+        return self._board is not None and self._board.phase(index)[0] == "closing"
 
     def end(self) -> None:
         """Have the ranks end, with SIGTERM; ``poll`` kills those that do not."""
         if self._ended_at is None:
             self._ended_at = time.monotonic()
-            self.signal(signal.SIGTERM)
+            self._signal([rank for index, rank in enumerate(self.ranks) if not self._is_closing(index)], signal.SIGTERM)
 
     def join(self, seconds: float | None = None) -> None:
         """Wait for all ranks to end, at most for ``seconds``."""
@@ -227,12 +235,12 @@ class RankGroup:
             rank.process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def close(self, seconds: float = 0.0) -> list[int]:
-        """Kill what is left after ``seconds``, release the descriptors, and return the ranks that the kernel does not end."""
+        """Kill what is left after ``seconds``, release the descriptors, and return what the kernel does not end."""
         self.join(seconds)
         for rank in self.ranks:
             rank.process.kill()
-        self.join(_STUCK_SECONDS)
-        stuck = [rank.world.rank for rank in self.ranks if rank.process.is_alive()]
+        self.join(STUCK_SECONDS)
+        stuck = [rank.pid for rank in self.ranks if rank.process.is_alive()]
         for rank in self.ranks:
             rank.close()
         self.ranks = []
@@ -245,6 +253,10 @@ class RankGroup:
                 return outcome
         rank.process.join(1)
         code = rank.process.exitcode
+        status = 128 - code if code is not None and code < 0 else code
+        if status in SIGNAL_EXIT_STATUSES:
+            failure = Failure.from_report(f"it was ended by {signal_name(status)}.", rank.world)
+            return RankOutcome(failure=replace(failure, exit_status=status))
         is_killed = code == -signal.SIGKILL
         is_out_of_memory = is_killed and _count_oom_kills() > self._oom_kills
         if code is not None and code < 0:
@@ -252,6 +264,8 @@ class RankGroup:
         else:
             how = f"exited with status {code} and without a report"
         failure = replace(Failure.from_report(f"The process {how}.", rank.world), is_killed=is_killed)
+        if self._ended_at is not None:  # because of another failure, by this process
+            failure = replace(failure, is_secondary=True)
         # A killed rank fails before its peers notice, and sends nothing: date it back.
         return RankOutcome(failure=replace(failure, is_out_of_memory=is_out_of_memory), time=time.time() - 0.2)
 
@@ -285,10 +299,10 @@ class RankGroup:
 
     def _kill_late(self, seconds: float) -> None:
         for index, rank in enumerate(self.ranks):
-            is_closing = self._board is not None and self._board.phase(index)[0] == "closing"
-            if rank.world.rank not in self.outcomes and seconds > (_CLOSING_SECONDS if is_closing else _KILL_SECONDS):
+            limit = _CLOSING_SECONDS if self._is_closing(index) else _KILL_SECONDS
+            if rank.world.rank not in self.outcomes and seconds > limit:
                 rank.process.kill()
-                if seconds > _CLOSING_SECONDS + _STUCK_SECONDS:
+                if seconds > _CLOSING_SECONDS + STUCK_SECONDS:
                     failure = Failure.from_report("The kernel does not end the process.", rank.world)
                     self.outcomes[rank.world.rank] = RankOutcome(failure=replace(failure, is_secondary=True))
 

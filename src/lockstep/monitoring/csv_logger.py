@@ -119,7 +119,8 @@ class CsvMetricsLogger:
     def _append(self) -> None:
         """Append all pending rows, or none of them."""
         names = dict.fromkeys(name for row in self._pending for name in row)
-        if added := [name for name in names if name not in self._columns]:
+        added = [name for name in names if name not in self._columns]
+        if added or self._file is None:
             columns = [*self._columns, *added]
             rows = _parse(_read(self._file)) if self._file is not None else []
             self._replace(_format(columns, rows, header=True))

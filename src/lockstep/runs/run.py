@@ -2,6 +2,7 @@
 
 import errno
 import grp
+import logging
 import os
 import pwd
 import re
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from lockstep.core import Superseded, UsageError
 from lockstep.runs.records import AttemptStart, GitState, LaunchRecord, Owner, RunProgress
+
+log = logging.getLogger(__name__)
 
 RUN_ID_PATTERN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}(-\d{3,})?")
 """The name of a run folder; the runs of a sweep have a number at the end."""
@@ -278,9 +281,13 @@ def git_state(folder: Path) -> GitState | None:
 
 def report_phase(run: Run, attempt: int, phase: str) -> None:
     """Write to ``status.json`` that an attempt starts, and how far it is; the rest stays as the attempt before left it."""
-    if not run.is_superseded(attempt):
-        progress = RunProgress.read(run.status) or RunProgress("starting")
-        replace(progress, status="starting", phase=phase, attempt=attempt, time=time.time()).write(run.status)
+    progress = RunProgress.read(run.status) or RunProgress("starting")
+    has_started = progress.attempt == attempt and progress.status != "starting"  # a test follows the training
+    if not has_started and not run.is_superseded(attempt):
+        try:
+            replace(progress, status="starting", phase=phase, attempt=attempt, time=time.time()).write(run.status)
+        except OSError as error:  # a full disk must not end a run
+            log.warning("%s cannot be written (%s)", run.status, error.strerror)
 
 
 def update_status(run: Run, status: str) -> None:

@@ -72,7 +72,7 @@ def finish(run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str
     if run.is_superseded(_newest_own_attempt(run, view, env)):  # the new owner records this attempt
         return status or 1
     attempt, decision, why = _decide(run, slurm, status, view, env)
-    attempts.append_attempt(run, attempt)
+    _record(run, attempt)
     return _give_up(run, status, why) if decision == _GIVE_UP else decision
 
 
@@ -90,11 +90,17 @@ def restart_in_allocation(run: Run, slurm: Path, status: int, env: Mapping[str, 
     attempt, decision, _ = _decide(run, slurm, status, view, env)
     if decision != RESTART:
         return None
-    attempts.append_attempt(run, attempt)
+    _record(run, attempt)
     return start(run, slurm, view, env)
 
 
 _GIVE_UP = "give up"
+
+
+def _record(run: Run, attempt: attempts.Attempt) -> None:
+    """Record an attempt, unless the agents have done so and could not start the next one."""
+    if attempt.attempt not in {recorded.attempt for recorded in attempts.read_attempts(run)}:
+        attempts.append_attempt(run, attempt)
 
 
 def _newest_own_attempt(run: Run, view: SlurmView, env: Mapping[str, str]) -> int:
@@ -133,7 +139,8 @@ def _decide(
         return attempt, status or 1, ""  # cancelled, or Slurm requeues it by itself
     if attempt.preempted:
         return attempt, REQUEUE, ""
-    if why := reason_to_give_up(run, [*attempts.read_attempts(run), attempt], ending.is_explained):
+    earlier = [ended for ended in attempts.read_attempts(run) if ended.attempt != number]
+    if why := reason_to_give_up(run, [*earlier, attempt], ending.is_explained):
         return attempt, _GIVE_UP, why
     is_over = ending.is_interrupted and ending.exit_status == 128 + signal.SIGUSR2
     return attempt, REQUEUE if is_over else RESTART, ""

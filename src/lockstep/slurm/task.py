@@ -18,8 +18,8 @@ from lockstep.runs import Failure, Run, RunResult, failure, report_phase, verify
 
 log = logging.getLogger(__name__)
 
-ENTRY_POINT = "lockstep.trainer.node:run_node"
-"""Entry point of an agent, resolved by name so that the launcher does not import torch."""
+ENTRY_POINT = "lockstep.trainer.node:Node"
+"""What an agent runs, resolved by name so that the launcher does not import torch."""
 
 _IMPORT_SECONDS = 600.0
 """Limit of the imports of an agent; from a cold shared file system they take minutes."""
@@ -65,8 +65,8 @@ class NodeTask:
         try:
             notes = self._check_environment(agents)
             with self._watch_imports(run, attempt, agents):
-                run_node = resolve_name(ENTRY_POINT)
-            status = run_node(self, agents, run, attempt, notes)
+                node = resolve_name(ENTRY_POINT)(self, agents, run, attempt, notes)
+            status = node.run()
         except BaseException as error:
             mine = Failure.from_exception(error, self._first_rank(agents))
             first = failure.record_failure(run, attempt, mine)
@@ -110,16 +110,17 @@ class NodeTask:
             report_phase(run, attempt, "imports")
 
         def give_up() -> None:
+            faulthandler.dump_traceback(all_threads=True)
             what = f"The imports on node {agents.rank} have not finished after {_IMPORT_SECONDS:.0f} s"
             report = f"{what}; its stack is in its output in {self.slurm}."
             failure.record_failure(run, attempt, Failure.from_report(report, self._first_rank(agents)))
             os._exit(1)
 
-        timer = threading.Timer(_IMPORT_SECONDS + 1, give_up)
+        timer = threading.Timer(_IMPORT_SECONDS, give_up)
         timer.daemon = True
         timer.start()
-        # It needs no GIL, which an import that hangs in the linker holds.
-        faulthandler.dump_traceback_later(_IMPORT_SECONDS, repeat=False)
+        # It needs neither the GIL, which an import that hangs in the linker holds, nor the disk of the run.
+        faulthandler.dump_traceback_later(_IMPORT_SECONDS + 30, exit=True)
         try:
             yield
         finally:

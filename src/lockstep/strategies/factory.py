@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from jsonargparse import Namespace
 
+from lockstep.compat.nvml import may_have_gpus
 from lockstep.data import DataSharding
 from lockstep.strategies.ddp import DDP, SingleDevice
 from lockstep.strategies.deepspeed import DeepSpeed
@@ -20,7 +21,7 @@ def preload(strategy: str) -> None:
 
     Not where there are GPUs: DeepSpeed initializes CUDA, which a forked rank could no longer use.
     """
-    if strategy == "deepspeed" and not torch.cuda.device_count():
+    if strategy == "deepspeed" and not may_have_gpus():
         select_accelerator(torch.device("cpu"))
         # Every engine imports it, for seconds: it compiles functions.
         import_module("deepspeed.runtime.zero.muon.muon_optimizer")

@@ -19,7 +19,8 @@ from lockstep.distributed import (
     init_process_group,
     local_devices,
 )
-from lockstep.runs import Ownership, Run, report_phase
+from lockstep.runs import Ownership, Run
+from lockstep.runs import report_phase as write_phase
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class RunContext:
         """Report the phase that this rank enters, one of ``distributed.phases``; on rank zero also in ``status.json``."""
         self.report_phase(phase)
         if self.world.is_rank_zero and phase in STARTING_PHASES:
-            report_phase(self.run, self.attempt, phase)
+            write_phase(self.run, self.attempt, phase)
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +88,8 @@ class RunContext:
             config.trainer.precision = "bf16-mixed" if has_bf16 else "32-true"
         if run is not None:
             enable_flight_recorder(run.attempt_folder(attempt), environ)
+            if world.is_rank_zero:
+                write_phase(run, attempt, "rendezvous")
         timeout = timedelta(minutes=config.distributed.timeout_minutes)
         init_process_group(world, device, timeout, alone=config.strategy == "deepspeed")
         if config.seed_everything is True:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lockstep.core import LockstepError, UsageError, World, setup_logging
-from lockstep.distributed import Agent, Channel, Plan, job_key, phase_limits, share_cpus
+from lockstep.distributed import Agent, Channel, Plan, phase_limits, share_cpus
 from lockstep.runs import Failure, Run, record_failure, write_failed_result
 from lockstep.slurm import NodeTask, restart_in_allocation
 from lockstep.trainer.config_parser import parse_config
@@ -18,8 +18,8 @@ from lockstep.trainer.session import train
 log = logging.getLogger(__name__)
 
 
-def run_node(task: NodeTask, agents: World, run: Run, attempt: int, notes: list[str]) -> int:
-    """Train with the ranks of this node, restart them as long as the restart policy says so, and return the exit status.
+class Node:
+    """This node of a job: making it imports and parses what the ranks need.
 
     Args:
         agents: This agent among those of all nodes.
@@ -27,45 +27,57 @@ def run_node(task: NodeTask, agents: World, run: Run, attempt: int, notes: list[
 
     Raises:
         UsageError: The config is not valid, or a module of the user has initialized CUDA.
-        RunError: Another agent has not connected.
     """
-    parsed = parse_config(task.arguments, task.command)
-    config = parsed[1]
-    preload(config, agents.is_rank_zero)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        raise UsageError(
-            "A module that the config names initializes CUDA when it is imported, and a process that has done so cannot start "
-            "ranks; create tensors on the GPU in the LightningModule instead."
-        )
-    key = job_key(os.environ)
-    os.environ.pop("LOCKSTEP_KEY", None)
-    shares = share_cpus(task.ranks, os.environ)
 
-    def train_rank(world: World, attempt: int, enter: Callable[[str], None]) -> None:
-        if shares is not None:
-            os.sched_setaffinity(0, shares[world.local_rank])
+    def __init__(self, task: NodeTask, agents: World, run: Run, attempt: int, notes: list[str]) -> None:
+        self.task, self.agents, self.run_folder, self.attempt, self.notes = task, agents, run, attempt, notes
+        self.parsed = parse_config(task.arguments, task.command)
+        self.options = self.parsed[1].run
+        preload(self.parsed[1], agents.is_rank_zero)
+        self.shares = share_cpus(task.ranks, os.environ)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            raise UsageError(
+                "A module that the config names initializes CUDA when it is imported, and a process that has done so cannot "
+                "start ranks; create tensors on the GPU in the LightningModule instead."
+            )
+
+    def run(self) -> int:
+        """Train with the ranks of this node, restart them as long as the restart policy says so, and return the exit status.
+
+        Raises:
+            PeerError: Another agent has not connected.
+        """
+        key = os.environ.pop("LOCKSTEP_KEY", "").encode()
+        limits = phase_limits(self.options.hang_timeout_seconds)
+        plan = Plan(self._train, self._log, limits, self._record, self._next_attempt)
+        channel = Channel.open(self.agents, key, self.options.hang_timeout_seconds)
+        return Agent(self.agents, self.task.ranks, channel, plan).run(self.attempt)
+
+    def _train(self, world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        """Run one attempt as one rank."""
+        if self.shares is not None:
+            share = self.shares[world.local_rank]
+            os.sched_setaffinity(0, share)
+            if "OMP_NUM_THREADS" not in os.environ:  # OpenMP has counted the CPUs of all ranks
+                torch.set_num_threads(len(share))
         setup_logging(world)
-        for note in notes:
+        for note in self.notes:
             log.info(note)
         log.info("%d ranks on %d nodes, rendezvous %s", world.size, world.nodes, world.rendezvous or "none")
-        train(task.command, parsed, world, run, attempt, enter)
+        train(self.task.command, self.parsed, world, self.run_folder, attempt, enter)
 
-    def record(attempt: int, failure: Failure) -> None:
-        first = record_failure(run, attempt, failure)
-        write_failed_result(run, attempt, first)
+    def _log(self, world: World, attempt: int) -> Path:
+        return self.run_folder.log(attempt, world.rank, world.node_rank)
 
-    def next_attempt(status: int) -> int | None:
-        if not config.run.warm_restarts:
+    def _record(self, attempt: int, failure: Failure) -> None:
+        first = record_failure(self.run_folder, attempt, failure)
+        write_failed_result(self.run_folder, attempt, first)
+
+    def _next_attempt(self, status: int) -> int | None:
+        if not self.options.warm_restarts:
             return None
         try:
-            return restart_in_allocation(run, task.slurm, status, os.environ)
+            return restart_in_allocation(self.run_folder, self.task.slurm, status, os.environ)
         except (LockstepError, OSError) as error:  # the batch script decides
             log.warning("the ranks are not restarted without srun (%s)", error)
             return None
-
-    def log_file(world: World, attempt: int) -> Path:
-        return run.log(attempt, world.rank, world.node_rank)
-
-    plan = Plan(train_rank, log_file, phase_limits(config.run.hang_timeout_seconds), record, next_attempt)
-    channel = Channel.open(agents, key, config.run.hang_timeout_seconds)
-    return Agent(agents, task.ranks, channel, plan).run(attempt)

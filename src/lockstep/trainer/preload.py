@@ -8,12 +8,13 @@ from jsonargparse import Namespace
 
 from lockstep import strategies
 from lockstep.compat.lightning import find_plugins_once
+from lockstep.compat.nvml import may_have_gpus
 from lockstep.monitoring import wandb_mode
 
 
 def preload(config: Namespace, has_rank_zero: bool = True) -> None:
     """Import the libraries that a config uses; W&B's, which take a second, only where rank zero is forked."""
-    if not torch.cuda.device_count():
+    if not may_have_gpus() and not torch.cuda.device_count():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no rank looks for NVIDIA's libraries again
     strategies.preload(config.strategy)
     find_plugins_once()
