@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from lockstep.core import RunError, World
 from lockstep.data import DataSharding
@@ -192,3 +193,41 @@ def test_a_loss_that_is_not_finite_is_named_by_its_first_step_however_late_it_is
     trainer = make_trainer(True, [NanGuard()], max_epochs=1, limit_val_batches=0, log_every_n_steps=1000)
     with pytest.raises(RunError, match="at step 12 on rank 0"):
         fit(trainer, Model(bad_batch=11), batches)
+
+
+class LogsItsBatch(Model):
+    """Logs the number of its batch, as a value and as a metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.log("own", float(batch_idx), on_step=True, on_epoch=True)
+        self.mean(float(batch_idx))
+        self.log("metric", self.mean, on_step=True, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+class Rows(Callback):
+    """The values of each step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        names = ("own_step", "metric_step")
+        values = trainer.callback_metrics
+        self.rows.append({name: float(values[name]) for name in names if name in values})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stand_in_batch_is_in_no_row_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, module = Rows(), LogsItsBatch()
+    monkeypatch.setattr(SingleDevice, "_is_stand_in", property(lambda self: self.module.trainer.global_step in (0, 3)))
+    trainer = make_trainer(True, [rows], max_epochs=1, limit_val_batches=0, log_every_n_steps=1)
+    fit(trainer, module, batches=5)
+    assert [row.get("own_step") for row in rows.rows] == [None, 1, 2, 2, 4]
+    assert [row.get("metric_step") for row in rows.rows] == [None, 1, 2, 2, 4]
+    for name in ("own_epoch", "metric_epoch"):
+        assert float(trainer.callback_metrics[name]) == pytest.approx(7 / 3)

@@ -216,6 +216,11 @@ def logged_results(trainer: Trainer) -> list[Metric]:
     return [] if results is None else list(results.values())
 
 
+def is_reduced_in_step(result: Any) -> bool:
+    """Whether the newest value of ``result``, of ``logged_results``, is that of all ranks together."""
+    return bool(result.is_tensor and result.meta.sync.should and not result.meta.sync.rank_zero_only)
+
+
 def capture_logged_values(trainer: Trainer) -> dict[str, Any]:
     """Values logged in this epoch that are not reduced yet, and the newest values of all metrics; tensors are live."""
     connector = private("lightning", trainer, "_logger_connector")

@@ -10,7 +10,7 @@ from torchmetrics import Metric, SumMetric
 
 from lockstep.compat import private
 
-for _name in ("_update_count", "_defaults", "_reductions", "_computed"):
+for _name in ("_update_count", "_forward_cache", "_defaults", "_reductions", "_computed"):
     private("torchmetrics", SumMetric(), _name)
 private("torchmetrics", SumMetric(), "sum_value")
 
@@ -29,19 +29,25 @@ def capture_metric(metric: Metric) -> dict[str, Any]:
 
 
 def copy_states(metric: Metric) -> dict[str, Any]:
-    """Copies of the states of ``metric`` on this rank, by name."""
+    """Copies of the states of ``metric`` on this rank, its number of updates and the newest value of a step, by name."""
     states = {name: getattr(metric, name) for name in metric._defaults}
-    return {name: list(value) if isinstance(value, list) else value.clone() for name, value in states.items()}
+    copies = {name: list(value) if isinstance(value, list) else value.clone() for name, value in states.items()}
+    return {**copies, "_update_count": metric._update_count, "_forward_cache": metric._forward_cache}
 
 
 def default_states(metric: Metric) -> dict[str, Any]:
-    """The states of ``metric`` before its first update."""
-    return copy.deepcopy(metric._defaults)
+    """What ``copy_states`` returns before the first update of ``metric``."""
+    return {**copy.deepcopy(metric._defaults), "_update_count": 0, "_forward_cache": None}
 
 
-def set_states(metric: Metric, states: Mapping[str, Any]) -> None:
-    """Set the states of ``metric`` to what ``copy_states`` or ``default_states`` returned."""
+def set_states(metric: Metric, states: Mapping[str, Any], keeps_newest: bool = False) -> None:
+    """Set the states of ``metric`` to what ``copy_states`` or ``default_states`` returned, perhaps not its newest value.
+
+    A number of updates of 0 is not restored: torchmetrics would warn when the ranks compute what others have updated.
+    """
     for name, value in states.items():
+        if (name == "_update_count" and not value) or (name == "_forward_cache" and keeps_newest):
+            continue
         setattr(metric, name, value.to(metric.device) if isinstance(value, Tensor) else value)
     metric._computed = None
 

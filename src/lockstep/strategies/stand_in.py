@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
-from lockstep.compat.lightning import logged_results
+from lockstep.compat.lightning import is_reduced_in_step, logged_results
 from lockstep.compat.torchmetrics import copy_states, default_states, set_states
 
 
@@ -17,7 +17,8 @@ from lockstep.compat.torchmetrics import copy_states, default_states, set_states
 def undo_step(module: LightningModule) -> Iterator[None]:
     """Undo what a step of ``module`` changes in its buffers, its metrics and the values that it logs.
 
-    Metrics and values that it logs for the first time stay, without a sample: the ranks reduce them together. Buffers of
+    Metrics and values that it logs for the first time stay, without a sample: the ranks reduce them together. The newest value
+    of a step is that of the step before, unless the ranks have reduced it, where this rank weighs nothing. Buffers of
     synchronized batch norm, which count no sample of an empty batch, keep what the other ranks have added.
     """
     buffers = [
@@ -35,8 +36,11 @@ def undo_step(module: LightningModule) -> Iterator[None]:
     yield
     for part, key, buffer in buffers:
         setattr(part, key, buffer)
-    for metric in (*metrics, *logged_results(module.trainer)):
-        set_states(metric, before[id(metric)] if id(metric) in before else default_states(metric))
+    for metric in metrics:
+        set_states(metric, before[id(metric)])
+    for result in logged_results(module.trainer):
+        saved = before[id(result)] if id(result) in before else default_states(result)
+        set_states(result, saved, keeps_newest=is_reduced_in_step(result))
 
 
 def without_weight(output: Any) -> Any:
