@@ -51,7 +51,7 @@ class Channel:
 
         Raises:
             PeerError: An agent has not connected in time.
-            UsageError: There is no key.
+            UsageError: The key is not set.
         """
         if agents.size == 1:
             return cls({}, silent_seconds)
