@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from support.faults import fault
-from support.runs import REPO, Launch, assert_published, assert_same_run, resume_run, undisturbed_run
+from support.runs import REPO, Launch, assert_published, assert_same_run, metric_rows, resume_run, undisturbed_run
 from support.toy_model import ToyModel
 
 from lockstep.distributed import consensus
@@ -166,22 +166,35 @@ def test_a_test_that_fails_leaves_the_training_finished(launch: Launch, tmp_path
 
 
 class StopsAlone(Callback):
-    """Sets ``should_stop`` on one rank, in one hook."""
+    """Sets ``should_stop`` on one rank, in one hook, from step 7 to 20."""
 
     def __init__(self, rank: int, hook: str) -> None:
         self.rank = rank
         setattr(self, hook, self.stop)
 
     def stop(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_rank == self.rank and trainer.global_step >= 7:
+        if trainer.global_rank == self.rank and 7 <= trainer.global_step <= 20:
             trainer.should_stop = True
 
 
 @pytest.mark.parametrize(("rank", "hook"), [(1, "on_train_batch_end"), (0, "on_train_epoch_end")])
-def test_a_stop_on_one_rank_ends_all_ranks(launch: Launch, monkeypatch: pytest.MonkeyPatch, rank: int, hook: str) -> None:
+def test_a_stop_on_one_rank_ends_all_ranks_after_the_same_step(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, hook: str
+) -> None:
     monkeypatch.setattr(consensus, "_MEETING_SECONDS", 1.0)
     stops = own(f"{__name__}.StopsAlone", rank=rank, hook=hook)
-    run = launch(*TOY, "--ranks", "2", "--trainer.max_epochs", "40", "--model.seconds", "0.01", *stops)
-    assert run.status == 0
-    assert_published(run)
-    assert 7 < run.result["global_step"] < 40 * 20
+    saved = (*TOY, *IN_FOREGROUND, "--ranks", "2", "--trainer.max_epochs", "40", "--checkpoint.every_n_steps", "30", *stops)
+    undisturbed = undisturbed_run(launch, *saved)
+    assert undisturbed.result["global_step"] == 100  # an exchange after 50 steps, its result after 50 more
+    killed = launch(*saved, *fault(tmp_path / "once", "SIGKILL", step=45))  # before the exchange, and after the wish is saved
+    assert killed.status != 0
+    assert_same_run(resume_run(launch, killed), undisturbed)
+
+
+def test_a_stop_between_two_rows_repeats_no_values(launch: Launch) -> None:
+    stops = own(f"{MINE}Stops", hook="on_train_batch_end", step=7)
+    classifier = launch(*DIGITS, "--trainer.log_every_n_steps", "5", *stops)
+    assert [row["step"] for row in metric_rows(classifier) if row["train/loss"]] == ["5"]
+    toy = launch(*TOY, "--trainer.log_every_n_steps", "5", *stops)
+    rows = {row["step"]: row["train/loss_step"] for row in metric_rows(toy) if row["train/loss_step"]}
+    assert list(rows) == ["5", "7"] and rows["5"] != rows["7"]

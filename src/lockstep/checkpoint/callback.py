@@ -36,6 +36,11 @@ _SUPERSEDED = 128
 _RETRY_MINUTES = 1.0
 """Time after which a failed save is repeated."""
 
+_END_PERIOD = 50
+"""Optimizer steps between two exchanges of which rank wants to end training."""
+
+_NEVER = 2**62
+
 
 class CheckpointCallback(Callback):
     """Saves and stops, together with all other ranks; without a ``writer`` it only stops.
@@ -63,11 +68,13 @@ class CheckpointCallback(Callback):
         self._resumed: Progress | None = None
         self._scores_file = self.run.checkpoints / "scores.json"
         self._allocation_end = allocation_end_time()
-        self._wants_end = self._ends = False
+        self._ends = False
+        self._end_step = _NEVER  # after which training ends, as far as this rank knows
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue the same run from its ``checkpoint``."""
         self._resumed = checkpoint.manifest.progress
+        self._end_step = _NEVER if self._resumed.end_step is None else self._resumed.end_step
         self.seconds_lost = self._resumed.lost_seconds
         if self.writer is not None:
             self.writer.published = checkpoint.folder
@@ -93,14 +100,16 @@ class CheckpointCallback(Callback):
         """Save or stop if it is time to; called after each optimizer step, before the validation that may follow."""
         trainer, consensus = self.trainer, self._consensus
         assert trainer is not None and consensus is not None
-        decision = consensus.poll(self._stop_signal(trainer), self._wants_to_save(trainer), self._wants_end)
-        if decision.end:
-            trainer.should_stop = self._ends = True
+        decision = consensus.poll(self._stop_signal(trainer), self._wants_to_save(trainer))
         if decision.stop == _SUPERSEDED:
             raise self.run.superseded(self.ownership.attempt)
         step, every = trainer.global_step, self.options.every_n_steps
         # Several optimizers step in one batch, perhaps past the multiple.
         is_multiple = every is not None and step // every > self._boundary_step // every
+        if step // _END_PERIOD > self._boundary_step // _END_PERIOD:
+            self._end_step = consensus.exchange_min(self._end_step)
+            if self._end_step <= step:
+                trainer.should_stop = self._ends = True
         self._boundary_step = step
         is_last = _is_last_step(trainer) or is_stopping(trainer)
         with self._stops_if_signalled(trainer):
@@ -115,18 +124,23 @@ class CheckpointCallback(Callback):
     def settle_stop(self, place: str) -> None:
         """Keep ``Trainer.should_stop`` if all ranks have set it at this ``place`` in the loops.
 
-        Otherwise the ranks that have set it continue with the others, until all can end after the same step.
+        Otherwise the ranks that have set it continue with the others, and all end after the second multiple of 50 steps from
+        here: they exchange their wish at the first, and know of it at the second. So a restart does not change the last step.
         """
         trainer = self.trainer
         assert trainer is not None
         if self._ends or not is_stopping(trainer):
             return
+        if self._end_step != _NEVER:
+            trainer.should_stop = False
+            return
         loop = trainer.fit_loop.epoch_loop
         point = f"the stop after step {trainer.global_step} ({place}, batch {loop.batch_idx} of epoch {trainer.current_epoch})"
         self._ends = all_meet(point, self._strategy.sharding.world)
         if not self._ends:
-            log.warning("should_stop is set on rank %d, but not on all ranks; they end together soon", trainer.global_rank)
-            trainer.should_stop, self._wants_end = False, True
+            trainer.should_stop, self._end_step = False, (self._boundary_step // _END_PERIOD + 2) * _END_PERIOD
+            text = "should_stop is set on rank %d, but not on all ranks; they end together after step %d"
+            log.warning(text, trainer.global_rank, self._end_step)
 
     def on_fit_loop_end(self) -> None:
         """Publish the weights that training has left, after all hooks that may change them, unless a checkpoint has them.
@@ -176,6 +190,7 @@ class CheckpointCallback(Callback):
         strategy, rank, is_rank_zero = self._strategy, trainer.global_rank, trainer.is_global_zero
         loop, batch = trainer.fit_loop, current_batch(trainer)
         assert self._consensus is not None and isinstance(loop, LightningFitLoop)
+        self._end_step = -self._consensus.reduce_max(-self._end_step)
         check_ranks_agree(dict(strategy.replicated_weights()), self._consensus, trainer.global_step, max(0, self._saved_step))
         checkpoint = dump_checkpoint(trainer)  # with ZeRO every rank takes part
         self._saved_sums = self._weight_sums()
@@ -199,6 +214,7 @@ class CheckpointCallback(Callback):
             saved_at=time.time(),
             gradient_ready_order=strategy.gradient_ready_order,
             should_stop=trainer.should_stop,
+            end_step=None if self._end_step == _NEVER else self._end_step,
             has_ended=has_ended,
             wandb_position=list(logger.position()) if logger else [0, {}],
         )

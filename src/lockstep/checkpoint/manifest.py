@@ -24,6 +24,7 @@ class Progress:
         lost_seconds: Time lost to restarts: from each checkpoint to the first step after it.
         saved_at: When the save began, in seconds since 1970.
         gradient_ready_order, should_stop, has_ended: See ``ResumePoint``.
+        end_step: Step after which training ends, if some rank has set ``Trainer.should_stop`` alone.
         positions: See ``ResumePoint``; the fields of each ``DataPosition``.
         loaded_epochs, validation_due, seconds_since_validation: See ``ResumePoint``.
         wandb_position: W&B's number of the next row, and its values so far.
@@ -39,6 +40,7 @@ class Progress:
     gradient_ready_order: list[str] | None = None
     should_stop: bool = False
     has_ended: bool = False
+    end_step: int | None = None
     positions: list[list[int]] = field(default_factory=list)
     loaded_epochs: list[int | None] = field(default_factory=lambda: [None, None])
     validation_due: bool = False
@@ -70,7 +72,7 @@ class Manifest:
 
         Raises:
             OSError: It cannot be read.
-            ValueError: It is damaged, lacks checksums, or another program has written it.
+            ValueError: It is damaged, lacks checksums or files, or another program has written it.
         """
         try:
             content = json.loads((folder / MANIFEST_FILE).read_text())
@@ -80,4 +82,7 @@ class Manifest:
             raise ValueError(f"{MANIFEST_FILE} is not a manifest ({type(error).__name__}: {error})") from None
         for name, file in manifest.files.items():
             check_sums(name, file)
+        for rank in range(max(1, manifest.world_size)):
+            if f"rank-{rank}.pt" not in manifest.files:
+                raise ValueError(f"{MANIFEST_FILE} does not list rank-{rank}.pt")
         return manifest

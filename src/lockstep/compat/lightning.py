@@ -102,9 +102,10 @@ def training_loader(trainer: Trainer) -> tuple[CombinedLoader | None, int]:
     return loop._combined_loader, len(getattr(loop._data_fetcher, "batches", ()))
 
 
-def is_in_training_step(module: LightningModule) -> bool:
-    """Whether ``module`` is in its ``training_step``."""
-    return bool(private("lightning", module, "_current_fx_name") == "training_step")
+def current_hook(module: LightningModule) -> str | None:
+    """Name of the method of ``module``, or the hook of a callback, that the Trainer is calling; None between them."""
+    hook: str | None = private("lightning", module, "_current_fx_name")
+    return hook
 
 
 @dataclass

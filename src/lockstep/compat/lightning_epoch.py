@@ -7,6 +7,8 @@ Lightning's sense or a ``dataloader_iter`` needs; with one of these, Lightning's
 import functools
 import math
 from collections import OrderedDict
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,13 +65,33 @@ def cache_batch_hooks(trainer: Trainer) -> None:
 
 
 class _Results(_ResultCollection):
-    """The values that are logged in training; ``has_changed`` says whether any was since it was last set to false."""
+    """The values that are logged in training.
+
+    Attributes:
+        has_changed: Whether any was logged or reset since it was last set to false.
+        new: Keys of the values that the current batch has logged.
+    """
 
     has_changed = True
+    _is_new_only = False
 
     def __init__(self, training: bool) -> None:
         super().__init__(training)
+        self.new: set[str] = set()
         self._arguments: dict[str, Any] = {}  # with which each value was logged
+
+    @contextmanager
+    def only_new(self) -> Iterator[None]:
+        """Show only the values that the current batch has logged."""
+        self._is_new_only = True
+        try:
+            yield
+        finally:
+            self._is_new_only = False
+
+    def valid_items(self) -> Generator[tuple[str, Any], None, None]:
+        items: Generator[tuple[str, Any], None, None] = super().valid_items()
+        return (item for item in items if item[0] in self.new) if self._is_new_only else items
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def log(self, fx: str, name: str, value: Any, batch_size: int | None = None, **arguments: Any) -> None:
@@ -88,9 +110,10 @@ class _Results(_ResultCollection):
         else:
             self.update_metrics(key, value.detach(), self._extract_batch_size(known, batch_size, known.meta))
 
-    def update_metrics(self, *args: Any, **kwargs: Any) -> None:
+    def update_metrics(self, key: str, *args: Any, **kwargs: Any) -> None:
         self.has_changed = True
-        super().update_metrics(*args, **kwargs)
+        self.new.add(key)
+        super().update_metrics(key, *args, **kwargs)
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         self.has_changed = True
@@ -121,6 +144,9 @@ class LightningEpochLoop(_TrainingEpochLoop):
         patch("lightning", self.automatic_optimization, "output_result_cls", _Result)
         self._results = _Results(training=True)
         self._step_names: tuple[Any, tuple[str, ...]] = (None, ())
+        connector = trainer._logger_connector
+        self._write_row = connector.update_train_step_metrics
+        patch("lightning", connector, "update_train_step_metrics", self._update_row)
 
     @property
     def validation_interval(self) -> float | None:
@@ -128,7 +154,16 @@ class LightningEpochLoop(_TrainingEpochLoop):
         interval: float | None = self.trainer._val_check_time_interval
         return interval
 
+    def _update_row(self) -> None:
+        """Log a row; if training ends between two regular ones, only with what its last step has logged."""
+        if self.trainer.fast_dev_run or _is_regular(self.trainer):
+            self._write_row()
+        else:
+            with self._results.only_new():
+                self._write_row()
+
     def advance(self, data_fetcher: DataFetcher) -> None:
+        self._results.new.clear()
         if self.restarting or isinstance(data_fetcher, _DataLoaderIterDataFetcher) or not calls_hooks_fast(self.trainer):
             super().advance(data_fetcher)
         else:

@@ -157,7 +157,10 @@ class ImageFolder(ImageData):
         else:
             transform = v2.Compose([v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)])
         path = None if self.index_folder is None else self.index_folder / f"{split}.index"
-        index = FileIndex(scan(self.folders[split])) if path is None or not path.exists() else FileIndex.open(path)
+        has_index = path is not None and path.exists()
+        if path is not None and not has_index:
+            log.warning("%s does not exist (is prepare_data overridden?): each process lists the files itself", path)
+        index = FileIndex.open(path) if path is not None and has_index else FileIndex(scan(self.folders[split]))
         return ImageFiles(self.folders[split], index, transform, deterministic=not is_random)
 
     def collate(self, samples: Any) -> Any:

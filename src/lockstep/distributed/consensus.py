@@ -44,11 +44,10 @@ def all_meet(place: str, world: World) -> bool:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after a step: stop for a signal, by its number (0: continue), save a checkpoint, and end training."""
+    """What all ranks do after a step: stop for a signal, by its number (0: continue), and save a checkpoint."""
 
     stop: int = 0
     save: bool = False
-    end: bool = False
 
 
 class StopConsensus:
@@ -57,28 +56,42 @@ class StopConsensus:
     def __init__(self, world: World) -> None:
         self._group: Any = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
         self._work: Work | None = None
-        self._reduced = torch.tensor([0, 0, 0, 1], device="cpu")  # stop, save, end, steps until the next all-reduce
+        self._reduced = torch.tensor([0, 0, 1], device="cpu")  # stop, save, steps until the next all-reduce
+        self._exchange: tuple[Work, Tensor] | None = None
         self._step = 0
         self._next_step = 1
         self._last_time = time.monotonic()
 
-    def poll(self, stop: int, save: bool, end: bool = False) -> Decision:
+    def poll(self, stop: int, save: bool) -> Decision:
         """The decision for this step, equal on all ranks; the arguments say what this rank wants, as in ``Decision``."""
         if self._group is None:
-            return Decision(stop, save, end)
+            return Decision(stop, save)
         self._step += 1
         if self._step < self._next_step:
             return Decision()
         if self._work is not None:
             self._work.wait()
-        agreed_stop, agreed_save, agreed_end, interval = self._reduced.tolist()
+        agreed_stop, agreed_save, interval = self._reduced.tolist()
         now = time.monotonic()
         steps = max(1, int(interval * _INTERVAL_SECONDS / max(now - self._last_time, 1e-4)))
         self._last_time = now
-        self._reduced = torch.tensor([stop, save, end, min(steps, 4 * interval, 10_000)], device="cpu")
+        self._reduced = torch.tensor([stop, save, min(steps, 4 * interval, 10_000)], device="cpu")
         self._work = torch.distributed.all_reduce(self._reduced, ReduceOp.MAX, group=self._group, async_op=True)
         self._next_step = self._step + interval
-        return Decision(agreed_stop, bool(agreed_save), bool(agreed_end))
+        return Decision(agreed_stop, bool(agreed_save))
+
+    def exchange_min(self, number: int) -> int:
+        """The minimum of this ``number`` and of what all ranks gave at their previous call; does not wait for the others."""
+        if self._group is None:
+            return number
+        if self._exchange is not None:
+            work, reduced = self._exchange
+            work.wait()
+            number = min(number, int(reduced))
+        reduced = torch.tensor(number, device="cpu")
+        work = torch.distributed.all_reduce(reduced, ReduceOp.MIN, group=self._group, async_op=True)
+        self._exchange = work, reduced
+        return number
 
     def reduce_max(self, number: int, on_wait: Callable[[], None] = lambda: None) -> int:
         """The maximum of ``number`` over all ranks; calls ``on_wait`` repeatedly while it waits for them."""
@@ -116,7 +129,8 @@ class StopConsensus:
         return shared
 
     def close(self) -> None:
-        """Wait for the pending all-reduce, so that no rank exits while another still needs it."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        """Wait for what is pending, so that no rank exits while another still needs it."""
+        for work in (self._work, self._exchange and self._exchange[0]):
+            if work is not None:
+                work.wait()
+        self._work = self._exchange = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 from torch.optim import Optimizer
 
-from lockstep.compat.lightning import is_in_training_step, set_sampler_epoch
+from lockstep.compat.lightning import current_hook, set_sampler_epoch
 from lockstep.data import DataPosition, DataSharding, current_batch, derive_seed
 from lockstep.distributed import broadcast
 from lockstep.strategies.sharded_state import ShardedState, State, parameter_names
@@ -24,6 +24,8 @@ from lockstep.strategies.stand_in import undo_step, without_weight
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_STEPS = ("training_step", "validation_step", "test_step")
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,8 @@ class LockstepStrategy(Strategy):
         if reduce_op == "mean" and isinstance(tensor, Tensor) and self.sharding.world.size > 1:
             if not tensor.is_floating_point():  # Lightning divides the mean of an epoch by the mean of the ranks' samples
                 tensor = tensor.float()
-            if is_in_training_step(self.module) and (weight := self._rank_weight()) != 1:  # a step logs means over its samples
+            # A step logs means over its samples.
+            if current_hook(self.module) in _STEPS and (weight := self._rank_weight()) != 1:
                 tensor = tensor * weight if weight else torch.zeros_like(tensor)
         return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
 
@@ -237,11 +240,11 @@ class LockstepStrategy(Strategy):
         """The factor that makes a mean over ranks the mean over the samples of this step."""
         trainer = self.module.trainer
         weight = getattr(getattr(trainer, "datamodule", None), "rank_weight", None)
-        if weight is None:
+        if weight is None and trainer.training:
             batch = current_batch(trainer)
             assert batch is not None
             weight = batch.weight
-        return float(weight)
+        return 1.0 if weight is None else float(weight)
 
 
 def _without_masks(state_dict: Mapping[str, Tensor], module: nn.Module, is_pruned_again: bool) -> dict[str, Tensor]:
