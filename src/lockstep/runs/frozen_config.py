@@ -38,7 +38,7 @@ class ConfigFreezer:
         if copy := self._copies.get(name) or self.code.inside(Path(name)):
             return copy
         content = Path(name).read_bytes()
-        check_secrets(Path(name), content, self.secrets)
+        check_secrets(name, content, self.secrets)
         self.folder.mkdir(exist_ok=True)
         copy = self._copies[name] = self.folder / f"{len(self._copies)}-{Path(name).name}"
         copy.write_bytes(content)

@@ -7,22 +7,30 @@ verifies them.
 
 import errno
 import hashlib
+import itertools
+import math
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_IMODE, S_ISLNK, S_ISREG
+from typing import TypeVar
 
 from lockstep.core import RunError, UsageError
 from lockstep.runs.run import RUN_ID_PATTERN
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 LIMIT_MB, LIMIT_FILES = 100, 20_000
 """A larger snapshot contains data, which belong elsewhere."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of lockstep's own package."""
+
+_THREADS = 8
 
 _REMEDY = "add it to .gitignore, submit from a folder with only your code, or use --no-snapshot"
 
@@ -79,7 +87,7 @@ def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: t
     (run / "code.sha256").write_bytes(manifest)
     if checkout and has_commit:
         patch = _git(root, "diff", "--binary", "HEAD")
-        check_secrets(Path("changes.patch"), patch, secrets)
+        check_secrets("changes.patch", patch, secrets)
         if patch:
             (run / "changes.patch").write_bytes(patch)
 
@@ -99,52 +107,79 @@ def verify_snapshot(run: Path, digest: str) -> int:
         raise RunError(f"{run}/code.sha256 cannot be read ({error.strerror}); submit again.") from None
     if hashlib.sha256(manifest).hexdigest() != digest:
         raise RunError(f"{run}/code.sha256 is not what was submitted; submit again.")
-    lines = manifest.decode(errors="surrogateescape").splitlines()
-    for line in lines:
-        expected, _, name = line.partition("  ")
-        path = run / "code" / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            what = "changed" if path.is_file() else "missing"
-            raise RunError(f"{path} is {what}: this is not the code that was submitted; submit again.")
+    lines = [line.partition("  ") for line in manifest.decode(errors="surrogateescape").splitlines()]
+    digests = _map_in_threads(lambda line: _digest(run / "code" / line[2]), lines)
+    for (expected, _, name), digest in zip(lines, digests, strict=True):
+        if digest != expected:
+            what = "changed" if digest else "missing"
+            raise RunError(f"{run / 'code' / name} is {what}: this is not the code that was submitted; submit again.")
     return len(lines)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of the file's content; empty if it is not a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...]) -> dict[Path, str]:
     """Copy ``files``, relative to ``root``, and return the SHA-256 of each copy. Symbolic links keep their targets."""
-    checksums: dict[Path, str] = {}
-    source, total, largest = root, 0, (0, root)
+    names = list(itertools.islice(map(str, files), LIMIT_FILES + 1))
+    if len(names) > LIMIT_FILES:
+        raise UsageError(f"snapshot: the code in {root} has more than {LIMIT_FILES:,} files; {_REMEDY}.")
+    if broken := next((name for name in names if "\n" in name), None):
+        raise UsageError(f"snapshot: the file name {broken!r} contains a line break; rename it, or {_REMEDY}.")
     try:
-        for count, name in enumerate(files):
-            source, target = root / name, into / name
-            if count == LIMIT_FILES:
-                raise UsageError(f"snapshot: the code in {root} has more than {LIMIT_FILES:,} files; {_REMEDY}.")
-            if "\n" in str(name):
-                raise UsageError(f"snapshot: the file name {str(name)!r} contains a line break; rename it, or {_REMEDY}.")
-            with suppress(FileNotFoundError):  # tracked, but deleted
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_symlink():  # to the copy of its target, or to the target itself where that is outside
-                    end = (source.parent / source.readlink()).resolve()
-                    inside = end.is_relative_to(root)
-                    target.symlink_to(os.path.relpath(into / end.relative_to(root), target.parent) if inside else end)
-                    continue
-                size = source.stat().st_size
-                total, largest = total + size, max(largest, (size, source))
-                if total > LIMIT_MB * 2**20:
-                    detail = f"{largest[1]} alone has {largest[0] >> 20} MB"
-                    raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {detail}; {_REMEDY}.")
-                content = source.read_bytes()
-                check_secrets(source, content, secrets)
-                target.write_bytes(content)
-                shutil.copymode(source, target)
-                checksums[target] = hashlib.sha256(content).hexdigest()
+        states = dict(zip(names, _map_in_threads(lambda name: _state(root, name), names), strict=True))
+        sizes = {name: state.st_size for name, state in states.items() if state is not None and S_ISREG(state.st_mode)}
+        if sum(sizes.values()) > LIMIT_MB * 2**20:
+            largest = max(sizes, key=sizes.__getitem__)
+            detail = f"{root / largest} alone has {sizes[largest] >> 20} MB"
+            raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {detail}; {_REMEDY}.")
+        modes = {name: state.st_mode for name, state in states.items() if state is not None}
+        for folder in dict.fromkeys(os.path.dirname(name) for name in modes):
+            (into / folder).mkdir(parents=True, exist_ok=True)
+        digests = _map_in_threads(lambda name: _copy_file(root, into, name, modes[name], secrets), list(modes))
+        return {into / name: digest for name, digest in zip(modes, digests, strict=True) if digest}
     except OSError as error:
         disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "choose another disk with --run.root" if disk_is_full else _REMEDY
-        raise UsageError(f"snapshot: {error.filename or source} cannot be copied ({error.strerror}); {remedy}.") from None
-    return checksums
+        raise UsageError(f"snapshot: {error.filename or root} cannot be copied ({error.strerror}); {remedy}.") from None
 
 
-def check_secrets(path: Path, content: bytes, secrets: tuple[str, ...]) -> None:
+def _map_in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """``function`` of each item, in order; on a network file system, threads wait for several files at a time."""
+    size = math.ceil(len(items) / _THREADS) or 1
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(itertools.chain.from_iterable(threads.map(lambda part: list(map(function, part)), parts)))
+
+
+def _state(root: Path, name: str) -> os.stat_result | None:
+    """The file's own state, even if it is a symbolic link; None if it is tracked, but deleted."""
+    try:
+        return os.lstat(os.path.join(root, name))
+    except FileNotFoundError:
+        return None
+
+
+def _copy_file(root: Path, into: Path, name: str, mode: int, secrets: tuple[str, ...]) -> str:
+    """Copy a file and return its SHA-256; of a symbolic link return an empty text."""
+    source, target = os.path.join(root, name), os.path.join(into, name)
+    if S_ISLNK(mode):  # to the copy of its target, or to the target itself where that is outside
+        end = (Path(source).parent / os.readlink(source)).resolve()
+        inside = end.is_relative_to(root)
+        os.symlink(os.path.relpath(into / end.relative_to(root), os.path.dirname(target)) if inside else end, target)
+        return ""
+    with open(source, "rb") as file:
+        content = file.read()
+    check_secrets(source, content, secrets)
+    with open(target, "wb") as file:
+        file.write(content)
+    os.chmod(target, S_IMODE(mode))
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_secrets(path: str, content: bytes, secrets: tuple[str, ...]) -> None:
     """Raise UsageError if ``content``, which ``path`` has, contains one of ``secrets``."""
     if any(secret.encode() in content for secret in secrets):
         raise UsageError(
