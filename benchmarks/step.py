@@ -2,9 +2,10 @@
 
     python benchmarks/step.py [--ranks 2] [--steps 300] [--rounds 5] [--networks "tiny MLP" "small conv net"]
 
-All use the same model, data, batch size, optimizer and ranks. They take turns, and the median over the rounds counts. The
-hand-written loop computes only the loss. The stock Trainer logs the loss at each step (``self.log``) to a CSV file. lockstep
-counts loss and accuracy at each step, logs them every 50 steps and checks for NaN. Ratios are to the hand-written loop.
+All use the same model, data, batch size, ranks and optimizer, which decays no biases. They take turns, and the median over the
+rounds counts. The hand-written loop computes only the loss. The stock Trainer logs the loss at each step (``self.log``) to a CSV
+file. lockstep counts loss and accuracy at each step, logs them every 50 steps and checks for NaN. Ratios are to the
+hand-written loop.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from lockstep.distributed import (
 )
 from lockstep.distributed.consensus import Decision
 from lockstep.models.networks import MLP, ConvNet
+from lockstep.models.optimizers import parameter_groups
 from lockstep.runs import Run
 from lockstep.trainer import build
 from lockstep.trainer.config_parser import parse_config
@@ -107,7 +109,7 @@ def train_by_hand(world: World, network: str, steps: int) -> None:
     init_process_group(world, device, timedelta(minutes=5))
     model = make_network(network).to(device)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     for step, (images, labels) in enumerate(make_loader(world, steps), start=1):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -134,7 +136,7 @@ class StockClassifier(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(self, 0.01), lr=1e-3, fused=True)
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), "interval": "step"}]
 
 

@@ -37,7 +37,13 @@ def score_in_parts(world: World) -> dict[str, float]:
     shard = torch.arange(13).tensor_split(world.size)[world.rank]
     for batch in (shard[start : start + 2] for start in range(0, len(shard), 2)):
         scores.update(nn.functional.cross_entropy(logits[batch], labels[batch]), logits[batch], labels[batch])
-    found = {name: float(value) for name, value in (scores.counts() | scores.compute_and_reset()).items()}
+
+    def reduce(total: torch.Tensor) -> torch.Tensor:
+        if world.size > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+    found = {name: float(value) for name, value in scores.reduce_and_reset(reduce).items()}
     destroy_process_group()
     return found
 

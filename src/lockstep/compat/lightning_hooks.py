@@ -64,9 +64,11 @@ def _call_callback_hooks(
     attributes = {"_current_fx_name": None} if module is None else vars(module)
     previous, attributes["_current_fx_name"] = attributes["_current_fx_name"], hook_name
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        hook = getattr(callback, hook_name)  # each time: a callback may set it on itself, or on another one, during a run
-        if getattr(hook, "__func__", None) is not default and callable(hook):
-            hook(trainer, module, *args, **kwargs)
+        # Each time: a callback may set it on itself, or on another one, during a run.
+        if getattr(type(callback), hook_name) is not default or hook_name in vars(callback):
+            hook = getattr(callback, hook_name)
+            if callable(hook):
+                hook(trainer, module, *args, **kwargs)
     attributes["_current_fx_name"] = previous
 
 

@@ -23,6 +23,12 @@ def add_to_sum(metric: SumMetric, value: Tensor | float) -> None:
     state["_computed"] = None
 
 
+def sum_on_rank(metric: SumMetric) -> Tensor:
+    """The sum () of what this rank has added; a live tensor."""
+    total: Tensor = metric.sum_value
+    return total
+
+
 def capture_metric(metric: Metric) -> dict[str, Any]:
     """Number of updates and state of ``metric`` on this rank: live tensors, or lists of them, by name."""
     return {"count": metric._update_count, "values": {name: getattr(metric, name) for name in metric._defaults}}

@@ -109,9 +109,10 @@ class GlobalBatchSampler:
     @property
     def samples(self) -> int | None:
         """Samples of an epoch; None if the sampler has no length."""
-        with contextlib.suppress(TypeError, NotImplementedError):
+        try:
             return len(self.source.sampler)  # type: ignore[arg-type]
-        return None
+        except (TypeError, NotImplementedError):
+            return None
 
     def __len__(self) -> int:
         return self.batches_left(0)

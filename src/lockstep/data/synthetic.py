@@ -30,7 +30,8 @@ class SyntheticImages(InMemoryImages):
 
     def __getitems__(self, indices: list[int]) -> Any:
         """A batch: images, uint8 (B, C, H, W), and labels, int64 (B,)."""
-        return super().__getitems__([index % len(self.images) for index in indices])
+        size = len(self.images)
+        return super().__getitems__([index % size for index in indices])
 
 
 class Synthetic(ImageData):

@@ -1,8 +1,9 @@
 """The shared LightningModule: an image classifier around any network."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from lockstep.compat.lightning_epoch import is_log_step
-from lockstep.compat.torchmetrics import add_to_sum
+from lockstep.compat.torchmetrics import add_to_sum, sum_on_rank
 from lockstep.core import UsageError
 from lockstep.models.networks import make_torchvision_model
 from lockstep.models.optimizers import make_optimizer, parameter_groups
@@ -40,17 +41,16 @@ class ClassificationMetrics(nn.Module):
         add_to_sum(self.samples, samples)
         add_to_sum(self.correct, (logits.detach().argmax(1) == labels).sum())
 
-    def compute_and_reset(self) -> dict[str, Tensor]:
-        """Loss and accuracy since the last reset over all ranks, each (); then reset. Every rank must call."""
-        samples = self.samples.compute()
-        values = {"loss": self.loss.compute() / samples, "accuracy": self.correct.compute() / samples}
-        for metric in (self.loss, self.samples, self.correct):
-            metric.reset()
-        return values
+    def reduce_and_reset(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Numbers of samples and of correct predictions, loss and accuracy since the last reset, each (); then reset.
 
-    def counts(self) -> dict[str, Tensor]:
-        """Number of samples and of correct predictions over all ranks, each (). Every rank must call."""
-        return {"samples": self.samples.compute(), "correct": self.correct.compute()}
+        ``reduce`` returns the sum of a tensor over all ranks. It is called once, where torchmetrics would gather three times.
+        """
+        metrics = self.samples, self.correct, self.loss
+        samples, correct, loss = reduce(torch.stack([sum_on_rank(metric) for metric in metrics])).unbind()
+        for metric in metrics:
+            metric.reset()
+        return {"samples": samples, "correct": correct, "loss": loss / samples, "accuracy": correct / samples}
 
 
 class Classifier(LightningModule):
@@ -192,8 +192,9 @@ class Classifier(LightningModule):
         return self._logits(images).float().softmax(1)
 
     def _log_scores(self, stage: str) -> None:
-        scores = self._scores(stage)
-        values = (scores.counts() if stage == "test" else {}) | scores.compute_and_reset()
+        values = self._scores(stage).reduce_and_reset(partial(self.trainer.strategy.reduce, reduce_op="sum"))
+        if stage != "test":
+            del values["samples"], values["correct"]
         # The values are equal on all ranks: the maximum changes nothing, and Lightning does not warn.
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, reduce_fx="max", sync_dist=stage != "train")
 
