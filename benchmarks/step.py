@@ -2,9 +2,9 @@
 
     python benchmarks/step.py [--ranks 2] [--steps 300] [--rounds 5] [--networks "tiny MLP" "small conv net"]
 
-All use the same model, data, batch size, ranks and optimizer, which decays no biases. They take turns, and the median over the
-rounds counts. The hand-written loop computes only the loss. The stock Trainer logs the loss at each step (``self.log``) to a CSV
-file. lockstep counts loss and accuracy at each step, logs them every 50 steps and checks for NaN. Ratios are to the
+All use the same model, data, batch size, ranks and optimizer, which decays no biases. They take turns, and the median over
+the rounds counts. The hand-written loop computes only the loss. The stock Trainer logs the loss at each step (``self.log``) to
+a CSV file. lockstep counts loss and accuracy at each step, logs them every 50 steps and checks for NaN. Ratios are to the
 hand-written loop.
 """
 
