@@ -9,7 +9,6 @@ from jsonargparse import Namespace
 from lockstep import strategies
 from lockstep.compat.lightning import find_plugins_once
 from lockstep.compat.nvml import may_have_gpus
-from lockstep.monitoring import wandb_mode
 
 
 def preload(config: Namespace, has_rank_zero: bool = True) -> None:
@@ -18,5 +17,5 @@ def preload(config: Namespace, has_rank_zero: bool = True) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no rank looks for NVIDIA's libraries again
     strategies.preload(config.strategy)
     find_plugins_once()
-    if has_rank_zero and wandb_mode(config.wandb, os.environ) != "disabled":
-        import_module("wandb")
+    if has_rank_zero:
+        import_module("wandb")  # also if it is disabled: its run that does nothing is the Trainer's
