@@ -17,7 +17,8 @@ from typing import NoReturn
 
 import local
 import pytest
-import wandb  # noqa: F401  # each run imports it; forked ones have it
+import requests  # noqa: F401  # W&B imports it in each run; forked ones have both
+import wandb  # noqa: F401
 from support.runs import Launch, Outcome
 
 from lockstep.config.validation import validate_arguments

@@ -18,4 +18,5 @@ def preload(config: Namespace, has_rank_zero: bool = True) -> None:
     strategies.preload(config.strategy)
     find_plugins_once()
     if has_rank_zero:
-        import_module("wandb")  # also if it is disabled: its run that does nothing is the Trainer's
+        for name in ("wandb", "requests"):  # also if W&B is disabled: its run that does nothing is the Trainer's
+            import_module(name)
