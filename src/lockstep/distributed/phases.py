@@ -52,7 +52,7 @@ class PhaseBoard:
         number, since = _SLOT.unpack_from(self._memory, index * _SLOT.size)
         return PHASES[number], since
 
-    def is_overdue(self, index: int) -> bool:
-        """Whether a rank has spent more time in its phase than the limit."""
+    def seconds_overdue(self, index: int) -> float:
+        """Seconds that a rank has spent in its phase over the limit; negative below it."""
         phase, since = self.phase(index)
-        return time.monotonic() - since > self.limits.get(phase, float("inf"))
+        return time.monotonic() - since - self.limits.get(phase, float("inf"))

@@ -31,6 +31,9 @@ from lockstep.runs import Failure, signal_name
 _KILL_SECONDS, _CLOSING_SECONDS = 1.0, 30.0
 """How long a rank may take to end after ``RankGroup.end``, and one that closes its loggers."""
 
+_BLAME_SECONDS = 30.0
+"""How long a rank that waits for another one too long is left alone: the other one may have entered the phase later."""
+
 STUCK_SECONDS = 10.0
 """How long the kernel may take to end a rank after SIGKILL, before it counts as stuck."""
 
@@ -173,6 +176,7 @@ class RankGroup:
         sys.stdout.flush()
         sys.stderr.flush()
         self._board = board
+        self._waiting: dict[int, tuple[str, float]] = {}  # ranks that wait for others too long: their phase, and since when
         self._ended_at: float | None = None
         self._oom_kills = _count_oom_kills()
         self.outcomes: dict[int, RankOutcome] = {}
@@ -276,9 +280,12 @@ class RankGroup:
         overdue = [
             (index, rank)
             for index, rank in enumerate(self.ranks)
-            if rank.world.rank not in self.outcomes and self._board.is_overdue(index)
+            if rank.world.rank not in self.outcomes
+            and self._board.seconds_overdue(index) > _BLAME_SECONDS * (self._waiting.get(index) == self._board.phase(index))
         ]
         for _, rank in overdue:
+            rank.stacks.seek(0)
+            rank.stacks.truncate()
             os.kill(rank.pid, signal.SIGQUIT)
         if overdue:
             time.sleep(1.0)
@@ -286,13 +293,19 @@ class RankGroup:
         for index, rank in overdue:
             rank.stacks.seek(0)
             stacks = rank.stacks.read().decode(errors="replace")
-            os.kill(rank.pid, signal.SIGKILL)
-            phase, since = self._board.phase(index)
-            seconds = time.monotonic() - since
             main = re.split(r"^(?=Current thread|Thread)", stacks, flags=re.MULTILINE)[-1]
             is_waiting = "torch/distributed/" in main
+            phase, since = self._board.phase(index)
+            if is_waiting and self._waiting.get(index) != (phase, since):
+                self._waiting[index] = phase, since
+                continue
+            os.kill(rank.pid, signal.SIGKILL)
+            seconds = time.monotonic() - since
             what = "waits for another rank" if is_waiting else "hangs"
-            report = f"{stacks}It {what}: no progress for {seconds:.0f} s in the phase {phase!r}, before the first step."
+            report = (
+                f"{stacks}It {what}: no progress for {seconds:.0f} s in the phase {phase!r}, before the first step. If that "
+                "may take longer, raise run.hang_timeout_seconds."
+            )
             failure = replace(Failure.from_report(report, rank.world), is_secondary=is_waiting)
             found[rank.world.rank] = RankOutcome(failure=failure)
         return found
