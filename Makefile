@@ -62,6 +62,7 @@ bench: setup slurm ## benchmark a training step, a checkpoint, a submission and 
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/checkpoint.py
 	$(PYTHON) benchmarks/growth.py
+	$(PYTHON) benchmarks/growth_checkpoint.py
 	$(PYTHON) slurm/cluster.py run -- $(PYTHON) benchmarks/launch.py
 
 faults: setup slurm ## inject faults into jobs on a one-machine Slurm cluster, and print the lost steps and time

@@ -13,10 +13,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, RandomSampler
@@ -34,11 +36,11 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what is done, at which size, and a function that does it."""
+    """One line of a table: what is done, at which size, and a function that does it."""
 
     what: str
     size: str
-    work: Callable[[], object]
+    work: Callable[[], Any]
 
 
 def order_rows(largest: int) -> Iterator[Row]:
@@ -131,35 +133,42 @@ def job_rows(largest: int) -> Iterator[Row]:
 GROUPS = {"order": order_rows, "index": index_rows, "predict": prediction_rows, "jobs": job_rows}
 
 
-def measure(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds and MB of ``work`` in a fork of this process."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
+def measure_memory(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds and MB of ``work``, at its peak."""
+    before, peak, is_done = _memory(), [0], threading.Event()
 
-    def child() -> None:
-        before, peak, is_done = _memory(), [0], threading.Event()
+    def sample() -> None:
+        while not is_done.wait(0.01):
+            peak[0] = max(peak[0], _kilobytes("status", "RssAnon"))
 
-        def sample() -> None:
-            while not is_done.wait(0.01):
-                peak[0] = max(peak[0], _kilobytes("status", "RssAnon"))
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    began = time.perf_counter()
+    result = work()  # which lives until its memory is counted
+    seconds = time.perf_counter() - began
+    is_done.set()
+    sampler.join()
+    after = _memory()
+    grown = max(*peak, after[0]) - before[0], after[1] - before[1]
+    del result
+    return seconds, max(grown) * 1024 / 1e6
 
-        sampler = threading.Thread(target=sample)
-        sampler.start()
-        began = time.perf_counter()
-        result = work()  # which lives until its memory is counted
-        seconds = time.perf_counter() - began
-        is_done.set()
-        sampler.join()
-        after = _memory()
-        grown = max(*peak, after[0]) - before[0], after[1] - before[1]
-        sender.send((seconds, max(grown) * 1024 / 1e6))
-        del result
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    sender.close()
-    measured: tuple[float, float] = receiver.recv()
-    process.join()
-    return measured
+def print_table(unit: str, rows: Iterable[Row], measure: Callable[[Callable[[], Any]], tuple[float, float]]) -> None:
+    """Print a Markdown table of seconds and what else ``measure`` finds, in this unit, of each row in a fork of this process."""
+
+    def send(row: Row, pipe: Connection) -> None:
+        pipe.send(measure(row.work))
+
+    print(f"| what | size | ms | {unit} |\n|---|---|---|---|")
+    for row in rows:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=send, args=(row, sender))
+        process.start()
+        sender.close()
+        seconds, amount = receiver.recv()
+        process.join()
+        print(f"| {row.what} | {row.size} | {seconds * 1e3:,.1f} | {amount:,.1f} |", flush=True)
 
 
 def _memory() -> tuple[int, int]:
@@ -178,11 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--largest", type=int, default=10**9, help="samples and files of the largest rows")
     options = parser.parse_args(arguments)
-    print("| what | size | ms | MB |\n|---|---|---|---|")
-    for group in options.groups:
-        for row in GROUPS[group](options.largest):
-            seconds, megabytes = measure(row.work)
-            print(f"| {row.what} | {row.size} | {seconds * 1e3:,.1f} | {megabytes:,.1f} |", flush=True)
+    print_table("MB", (row for group in options.groups for row in GROUPS[group](options.largest)), measure_memory)
     return 0
 
 

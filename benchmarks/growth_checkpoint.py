@@ -7,17 +7,16 @@
 
 import argparse
 import hashlib
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+from growth import Row, print_table
 
 from lockstep.checkpoint import CheckpointWriter, Progress, latest_checkpoint
 from lockstep.checkpoint.checksums import PIECE_BYTES, FileSums, share_pieces, verify_pieces
@@ -31,15 +30,6 @@ from lockstep.strategies.sharded_state import INDEX_FILE, WEIGHT, join_places, s
 _MOST_PARTS = 8  # of 1 GB, that one rank may verify: 64 take minutes
 _SMALL_PART = 4 * 10**6
 _PARAMETERS = 300
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what is done, at which size, and a function that does it; it may return the bytes that it read."""
-
-    what: str
-    size: str
-    work: Callable[[], int | None]
 
 
 def checkpoint_rows(largest: int) -> Iterator[Row]:
@@ -119,21 +109,11 @@ def _bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def measure(work: Callable[[], int | None]) -> tuple[float, float]:
-    """Seconds, and MB read, of ``work`` in a fork of this process."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-
-    def child() -> None:
-        began, before = time.perf_counter(), _bytes_read()
-        read = work()
-        sender.send((time.perf_counter() - began, (_bytes_read() - before if read is None else read) / 1e6))
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    sender.close()
-    measured: tuple[float, float] = receiver.recv()
-    process.join()
-    return measured
+def measure_reads(work: Callable[[], int | None]) -> tuple[float, float]:
+    """Seconds of ``work``, and MB that it reads; it may return the bytes instead."""
+    began, before = time.perf_counter(), _bytes_read()
+    read = work()
+    return time.perf_counter() - began, (_bytes_read() - before if read is None else read) / 1e6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,10 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=10**9, help="bytes of the largest part of a rank")
     options = parser.parse_args(arguments)
-    print("| what | size | ms | MB read |\n|---|---|---|---|")
-    for row in checkpoint_rows(options.largest):
-        seconds, read = measure(row.work)
-        print(f"| {row.what} | {row.size} | {seconds * 1e3:,.1f} | {read:,.1f} |", flush=True)
+    print_table("MB read", checkpoint_rows(options.largest), measure_reads)
     return 0
 
 
