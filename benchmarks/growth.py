@@ -155,7 +155,7 @@ def measure_memory(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def print_table(unit: str, rows: Iterable[Row], measure: Callable[[Callable[[], Any]], tuple[float, float]]) -> None:
-    """Print a Markdown table of seconds and what else ``measure`` finds, in this unit, of each row in a fork of this process."""
+    """Print a Markdown table of seconds and what else ``measure`` finds, in this unit; each row in a fork of this process."""
 
     def send(row: Row, pipe: Connection) -> None:
         pipe.send(measure(row.work))
