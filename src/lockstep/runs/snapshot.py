@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ LIMIT_MB, LIMIT_FILES = 100, 20_000
 _PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of lockstep's own package."""
 
-_THREADS = 8
+_THREADS, _PROBED, _SLOW_SECONDS = 8, 32, 0.0003
+"""Threads for slow files, how many files are tried first, and what is slow; on fast ones threads would only take longer."""
 
 _REMEDY = "add it to .gitignore, submit from a folder with only your code, or use --no-snapshot"
 
@@ -108,7 +110,7 @@ def verify_snapshot(run: Path, digest: str) -> int:
     if hashlib.sha256(manifest).hexdigest() != digest:
         raise RunError(f"{run}/code.sha256 is not what was submitted; submit again.")
     lines = [line.partition("  ") for line in manifest.decode(errors="surrogateescape").splitlines()]
-    digests = _map_in_threads(lambda line: _digest(run / "code" / line[2]), lines)
+    digests = _map_files(lambda line: _digest(run / "code" / line[2]), lines)
     for (expected, _, name), digest in zip(lines, digests, strict=True):
         if digest != expected:
             what = "changed" if digest else "missing"
@@ -129,7 +131,7 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
     if broken := next((name for name in names if "\n" in name), None):
         raise UsageError(f"snapshot: the file name {broken!r} contains a line break; rename it, or {_REMEDY}.")
     try:
-        states = dict(zip(names, _map_in_threads(lambda name: _state(root, name), names), strict=True))
+        states = dict(zip(names, _map_files(lambda name: _state(root, name), names), strict=True))
         sizes = {name: state.st_size for name, state in states.items() if state is not None and S_ISREG(state.st_mode)}
         if sum(sizes.values()) > LIMIT_MB * 2**20:
             largest = max(sizes, key=sizes.__getitem__)
@@ -138,7 +140,7 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
         modes = {name: state.st_mode for name, state in states.items() if state is not None}
         for folder in dict.fromkeys(os.path.dirname(name) for name in modes):
             (into / folder).mkdir(parents=True, exist_ok=True)
-        digests = _map_in_threads(lambda name: _copy_file(root, into, name, modes[name], secrets), list(modes))
+        digests = _map_files(lambda name: _copy_file(root, into, name, modes[name], secrets), list(modes))
         return {into / name: digest for name, digest in zip(modes, digests, strict=True) if digest}
     except OSError as error:
         disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -146,12 +148,16 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
         raise UsageError(f"snapshot: {error.filename or root} cannot be copied ({error.strerror}); {remedy}.") from None
 
 
-def _map_in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """``function`` of each item, in order; on a network file system, threads wait for several files at a time."""
-    size = math.ceil(len(items) / _THREADS) or 1
-    parts = [items[start : start + size] for start in range(0, len(items), size)]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        return list(itertools.chain.from_iterable(threads.map(lambda part: list(map(function, part)), parts)))
+def _map_files(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """``function`` of each item, in order; where files are slow, as on a network, threads wait for several at a time."""
+    start = time.monotonic()
+    results = list(map(function, items[:_PROBED]))
+    rest = items[_PROBED:]
+    threads = _THREADS if rest and time.monotonic() - start > _PROBED * _SLOW_SECONDS else 1
+    size = math.ceil(len(rest) / threads) or 1
+    parts = [rest[first : first + size] for first in range(0, len(rest), size)]
+    with ThreadPoolExecutor(threads) as pool:
+        return results + list(itertools.chain.from_iterable(pool.map(lambda part: list(map(function, part)), parts)))
 
 
 def _state(root: Path, name: str) -> os.stat_result | None:
@@ -175,7 +181,8 @@ def _copy_file(root: Path, into: Path, name: str, mode: int, secrets: tuple[str,
     check_secrets(source, content, secrets)
     with open(target, "wb") as file:
         file.write(content)
-    os.chmod(target, S_IMODE(mode))
+        if S_IMODE(os.fstat(file.fileno()).st_mode) != S_IMODE(mode):
+            os.fchmod(file.fileno(), S_IMODE(mode))
     return hashlib.sha256(content).hexdigest()
 
 
