@@ -17,8 +17,6 @@ from lockstep.config.validation.validate import ConfigValidator, validate_argume
 from lockstep.core.errors import UsageError
 from lockstep.trainer.config_parser import make_parser, parse_config
 
-README = (REPO / "README.md").read_text()
-
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_passes(path: Path) -> None:
@@ -29,45 +27,11 @@ def test_every_config_passes(path: Path) -> None:
     assert config["strategy"] == ("deepspeed" if is_addition or path.stem == "vit_6b" else "ddp")
 
 
-def readme_commands() -> list[str]:
-    """Arguments of the launcher in the README's command lines, and the flags in its text."""
-    lines = re.findall(r"^(?:python launch/local\.py|lockstep train) ([^#\n]*)", README, re.MULTILINE)
-    return [line.strip() for line in lines] + re.findall(
-        r"`(--(?:model|trainer|wandb|data|shared)[^`]* [^`]*|--trainer[^`]*=[^`]*)`", README
-    )
-
-
-@pytest.mark.parametrize("line", readme_commands())
-def test_every_command_of_the_readme_passes(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPO)
-    arguments = shlex.split(re.sub(r"--(?:ranks|nodes|resume) \S+", "", line))
-    at = 1 if arguments and not arguments[0].startswith("-") else 0
-    if "--config" not in arguments:
-        images = any(key in line for key in ("--data.on_corrupt", "--data.archive"))
-        arguments[at:at] = ["--config", str(REPO / "configs/imagenet.yaml")] if images else DIGITS
-    assert said(arguments) == ""
-
-
-def test_the_readme_is_read() -> None:
-    assert len(readme_commands()) >= 8
-
-
 @pytest.mark.parametrize(
     "line", ["--help", "-h", "--print_config", "--model.help lockstep.models.Classifier", "--run.test_after_fit no -h"]
 )
 def test_help_passes(line: str) -> None:
     assert said(line.split()) == ""
-
-
-def test_the_user_module_of_the_readme_passes(tmp_path: Path) -> None:
-    blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", README, re.DOTALL)
-    module, config_file = (next(block for block in blocks if mark in block) for mark in ("class Line(", "mine.Line"))
-    written(tmp_path, module, "mine.py")
-    config = validate_arguments(["--config", written(tmp_path, config_file)], folders=[tmp_path])
-    assert config["model"] == {"class_path": "mine.Line", "init_args": {"lr": 0.3}}
-    assert said(["--config", str(tmp_path / "mine.yaml"), "--model.lrr", "1"], tmp_path) == (
-        "model.lrr (value 1): unknown argument of mine.Line; did you mean 'model.lr'?"
-    )
 
 
 def test_defaults_files_and_flags_are_merged_in_their_order(tmp_path: Path) -> None:
