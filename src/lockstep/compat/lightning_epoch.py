@@ -95,7 +95,7 @@ class _Results(_ResultCollection):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def log(self, fx: str, name: str, value: Any, batch_size: int | None = None, **arguments: Any) -> None:
-        """Log ``value``; if it is a tensor that was logged before in the same way, without checking the arguments anew."""
+        """Log ``value``; if it is a tensor that was logged before in the same way, without checking the arguments again."""
         key = f"{fx}.{name}"
         known = self.get(key)
         if (

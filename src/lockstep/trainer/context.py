@@ -81,7 +81,7 @@ class RunContext:
         parser, config = parsed
         devices = local_devices(world, config.trainer.accelerator)
         device = devices[world.local_rank]
-        if not torch.cuda.device_count():  # Lightning sets it: then each step of an optimizer loads NVML anew
+        if not torch.cuda.device_count():  # Lightning sets it: then each step of an optimizer loads NVML again
             environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
         if config.trainer.precision == "auto":
             has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
