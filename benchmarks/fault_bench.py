@@ -15,10 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "slurm"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from daemons import Cluster
 from support import slurm_jobs
 from support.waiting import wait_until
 from support.wandb_reader import read_history
@@ -28,6 +26,7 @@ from lockstep.checkpoint import latest_checkpoint
 from lockstep.core import World
 from lockstep.monitoring.report import weights_sha256
 from lockstep.slurm import member_runs
+from lockstep.slurm.cluster import Cluster
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = (

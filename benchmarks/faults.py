@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import fault_injectors as inject
-from daemons import Cluster
 from fault_bench import FaultBench, Job
 from rich.console import Console
 from rich.table import Table
 from support.wandb_server import WandbServer
+
+from lockstep.slurm.cluster import Cluster
 
 FOREGROUND = ("--checkpoint.async_save", "false")
 TWO_LOADERS = ("--data=fault_data.TwoLoaders", "--model=fault_data.MeanOfLosses")

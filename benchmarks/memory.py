@@ -22,10 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "launch"))
-
-import local
-
+from lockstep.cli import local
 from lockstep.planning.memory import MemoryEstimate, ModelProfile, TrainingOptions, estimate_memory
 from lockstep.planning.model_profile import profile_model
 from lockstep.trainer.config_parser import parse_config

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-import local
 import pytest
 import requests  # noqa: F401  # W&B imports it in each run; forked ones have both
 import wandb  # noqa: F401
 from support.runs import Launch, Outcome
 
+from lockstep.cli import local
+from lockstep.config import with_config
 from lockstep.config.validation import validate_arguments
 from lockstep.core.logging import reset_logging
 from lockstep.monitoring import report
@@ -68,16 +69,19 @@ def quiet_environment(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     reset_logging()
 
 
+PROGRAM = "python launch/local.py"
+
+
 def _main(command: list[str]) -> NoReturn:
     gc.freeze()  # a garbage collection would copy the memory of the parent
-    sys.exit(local.main(command))
+    sys.exit(local.main(command, PROGRAM))
 
 
 @pytest.fixture(scope="session")
 def parser_is_made() -> None:
     """Make the parser and read the sources of common classes once, not in each fork."""
     make_parser()
-    validate_arguments(["--config", str(local.DEFAULT_CONFIG)])
+    validate_arguments(with_config([]))
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import torch
 from support.forks import run_forked
 from support.runs import REPO, Launch
 
-import slurm
-from lockstep import cli
+from lockstep.cli import submit
 from lockstep.core.errors import UsageError
 from lockstep.models.networks import MLP
+from lockstep.planning import command
 from lockstep.planning.memory import ModelProfile, TrainingOptions
 from lockstep.planning.model_profile import profile_model
 from lockstep.planning.table import Plan, Resources, format_bytes
@@ -38,13 +38,13 @@ def plan(*arguments: str, cwd: Path = REPO) -> "subprocess.CompletedProcess[str]
 def plan_forked(*arguments: str, cwd: Path = REPO) -> "subprocess.CompletedProcess[str]":
     """The same, but what the launcher runs in a new process runs in a fork, which need not import torch."""
 
-    def run_module(command: list[str], env: Mapping[str, str], **_: object) -> "subprocess.CompletedProcess[str]":
-        assert command[:3] == [sys.executable, "-m", "lockstep.cli"]
-        return run_forked(cli.main, *command[3:], cwd=cwd, env=env)
+    def run_module(arguments: list[str], env: Mapping[str, str], **_: object) -> "subprocess.CompletedProcess[str]":
+        assert arguments[:3] == [sys.executable, "-m", "lockstep.planning.command"]
+        return run_forked(command.main, *arguments[3:], cwd=cwd, env=env)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preflight, "subprocess", SimpleNamespace(run=run_module))
-        return run_forked(slurm.main, *PLAN, *arguments, cwd=cwd)
+        return run_forked(submit.main, *PLAN, *arguments, cwd=cwd)
 
 
 def test_sizes() -> None:

@@ -11,14 +11,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import daemons
 import pytest
-from conf import ClusterError, free_ports
-from daemons import Cluster
+from support.runs import REPO
 from support.waiting import wait_until
 
+from lockstep.slurm.cluster import Cluster, ClusterError
+from lockstep.slurm.cluster.conf import free_ports
+
 pytestmark = pytest.mark.usefixtures("slurm_is_here")
-SCRIPT = Path(daemons.__file__).with_name("cluster.py")
+SCRIPT = REPO / "slurm" / "cluster.py"
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_preemption_requeues_a_job_of_low_priority(place: Path) -> None:
 def test_a_port_that_was_taken_meanwhile_is_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         tries = [lambda count: [*free_ports(count - 1), busy.getsockname()[1]], free_ports]
-        monkeypatch.setattr(daemons, "free_ports", lambda count: tries.pop(0)(count))
+        monkeypatch.setattr("lockstep.slurm.cluster.daemons.free_ports", lambda count: tries.pop(0)(count))
         with Cluster.up(place / "c", nodes=1) as there:
             assert there.node_states() == {"n1": "idle"}
     assert not tries

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from daemons import Cluster
 from support.slurm_jobs import REPO, Job, Shell
 from support.waiting import wait_until
 from support.wandb_reader import read_history, read_records
+
+from lockstep.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.timeout(150)
 HELD = ("--sbatch=--hold", "--config", "toy_model.yaml")
@@ -106,8 +107,8 @@ def test_a_world_writable_run_root_is_rejected(shell: Shell) -> None:
 
 def test_the_launcher_never_imports_torch(shell: Shell) -> None:
     code = (
-        f"import sys; sys.path.insert(0, {str(REPO / 'launch')!r}); import slurm; "
-        f"assert slurm.main({[*HELD, '--nodes', '2']!r}) == 0; "
+        "import sys; from lockstep.cli import submit; "
+        f"assert submit.main({[*HELD, '--nodes', '2']!r}) == 0; "
         "sys.exit(' '.join({'torch', 'lightning', 'jsonargparse', 'toy_model'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run(

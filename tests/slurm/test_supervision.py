@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from daemons import Cluster
 from support.runs import REPO
 from support.stub_task import StubTask
 from support.waiting import wait_until
 
 from lockstep.runs import CodePaths, Owner, Run, RunResult, read_attempts
 from lockstep.slurm import member_runs
+from lockstep.slurm.cluster import Cluster
 from lockstep.slurm.submission.batch_script import JobRequest
 from lockstep.slurm.submission.options import LaunchOptions
 from lockstep.slurm.submission.profile import Container, Profile

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conf import search_path
-from daemons import Cluster
 
+from lockstep.slurm.cluster import Cluster
+from lockstep.slurm.cluster.conf import search_path
 from support.slurm_jobs import Shell, login_environment
 
 MISSING = "Slurm is not installed; as root: apt-get install slurmctld slurmd slurm-client munge (or: make slurm)"

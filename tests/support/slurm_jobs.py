@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from daemons import Cluster
-
 from lockstep.slurm import find_job, query_status
+from lockstep.slurm.cluster import Cluster
 from support.waiting import wait_until
 
 REPO = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from lockstep.config.messages import expected_mapping
+from lockstep.config.shipped import SHIPPED
 from lockstep.core import UsageError, did_you_mean
 
 
@@ -63,8 +64,8 @@ def read_config_file(source: str, folder: Path = Path()) -> dict[Any, Any]:
     if isinstance(content, dict):
         return content
     if text is None:
-        near = did_you_mean(path.name, (other.name for other in path.parent.glob("*.yaml")))
-        raise UsageError(f"config: {source} does not exist{near}")
+        names = [other.name for other in path.parent.glob("*.yaml")] + [shipped.stem for shipped in SHIPPED.glob("*.yaml")]
+        raise UsageError(f"config: {source} does not exist{did_you_mean(path.name, names)}")
     if isinstance(content, yaml.YAMLError):
         raise UsageError(f"config: {source} is not valid YAML ({' '.join(str(content).split())}).")
     raise UsageError(expected_mapping(f"config: {source}", content))

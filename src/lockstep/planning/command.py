@@ -1,4 +1,4 @@
-"""Print which strategies fit: ``lockstep plan RESOURCES [fit] --config FILE …``, which ``launch/slurm.py --plan`` calls."""
+"""Print which strategies fit, for ``lockstep plan``: ``python -m lockstep.planning.command RESOURCES [fit] --config …``."""
 
 import json
 import logging
@@ -55,3 +55,7 @@ def zero_obstacle(config: Namespace, precision: str) -> str:
     callbacks = config.trainer.callbacks or []
     names = [str(c.class_path) for c in (callbacks if isinstance(callbacks, list) else [callbacks])]
     return "averages weights" if any(name.endswith("WeightAveraging") for name in names) else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

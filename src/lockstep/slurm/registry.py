@@ -101,7 +101,7 @@ def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
     if name is None:
         jobs = registered_jobs(env, newest=1)
         if not jobs:
-            raise UsageError("No job was submitted to this cluster yet; submit one with launch/slurm.py.")
+            raise UsageError("No job was submitted to this cluster yet; submit one with lockstep submit.")
         return jobs[0]
     main, _, index = name.partition("_")
     folder = Path(name).absolute()

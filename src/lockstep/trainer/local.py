@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -18,33 +19,34 @@ log = logging.getLogger(__name__)
 
 
 def run_locally(
-    arguments: Sequence[str], nodes: int | None, ranks: int | None, command_line: Sequence[str], resume: Run | None = None
+    keys: Sequence[str], nodes: int | None, ranks: int | None, program: Sequence[str], typed: Sequence[str], resume: Run | None
 ) -> int:
     """Train with ``nodes`` × ``ranks`` ranks and return the exit status.
 
     Args:
-        arguments: A command and the keys of the config.
+        keys: A command and the keys of the config.
         nodes: Simulated nodes; 1 by default, or as many as the run had.
         ranks: Ranks on each; likewise.
-        command_line: For the launch record.
-        resume: The run to continue, whose config is among ``arguments``; a new run by default.
+        program: The command that was typed, and ``typed`` its arguments.
+        resume: The run to continue, whose config is among ``keys``; None starts a new one.
 
     Raises:
         LockstepError: With one rank, what the trainer raises; so is any other exception.
     """
-    command, keys = split_command(arguments)
+    command, keys = split_command(keys)
     parsed = parse_config(keys, command)
     launched = LaunchRecord.read(resume.launch) if resume is not None else None
     nodes = nodes or (launched.max_nodes if launched is not None else 1)
     ranks = ranks or (launched.ranks_per_node if launched is not None else 1)
     if resume is None:
-        run, attempt = Run.start(parsed[1].run.root, parsed[1].run.name, command_line, nodes, ranks)
+        run, attempt = Run.start(parsed[1].run.root, parsed[1].run.name, [*program, *typed], nodes, ranks)
     else:
         run = resume
         attempt = run.claim_attempt(Owner.this_process(), lambda owner: is_owner_alive(owner, os.environ))
     if nodes * ranks == 1:
         train(command, parsed, World(), run, attempt)
         return 0
+    to_resume = f"to resume: {shlex.join([*program, '--resume', str(run.folder)])}"
     preload(parsed[1])
     board = PhaseBoard(nodes * ranks, phase_limits(parsed[1].run.hang_timeout_seconds))
 
@@ -61,7 +63,6 @@ def run_locally(
         if not run.result.exists():  # rank zero had no time to write it
             write_failed_result(run, attempt, failure)
         setup_logging(World())
-        to_resume = f"to resume: launch/local.py --resume {run.folder}"
         if failure.is_interruption:
             print(f"interrupted; {to_resume}", file=sys.stderr)
         elif failure.is_permanent:
@@ -72,6 +73,6 @@ def run_locally(
             log.error("%s failed first; the other ranks were ended.\n%s\nlogs: %s\n%s", who, report, logs, to_resume)
         return failure.exit_status
     except (KeyboardInterrupt, Interrupted) as interrupted:
-        print(f"interrupted; to resume: launch/local.py --resume {run.folder}", file=sys.stderr)
+        print(f"interrupted; {to_resume}", file=sys.stderr)
         return int(interrupted.code or 1) if isinstance(interrupted, Interrupted) else 130
     return 0

@@ -1,6 +1,7 @@
 """One attempt of a run on one rank, from a config to its result."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -326,7 +327,7 @@ def train(
     return TrainingSession(RunContext.create(command, parsed, world, run, attempt, enter)).run()
 
 
-def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
     """Train as the rank that ``env`` describes and return the exit status: 0, 1 (failed while running) or 2 (usage).
 
     Any exception but a ``LockstepError`` reaches the caller with its own traceback.

@@ -13,7 +13,7 @@ from lockstep.slurm.submission.submission import Submission
 
 def resolve_config(submission: Submission, env: Mapping[str, str]) -> str:
     """Return the complete config as YAML, built as the ranks will build it; raise UsageError if they would reject it."""
-    return _run_cli(["train"], submission, ["--print_config"], env).stdout
+    return _run_module(["lockstep.cli", "train"], submission, ["--print_config"], env).stdout
 
 
 def plan_memory(submission: Submission, env: Mapping[str, str]) -> tuple[str, str]:
@@ -29,21 +29,21 @@ def plan_memory(submission: Submission, env: Mapping[str, str]) -> tuple[str, st
         "memory": memory or None,
         "host": node or None,
     }
-    done = _run_cli(["plan", json.dumps(resources)], submission, [], env)
+    done = _run_module(["lockstep.planning.command", json.dumps(resources)], submission, [], env)
     return done.stdout, done.stderr
 
 
-def _run_cli(
-    command: Sequence[str], submission: Submission, flags: Sequence[str], env: Mapping[str, str]
+def _run_module(
+    module: Sequence[str], submission: Submission, flags: Sequence[str], env: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command of ``lockstep`` on the first run, with the Python of the ranks; for a container, the launcher's."""
+    """Run a module of lockstep on the first run, with the Python of the ranks; for a container, the launcher's."""
     profile = submission.profile
     python = sys.executable if profile.container or not profile.python else profile.python
     paths = os.pathsep.join(map(str, submission.live_code(env).paths))
-    arguments = [*command, submission.command, *submission.run_arguments(), *flags]
+    arguments = [*module, submission.command, *submission.run_arguments(), *flags]
     env = {**env, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     try:
-        done = subprocess.run([python, "-m", "lockstep.cli", *arguments], env=env, capture_output=True, text=True)
+        done = subprocess.run([python, "-m", *arguments], env=env, capture_output=True, text=True)
     except OSError as error:
         raise UsageError(f"python: cannot run {python} ({error.strerror}); give the path of an interpreter.") from None
     if done.returncode:

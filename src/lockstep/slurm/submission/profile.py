@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
+from lockstep.config import SHIPPED
 from lockstep.core import UsageError, did_you_mean, is_secret
 
 _MAX_MINUTES = 10 * 365 * 24 * 60
@@ -292,7 +293,7 @@ def _check_secrets(profile: Profile, place: str) -> None:
             )
 
 
-def profile_folders(env: Mapping[str, str], project: Path, toolkit: Path) -> list[Path]:
-    """Where to look for profiles: the project, the user's own configuration, the toolkit's examples."""
+def profile_folders(env: Mapping[str, str], project: Path) -> list[Path]:
+    """Where to look for profiles: the project, the user's own configuration, the shipped examples."""
     own = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", os.sep)) / ".config")
-    return list(dict.fromkeys((project / "configs" / "cluster", own / "lockstep" / "cluster", toolkit / "configs" / "cluster")))
+    return list(dict.fromkeys((project / "configs" / "cluster", own / "lockstep" / "cluster", SHIPPED / "cluster")))

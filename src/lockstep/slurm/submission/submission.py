@@ -97,7 +97,7 @@ class Submission:
         """Raise UsageError if Slurm would not run this job, or is not installed here."""
         if shutil.which("sbatch", path=env.get("PATH")) is None:
             raise UsageError(
-                "sbatch is not found: this is not a login node of a Slurm cluster; slurm/cluster.py starts a cluster here."
+                "sbatch is not found: this is not a login node of a Slurm cluster; lockstep cluster starts one here."
             )
         if self.options.after is not None:
             check_dependency(self.options.after, env)
@@ -160,7 +160,7 @@ class Submission:
         """Queue a job that resumes ``run`` with the code and in the folder that it was submitted with."""
         launch = LaunchRecord.read(run.launch)
         if launch is None or launch.paths is None or launch.folder is None:
-            raise UsageError(f"--resume: {run.launch} does not say how the run was submitted; resume it with launch/local.py.")
+            raise UsageError(f"--resume: {run.launch} does not say how the run was submitted; resume it with lockstep local.")
         code = CodePaths(tuple(map(Path, launch.paths)), None, launch.code or "")
         task = self._task(run, self.arguments, code)
         options = replace(self.options, working_directory=Path(launch.folder))

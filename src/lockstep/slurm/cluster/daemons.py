@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
-from conf import (
+from lockstep.slurm.cluster.conf import (
     ClusterError,
     ClusterSpec,
-    UsageError,
+    ClusterUsageError,
     cgroup_plugin,
     check_programs,
     free_ports,
@@ -24,7 +24,7 @@ from conf import (
     search_path,
     slurm_conf,
 )
-from processes import Process, check_not_inside, kill, processes
+from lockstep.slurm.cluster.processes import Process, check_not_inside, kill, processes
 
 _MARKER = "lockstep-cluster.json"
 """The file that marks the folder of a cluster; a folder without it is never deleted."""
@@ -212,7 +212,7 @@ class Cluster:
 
     def _check_part(self, part: str) -> None:
         if part not in (known := ["slurmctld", *self.spec.node_names]):
-            raise UsageError(f"{part}: unknown; the cluster in {self.folder} has {', '.join(known)}.")
+            raise ClusterUsageError(f"{part}: unknown; the cluster in {self.folder} has {', '.join(known)}.")
 
     def _check_folder(self) -> None:
         """Raise ClusterError if the folder is neither empty nor that of a cluster, or belongs to another user."""
@@ -226,9 +226,9 @@ class Cluster:
         # The longest path is that of the batch script of the largest job id.
         limit = _SOCKET_PATH_BYTES - len(f"/{node}/{node}_67043328.4294967291")
         if len(os.fsencode(self.folder)) > limit:
-            raise UsageError(f"{self.folder} is too long for the sockets in it: --folder may have {limit} bytes.")
+            raise ClusterUsageError(f"{self.folder} is too long for the sockets in it: --folder may have {limit} bytes.")
         if not re.fullmatch(r"[\w./+@~-]+", str(self.folder)):
-            raise UsageError(f"--folder: {self.folder} must consist of letters, digits and . / + @ ~ - _ only.")
+            raise ClusterUsageError(f"--folder: {self.folder} must consist of letters, digits and . / + @ ~ - _ only.")
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             self._check_folder()

@@ -58,7 +58,7 @@ class ClusterError(Exception):
     """An error with a remedy, shown as one sentence."""
 
 
-class UsageError(ClusterError):
+class ClusterUsageError(ClusterError):
     """Arguments that are not valid."""
 
 
@@ -85,13 +85,13 @@ class ClusterSpec:
     def __post_init__(self) -> None:
         for name, least in (("nodes", 1), ("cpus", 1), ("gpus", 0), ("memory", 0)):
             if getattr(self, name) < least:
-                raise UsageError(f"--{name}: {getattr(self, name)} must be {least} or more.")
+                raise ClusterUsageError(f"--{name}: {getattr(self, name)} must be {least} or more.")
         for option in self.options:
             if not re.match(r"\w+=", option):
-                raise UsageError(f"--option: {option!r} must be Key=Value, as in slurm.conf; SlurmdTimeout=5, for example.")
+                raise ClusterUsageError(f"--option: {option!r} must be Key=Value, as in slurm.conf, such as SlurmdTimeout=5.")
         for partition in self.partitions:
             if not re.match(r"[\w.-]+( |$)", partition):
-                raise UsageError(f"--partition: {partition!r} must be NAME Key=Value …; 'low PriorityTier=1', for example.")
+                raise ClusterUsageError(f"--partition: {partition!r} must be NAME Key=Value …, such as 'low PriorityTier=1'.")
 
     def __str__(self) -> str:
         return f"{self.nodes} nodes of {self.cpus} CPUs and {self.gpus} GPUs"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf import ClusterError
+from lockstep.slurm.cluster.conf import ClusterError
 
 _KILL_ORDER = ("slurmctld", "slurmd", "slurmstepd", "job", "srun", "munged")
 """Processes that start others, or report their end, come first."""

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import local
 import pytest
 from support.runs import REPO
 
+from lockstep.cli import local
 from lockstep.trainer import session
 
 SCRIPT = str(REPO / "launch" / "local.py")

@@ -1,0 +1,63 @@
+"""Train on this machine: in this process, where ``breakpoint()`` works, or as several ranks.
+
+    {program}                        # the shipped config digits, one process
+    {program} --ranks 2              # two ranks: gloo on CPUs, NCCL on GPUs
+    {program} --nodes 2 --ranks 2    # two simulated nodes of two ranks each
+    {program} --config mine.yaml --trainer.max_epochs 3 --model.lr 0.01
+
+All other arguments go to the trainer: an optional command (fit, validate, test, predict), then keys of the config.
+--print_config shows all keys.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lockstep.config import check_checkpoint_path, check_deepspeed, check_nvme_path, check_wandb_key, with_config
+from lockstep.config.validation import shows_only, validate_arguments
+from lockstep.core import CommandLineParser, LockstepError, int_at_least, python_path
+from lockstep.runs import Run
+
+
+def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
+    """Parse ``arguments``, train and return the exit status: 0, 1 (failed), 2 (usage), 130, 138, 140, 143 (signal)."""
+    parser = CommandLineParser(
+        prog=program,
+        description=(__doc__ or "").format(program=program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--nodes", type=int_at_least(1), help="simulated nodes (default 1; with --resume, as in the last attempt)"
+    )
+    parser.add_argument(
+        "--ranks", type=int_at_least(1), help="ranks on each node (default 1; with --resume, as in the last attempt)"
+    )
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder, with its own config")
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        at = 1 if rest and not rest[0].startswith("-") else 0
+        resume = Run.open(options.resume) if options.resume else None
+        rest = with_config(rest, str(resume.config) if resume is not None else None)
+        flags = [*vars(options), "help"]
+        config = validate_arguments(rest, flags, [Path.cwd(), *python_path(os.environ)])
+        if not any(map(shows_only, rest)):
+            check_checkpoint_path(rest[0] if at else "fit", config["ckpt_path"], {})
+            check_deepspeed(config)
+            check_nvme_path(config)
+            check_wandb_key(config, os.environ)
+        # In a shell inside a Slurm allocation, this run is not one of its tasks. Nor does it use the W&B service of the program
+        # that started it, which would keep the run of a killed rank in use.
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "WANDB_SERVICE")) and name != "SLURM_CONF"]:
+            del os.environ[name]
+        # Imported only now: torch and Lightning take seconds, which a usage error should not cost.
+        from lockstep.trainer.local import run_locally
+
+        return run_locally(rest, options.nodes, options.ranks, program.split(), arguments, resume)
+    except LockstepError as error:
+        print(f"lockstep: {error.message}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,147 @@
+"""Submit a run, or a sweep, to Slurm through submitit: one task per node. Prints the job id.
+
+    {program} --nodes 4                                          # the shipped config digits on four nodes
+    {program} --nodes 4 --profile a100 --time 24:00:00 --config imagenet
+    {program} --nodes 4 --dry-run                                # everything but sbatch
+    {program} --nodes 4 --profile a100 --plan                    # which strategies fit into GPU memory
+    {program} --sweep model.lr=0.1,0.03 --sweep seed_everything=1,2      # four runs, one job array
+
+All other arguments go to the trainer: an optional command (fit, validate, test, predict), then keys of the config. Flags
+override the profile (--profile, or the variable LOCKSTEP_PROFILE).
+"""
+
+import argparse
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from lockstep.config import parse_sweep, with_config
+from lockstep.config.validation import shows_only
+from lockstep.core import CommandLineParser, LockstepError, int_at_least
+from lockstep.runs import Run
+from lockstep.slurm import check_slurm_conf, follow
+from lockstep.slurm.submission import (
+    PROFILE_FLAGS,
+    LaunchOptions,
+    NodeRange,
+    Profile,
+    Submission,
+    apply_flags,
+    load_profile,
+    plan_memory,
+    profile_folders,
+    resolve_config,
+    scrub_environment,
+)
+
+
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """Build the parser of the launcher's own flags."""
+    parser = CommandLineParser(
+        prog=program,
+        description=(__doc__ or "").format(program=program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    resources = parser.add_argument_group("resources")
+    resources.add_argument(
+        "--nodes",
+        type=NodeRange.parse,
+        default=NodeRange(1, 1),
+        metavar="N[-M]",
+        help="nodes, or a range of them (default 1)",
+    )
+    resources.add_argument("--profile", metavar="NAME", help="name of a profile, or path of a file")
+    helps = {f.name: f.metadata["help"] for f in fields(Profile)}
+    for name, kind in PROFILE_FLAGS.items():
+        resources.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=helps[name])
+    resources.add_argument("--exclusive", action="store_true", default=None, help=helps["exclusive"])
+    for name in ("sbatch", "srun"):
+        resources.add_argument(f"--{name}", action="append", metavar="=ARGUMENT", help=helps[name])
+    job = parser.add_argument_group("job")
+    job.add_argument("--job-name", metavar="NAME", help="name of the job (default: run.name)")
+    job.add_argument("--after", type=job_id, metavar="JOB", help="start after that job has finished successfully")
+    job.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,…", help="one run per value; repeatable")
+    job.add_argument(
+        "--array-parallelism", type=int_at_least(1), default=256, metavar="N", help="runs of a sweep at a time (default 256)"
+    )
+    job.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder with its own code and config")
+    job.add_argument("--no-snapshot", action="store_true", help="run the code as it is when the job starts, not a copy")
+    job.add_argument("--follow", action="store_true", help="print rank zero's log until the end; exit with the run's status")
+    checks = parser.add_argument_group("checks, which submit nothing")
+    checks.add_argument("--check", action="store_true", help="check the config with torch, and the resources with Slurm")
+    checks.add_argument("--dry-run", action="store_true", help="like --check, and print the batch script and complete config")
+    checks.add_argument("--plan", action="store_true", help="print the memory that the model needs and which strategies fit")
+    return parser
+
+
+def job_id(text: str) -> str:
+    """Parse a job id such as 1234 or 1234_5 (argparse type)."""
+    if not re.fullmatch(r"\d+(_\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a job id; give the number that sbatch or this launcher printed")
+    return text
+
+
+def main(arguments: Sequence[str], program: str = "lockstep submit") -> int:
+    """Submit the run; return 0, the exit status of an error (2: usage), or with --follow that of the run (see ``jobs``)."""
+    try:
+        return _submit(arguments, program)
+    except LockstepError as error:
+        print(f"lockstep: {error.message}", file=sys.stderr)
+        return error.exit_status
+    finally:
+        gc.freeze()  # a last garbage collection would take a tenth of the process's time
+
+
+def _submit(arguments: Sequence[str], program: str) -> int:
+    parser = make_parser(program)
+    flags, trainer_arguments = parser.parse_known_args(arguments)
+    check_slurm_conf(os.environ)
+    resume = Run.open(flags.resume) if flags.resume else None
+    trainer_arguments = with_config(trainer_arguments, str(resume.config) if resume is not None else None)
+    if any(shows_only(argument) for argument in trainer_arguments):
+        return subprocess.run([sys.executable, "-m", "lockstep.cli", "train", *trainer_arguments]).returncode
+    if ignored := [name for name in scrub_environment(os.environ) if name.startswith("SBATCH_")]:
+        print(f"ignored: {', '.join(ignored)}; put them into a profile.", file=sys.stderr)
+    profile = load_profile(flags.profile, os.environ, profile_folders(os.environ, Path.cwd()))
+    options = LaunchOptions(
+        working_directory=Path.cwd(),
+        command_line=[*program.split(), *arguments],
+        nodes=flags.nodes,
+        job_name=flags.job_name,
+        after=flags.after,
+        sweep=parse_sweep(flags.sweep),
+        array_parallelism=flags.array_parallelism,
+        snapshot=not flags.no_snapshot,
+        resume=resume,
+    )
+    profile = apply_flags(profile, {name: getattr(flags, name) for name in (*PROFILE_FLAGS, "exclusive", "sbatch", "srun")})
+    names = [name.replace("_", "-") for name in (*vars(flags), "help")]
+    submission = Submission.create(trainer_arguments, profile, options, os.environ, names)
+    if flags.plan:
+        table, unknown = plan_memory(submission, os.environ)
+        if flags.sweep:
+            print("--plan covers only the first run of the sweep.")
+        print(unknown, file=sys.stderr, end="")
+        print(table, end="")
+        return 0
+    has_slurm = shutil.which("sbatch") is not None
+    if has_slurm or not flags.dry_run:
+        submission.check_with_slurm(os.environ)
+    if flags.dry_run or flags.check:
+        config = resolve_config(submission, os.environ)
+        if flags.dry_run:
+            print(submission.preview(os.environ), config, sep="\n", end="")
+        if not has_slurm:
+            print("Slurm is not installed here, so it did not check the resources.", file=sys.stderr)
+        return 0
+    job = submission.submit(os.environ)
+    print(job.job, flush=True)
+    print(f"run folder {job.folder}", file=sys.stderr)
+    return follow(job, os.environ) if flags.follow else 0

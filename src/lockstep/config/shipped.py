@@ -1,0 +1,31 @@
+"""Shipped configs, which ``--config`` finds by name; ``files`` is the folder ``configs`` of the repository."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+SHIPPED = Path(__file__).resolve().parent / "files"
+
+DEFAULT = "digits"
+
+
+def with_config(arguments: Sequence[str], resumed: str | None = None) -> list[str]:
+    """``arguments`` with paths for the names of shipped configs; with the config of a ``resumed`` run, or the default one.
+
+    A file or YAML of that name comes first.
+    """
+    found, is_value = list[str](), False
+    for argument in arguments:
+        name = argument if is_value else argument.removeprefix("--config=")
+        if (is_value or name != argument) and (path := _shipped(name)) is not None:
+            argument = str(path) if is_value else f"--config={path}"
+        is_value = argument == "--config" and not is_value
+        found.append(argument)
+    if resumed is None and any(argument == "--config" or argument.startswith("--config=") for argument in found):
+        return found
+    at = 1 if found and not found[0].startswith("-") else 0
+    return [*found[:at], "--config", resumed or str(_shipped(DEFAULT)), *found[at:]]
+
+
+def _shipped(name: str) -> Path | None:
+    path = SHIPPED / f"{name}.yaml"
+    return path.resolve() if name.replace("_", "").isalnum() and path.is_file() and not Path(name).exists() else None
