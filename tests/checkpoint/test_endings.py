@@ -177,7 +177,7 @@ class StopsAlone(Callback):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize(("rank", "hook"), [(1, "on_train_batch_end"), (0, "on_train_epoch_end")])
+@pytest.mark.parametrize(("rank", "hook"), [(0, "on_train_batch_end"), (1, "on_train_epoch_end")])
 def test_a_stop_on_one_rank_ends_all_ranks_after_the_same_step(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, hook: str
 ) -> None:
@@ -186,9 +186,16 @@ def test_a_stop_on_one_rank_ends_all_ranks_after_the_same_step(
     saved = (*TOY, *IN_FOREGROUND, "--ranks", "2", "--trainer.max_epochs", "40", "--checkpoint.every_n_steps", "30", *stops)
     undisturbed = undisturbed_run(launch, *saved)
     assert undisturbed.result["global_step"] == 100  # an exchange after 50 steps, its result after 50 more
-    killed = launch(*saved, *fault(tmp_path / "once", "SIGKILL", step=45))  # before the exchange, and after the wish is saved
-    assert killed.status != 0
-    assert_same_run(resume_run(launch, killed), undisturbed)
+    assert [row["step"] for row in metric_rows(undisturbed) if row["train/loss_step"]] == [
+        str(step) for step in range(10, 101, 10)
+    ]
+    faults: dict[str, dict[str, Any]] = {"before": {"step": 45}, "at": {"hook": "on_train_epoch_end", "step": 100}}
+    for name, options in faults.items():
+        killed = launch(*saved, *fault(tmp_path / name, "SIGKILL", **options))
+        assert killed.status != 0
+        assert_same_run(resume_run(launch, killed), undisturbed)
+        again = resume_run(launch, killed).result  # of a finished run
+        assert (again["global_step"], again["weights_sha256"]) == (100, undisturbed.result["weights_sha256"])
 
 
 def test_a_stop_between_two_rows_repeats_no_values(launch: Launch) -> None:

@@ -62,8 +62,10 @@ def test_a_manifest_that_lacks_a_key_or_is_foreign_is_named(tmp_path: Path) -> N
     found = read_checkpoint(tmp_path)
     assert found is not None and found.manifest.progress == PROGRESS
     content = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(content | {"files": {}}))
-    assert read_checkpoint(tmp_path) is None
+    damages: list[dict[str, Any]] = [{"files": {}}, {"world_size": None}, {"world_size": 2}]
+    for damage in damages:
+        (tmp_path / "manifest.json").write_text(json.dumps(content | damage))
+        assert read_checkpoint(tmp_path) is None
     del content["progress"]["epoch"]
     for text in (json.dumps(content), "[]", "{}", "1", '{"files": [], "progress": 1}', "{"):
         (tmp_path / "manifest.json").write_text(text)

@@ -1,5 +1,7 @@
 """The contents of a snapshot, in a checkout and in a plain folder."""
 
+import hashlib
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,3 +105,44 @@ def test_a_secret_and_too_many_or_too_large_files_are_rejected(project: Path, mo
     monkeypatch.setattr(snapshot, "LIMIT_MB", 0)
     with pytest.raises(UsageError, match=r"larger than 0 MB, .* alone has 0 MB"):
         take_snapshot(project, project / "runs/z", [], ())
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_many_files_and_what_is_not_a_file(project: Path, monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    monkeypatch.setattr(snapshot, "_SLOW_SECONDS", -1.0 if slow else 60.0)  # with threads, and without
+    names = [f"inner/{number}.py" for number in range(100)]
+    for name in names:
+        (project / name).write_text(name)
+    (project / "inner/1.py").chmod(0o700)
+    os.mkfifo(project / "pipe")
+    run, files = snapshot_of(project)
+    assert files == sorted(["inner/größe.py", "train me.py", *names])
+    assert (run / "code/project/inner/1.py").stat().st_mode & 0o777 == 0o700
+    (run / "code/project/inner/99.py").write_text("changed")
+    digest = hashlib.sha256((run / "code.sha256").read_bytes()).hexdigest()
+    with pytest.raises(RunError, match=r"inner/99\.py is changed"):
+        verify_snapshot(run, digest)
+    (project / "inner/99.py").write_text("a key")
+    with pytest.raises(UsageError, match=r"inner/99\.py contains the W&B key"):
+        take_snapshot(project, project / "runs/x/20260101-000002-cd34-000", (), ("a key",))
+
+
+def test_a_file_that_vanishes_and_a_tracked_folder_that_is_a_link_now(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git(project, "init")
+    git(project, "add", "inner")
+    git(project, "commit", "-m", "first")
+    (project / "inner").rename(project / "moved")
+    (project / "inner").symlink_to("moved")
+    (project / "temporary.py").write_text("")
+    state = snapshot._state
+
+    def vanish(root: Path, name: str) -> os.stat_result | None:
+        found = state(root, name)
+        if name == "temporary.py":
+            (project / name).unlink()
+        return found
+
+    monkeypatch.setattr(snapshot, "_state", vanish)
+    run, files = snapshot_of(project)
+    assert {"inner", "moved/größe.py", "train me.py"} <= set(files) and "temporary.py" not in files
+    assert (run / "code/project/inner/größe.py").read_text() == "inner/größe.py"

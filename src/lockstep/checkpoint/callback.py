@@ -125,11 +125,12 @@ class CheckpointCallback(Callback):
         """Keep ``Trainer.should_stop`` if all ranks have set it at this ``place`` in the loops.
 
         Otherwise the ranks that have set it continue with the others, and all end after the second multiple of 50 steps from
-        here: they exchange their wish at the first, and know of it at the second. So a restart does not change the last step.
+        here: they exchange their wish at the first, and know of it at the second. So a restart does not change the last step,
+        and neither does another rank that sets it meanwhile.
         """
         trainer = self.trainer
         assert trainer is not None
-        if self._ends or not is_stopping(trainer):
+        if self._ends or not is_stopping(trainer) or trainer.global_step >= self._end_step:
             return
         if self._end_step != _NEVER:
             trainer.should_stop = False
@@ -213,7 +214,7 @@ class CheckpointCallback(Callback):
             lost_seconds=self.seconds_lost,
             saved_at=time.time(),
             gradient_ready_order=strategy.gradient_ready_order,
-            should_stop=trainer.should_stop,
+            should_stop=bool(self._consensus.reduce_max(trainer.should_stop)),
             end_step=None if self._end_step == _NEVER else self._end_step,
             has_ended=has_ended,
             wandb_position=list(logger.position()) if logger else [0, {}],

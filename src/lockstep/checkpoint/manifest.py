@@ -78,11 +78,11 @@ class Manifest:
             content = json.loads((folder / MANIFEST_FILE).read_text())
             files = {name: (int(size), str(sums)) for name, (size, sums) in content.pop("files").items()}
             manifest = cls(Progress(**content.pop("progress")), files=files, **content)
+            missing = [name for name in (f"rank-{rank}.pt" for rank in range(max(1, manifest.world_size))) if name not in files]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{MANIFEST_FILE} is not a manifest ({type(error).__name__}: {error})") from None
         for name, file in manifest.files.items():
             check_sums(name, file)
-        for rank in range(max(1, manifest.world_size)):
-            if f"rank-{rank}.pt" not in manifest.files:
-                raise ValueError(f"{MANIFEST_FILE} does not list rank-{rank}.pt")
+        if missing:
+            raise ValueError(f"{MANIFEST_FILE} does not list {missing[0]}")
         return manifest

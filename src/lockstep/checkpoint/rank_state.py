@@ -31,6 +31,7 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
         "metrics": {name: capture_metric(m) for name, m in module.named_modules() if isinstance(m, Metric)},
         **capture_logged_values(trainer),
         "pruned": _pruned_parameters(module),
+        "should_stop": trainer.should_stop,
     }
     state["gradients"] = dict(_accumulating_gradients(trainer))
     return state
@@ -93,7 +94,7 @@ def restore_state(trainer: Trainer, point: ResumePoint) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
     restore_logged_values(trainer, states, point.shared, is_mid_epoch=not point.has_ended)
-    trainer.should_stop = point.should_stop
+    trainer.should_stop = point.should_stop and (not states or any(state["should_stop"] for state in states))
     for state in states[:1] if not isinstance(trainer.strategy, DeepSpeed) else ():
         for name, gradient in state["gradients"].items():
             parameter = module.get_parameter(name)

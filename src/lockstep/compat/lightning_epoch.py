@@ -158,9 +158,15 @@ class LightningEpochLoop(_TrainingEpochLoop):
         """Log a row; if training ends between two regular ones, only with what its last step has logged."""
         if self.trainer.fast_dev_run or _is_regular(self.trainer):
             self._write_row()
-        else:
+            return
+        if self.trainer.should_stop:
+            self.settle_stop()
+        if self.trainer.should_stop:
             with self._results.only_new():
                 self._write_row()
+
+    def settle_stop(self) -> None:
+        """Called after a step with ``Trainer.should_stop``, which it may take back."""
 
     def advance(self, data_fetcher: DataFetcher) -> None:
         self._results.new.clear()

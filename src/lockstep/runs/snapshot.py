@@ -11,9 +11,10 @@ import itertools
 import math
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_IMODE, S_ISLNK, S_ISREG
@@ -138,6 +139,14 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
             detail = f"{root / largest} alone has {sizes[largest] >> 20} MB"
             raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {detail}; {_REMEDY}.")
         modes = {name: state.st_mode for name, state in states.items() if state is not None}
+        links = {Path(name) for name, mode in modes.items() if S_ISLNK(mode)}
+        # Neither pipes nor sockets; nor what is tracked below a folder that is a link now.
+        modes = {
+            name: mode
+            for name, mode in modes.items()
+            if S_ISLNK(mode) or S_ISREG(mode)
+            if not links or links.isdisjoint(Path(name).parents)
+        }
         for folder in dict.fromkeys(os.path.dirname(name) for name in modes):
             (into / folder).mkdir(parents=True, exist_ok=True)
         digests = _map_files(lambda name: _copy_file(root, into, name, modes[name], secrets), list(modes))
@@ -153,11 +162,21 @@ def _map_files(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     start = time.monotonic()
     results = list(map(function, items[:_PROBED]))
     rest = items[_PROBED:]
-    threads = _THREADS if rest and time.monotonic() - start > _PROBED * _SLOW_SECONDS else 1
-    size = math.ceil(len(rest) / threads) or 1
-    parts = [rest[first : first + size] for first in range(0, len(rest), size)]
-    with ThreadPoolExecutor(threads) as pool:
-        return results + list(itertools.chain.from_iterable(pool.map(lambda part: list(map(function, part)), parts)))
+    if time.monotonic() - start <= _PROBED * _SLOW_SECONDS or not rest:
+        return results + list(map(function, rest))
+    stopped = threading.Event()
+
+    def run(part: Sequence[T]) -> list[R]:
+        return [function(item) for item in part if not stopped.is_set()]
+
+    size = math.ceil(len(rest) / _THREADS)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        parts = [threads.submit(run, rest[first : first + size]) for first in range(0, len(rest), size)]
+        try:
+            wait(parts, return_when=FIRST_EXCEPTION)
+        finally:
+            stopped.set()  # after an error or Ctrl-C, leave the rest
+        return results + [result for part in parts for result in part.result()]
 
 
 def _state(root: Path, name: str) -> os.stat_result | None:
@@ -176,8 +195,11 @@ def _copy_file(root: Path, into: Path, name: str, mode: int, secrets: tuple[str,
         inside = end.is_relative_to(root)
         os.symlink(os.path.relpath(into / end.relative_to(root), os.path.dirname(target)) if inside else end, target)
         return ""
-    with open(source, "rb") as file:
-        content = file.read()
+    try:
+        with open(source, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:  # a temporary file
+        return ""
     check_secrets(source, content, secrets)
     with open(target, "wb") as file:
         file.write(content)

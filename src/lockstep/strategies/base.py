@@ -42,7 +42,7 @@ class ResumePoint:
         shared: The state of a rank, for what is equal on all ranks.
         seed: Seed for the random numbers of a rank that does not have exactly one state.
         gradient_ready_order: Names of the parameters in the order in which DDP reduces their gradients; None without DDP.
-        should_stop: Whether training was to stop, as ``Trainer.should_stop`` says.
+        should_stop: Whether training was to stop, as ``Trainer.should_stop`` of any rank said.
         has_ended: Whether training had ended, with all of its hooks.
     """
 

@@ -68,12 +68,16 @@ class EpochLoop(LightningEpochLoop):
             self.is_at_boundary = False
             return
         super().advance(data_fetcher)
-        if self.trainer.should_stop and self.on_should_stop is not None:
-            self.on_should_stop("step")
+        if self.trainer.should_stop:
+            self.settle_stop()
         if self.validation_interval is not None and not is_accumulating(self.trainer):
             self._decide_validation(self.validation_interval)
         if self.on_step_boundary is not None and (validates := self.validates_next(data_fetcher)) is not None:
             self.on_step_boundary(validates)
+
+    def settle_stop(self) -> None:
+        if self.on_should_stop is not None:
+            self.on_should_stop("step")
 
     def on_run_start(self, data_fetcher: DataFetcher) -> None:
         super().on_run_start(data_fetcher)
