@@ -16,6 +16,9 @@ _TIMES_HANG_TIMEOUT = {"rendezvous": 1, "compile": 6, "model": 4, "data": 24, "f
 
 _LEAST_SECONDS = 60.0
 
+_BLAME_SECONDS = 30.0
+"""How much later than any other a rank that waits is blamed: the one that hangs may have entered its phase later."""
+
 STARTING_PHASES = tuple(_TIMES_HANG_TIMEOUT)
 
 _SLOT = struct.Struct("=bd")
@@ -52,7 +55,10 @@ class PhaseBoard:
         number, since = _SLOT.unpack_from(self._memory, index * _SLOT.size)
         return PHASES[number], since
 
-    def seconds_overdue(self, index: int) -> float:
-        """Seconds that a rank has spent in its phase over the limit; negative below it."""
+    def is_overdue(self, index: int, waits: bool) -> bool:
+        """Whether a rank has spent more time in its phase than the limit; ``waits``: for another one, in whichever phase."""
         phase, since = self.phase(index)
-        return time.monotonic() - since - self.limits.get(phase, float("inf"))
+        limit = self.limits.get(phase, float("inf"))
+        if waits and phase in self.limits:
+            limit = max(self.limits.values()) + _BLAME_SECONDS
+        return time.monotonic() - since > limit

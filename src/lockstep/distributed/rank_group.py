@@ -31,9 +31,6 @@ from lockstep.runs import Failure, signal_name
 _KILL_SECONDS, _CLOSING_SECONDS = 1.0, 30.0
 """How long a rank may take to end after ``RankGroup.end``, and one that closes its loggers."""
 
-_BLAME_SECONDS = 30.0
-"""How long a rank that waits for another one too long is left alone: the other one may have entered the phase later."""
-
 STUCK_SECONDS = 10.0
 """How long the kernel may take to end a rank after SIGKILL, before it counts as stuck."""
 
@@ -281,7 +278,7 @@ class RankGroup:
             (index, rank)
             for index, rank in enumerate(self.ranks)
             if rank.world.rank not in self.outcomes
-            and self._board.seconds_overdue(index) > _BLAME_SECONDS * (self._waiting.get(index) == self._board.phase(index))
+            and self._board.is_overdue(index, waits=self._waiting.get(index) == self._board.phase(index))
         ]
         for _, rank in overdue:
             rank.stacks.seek(0)
@@ -296,6 +293,8 @@ class RankGroup:
             main = re.split(r"^(?=Current thread|Thread)", stacks, flags=re.MULTILINE)[-1]
             is_waiting = "torch/distributed/" in main
             phase, since = self._board.phase(index)
+            if not self._board.is_overdue(index, waits=False):  # it has left the phase meanwhile
+                continue
             if is_waiting and self._waiting.get(index) != (phase, since):
                 self._waiting[index] = phase, since
                 continue
