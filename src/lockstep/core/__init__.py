@@ -4,6 +4,7 @@ from lockstep.core.command_line import CommandLineParser, int_at_least, python_p
 from lockstep.core.credentials import WANDB_KEY_ADVICE, is_secret, wandb_api_key
 from lockstep.core.errors import (
     SIGNAL_EXIT_STATUSES,
+    FinalTestError,
     Interrupted,
     LockstepError,
     PeerError,

@@ -48,6 +48,10 @@ class PeerError(RunError):
     is_permanent = False
 
 
+class FinalTestError(RunError):
+    """User code has failed in the test after training, on some ranks; the weights are trained and saved."""
+
+
 class Superseded(LockstepError):
     """A newer attempt has claimed the run: this one stops, and writes nothing that attempts share. Exit status 1."""
 

@@ -9,6 +9,7 @@ from lockstep.runs.failure import (
     record_failure,
     signal_name,
     write_failed_result,
+    write_trained_result,
 )
 from lockstep.runs.ownership import OWNER_SECONDS, Ownership
 from lockstep.runs.records import AttemptStart, Durations, LaunchRecord, Owner, RunProgress, RunResult, SweepRun

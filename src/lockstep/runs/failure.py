@@ -13,7 +13,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lockstep.core import SIGNAL_EXIT_STATUSES, Interrupted, LockstepError, World
+from lockstep.core import SIGNAL_EXIT_STATUSES, FinalTestError, Interrupted, LockstepError, World
 from lockstep.runs.records import Record, RunResult
 from lockstep.runs.run import Run, update_status
 
@@ -33,6 +33,7 @@ class Failure(Record):
         is_permanent: Whether another attempt would fail in the same way.
         is_killed: Whether SIGKILL from outside ended it, which has no known cause and may not happen again.
         is_out_of_memory: Whether the kernel did that because the job used more memory than it may.
+        in_final_test: Whether user code failed in the test that follows a finished training.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class Failure(Record):
     is_permanent: bool = False
     is_killed: bool = False
     is_out_of_memory: bool = False
+    in_final_test: bool = False
 
     @classmethod
     def from_report(cls, report: str, world: World) -> "Failure":
@@ -64,7 +66,8 @@ class Failure(Record):
             report = f"it was ended by sys.exit({error.code!r})."
         is_secondary = world.size > 1 and is_connection_loss(error)
         is_permanent = isinstance(error, LockstepError) and error.is_permanent
-        return cls(world.rank, world.size, world.node_rank, _host(), report, status, is_secondary, is_permanent)
+        mine = cls(world.rank, world.size, world.node_rank, _host(), report, status, is_secondary, is_permanent)
+        return replace(mine, in_final_test=isinstance(error, FinalTestError))
 
     @property
     def is_interruption(self) -> bool:
@@ -131,6 +134,8 @@ def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
 
 def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
     """Record in ``result.json`` why an attempt failed: rank zero may have had no time, or may not know."""
+    if write_trained_result(run, attempt, failure):
+        return
     result = RunResult.read(run.result)
     if (failure.is_interruption and result is not None) or run.is_superseded(attempt):
         return
@@ -138,6 +143,16 @@ def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
     result = result or RunResult(status, world_size=failure.world_size, attempts=attempt)
     replace(result, status=status, reason=failure.reason, exit_status=failure.exit_status).write(run.result)
     update_status(run, status)
+
+
+def write_trained_result(run: Run, attempt: int, failure: Failure) -> bool:
+    """Write the result of a finished training whose final test has ended with ``failure``; return whether that is so."""
+    trained = RunResult.read(run.trained_result(attempt)) if failure.in_final_test else None
+    if trained is None or run.is_superseded(attempt):
+        return False
+    replace(trained, test_error=failure.reason).write(run.result)
+    update_status(run, trained.status)
+    return True
 
 
 def _failure_path(run: Run, attempt: int) -> Path:

@@ -127,6 +127,10 @@ class Run:
         """Folder of what only one attempt writes: logs, its failure, its owner."""
         return self.folder / "logs" / str(attempt)
 
+    def trained_result(self, attempt: int) -> Path:
+        """The result of an attempt whose training has finished, before the final test."""
+        return self.attempt_folder(attempt) / "trained.json"
+
     def start_record(self, attempt: int) -> Path:
         """``AttemptStart`` of an attempt on Slurm."""
         return self.attempt_folder(attempt) / "start.json"

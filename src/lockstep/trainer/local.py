@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lockstep.config import split_command
 from lockstep.core import Interrupted, World, setup_logging
 from lockstep.distributed import PhaseBoard, RankFailed, fork_ranks, phase_limits
-from lockstep.runs import LaunchRecord, Owner, Run, read_first_failure, write_failed_result
+from lockstep.runs import LaunchRecord, Owner, Run, RunResult, read_first_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
 from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.preload import preload
@@ -60,7 +60,7 @@ def run_locally(
     except RankFailed as failed:
         # The watchdog of a rank may have recorded that another one hangs.
         failure = read_first_failure(run, attempt) or failed.failure
-        if not run.result.exists():  # rank zero had no time to write it
+        if failure.in_final_test or not run.result.exists():  # rank zero had no time to write it
             write_failed_result(run, attempt, failure)
         setup_logging(World())
         if failure.is_interruption:
@@ -71,7 +71,8 @@ def run_locally(
             who = f"rank {failure.rank} of {failure.world_size} {failure.place}"
             report, logs = failure.report.rstrip(), run.attempt_folder(attempt)
             log.error("%s failed first; the other ranks were ended.\n%s\nlogs: %s\n%s", who, report, logs, to_resume)
-        return failure.exit_status
+        result = RunResult.read(run.result)
+        return 0 if result is not None and result.is_finished else failure.exit_status
     except (KeyboardInterrupt, Interrupted) as interrupted:
         print(f"interrupted; {to_resume}", file=sys.stderr)
         return int(interrupted.code or 1) if isinstance(interrupted, Interrupted) else 130

@@ -26,8 +26,9 @@ from lockstep.checkpoint import (
 )
 from lockstep.config import load_yaml, split_command
 from lockstep.core import (
-    Interrupted,
+    FinalTestError,
     LockstepError,
+    PeerError,
     RunError,
     Stopped,
     Superseded,
@@ -49,13 +50,16 @@ from lockstep.runs import (
     is_connection_loss,
     read_attempts,
     read_first_failure,
+    record_failure,
     signal_name,
     update_status,
+    write_trained_result,
 )
 from lockstep.strategies import AnyStrategy, load_ops, make_strategy, private_folder, required_ops
 from lockstep.trainer.build import build_trainer, check_trainer_objects
 from lockstep.trainer.config_parser import instantiate, parse_config, set_optimizer
 from lockstep.trainer.context import RunContext
+from lockstep.trainer.errors import normalize_error
 from lockstep.trainer.loops import FitLoop
 from lockstep.trainer.predictions import run_prediction
 from lockstep.trainer.saved_config import dump_config
@@ -98,11 +102,11 @@ class TrainingSession:
             if context.world.is_rank_zero:
                 context.ownership.check_now()
         except BaseException as error:
-            raised = _normalize(error)
+            raised = normalize_error(error)
             failure = Failure.from_exception(raised, context.world)
             ending = classify_ending(Evidence(failure=failure))
             reason = signal_name(failure.exit_status) if failure.is_interruption else ending.reason
-            self._write(self._result(ending.state, reason, failure.exit_status))
+            self._write(self._result(ending.state, reason, failure.exit_status), failure)
             if raised is error:
                 raise
             raise raised from error
@@ -129,6 +133,9 @@ class TrainingSession:
             return result
         except Stopped:
             is_preempted = True
+            raise
+        except FinalTestError:
+            is_finished = True
             raise
         finally:
             context.enter("closing")
@@ -224,16 +231,25 @@ class TrainingSession:
         metrics, test_error = dict(trainer.logged_metrics), None
         can_test = is_overridden("test_step", module) and is_overridden("test_dataloader", data or module)
         if self.context.config.run.test_after_fit and can_test:
+            if self.context.world.is_rank_zero:
+                trained = replace(self._result("finished"), metrics=_as_floats(metrics), weights_sha256=sha256)
+                trained.write(self.context.run.trained_result(self.context.attempt))
             try:
                 trainer.test(module, datamodule=data, verbose=False)
                 metrics |= trainer.logged_metrics
             except Superseded:
                 raise
             except Exception as error:  # of user code; the training is finished in any case
-                if not self._has_failed_everywhere(error):
+                if isinstance(error, PeerError) or is_connection_loss(error):
                     raise
                 test_error = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 log.error("the weights are trained and saved, but their final test failed", exc_info=error)
+                assert self.checkpoints is not None
+                if not self.checkpoints.joins_all_ranks(_JOIN_SECONDS):  # the others wait for this rank in their test
+                    failed = FinalTestError(f"The weights are trained and saved, but their final test failed: {test_error}")
+                    failure = Failure.from_exception(failed, self.context.world)
+                    record_failure(self.context.run, self.context.attempt, failure)
+                    raise failed from error
         return {"metrics": _as_floats(metrics), "weights_sha256": sha256, "test_error": test_error}
 
     def _evaluate(
@@ -262,11 +278,6 @@ class TrainingSession:
         allow_plain_classes(found.model)
         return report.weights_sha256(found.weights(), world)
 
-    def _has_failed_everywhere(self, error: Exception) -> bool:
-        """Whether the test failed on every rank by itself, so that they can go on together."""
-        assert self.checkpoints is not None
-        return not is_connection_loss(error) and self.checkpoints.joins_all_ranks(_JOIN_SECONDS)
-
     def global_step(self) -> int:
         """Optimizer steps done."""
         return self.trainer.global_step if self.trainer is not None else 0
@@ -282,12 +293,14 @@ class TrainingSession:
         seconds = Durations(round(self.throughput.train_seconds, 3), round(self._seconds, 3), round(lost, 3))
         return replace(result, global_step=self.trainer.global_step, epochs=self.trainer.current_epoch, seconds=seconds)
 
-    def _write(self, result: RunResult) -> None:
-        """Write the result on rank zero, with the cause that the first failed rank recorded."""
+    def _write(self, result: RunResult, own: Failure | None = None) -> None:
+        """Write the result on rank zero, with the cause that the first failed rank recorded, or its ``own``."""
         run = self.context.run
         if not self.context.world.is_rank_zero or run.is_superseded(self.context.attempt):
             return
-        failure = read_first_failure(run, self.context.attempt)
+        failure = read_first_failure(run, self.context.attempt) or own
+        if failure is not None and write_trained_result(run, self.context.attempt, failure):
+            return
         if not result.is_finished and failure is not None and failure.is_cause:
             ending = classify_ending(Evidence(result, failure))
             result = replace(result, status=ending.state, reason=ending.reason, exit_status=ending.exit_status)
@@ -300,19 +313,6 @@ class TrainingSession:
 
 def _as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in sorted(metrics.items())}
-
-
-def _normalize(error: BaseException) -> BaseException:
-    """Convert ``Stopped`` and Ctrl-C to ``Interrupted``, and ``sys.exit`` of user code to ``RunError``."""
-    if isinstance(error, Stopped):
-        name = signal_name(128 + error.signal)
-        log.info("stopped by %s after step %d; another attempt resumes from the newest checkpoint", name, error.step)
-        return Interrupted(128 + error.signal)
-    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's form of Ctrl-C
-        return Interrupted(130)
-    if isinstance(error, SystemExit) and not isinstance(error, Interrupted):
-        return RunError(f"The run was ended by sys.exit({error.code!r}).")
-    return error
 
 
 def train(
