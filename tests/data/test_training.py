@@ -1,10 +1,12 @@
 """One train loader or several, resumed anywhere in an epoch: all modes and positions first, then runs of real ranks."""
 
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -58,6 +60,52 @@ class Endless(Sampler[int]):
             yield int(torch.randint(30, ()))
 
 
+class OwnOrder(Sampler[Any]):
+    """An order, or batches of 5, that a generator of its own draws; its state depends on the passes before."""
+
+    def __init__(self, generator: Any, in_batches: bool) -> None:
+        self.generator_of_mine, self.in_batches = generator, in_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = self.generator_of_mine
+        if isinstance(generator, torch.Generator):
+            order = torch.randperm(30, generator=generator).tolist()
+        elif isinstance(generator, random.Random):
+            order = generator.sample(range(30), 30)
+        else:
+            order = generator.permutation(30).tolist()
+        yield from (order[start : start + 5] for start in range(0, 30, 5)) if self.in_batches else order
+
+
+def own_loader(generator: Any, in_batches: bool) -> DataLoader[Any]:
+    order = OwnOrder(generator, in_batches)
+    return DataLoader(Noisy(30), batch_sampler=order) if in_batches else DataLoader(Noisy(30), batch_size=5, sampler=order)
+
+
+class Drawing(IterableDataset[Any]):
+    """A stream that draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(5)
+
+    def __iter__(self) -> Iterator[float]:
+        for _ in range(22):
+            yield self.rng.random()
+
+
+class Drawn(Dataset[Any]):
+    """Numbers with noise from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(5)
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> float:
+        return float(index + self.rng.random())
+
+
 def plain(samples: int, batch_size: int = 4, **arguments: Any) -> DataLoader[Any]:
     return DataLoader(Noisy(samples), batch_size=batch_size, shuffle=True, **arguments)
 
@@ -90,12 +138,23 @@ def shapes() -> dict[str, Any]:
         "own batches": {"own": DataLoader(Noisy(30), batch_sampler=OwnBatches()), "plain": plain(10)},
         "stream": [DataLoader(Stream(), batch_size=4), plain(10)],
         "endless": DataLoader(Noisy(30), batch_size=4, sampler=Endless()),
+        **{
+            f"own {type(generator).__name__}{' in batches' * in_batches}": own_loader(generator, in_batches)
+            for generator in (torch.Generator(), np.random.default_rng(0), np.random.RandomState(0), random.Random(0))
+            for in_batches in (False, True)
+        },
+        "own generator of a stream": DataLoader(Drawing(), batch_size=4),
+        "own generator of a stream, with workers": DataLoader(Drawing(), batch_size=4, num_workers=1),
+        "own generator of the loader": DataLoader(Stream(), batch_size=4, num_workers=1, generator=torch.Generator()),
+        "own generator of a dataset": DataLoader(Drawn(), batch_size=4, shuffle=True),
     }
 
 
 @pytest.mark.parametrize("form", shapes())
 def test_every_loader_resumes_at_its_own_position(form: str) -> None:
-    whole = epoch_of(load(shapes()[form]))
+    loaders = shapes()[form]
+    epoch_of(load(loaders, epoch=2))  # which changes nothing either
+    whole = epoch_of(load(loaders))
     torch.manual_seed(7)  # what the process draws meanwhile changes nothing
     for done in range(0, len(whole), 2 if form == "workers" else 1):
         start = whole[done - 1][1].positions if done else [DataPosition(3)] * len(whole[0][1].positions)
@@ -164,6 +223,33 @@ def test_weights_over_several_loaders() -> None:
         epoch_of(load({"a": plain(12), "b": plain(7)}, world=worlds[0]))
     assert len(epoch_of(load({"a": plain(12), "b": plain(7, drop_last=True)}, world=worlds[0]))) == 3
     assert len(epoch_of(load({"a": plain(12), "b": plain(7)}))) == 3
+
+
+class Counted(Sampler[int]):
+    """Some numbers, without a length."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.samples))
+
+
+def test_a_smaller_last_batch_of_a_sampler_without_length_weighs_as_any_other() -> None:
+    worlds = [World(rank, 2, rank, 2) for rank in range(2)]
+
+    def counted(samples: int) -> DataLoader[Any]:
+        return DataLoader(Noisy(30), batch_size=4, sampler=Counted(samples))
+
+    for world in worlds:
+        sized, unsized = (
+            [(batch.weight, batch.samples, batch.positions) for _, batch in epoch_of(load(loader, world=world))]
+            for loader in (DataLoader(Noisy(11), batch_size=4), counted(11))
+        )
+        assert sized == unsized
+    with pytest.raises(UsageError, match="batches of 4, 3 samples in one step, which 2 ranks cannot share with one weight"):
+        epoch_of(load([counted(12), counted(7)], world=worlds[0]))
+    assert len(epoch_of(load([counted(11), counted(7)]))) == 3
 
 
 def test_what_cannot_be_combined_is_refused() -> None:

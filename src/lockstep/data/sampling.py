@@ -5,15 +5,16 @@ same samples on 1, 2 or 64 ranks, and each rank takes a consecutive slice of it.
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any
 
-import torch
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from lockstep.core import UsageError, World
+from lockstep.data.generators import reseed_generators
 from lockstep.data.order import SequentialOrder, ShuffledOrder
 from lockstep.data.seeding import RandomStream, SampleKey, derive_seed
 
@@ -51,6 +52,10 @@ class GlobalBatchSampler:
         epoch: Returns the number of the epoch.
         name: The owner of the loader, for messages.
 
+    Attributes:
+        drawn_sizes: Samples of all ranks in each batch of the newest iteration that is not consumed yet, if only the sampler
+            knows the order; its consumer removes them.
+
     Raises:
         UsageError: In training, the ranks cannot share the batches; or there are fewer samples than ranks.
     """
@@ -68,6 +73,7 @@ class GlobalBatchSampler:
         self.source, self.world, self.seed, self.epoch, self.name = source, world, seed, epoch, name
         self.is_training, self.keeps_last = is_training, keeps_last
         self._start: DataPosition | None = None
+        self.drawn_sizes: deque[int] = deque()
         if is_training and (rest := source.batch_size % world.size):
             near = [str(size) for size in (source.batch_size - rest, source.batch_size - rest + world.size) if size]
             raise UsageError(
@@ -154,9 +160,10 @@ class GlobalBatchSampler:
             self._start = None
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        return self._batches(self._start or DataPosition(self.epoch()))
+        self.drawn_sizes = deque()
+        return self._batches(self._start or DataPosition(self.epoch()), self.drawn_sizes)
 
-    def _batches(self, position: DataPosition) -> Iterator[list[SampleKey]]:
+    def _batches(self, position: DataPosition, drawn_sizes: deque[int]) -> Iterator[list[SampleKey]]:
         cycle = [position.cycle] if position.cycle else []  # the first pass of an epoch is a function of (seed, epoch) alone
         seed, used = derive_seed(self.seed, position.epoch, *cycle), position.used
         order, stream = self._order(seed), RandomStream(seed)
@@ -169,6 +176,7 @@ class GlobalBatchSampler:
                 with stream.active():
                     batch = list(islice(drawn, size))
                 size = len(batch)
+                drawn_sizes.append(size)
             else:
                 size = min(size, len(order) - used)
             if size <= 0 or (self.drop_last and size < self.batch_size):
@@ -192,7 +200,6 @@ class GlobalBatchSampler:
     def _drawn(self, seed: int) -> Iterator[Any]:
         """What the sampler yields in one pass."""
         sampler = self.source.sampler
-        if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
-            generator.manual_seed(seed >> 1)
+        reseed_generators(sampler, seed)
         drawn: Iterator[Any] = iter(sampler)
         return drawn

@@ -9,19 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lockstep.data.generators import derive_seed, reseed_generators
+
 SampleKey = tuple[int, int, Any]
 """One sample of one pass over the data: seed of the pass, position in it, and what the sampler yields there."""
-
-
-def derive_seed(*parts: int) -> int:
-    """A 64-bit seed from ``parts``: equal for equal parts, unrelated otherwise (splitmix64, Steele et al. 2014)."""
-    state = 0
-    for part in parts:
-        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state
 
 
 def seed_cpu(seed: int) -> None:
@@ -95,7 +86,9 @@ class SeededDataset(Dataset[Any]):
         samples: list[Any] = []
         with preserve_rng_state():
             for seed, position, index in keys:
-                seed_cpu(derive_seed(seed, position))
+                own = derive_seed(seed, position)
+                seed_cpu(own)
+                reseed_generators(self.dataset, own)
                 sample = self._read([index])
                 if not isinstance(sample, list):
                     return self._read(indices)

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from lockstep.compat.lightning import LightningCombinedLoader, overridden_iteration, split_combination, training_loader
 from lockstep.core import UsageError
+from lockstep.data.generators import reseed_generators
 from lockstep.data.sampling import DataPosition
 from lockstep.data.seeding import RandomStream, derive_seed
 from lockstep.data.sharding import DataSharding, ShardedLoader
@@ -52,26 +53,27 @@ class LoaderPasses:
         if isinstance(self.loader, ShardedLoader):
             with self.loader.global_batches.starting_at(self.position):
                 batches = iter(self.loader)
-            return self._count_samples(batches)
+            return self._count_samples(batches, self.loader.global_batches.drawn_sizes)
         position, world = self.position, self.sharding.world
         stream = RandomStream(derive_seed(self.sharding.seed, world.rank, position.epoch, position.cycle))
         with stream.active():
+            reseed_generators(self.loader, derive_seed(self.sharding.seed, position.epoch, position.cycle), keep_seed=True)
             batches = iter(self.loader)
         return self._count_batches(batches, stream)
 
     @property
     def plan(self) -> tuple[int, int] | None:
-        """Samples of all ranks from the position on, and in a batch; None if the loader is not sharded."""
-        if not isinstance(self.loader, ShardedLoader):
+        """Samples of all ranks from the position on, and in a batch; None if the loader is not sharded or has no length."""
+        batches = self.loader.global_batches if isinstance(self.loader, ShardedLoader) else None
+        if batches is None or batches.samples is None:
             return None
-        batches = self.loader.global_batches
-        left = (batches.samples or 0) - self.position.used
+        left = batches.samples - self.position.used
         return left - left % batches.batch_size if batches.drop_last else left, batches.batch_size
 
-    def _count_samples(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _count_samples(self, batches: Iterator[Any], drawn_sizes: deque[int]) -> Iterator[Any]:
         sampler = self.loader.global_batches
         for batch in batches:
-            self.samples = sampler.size_after(self.position.used)
+            self.samples = drawn_sizes.popleft() if drawn_sizes else sampler.size_after(self.position.used)
             self.weight = sampler.rank_weight(self.samples)
             self._advance(self.samples)
             yield batch
@@ -162,7 +164,13 @@ class TrainingLoader(LightningCombinedLoader):
         batch = super().__next__()
         samples = [passes.samples for passes in self._passes]
         total = None if None in samples else sum(filter(None, samples))
-        weight = next((passes.weight for passes in self._passes if passes.weight != 1), 1.0)
+        weights = {passes.weight for passes in self._passes if passes.samples} or {1.0}
+        if len(weights) > 1:  # a sampler without a length has ended with a smaller batch
+            raise UsageError(
+                f"data: the train loaders have batches of {', '.join(map(str, samples))} samples in one step, which "
+                f"{self.sharding.world.size} ranks cannot share with one weight for all; set drop_last=True."
+            )
+        (weight,) = weights
         self._batches.append(TrainingBatch(tuple(passes.position for passes in self._passes), weight, total))
         return batch
 

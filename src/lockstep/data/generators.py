@@ -1,0 +1,80 @@
+"""Random generators that a dataset, sampler or loader has as attributes: they are seeded again where the global ones are.
+
+Otherwise their state would depend on how often this process has used them, and so on restarts, ranks and workers.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def derive_seed(*parts: int) -> int:
+    """A 64-bit seed from ``parts``: equal for equal parts, unrelated otherwise (splitmix64, Steele et al. 2014)."""
+    state = 0
+    for part in parts:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state
+
+
+_Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+_PARTS = (Dataset, Sampler, DataLoader)
+
+_first_states: dict[int, tuple[_Generator, int]] = {}
+"""Each generator that ``keep_seed`` has seen, and a hash of the state that its owner gave it."""
+
+
+def reseed_generators(owner: object, seed: int, keep_seed: bool = False) -> None:
+    """Seed the generators that are attributes of ``owner``, or of datasets, samplers and loaders in its attributes.
+
+    Args:
+        owner: A dataset, sampler or loader.
+        seed: What the new state depends on.
+        keep_seed: Whether it depends on the state that the owner gave the generator, too, such as another one on each rank.
+    """
+    for number, generator in enumerate(_find(owner, set())):
+        own = derive_seed(seed, number, *([_first_state(generator)] if keep_seed else []))
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(own >> 1)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = type(generator.bit_generator)(own).state
+        elif isinstance(generator, np.random.RandomState):
+            generator.seed(own & 0xFFFFFFFF)
+        else:
+            generator.seed(own)
+
+
+def _first_state(generator: _Generator) -> int:
+    if id(generator) not in _first_states:
+        if isinstance(generator, torch.Generator):
+            state: Any = generator.get_state().tolist()
+        elif isinstance(generator, np.random.Generator):
+            state = generator.bit_generator.state
+        else:
+            state = generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate()
+        digest = hashlib.sha256(repr(state).encode()).digest()
+        _first_states[id(generator)] = generator, int.from_bytes(digest[:8])
+    return _first_states[id(generator)][1]
+
+
+def _find(owner: object, seen: set[int]) -> Iterator[_Generator]:
+    if id(owner) in seen:
+        return
+    seen.add(id(owner))
+    for value in list(getattr(owner, "__dict__", {}).values()):
+        if isinstance(value, _Generator):
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield value
+        elif isinstance(value, _PARTS):
+            yield from _find(value, seen)
+        elif type(value) in (list, tuple) and value and isinstance(value[0], _PARTS):
+            for part in value:
+                yield from _find(part, seen)
