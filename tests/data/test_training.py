@@ -139,8 +139,13 @@ def shapes() -> dict[str, Any]:
         "stream": [DataLoader(Stream(), batch_size=4), plain(10)],
         "endless": DataLoader(Noisy(30), batch_size=4, sampler=Endless()),
         **{
-            f"own {type(generator).__name__}{' in batches' * in_batches}": own_loader(generator, in_batches)
-            for generator in (torch.Generator(), np.random.default_rng(0), np.random.RandomState(0), random.Random(0))
+            f"own {kind}{' in batches' * in_batches}": own_loader(generator, in_batches)
+            for kind, generator in (
+                ("torch.Generator", torch.Generator()),
+                ("numpy Generator", np.random.default_rng(0)),
+                ("RandomState", np.random.RandomState(0)),
+                ("Random", random.Random(0)),
+            )
             for in_batches in (False, True)
         },
         "own generator of a stream": DataLoader(Drawing(), batch_size=4),

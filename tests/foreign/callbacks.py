@@ -114,6 +114,13 @@ class LogsNorm(Callback):
         pl_module.log("weight_norm", torch.stack([p.norm() for p in pl_module.parameters()]).norm())
 
 
+class KeepsObject(Callback):
+    """Has an object of a class of one's own in its state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"owner": Points}
+
+
 class LogsItself(Callback):
     """Logs a row of its own with the Trainer's logger, beside the module's."""
 
@@ -219,6 +226,11 @@ ROWS = (
         data=ScaledPoints,
     ),
     Row("a callback sets `should_stop` in mid-epoch", callback("foreign.callbacks.StopAfter", step=10), check=ends_after(10)),
+    Row(
+        "a callback whose `state_dict` has an object of any other class",
+        callback("foreign.callbacks.KeepsObject"),
+        refused="A checkpoint cannot hold ['KeepsObject']['owner']",
+    ),
     Row("a callback logs through the module", callback("foreign.callbacks.LogsNorm")),
     Row("a callback logs rows of its own", callback("foreign.callbacks.LogsItself")),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from lockstep.checkpoint.manifest import Progress
 from lockstep.checkpoint.rank_state import capture_state
 from lockstep.checkpoint.reader import MODEL_FILE, Checkpoint, published_checkpoints
-from lockstep.checkpoint.serialization import check_loadable, to_plain_types
+from lockstep.checkpoint.serialization import check_loadable, check_states, to_plain_types
 from lockstep.checkpoint.weight_sums import check_ranks_agree, weight_sums
 from lockstep.checkpoint.writer import SHUTDOWN_SECONDS, CheckpointWriter
 from lockstep.compat.lightning import LightningFitLoop, dump_checkpoint, is_stopping, is_training_done
@@ -90,6 +90,8 @@ class CheckpointCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed is not None:
             self.seconds_lost += time.time() - self._resumed.saved_at
+        if self.writer is not None:
+            check_states(trainer)
         capture_state(trainer)  # Fail now instead of at the first save if a private name is missing.
         self._boundary_step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()

@@ -13,9 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lockstep.core import RunError
+from lockstep.core import RunError, UsageError
 
 
 def copy_to_cpu(value: Any) -> Any:
@@ -105,6 +106,16 @@ def load_weights(file: Path) -> dict[str, Tensor]:
     with torch.serialization.safe_globals([(_Placeholder, name) for name in _refused_globals(file)]):
         state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     return {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+
+
+def check_states(trainer: Trainer) -> None:
+    """Raise a UsageError for a ``state_dict`` that a checkpoint cannot hold; ``on_save_checkpoint`` is called by saves only."""
+    owners = [trainer.lightning_module, getattr(trainer, "datamodule", None), *trainer.callbacks]  # type: ignore[attr-defined]
+    for owner in filter(None, owners):
+        try:
+            check_loadable({type(owner).__name__: owner.state_dict()})
+        except RunError as error:
+            raise UsageError(error.message) from None
 
 
 def check_loadable(value: Any, place: str = "") -> None:
