@@ -212,8 +212,11 @@ def test_failed_and_killed_saves_leave_nothing(tmp_path: Path) -> None:
     run.log(2, 0)
     for name in (".step-00000007.1", ".step-00000009.2", ".step-00000003.gone", ".step-00000009.3"):
         (run.checkpoints / name).mkdir()
+    for name in (".metrics.csv.999999", ".result.json.999999", ".status.json.999999"):
+        (run.folder / name).touch()
     (zero, _) = fork_ranks(lambda world: fail_to_save(world, run), ranks=2)
     assert zero == [".step-00000009.3"] * 3  # a newer attempt may be writing that
+    assert not list(run.folder.glob(".*"))
 
 
 def test_every_n_minutes(launch: Launch) -> None:

@@ -174,7 +174,11 @@ ROWS = (
         own_order="the plain Trainer has no W&B here",
         check=wandb_has_every_row,
     ),
-    Row("a `CSVLogger` of one's own", "--trainer.logger CSVLogger --trainer.logger.save_dir csv", check=has_csv),
+    Row(
+        "a `CSVLogger` of one's own (a version of its files for each attempt)",
+        "--trainer.logger CSVLogger --trainer.logger.save_dir csv",
+        check=has_csv,
+    ),
     Row(
         "a `WandbLogger` of one's own",
         "--trainer.logger WandbLogger",

@@ -17,7 +17,7 @@ from support.waiting import wait_until
 from support.wandb_reader import read_history
 
 from lockstep.core import Superseded, UsageError
-from lockstep.runs import Failure, Owner, Run, RunProgress, RunResult, write_failed_result
+from lockstep.runs import Failure, Owner, Run, RunProgress, RunResult, touches_claim, write_failed_result
 from lockstep.slurm import is_owner_alive
 
 ROUNDS, CLAIMANTS = 200, 6
@@ -78,9 +78,18 @@ def test_an_owner_that_cannot_be_queried_lives_while_it_reports(tmp_path: Path, 
     RunProgress("training").write(run.status)
     assert claim(run, Owner.this_process()) is None
     assert run.living_owner(lambda owner: None) == owner
-    for last in (RunProgress("interrupted"), RunProgress("training", time=time.time() - 600)):
-        last.write(run.status)
-        assert run.living_owner(lambda owner: None) is None
+    ago = time.time() - 600
+    RunProgress("interrupted").write(run.status)
+    assert run.living_owner(lambda owner: None) is None
+    RunProgress("training", time=ago).write(run.status)
+    assert run.living_owner(lambda owner: None) == owner  # a long validation: it touches its claim
+    os.utime(run.claim(1), (ago, ago))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lockstep.runs.ownership._TOUCH_SECONDS", 0.01)
+        with touches_claim(run, 1):
+            wait_until(lambda: run.living_owner(lambda owner: None) == owner, 5)
+    os.utime(run.claim(1), (ago, ago))
+    assert run.living_owner(lambda owner: None) is None
     assert claim(run, Owner.this_process()) == 2
 
 
@@ -115,9 +124,14 @@ def test_a_folder_whose_runs_others_could_replace_is_refused(tmp_path: Path, mod
     os.chown(root, 0, group)
     root.chmod(mode)
     if said:
-        with pytest.raises(UsageError, match=f"others can write to {root}, .* such as a new folder in it"):
+        with pytest.raises(UsageError, match=f"others can write to {root}, .* choose another with --run.root"):
             Run.create(root, "x")
         assert not list(root.glob("*/*"))
+    if mode == 0o777:  # anybody can rename what is anywhere in it
+        with pytest.raises(UsageError, match=f"others can write to {root}, "):
+            Run.create(root / "new/folder", "x")
+        assert not list(root.glob("*"))
+        return
     old = os.umask(0o002)
     try:
         made = Run.create(root / "new", "x")
@@ -133,6 +147,19 @@ def test_a_run_that_others_could_replace_is_not_resumed(tmp_path: Path, place: s
     assert Run.open(run.folder) == run
     (run.folder / place).chmod(0o777)
     with pytest.raises(UsageError, match=r"others can write to .*, and so replace what a run keeps there; .*\(chmod go-w "):
+        Run.open(run.folder)
+
+
+@pytest.mark.parametrize("place", [".", "..", "../.."])
+def test_a_run_of_another_user_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    run = Run.create(tmp_path, "x")
+    run.config.touch()
+    if os.geteuid():
+        pytest.skip("only root gives a folder to another user")
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    assert Run.open(run.folder) == run  # root's
+    os.chown(run.folder / place, 4321, -1)
+    with pytest.raises(UsageError, match=r"belongs to another user \(uid 4321\), who may replace what a run keeps there"):
         Run.open(run.folder)
 
 

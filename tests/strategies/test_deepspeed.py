@@ -24,6 +24,25 @@ def imported() -> None:
     preload("deepspeed")
 
 
+class Unfreezes(Callback):
+    """Freezes a layer before training, and unfreezes it at step 13."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        next(pl_module.parameters()).requires_grad_(False)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == 13:
+            next(pl_module.parameters()).requires_grad_(True)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_parameters_that_are_unfrozen_later_are_refused(launch: Launch, capfd: pytest.CaptureFixture[str], stage: int) -> None:
+    run = launch(*RUN, *zero(stage, 2), f"--trainer.callbacks+={__name__}.Unfreezes")
+    said = capfd.readouterr().err
+    assert run.status == 2 and "begins to require one later; let it do so from the start, or use strategy ddp." in said
+    assert run.newest.step == 10
+
+
 DDP = ["--strategy", "ddp", "--ranks", "2"]
 
 

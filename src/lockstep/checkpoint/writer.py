@@ -168,6 +168,9 @@ class CheckpointWriter:
             attempt = path.name.rpartition(".")[2]
             if attempt == "gone" or (attempt.isdigit() and int(attempt) <= self.attempt):
                 shutil.rmtree(path, ignore_errors=True)
+        for path in self.run.folder.glob(".*.*.[0-9]*"):  # of atomic writes
+            if path.suffix != f".{os.getpid()}":
+                path.unlink(missing_ok=True)
 
     def wait(self, seconds: float) -> None:
         """Wait up to ``seconds`` for this rank's save to finish."""

@@ -32,17 +32,22 @@ _NAME = re.compile(
 """Names of variables that hold a secret: OPENAI_KEY, MY_PASSWD, GITHUB_PAT, but not TOKENIZERS_PARALLELISM or PATH."""
 
 _CERTAIN_NAME = re.compile(
-    r"(^|_)(\w*(passw(or)?d|secret|api_?key|access_?key)|(auth|access|api)_token|credentials?)$", re.IGNORECASE
+    r"(^|_)(\w*(passw(or)?d|secret|api_?key|access_?key)|passphrase|pwd|credentials?"
+    r"|(auth|access|api|bearer|refresh|session|bot|hf|hub|github|gitlab|gh|slack|wandb|openai|anthropic)_token"
+    r"|(openai|anthropic|hf|aws|azure|gcp|google|slack|private|encryption|signing|ssh|client|service|account)_key"
+    r"|(github|gitlab|gh|git|azure|devops)_pat|(db|database|user|root|admin|my|smtp|mail|ftp|ssh|redis)_pass)$",
+    re.IGNORECASE,
 )
-"""Names of arguments that hold a secret. A token or a key alone is more often a word or a column."""
+"""Names of arguments that hold a secret. A token, a key or a pass alone is more often a word, a column or a pass over data."""
 
 _VALUE = re.compile(
     r"://(?!\[)[^/\s:@]*:(?!\d{0,5}/)\S+@(?!sha\d+:)"  # user:password in a URL, but not host:port and a path
     r"|://[^/\s:]*@[^/\s:]*:[^/\s@]+@|https?://[^/\s@]+@"  # me@here:password, or a token, in a URL
     r"|\b(sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|xox[abprs]-[\w-]{10,}"
     r"|AKIA[0-9A-Z]{16}|wandb_v\d_\w{20,})"
+    r"|hooks\.slack\.com/services/\w|discord(app)?\.com/api/webhooks/\w|\bwandb login (--\S+ )*[0-9a-f]{40}"
 )
-"""Passwords in URLs, and the forms of well-known services: OpenAI, GitHub, GitLab, Hugging Face, Slack, AWS, W&B."""
+"""Passwords in URLs, and the forms of well-known services: OpenAI, GitHub, GitLab, Hugging Face, Slack, Discord, AWS, W&B."""
 
 _REFERENCE = re.compile(r"[\"']?([~$]|\./|/[\w.@-]+(/[\w.@-]*)*[\"']?$|$)")
 """The beginning of a path or of a shell expansion, which only says where the secret is; or nothing."""

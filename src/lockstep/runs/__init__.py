@@ -11,7 +11,7 @@ from lockstep.runs.failure import (
     write_failed_result,
     write_trained_result,
 )
-from lockstep.runs.ownership import OWNER_SECONDS, Ownership
+from lockstep.runs.ownership import OWNER_SECONDS, Ownership, touches_claim
 from lockstep.runs.records import AttemptStart, Durations, LaunchRecord, Owner, RunProgress, RunResult, SweepRun
 from lockstep.runs.run import Run, checkpoint_order, git_state, new_run_id, report_phase, update_status
 from lockstep.runs.snapshot import CodePaths, verify_snapshot

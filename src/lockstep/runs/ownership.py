@@ -1,11 +1,34 @@
 """Whether an attempt still owns its run, without a question to the file system for each write."""
 
+import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from lockstep.runs.run import Run
 
+_TOUCH_SECONDS = 15.0
+
 OWNER_SECONDS = 1.0
 """For how long an attempt may not notice that a newer one has claimed the run."""
+
+
+@contextmanager
+def touches_claim(run: Run, attempt: int) -> Iterator[None]:
+    """Show that this attempt lives, also where it writes nothing for long, as in a validation or while it prepares data."""
+    stopped = threading.Event()
+
+    def touch() -> None:
+        while not stopped.wait(_TOUCH_SECONDS):
+            with suppress(OSError):  # a full disk must not end a run
+                os.utime(run.claim(attempt))
+
+    threading.Thread(target=touch, name="claim", daemon=True).start()
+    try:
+        yield
+    finally:
+        stopped.set()
 
 
 class Ownership:

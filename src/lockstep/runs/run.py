@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ RUN_ID_PATTERN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}(-\d{3,})?")
 
 
 _SILENT_SECONDS = 60.0
-"""Time without a new ``status.json`` after which an owner that cannot be queried counts as ended."""
+"""Time without a sign of life after which an owner that cannot be queried counts as ended."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Run:
                     f"run.root: the run folder {folder} cannot be written ({error.strerror}); choose another with --run.root."
                 ) from None
         try:
-            _check_private(folder, "choose another with --run.root, such as a new folder in it")
+            _check_private(folder, "choose another with --run.root")
         except UsageError:
             for path in (folder, *made):
                 path.rmdir()
@@ -157,7 +158,7 @@ class Run:
         attempt = self.newest_attempt
         while True:
             held = self.owner_of(attempt)
-            if held is not None and held != owner and self._is_held(is_alive(held)):
+            if held is not None and held != owner and self._is_held(held, is_alive(held)):
                 raise UsageError(f"The run {self.folder} is being trained by {held}; end that first.")
             attempt += 1
             claim = replace(owner, attempt=attempt)
@@ -167,21 +168,28 @@ class Run:
 
     def owner_of(self, attempt: int) -> Owner | None:
         """Who claimed an attempt; None if it is unknown."""
-        return Owner.read(self.attempt_folder(attempt) / self.owner.name)
+        return Owner.read(self.claim(attempt))
 
     def living_owner(self, is_alive: Callable[[Owner], bool | None]) -> Owner | None:
         """The owner, if it still runs; ``is_alive`` is that of ``claim_attempt``."""
         held = Owner.read(self.owner)
-        return held if held is not None and self._is_held(is_alive(held)) else None
+        return held if held is not None and self._is_held(held, is_alive(held)) else None
 
-    def _is_held(self, is_alive: bool | None) -> bool:
-        """Whether the owner may still write; one that cannot be queried is judged by its last ``status.json``."""
+    def _is_held(self, held: Owner, is_alive: bool | None) -> bool:
+        """Whether the owner may still write; one that cannot be queried is judged by what it has written last."""
         if is_alive is not None:
             return is_alive
         last = RunProgress.read(self.status)
-        if last is None or last.status not in ("starting", "training", "trained"):
+        if last is not None and last.status not in ("starting", "training", "trained"):
             return False
-        return time.time() - last.time < _SILENT_SECONDS
+        times = [last.time] if last is not None else []
+        with suppress(OSError):
+            times.append(self.claim(held.attempt).stat().st_mtime)
+        return time.time() - max(times, default=0.0) < _SILENT_SECONDS
+
+    def claim(self, attempt: int) -> Path:
+        """The record of who claimed an attempt, which that attempt touches while it lives."""
+        return self.attempt_folder(attempt) / self.owner.name
 
     def _create_attempt(self, claim: Owner) -> bool:
         """Create the folder of an attempt with its owner in it, atomically; return False if another process was faster."""
@@ -241,21 +249,28 @@ def checkpoint_order(path: Path) -> tuple[int, ...]:
 
 
 def _check_private(folder: Path, otherwise: str) -> None:
-    """Raise UsageError if other users can write to a run folder or to the two above it."""
-    for place in (folder, folder.parent, folder.parent.parent):
-        if _others_can_write(place):
+    """Raise UsageError if a run folder or one of the two above it is not this user's, or if others can replace any above it."""
+    parents = (folder.absolute(), *folder.absolute().parents)
+    for place in parents[:3]:
+        if os.geteuid() and (owner := place.stat().st_uid) not in (os.geteuid(), 0):
+            raise UsageError(
+                f"run.root: {place} belongs to another user (uid {owner}), who may replace what a run keeps there."
+            )
+    for number, place in enumerate(parents):
+        if _others_can_write(place, groups=number < 3):
             raise UsageError(
                 f"run.root: others can write to {place}, and so replace what a run keeps there; take that away "
                 f"(chmod go-w {place}) or {otherwise}."
             )
 
 
-def _others_can_write(folder: Path) -> bool:
-    """Whether other users can replace what is in ``folder``; a sticky folder protects the entries of each user."""
+def _others_can_write(folder: Path, groups: bool) -> bool:
+    """Whether any other user, or one of the same ``groups``, can replace what is in ``folder``, which is not sticky."""
     found = folder.stat()
     if found.st_mode & stat.S_ISVTX:
         return False
-    return bool(found.st_mode & stat.S_IWOTH) or bool(found.st_mode & stat.S_IWGRP and not _is_private_group(found.st_gid))
+    is_shared = bool(found.st_mode & stat.S_IWGRP and not _is_private_group(found.st_gid))
+    return bool(found.st_mode & stat.S_IWOTH) or (groups and is_shared)
 
 
 def _is_private_group(number: int) -> bool:

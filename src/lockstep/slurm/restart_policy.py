@@ -20,11 +20,18 @@ _NO_PROGRESS_LIMIT = 25
 """Attempts in a row without a new checkpoint after which the run is given up, except those that Slurm itself ended."""
 
 
+def _max_restarts(run: Run) -> int:
+    """``run.max_restarts`` of the run; its default where the config cannot be read, which then ends the ranks by name."""
+    try:
+        return int(yaml.safe_load(run.config.read_text())["run"]["max_restarts"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return RunOptions.max_restarts
+
+
 def reason_to_give_up(run: Run, ended: Sequence[Attempt], is_explained: bool) -> str:
     """Return why another attempt would end like the last of all ``ended`` ones; empty if it may succeed."""
     last = ended[-1]
-    config = yaml.safe_load(run.config.read_text()) if run.config.exists() else {}
-    limit = config.get("run", {}).get("max_restarts", RunOptions.max_restarts)
+    limit = _max_restarts(run)
     if sum(attempt.crashed for attempt in ended) > limit:
         return f"It has crashed more than run.max_restarts={limit} times; the last: {last.reason}"
     same_step = [attempt.crashed and attempt.saved_step == last.saved_step for attempt in ended]

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from lockstep.runs import (
     read_first_failure,
     record_failure,
     signal_name,
+    touches_claim,
     update_status,
     write_trained_result,
 )
@@ -98,7 +99,8 @@ class TrainingSession:
                 context.ownership.check_now()
                 self._config_text = dump_config(context.parser, context.config)
                 atomic_write_text(context.run.config, self._config_text)
-            result = self._execute()
+            with touches_claim(context.run, context.attempt) if context.world.is_rank_zero else nullcontext():
+                result = self._execute()
             if context.world.is_rank_zero:
                 context.ownership.check_now()
         except BaseException as error:

@@ -27,7 +27,10 @@ _PER_TASK = {"gpus-per-task", "gpu-bind", "ntasks-per-gpu", "tres-per-task", "tr
 
 _RESERVED_SRUN = {"ntasks", "ntasks-per-node", "cpus-per-task", "nodes", "output", "kill-on-bad-exit"}
 
-_ASSIGNMENT = re.compile(r"(\w+)=(\S*)")
+_ASSIGNMENT = re.compile(
+    r"\b([A-Za-z_]\w*)=[\"']?([^\s,;\"']*)|--(password|passwd|secret|token|api-?key|access-?key)[= ]+(\S+)"
+)
+"""An assignment in a line of a shell, also within another one, or an option of a program that gives it a secret."""
 
 _SIZE_UNITS = "KMGT"
 
@@ -282,7 +285,12 @@ def _check_secrets(profile: Profile, place: str) -> None:
     container = profile.container
     lines = {"setup": profile.setup, "sbatch": profile.sbatch, "srun": profile.srun, "modules": profile.modules}
     texts = {"container": (container.image, *container.mounts) if container else (), **lines}
-    found = [(f"{key}.{name}", value) for key in texts for line in texts[key] for name, value in _ASSIGNMENT.findall(line)]
+    found = [
+        (f"{key}.{name or option.replace('-', '_')}", value or secret)
+        for key in texts
+        for line in texts[key]
+        for name, value, option, secret in _ASSIGNMENT.findall(line)
+    ]
     found += [(key, line) for key in texts for line in texts[key]]
     found += [(f"environment.{name}", value) for name, value in profile.environment.items()]
     for name, value in found:
