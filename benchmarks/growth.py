@@ -7,6 +7,7 @@ others. Rows named "usual way" do what a DistributedSampler and torchvision's Im
 """
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import sys
@@ -23,9 +24,13 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
-from lockstep.core import World
+from lockstep.core import World, atomic_write_json
 from lockstep.data.file_index import FileIndex, index_content, publish_index, scan
 from lockstep.data.sampling import DataPosition, GlobalBatchSampler
+from lockstep.monitoring.csv_logger import METRICS_ROW, CsvMetricsLogger
+from lockstep.monitoring.watchdog import Watchdog
+from lockstep.runs import Run
+from lockstep.runs.snapshot import take_snapshot, verify_snapshot
 from lockstep.slurm import SubmittedJob, register_job, registered_jobs
 from lockstep.trainer.prediction_parts import Part, PartWriter, merge_parts
 
@@ -130,7 +135,56 @@ def job_rows(largest: int) -> Iterator[Row]:
                 yield Row(f"jobs.py list: {what}", f"{jobs:.0e} jobs ever", find)
 
 
-GROUPS = {"order": order_rows, "index": index_rows, "predict": prediction_rows, "jobs": job_rows}
+def snapshot_rows(largest: int) -> Iterator[Row]:
+    """The code of a run is copied at its submission, and each node verifies the copy."""
+    for files in _sizes(10**2, min(largest, 10**4)):
+        with tempfile.TemporaryDirectory() as name:
+            project, run = Path(name, "project"), Path(name, "run")
+            _make_files(project, [f"part{number % 100}/module{number}.py" for number in range(files)])
+            yield Row("snapshot: take", f"{files:.0e} files", partial(take_snapshot, project, run, (), ()))
+            yield Row("snapshot: verify, on each node", f"{files:.0e} files", partial(_verify, run))
+
+
+def _verify(run: Path) -> None:
+    verify_snapshot(run, hashlib.sha256((run / "code.sha256").read_bytes()).hexdigest())
+
+
+def metrics_rows(largest: int) -> Iterator[Row]:
+    """A run resumes after the rows that it has logged, which only rank zero reads."""
+    for rows in _sizes(10**3, min(largest, 10**5)):
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name, "metrics.csv")
+            path.write_text(f"{METRICS_ROW},step,epoch,train/loss\n" + "".join(f"{n},{n},0,0.5\n" for n in range(1, rows + 1)))
+            for what, is_writer in (("rank zero", True), ("any other rank", False)):
+                yield Row(f"resume metrics.csv: {what}", f"{rows:.0e} rows", partial(_resume_metrics, path, rows, is_writer))
+
+
+def _resume_metrics(path: Path, rows: int, is_writer: bool) -> None:
+    CsvMetricsLogger(path, lambda: 0, is_writer=is_writer).resume(rows)
+
+
+def hang_rows(largest: int) -> Iterator[Row]:
+    """All ranks hang, and one of them reads the reports of all."""
+    for ranks in _sizes(8, min(largest, 8000)):
+        with tempfile.TemporaryDirectory() as name:
+            run = Run.create(Path(name), "growth")
+            run.attempt_folder(1).mkdir()
+            for rank in range(ranks):
+                atomic_write_json(run.attempt_folder(1) / f"stuck-{rank}.json", {"rank": rank, "heartbeats": 9})
+            for what, rank in (("rank zero", 0), ("any other rank", 1)):
+                watchdog = Watchdog(run, World(rank, ranks), 1, 300.0)
+                yield Row(f"hang report: {what}", f"{ranks:,} ranks", partial(watchdog.record_stuck, 300.0))
+
+
+GROUPS = {
+    "order": order_rows,
+    "index": index_rows,
+    "predict": prediction_rows,
+    "jobs": job_rows,
+    "snapshot": snapshot_rows,
+    "metrics": metrics_rows,
+    "hang": hang_rows,
+}
 
 
 def measure_memory(work: Callable[[], object]) -> tuple[float, float]:

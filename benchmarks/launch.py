@@ -51,6 +51,7 @@ def submit(command: list[str], folder: Path, jobs: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="number of rounds (default 10)")
+    parser.add_argument("--files", type=int, default=19_000, metavar="N", help="files of the large folder (default 19000)")
     parser.add_argument("--sweep-runs", type=int, default=1000, metavar="N", help="runs of the sweep (default 1000)")
     arguments = parser.parse_args()
     jobs: list[str] = []
@@ -72,11 +73,18 @@ def main() -> None:
                     duration = submit(command, folder / label.replace("/", " "), jobs)
                     if round_:  # the first one compiles modules
                         times[label].append(duration)
+            repository = folder / "repository"
+            for number in range(arguments.files):
+                path = repository / f"part{number // 200}" / f"module{number}.py"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"VALUE = {number}\n" * 50)
+            large = submit(launch, repository, jobs)
             seeds = ",".join(map(str, range(arguments.sweep_runs)))
             sweep = submit([*launch, "--sweep", f"seed_everything={seeds}"], folder / "sweep", jobs)
         finally:
             subprocess.run(["scancel", *jobs], check=True)
     medians = {label: statistics.median(values) for label, values in times.items()}
+    medians[f"launch/slurm.py in a folder of {arguments.files:,} files"] = large
     medians[f"a sweep of {arguments.sweep_runs:,}"] = sweep
     table = Table("", "ms", "× submitit", box=None)
     for label, median in medians.items():

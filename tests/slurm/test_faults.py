@@ -3,6 +3,7 @@
 Cheapest first: jobs that never start, then ranks that train and fail.
 """
 
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -91,6 +92,19 @@ def test_a_raised_exception_is_told_with_its_rank_and_traceback(shell: Shell) ->
     assert "rank 1 of 2 (node 1" in log and log.count("Traceback") == 1, log
     assert f"job {job.id}: failed." in shown.stdout and "Traceback" in shown.stdout
     assert "injected fault" in job.result["reason"]
+
+
+def test_an_import_that_raises_in_the_agent_is_told_and_not_repeated(shell: Shell) -> None:
+    lines = (
+        "raise RuntimeError('set MY_VARIABLE')",
+        "from lightning.pytorch import LightningModule as M",
+        "class Model(M): ...",
+    )
+    (shell.project / "raises.py").write_text("\n".join(lines))
+    job = shell.submit("--nodes", "2", "--config", "toy_model.yaml", "--model", "raises.Model")
+    status = job.wait()
+    assert (status["exit"], status["attempt"]) == (2, 1)
+    assert re.search(r"RuntimeError: set MY_VARIABLE \(.*raises\.py, line 1\)", status["message"]), status["message"]
 
 
 def test_a_killed_rank_is_told(shell: Shell) -> None:

@@ -252,10 +252,11 @@ def test_a_sweep_of_a_thousand_is_one_job_in_seconds(shell: Shell) -> None:
 
 def test_the_benchmark_of_submissions_runs(shell: Shell) -> None:
     before = shell.queue()
-    done = shell("benchmarks/launch.py", "--rounds", "1", "--sweep-runs", "2")
+    done = shell("benchmarks/launch.py", "--rounds", "1", "--sweep-runs", "2", "--files", "30")
     assert done.returncode == 0, done.stderr
     assert [line.split("  ")[0].strip() for line in done.stdout.splitlines()[1:]] == [
-        "sbatch", "ten lines of submitit", "launch/slurm.py", "launch/slurm.py --no-snapshot", "a sweep of 2",
+        "sbatch", "ten lines of submitit", "launch/slurm.py", "launch/slurm.py --no-snapshot",
+        "launch/slurm.py in a folder of 30 files", "a sweep of 2",
     ]  # fmt: skip
     assert shell.queue() == before
 
@@ -308,7 +309,7 @@ def test_ranks_are_placed_and_changes_after_submission_do_not_matter(shell: Shel
     assert not list(shell.project.rglob("pwned"))
 
 
-def test_slurm_and_local_give_the_same_weights(shell: Shell) -> None:
+def test_slurm_local_srun_and_torchrun_give_the_same_weights(shell: Shell) -> None:
     digits = ("--nodes", "4", "--trainer.max_epochs", "5", "--run.root", "runs")
     job = shell.submit(*digits, WANDB_MODE="offline")
     status = job.wait()
@@ -316,8 +317,14 @@ def test_slurm_and_local_give_the_same_weights(shell: Shell) -> None:
     assert len(list((job.folder / "wandb").glob("offline-run-*"))) == 1
     done = shell("launch/local.py", *digits)
     assert done.returncode == 0, done.stderr
-    (local,) = [path for path in job.folder.parent.iterdir() if path != job.folder]
-    assert json.loads((local / "result.json").read_text())["weights_sha256"] == job.result["weights_sha256"]
+    config = ("--config", str(REPO / "configs/digits.yaml"), *digits[2:])
+    train = [sys.executable, "-m", "lockstep.cli", "train", *config]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", *train[1:]]
+    for command in (["srun", "--nodes=2", "--ntasks-per-node=2", "--quiet", *train], torchrun):
+        subprocess.run(command, cwd=shell.project, env=shell.env, check=True, capture_output=True, timeout=100)
+    results = [json.loads(path.read_text()) for path in job.folder.parent.glob("*/result.json")]
+    assert [result["world_size"] for result in results] == [4] * 4
+    assert {result["weights_sha256"] for result in results} == {job.result["weights_sha256"]}
 
 
 def test_zero_3_trains_as_a_job_of_four_nodes(shell: Shell) -> None:

@@ -134,6 +134,11 @@ class Watchdog(Callback):
         mine = StuckRank(self.world.rank, self._heartbeats)
         atomic_write_json(folder / f"stuck-{self.world.rank}.json", asdict(mine))
         time.sleep(_REPORT_SECONDS)
+        self.record_stuck(silent)
+
+    def record_stuck(self, silent: float) -> None:
+        """Record which rank is to blame, if this is the lowest of the stuck ranks, which alone reads their records."""
+        folder = self.run.attempt_folder(self.attempt)
         if self._is_lowest(folder):
             stuck = [StuckRank(**read_json(path)) for path in folder.glob("stuck-*.json")]
             record_failure(self.run, self.attempt, self._blame(stuck, silent))
