@@ -71,7 +71,7 @@ def test_nvme_is_refused_under_python_o() -> None:
 def test_nvme_is_refused_with_another_version_of_deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     options = DeepSpeedOptions(stage=3, offload_optimizer="nvme", nvme_path=tmp_path)
     check_offload(options)
-    monkeypatch.setattr("lockstep.compat.version", lambda library: "0.19.9")
+    monkeypatch.setattr("lockstep.compat.installed_version", lambda library: "0.19.9")
     with pytest.raises(UsageError) as refused:
         check_offload(options)
     assert str(refused.value) == (

@@ -5,7 +5,6 @@ Import the module of a library, not this room: the launcher must not import torc
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lockstep.core import LockstepError, UsageError
@@ -43,9 +42,19 @@ def private_imports(library: str) -> Iterator[None]:
         raise _missing(library, f"fails: {error}") from error
 
 
+def installed_version(library: str) -> str | None:
+    """The version of a library; None without it, as on a login node."""
+    from importlib import metadata  # which takes 10 ms to import
+
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _missing(library: str, what: str) -> LockstepError:
     return LockstepError(
-        f"{library} {version(library)} {what}, which lockstep needs; it was tested with {library} "
+        f"{library} {installed_version(library)} {what}, which lockstep needs; it was tested with {library} "
         f"{TESTED[library]}: pip install {library}=={TESTED[library]}"
     )
 
@@ -62,11 +71,8 @@ def check_tested_version(library: str, feature: str) -> None:
     Raises:
         UsageError: Another version is installed; names ``feature`` (a key and its value) and both versions.
     """
-    try:
-        installed = version(library)
-    except PackageNotFoundError:  # as on a login node
-        return
-    if installed != TESTED[library]:
+    installed = installed_version(library)
+    if installed is not None and installed != TESTED[library]:
         raise UsageError(
             f"{feature} needs {library} {TESTED[library]}, the only version it was tested with; {installed} is installed: "
             f"pip install {library}=={TESTED[library]}"
