@@ -69,7 +69,7 @@ class _Results(_ResultCollection):
 
     Attributes:
         has_changed: Whether any was logged or reset since it was last set to false.
-        new: Keys of the values that the current batch has logged.
+        new: Keys of the values that the batches of the current step have logged.
     """
 
     has_changed = True
@@ -82,7 +82,7 @@ class _Results(_ResultCollection):
 
     @contextmanager
     def only_new(self) -> Iterator[None]:
-        """Show only the values that the current batch has logged."""
+        """Show only the values that the current step has logged."""
         self._is_new_only = True
         try:
             yield
@@ -169,7 +169,8 @@ class LightningEpochLoop(_TrainingEpochLoop):
         """Called after a step with ``Trainer.should_stop``, which it may take back."""
 
     def advance(self, data_fetcher: DataFetcher) -> None:
-        self._results.new.clear()
+        if (self.batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the first batch of a step
+            self._results.new.clear()
         if self.restarting or isinstance(data_fetcher, _DataLoaderIterDataFetcher) or not calls_hooks_fast(self.trainer):
             super().advance(data_fetcher)
         else:
