@@ -9,10 +9,16 @@ DEFAULT = "digits"
 
 
 def with_config(arguments: Sequence[str], resumed: str | None = None) -> list[str]:
-    """``arguments`` with paths for the names of shipped configs; with the config of a ``resumed`` run, or the default one.
+    """What ``find_shipped`` returns, with the config of a ``resumed`` run; without that and any other, with the default one."""
+    found = find_shipped(arguments)
+    if resumed is None and any(argument == "--config" or argument.startswith("--config=") for argument in found):
+        return found
+    at = 1 if found and not found[0].startswith("-") else 0
+    return [*found[:at], "--config", resumed or str(_shipped(DEFAULT)), *found[at:]]
 
-    A file or YAML of that name comes first.
-    """
+
+def find_shipped(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with paths for the names of shipped configs; a file of that name comes first."""
     found, is_value = list[str](), False
     for argument in arguments:
         name = argument if is_value else argument.removeprefix("--config=")
@@ -20,10 +26,7 @@ def with_config(arguments: Sequence[str], resumed: str | None = None) -> list[st
             argument = str(path) if is_value else f"--config={path}"
         is_value = argument == "--config" and not is_value
         found.append(argument)
-    if resumed is None and any(argument == "--config" or argument.startswith("--config=") for argument in found):
-        return found
-    at = 1 if found and not found[0].startswith("-") else 0
-    return [*found[:at], "--config", resumed or str(_shipped(DEFAULT)), *found[at:]]
+    return found
 
 
 def _shipped(name: str) -> Path | None:

@@ -24,7 +24,7 @@ from lockstep.checkpoint import (
     latest_checkpoint,
     read_checkpoint,
 )
-from lockstep.config import load_yaml, split_command
+from lockstep.config import find_shipped, load_yaml, split_command
 from lockstep.core import (
     FinalTestError,
     LockstepError,
@@ -337,7 +337,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
     world = World()
     try:
         world = World.from_env(env)
-        command, keys = split_command(arguments)
+        command, keys = split_command(find_shipped(arguments))
         train(command, parse_config(keys, command), world)
         return 0
     except LockstepError as error:
