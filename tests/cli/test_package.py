@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from support.runs import REPO
 
+pytestmark = pytest.mark.timeout(170)
+
 BUILD = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
 
 
