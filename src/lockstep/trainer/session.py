@@ -309,6 +309,8 @@ class TrainingSession:
         try:
             result.write(run.result)
             update_status(run, result.status)
+            if result.is_finished:
+                run.trained_result(self.context.attempt).unlink(missing_ok=True)
         except OSError as error:  # a full disk must not turn a stop into a crash
             log.warning("%s could not be written (%s)", run.result, error.strerror)
 
