@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.runs import REPO
+from support.runs import REPO, Launch
 
 from lockstep.cli import local
 from lockstep.trainer import session
@@ -95,7 +95,9 @@ def test_a_signal_ends_all_ranks(tmp_path: Path, number: signal.Signals, ranks: 
     assert json.loads((run_folder(tmp_path) / "status.json").read_text())["status"] == result["status"]
 
 
-def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
+def test_torchrun_starts_the_same_run(tmp_path: Path, launch: Launch) -> None:
+    local = launch("--ranks", "2", "--config", str(REPO / "configs" / "digits.yaml"), *QUICK)
+    tmp_path = tmp_path / "torchrun"
     config = ["--config", str(REPO / "configs" / "digits.yaml"), "--run.root", str(tmp_path), *QUICK]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     shown = ["--trainer.profiler", "simple", "--trainer.enable_model_summary", "true"]
@@ -107,6 +109,7 @@ def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
     assert (done.stdout + done.stderr).count("Trainable params") == 1
     result = json.loads((run_folder(tmp_path) / "result.json").read_text())
     assert (result["status"], result["world_size"], result["global_step"]) == ("finished", 2, 20)
+    assert result["weights_sha256"] == local.result["weights_sha256"]
 
 
 def test_python_m_lockstep_train_says_what_is_wrong_and_exits_with_2(tmp_path: Path) -> None:

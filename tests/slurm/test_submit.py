@@ -309,21 +309,20 @@ def test_ranks_are_placed_and_changes_after_submission_do_not_matter(shell: Shel
     assert not list(shell.project.rglob("pwned"))
 
 
-def test_slurm_local_srun_and_torchrun_give_the_same_weights(shell: Shell) -> None:
+@pytest.mark.timeout(300)
+def test_slurm_local_and_srun_give_the_same_weights(shell: Shell) -> None:
     digits = ("--nodes", "2", "--trainer.max_epochs", "5", "--run.root", "runs")
     job = shell.submit(*digits, WANDB_MODE="offline")
-    status = job.wait()
+    status = job.wait(seconds=120)
     assert status["exit"] == 0 and status["metrics"]["test/accuracy"] >= 0.95
     assert len(list((job.folder / "wandb").glob("offline-run-*"))) == 1
     done = shell("launch/local.py", *digits)
     assert done.returncode == 0, done.stderr
     config = ("--config", str(REPO / "configs/digits.yaml"), *digits[2:])
-    train = [sys.executable, "-m", "lockstep.cli", "train", *config]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train[1:]]
-    for command in (["srun", "--nodes=2", "--ntasks-per-node=1", "--quiet", *train], torchrun):
-        subprocess.run(command, cwd=shell.project, env=shell.env, check=True, capture_output=True, timeout=100)
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--quiet", sys.executable, "-m", "lockstep.cli", "train", *config]
+    subprocess.run(command, cwd=shell.project, env=shell.env, check=True, capture_output=True, timeout=150)
     results = [json.loads(path.read_text()) for path in job.folder.parent.glob("*/result.json")]
-    assert [result["world_size"] for result in results] == [2] * 4
+    assert [result["world_size"] for result in results] == [2] * 3
     assert {result["weights_sha256"] for result in results} == {job.result["weights_sha256"]}
 
 
