@@ -28,7 +28,7 @@ def test_who_was_killed_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "failure", "told"),
+    ("text", "failure", "is_explained"),
     [
         (KILLED, None, False),  # may come ten times in a row
         (RAISED, Failure(1, 4, 1, "n2", "ValueError: no"), True),
@@ -40,8 +40,8 @@ def test_who_was_killed_is_named() -> None:
         ("", None, False),
     ],
 )
-def test_a_kill_from_outside_tells_nothing(text: str, failure: Failure | None, told: bool) -> None:
-    assert classify_ending(Evidence(failure=failure, output=text, exit_status=1)).is_explained is told
+def test_a_kill_from_outside_tells_nothing(text: str, failure: Failure | None, is_explained: bool) -> None:
+    assert classify_ending(Evidence(failure=failure, output=text, exit_status=1)).is_explained is is_explained
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Calls of hooks, without what Lightning spends on hooks that nobody overrides.
+"""Calls of hooks, without the time that Lightning spends on hooks without an override.
 
 In each step Lightning calls about 25 hooks. Around each it enters a profiler, sets the module's ``_current_fx_name`` through
 ``nn.Module.__setattr__``, and visits every callback. On a small model that takes longer than the step itself.

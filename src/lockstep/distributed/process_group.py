@@ -145,7 +145,7 @@ def parse_rendezvous(rendezvous: str) -> tuple[str, int]:
 
 
 def listen(address: str, port: int, nodes: int) -> socket.socket:
-    """Listen on the interface that has ``address``, where all others connect to, since the store asks nobody for a password.
+    """Listen on the interface that has ``address``, to which all others connect, since the store has no password.
 
     A host name may stand for the loopback interface on its own host; then, with several nodes, on all interfaces.
     """

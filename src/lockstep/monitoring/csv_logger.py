@@ -23,7 +23,7 @@ class CsvMetricsLogger:
     are in the file already.
 
     Each attempt writes into a file of its own: it replaces ``metrics.csv`` by a copy and keeps that open. What an older
-    attempt still writes gets into the file that was replaced, which nobody sees, so a row needs no check of the owner.
+    attempt still writes goes to the file that was replaced, which has no name any more, so a row needs no check of the owner.
 
     Args:
         path: The file.

@@ -129,7 +129,7 @@ class WandbClient:
         time.sleep(min(max(0.0, sent_at + 2 * _FLUSH_SECONDS - time.monotonic()), 2 * _FLUSH_SECONDS))
         try:
             fsync(max(self._files(), key=lambda file: file.stat().st_mtime))
-        except (OSError, ValueError) as error:  # ValueError: there is no file
+        except (OSError, ValueError) as error:  # ValueError: no file exists
             log.warning("W&B's rows could not be flushed to disk (%s)", one_line(error))
 
     def _wait_for_earlier_attempts(self) -> None:

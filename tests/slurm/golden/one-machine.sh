@@ -58,7 +58,7 @@ srun() {
       *) retry || return 1; continue ;;
     esac
     LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
-    # Port and key of the agents on the first node: random, so that nobody can guess them; the next port while it is in use.
+    # Port and key of the agents on the first node: random, so that they cannot be guessed; the next port while it is in use.
     MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
     while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
       MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
