@@ -33,6 +33,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest_plugins = ["support.slurm_cluster"]  # the fixtures of tests/slurm
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the tests of a cluster and those of DeepSpeed to one worker each, first; all others go where a worker is free.
 

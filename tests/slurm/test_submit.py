@@ -315,7 +315,8 @@ def test_slurm_local_and_srun_give_the_same_weights(shell: Shell) -> None:
     job = shell.submit(*digits, WANDB_MODE="offline")
     status = job.wait(seconds=120)
     assert status["exit"] == 0 and status["metrics"]["test/accuracy"] >= 0.95
-    assert len(list((job.folder / "wandb").glob("offline-run-*"))) == 1
+    assert len(status["attempts"]) == 1, job.log()
+    assert len(list((job.folder / "wandb").glob("offline-run-*"))) == 1, job.log()
     done = shell("launch/local.py", *digits)
     assert done.returncode == 0, done.stderr
     config = ("--config", str(REPO / "configs/digits.yaml"), *digits[2:])
