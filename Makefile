@@ -1,10 +1,10 @@
 # Every target may be repeated, and is fast when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup slurm ops demo test lint bench faults covered lock clean
+.PHONY: help setup slurm ops demo test test-slurm lint bench faults covered lock clean
 SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-SLURM := slurmctld slurmd slurm-client munge
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 OPS := g++ libaio-dev
 STAMP := $(VENV)/.made
 
@@ -35,7 +35,7 @@ endef
 slurm: ## install Slurm for the one-machine cluster, if missing (Debian, Ubuntu; as root or with sudo)
 	@export PATH="$$PATH:/usr/local/sbin:/usr/sbin"; \
 	for program in slurmctld slurmd sbatch munged; do command -v $$program >/dev/null || missing=1; done; \
-	$(call install,$(SLURM))
+	$(call install,$(SLURM_PACKAGES))
 
 ops: ## install the compiler and library of DeepSpeed's CPU and NVMe ops, if missing (likewise)
 	@command -v c++ >/dev/null && [ -e /usr/include/libaio.h ] || missing=1; \
@@ -53,6 +53,14 @@ demo: setup ## train on digits as a Slurm job of four nodes, on a cluster starte
 test: setup lint ## run ruff, mypy and all tests
 	@echo "== test: pytest"
 	$(PYTHON) -m pytest
+
+ifdef SLURM
+test-slurm: ## run the tests that need Slurm; with SLURM=24.11 on that version, in a root of its Debian release (as root)
+	slurm/debian.sh $(SLURM) make test-slurm
+else
+test-slurm: setup slurm ops
+	LOCKSTEP_REQUIRE_SLURM=1 $(PYTHON) -m pytest tests/slurm
+endif
 
 lint: setup ## run ruff and mypy
 	@echo "== lint: ruff, mypy"
