@@ -9,7 +9,7 @@ OPS := g++ libaio-dev
 STAMP := $(VENV)/.made
 
 help: ## print this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: $(STAMP) ## create .venv from requirements.lock (installs uv if missing)
 
