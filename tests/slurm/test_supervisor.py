@@ -120,6 +120,14 @@ def test_preemptions_may_happen_as_often_as_slurm_likes(run: Run) -> None:
         assert end(run, "7_1", attempt, restarts=1) == REQUEUE
 
 
+@pytest.mark.parametrize("config", ["", "run:", "run: {max_restarts: many}", "run: ["])
+def test_a_damaged_config_lets_the_default_number_of_restarts(run: Run, config: str) -> None:
+    run.config.write_text(config)
+    attempt = begin(run, "7_0")
+    record_failure(run, attempt, Failure(0, 1, 0, "", "ValueError: once"))
+    assert end(run, "7_0", attempt, status=1) == RESTART
+
+
 def test_a_job_that_slurm_has_ended_is_not_restarted(run: Run) -> None:
     begin(run, "7_0")
     interrupt(run, 1, 143)
