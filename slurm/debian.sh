@@ -44,4 +44,4 @@ exec unshare --mount --propagation private bash -euc '
   mount --bind /etc/ssl/certs "$root/etc/ssl/certs"
   cp /etc/resolv.conf "$root/etc/resolv.conf"
   echo "127.0.0.1 localhost $(hostname)" >"$root/etc/hosts"
-  exec chroot "$root" env --unset=MAKEFLAGS --unset=MAKELEVEL --unset=SLURM HOME=/root --chdir=/lockstep "$@"' bash "$@"
+  exec chroot "$root" env --unset=MAKEFLAGS --unset=MAKELEVEL --unset=SLURM --chdir=/lockstep HOME=/root "$@"' bash "$@"
