@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 2**23
+"""Each block opens the files of all ranks once."""
 
 TensorType = tuple[torch.dtype, tuple[int, ...]]
 """Type of an output, and its shape without the first dimension."""
@@ -63,36 +64,38 @@ class PartWriter:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one rank.
+    """The rows of one rank. Its files are open only while they are read: a process may have fewer than there are ranks.
 
     Attributes:
+        folder: Folder of all parts.
+        rank: The rank.
         types: Type of each output.
-        indices: The samples, int64 (n,).
-        rows: The bytes of each output, uint8 (n, bytes of a row).
     """
 
+    folder: Path
+    rank: int
     types: dict[str, TensorType]
-    indices: NDArray[np.int64]
-    rows: dict[str, NDArray[np.uint8]]
 
     @classmethod
     def open(cls, folder: Path, rank: int) -> "Part":
-        """Map the files of ``rank`` into memory."""
-        types = torch.load(folder / f"{rank}.pt", weights_only=True)
-        indices = np.memmap(_file(folder, rank, 0), "<i8", "r")
-        rows: dict[str, NDArray[np.uint8]] = {}
-        for number, (name, kind) in enumerate(types.items(), 1):
-            shape = len(indices), _row_bytes(kind)
-            rows[name] = (
-                np.memmap(_file(folder, rank, number), np.uint8, "r", shape=shape) if shape[1] else np.empty(shape, np.uint8)
-            )
-        return cls(types, indices, rows)
+        """Read the types of ``rank``."""
+        return cls(folder, rank, torch.load(folder / f"{rank}.pt", weights_only=True))
+
+    def indices(self) -> NDArray[np.int64]:
+        """The samples, int64 (n,)."""
+        return np.fromfile(_file(self.folder, self.rank, 0), "<i8")
+
+    def rows(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of an output with at least one, uint8 (n, bytes of a row), mapped into memory."""
+        number = 1 + list(self.types).index(name)
+        return np.memmap(_file(self.folder, self.rank, number), np.uint8, "r").reshape(-1, _row_bytes(self.types[name]))
 
 
 def merge_parts(parts: Sequence[Part], path: Path) -> int:
     """Write the rows of ``parts`` to ``path``, a safetensors file, in the order of their indices; return their number."""
-    order = np.concatenate([part.indices for part in parts]).argsort(kind="stable")  # 8 bytes a row: all that grows
-    starts = np.cumsum([0, *(len(part.indices) for part in parts)])
+    indices = [part.indices() for part in parts]
+    starts = np.cumsum([0, *map(len, indices)])
+    order = np.concatenate(indices).argsort(kind="stable")  # 8 bytes a row: all that grows
     total, types = len(order), parts[0].types
     names = sorted(types, key=lambda name: (-types[name][0].itemsize, name))  # as safetensors does, for the alignment
     header: dict[str, Any] = {}
@@ -111,9 +114,10 @@ def merge_parts(parts: Sequence[Part], path: Path) -> int:
                 for first in range(0, total, block):
                     wanted = order[first : first + block]
                     rows = np.empty((len(wanted), width), np.uint8)
-                    for part, start, stop in zip(parts, starts, starts[1:], strict=False):
-                        here = (wanted >= start) & (wanted < stop)
-                        rows[here] = part.rows[name][wanted[here] - start]
+                    owners = np.searchsorted(starts, wanted, "right") - 1
+                    for owner in np.unique(owners):
+                        here = owners == owner
+                        rows[here] = parts[owner].rows(name)[wanted[here] - starts[owner]]
                     file.write(rows.data)
     return total
 
