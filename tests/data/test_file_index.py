@@ -87,7 +87,7 @@ def test_a_folder_that_has_just_changed_may_change_again_unnoticed(tmp_path: Pat
 
 def test_a_process_that_finds_no_index_says_that_it_lists_the_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_files(tmp_path / "train", {"cat": ["a.png"]})
-    data = ImageFolder(str(tmp_path))
+    data = ImageFolder(tmp_path)
     data.index_folder = tmp_path / "run"
     assert len(data.load("train")) == 1
     assert "train.index does not exist (is prepare_data overridden?): each process lists the files itself" in caplog.text
