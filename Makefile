@@ -1,6 +1,6 @@
 # Every target may be repeated, and is fast when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup slurm ops demo test test-slurm lint bench faults covered lock clean
+.PHONY: help setup slurm ops demo test test-slurm lint readme docs pages pictures bench faults lock clean
 SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -76,11 +76,25 @@ bench: setup slurm ## benchmark a training step, a checkpoint, a submission and 
 faults: setup slurm ## inject faults into jobs on a one-machine Slurm cluster, and print the lost steps and time
 	$(PYTHON) benchmarks/faults.py $(if $(ROWS),--rows $(ROWS))
 
-covered: setup ## write docs/covered.md from the table of tests/foreign
+pages: setup ## write docs/configuration.md and docs/covered.md from what they describe
+	PYTHONPATH=tests $(PYTHON) -m pages.configuration
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PYTHON) -m foreign.page
 
-lock: ## pin the dependencies of pyproject.toml in requirements.lock
+pictures: setup ## write the pictures of README from a run
+	PYTHONPATH=tests $(PYTHON) -m pages.pictures
+
+docs: setup ## build docs/ as a site in build/docs; a link that leads nowhere is an error
+	@echo "== docs: build/docs/index.html"
+	@export PATH="$$HOME/.local/bin:$$PATH"; uv run --quiet --no-project --isolated --with-requirements docs/requirements.lock \
+	  sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+
+readme: setup slurm ## run every command of README in an empty folder, with the wheel in a new environment
+	@echo "== readme"
+	@PATH="$$PATH:$$HOME/.local/bin" PYTHONPATH=tests $(PYTHON) -m pages.readme
+
+lock: ## pin the dependencies of pyproject.toml in requirements.lock and docs/requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra dev pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --group docs -o docs/requirements.lock
 
 clean: ## remove .venv and caches, but neither runs/ nor data/
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build src/*.egg-info

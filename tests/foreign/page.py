@@ -9,7 +9,7 @@ PAGE = REPO / "docs" / "covered.md"
 
 HEAD = """# What is covered
 
-How people use Lightning, and what lockstep does with it. `make covered` writes this page from the table in `tests/foreign/`.
+How people use Lightning, and what lockstep does with it. `make pages` writes this page from the table in `tests/foreign/`.
 A test trains each row five times:
 
 - with a plain Trainer of Lightning and with lockstep on one rank: the weights are equal bit for bit, and so are all metrics;

@@ -33,7 +33,7 @@ def test_row(
 
 
 def test_the_page_is_generated_from_the_table() -> None:
-    assert PAGE.read_text() == page(), f"{PAGE} is stale: make covered"
+    assert PAGE.read_text() == page(), f"{PAGE} is stale: make pages"
 
 
 def test_uses_have_names_of_their_own() -> None:

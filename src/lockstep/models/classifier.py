@@ -65,7 +65,7 @@ class Classifier(LightningModule):
         num_classes: Outputs of the network.
         network_args: Further arguments for a torchvision model, such as ``weights`` or ``dropout``.
         criterion: Loss of logits (B, num_classes) and labels (B,), averaged over the batch; cross entropy by default.
-            For label smoothing: ``--model.criterion.label_smoothing 0.1``.
+            For label smoothing: ``--model.criterion torch.nn.CrossEntropyLoss --model.criterion.label_smoothing 0.1``.
         optimizer: ``adamw``, ``sgd`` or the class path of an optimizer.
         lr: Learning rate after the warm-up; must be greater than 0.
         weight_decay: Weight decay of matrices and filters; biases and norms have none.
