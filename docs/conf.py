@@ -5,4 +5,3 @@ extensions = ["myst_parser"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = project
-exclude_patterns = ["images"]
