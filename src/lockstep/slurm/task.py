@@ -113,8 +113,10 @@ class NodeTask:
             faulthandler.dump_traceback(all_threads=True)
             what = f"The imports on node {agents.rank} have not finished after {_IMPORT_SECONDS:.0f} s"
             report = f"{what}; its stack is in its output in {self.slurm}."
-            failure.record_failure(run, attempt, Failure.from_report(report, self._first_rank(agents)))
-            os._exit(1)
+            try:
+                failure.record_failure(run, attempt, Failure.from_report(report, self._first_rank(agents)))
+            finally:
+                os._exit(1)
 
         timer = threading.Timer(_IMPORT_SECONDS, give_up)
         timer.daemon = True
