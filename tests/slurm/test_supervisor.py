@@ -10,7 +10,7 @@ from lockstep.distributed import allocation_end_time
 from lockstep.runs import Failure, Owner, Run, RunResult, read_attempts, record_failure
 from lockstep.slurm.client import RUNNING_JOBS, is_owner_alive, parse_running_jobs, query_jobs
 from lockstep.slurm.restart_policy import REQUEUE, RESTART
-from lockstep.slurm.restarts import SlurmView, UnknownOwner, finish, start
+from lockstep.slurm.restarts import AlreadyFinished, SlurmView, UnknownOwner, finish, start
 
 LAST = "7|2|7|0|1795717375|N/A|RUNNING|"
 """The last run of the array 7, as squeue prints it: its own job id is that of the array."""
@@ -126,6 +126,16 @@ def test_a_damaged_config_lets_the_default_number_of_restarts(run: Run, config: 
     attempt = begin(run, "7_0")
     record_failure(run, attempt, Failure(0, 1, 0, "", "ValueError: once"))
     assert end(run, "7_0", attempt, status=1) == RESTART
+
+
+def test_a_job_that_slurm_requeues_after_its_end_starts_no_attempt(run: Run) -> None:
+    """Slurm 24.11 does so with each job that it has preempted before."""
+    attempt = begin(run, "7_0")
+    RunResult("finished", attempts=attempt).write(run.result)
+    assert end(run, "7_0", attempt, status=0) == 0
+    with pytest.raises(AlreadyFinished):
+        begin(run, "7_0", restarts=2)
+    assert run.newest_attempt == 1
 
 
 def test_a_job_that_slurm_has_ended_is_not_restarted(run: Run) -> None:

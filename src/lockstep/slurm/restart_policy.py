@@ -13,6 +13,9 @@ RESTART, REQUEUE = "restart", "requeue"
 ASK_AGAIN = 75
 """Exit status of the supervisor where it needs a newer answer of Slurm (EX_TEMPFAIL of sysexits.h)."""
 
+ALREADY_FINISHED = 76
+"""Exit status of the supervisor where this job has finished its run: Slurm 24.11 requeues a preempted job twice."""
+
 _SAME_FAILURE_LIMIT = 2
 """Attempts in a row with the same step and reason after which the run is given up."""
 

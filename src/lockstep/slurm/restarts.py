@@ -19,6 +19,10 @@ class UnknownOwner(Exception):
         self.attempt = attempt
 
 
+class AlreadyFinished(Exception):
+    """This job has finished its run, and Slurm has started it again."""
+
+
 @dataclass(frozen=True)
 class SlurmView:
     """What the batch script has found out from Slurm.
@@ -58,7 +62,15 @@ class SlurmView:
 
 
 def start(run: Run, slurm: Path, view: SlurmView, env: Mapping[str, str]) -> int:
-    """Claim the next attempt for this job and return its number; UsageError if another job has the run."""
+    """Claim the next attempt for this job and return its number.
+
+    Raises:
+        UsageError: Another job has the run.
+        AlreadyFinished: An earlier attempt of this job has finished it.
+    """
+    result, recorded = RunResult.read(run.result), attempts.read_attempts(run)
+    if result is not None and result.is_finished and recorded and recorded[-1].job == env["LOCKSTEP_JOB"]:
+        raise AlreadyFinished
     number = run.claim_attempt(view.me, lambda owner: view.is_alive(owner, env))
     output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
     printed = output.stat().st_size if output.exists() else 0

@@ -16,8 +16,8 @@ from pathlib import Path
 from lockstep.compat.submitit import load_task
 from lockstep.core import LockstepError
 from lockstep.runs import Run
-from lockstep.slurm.restart_policy import ASK_AGAIN
-from lockstep.slurm.restarts import SlurmView, UnknownOwner, finish, start
+from lockstep.slurm.restart_policy import ALREADY_FINISHED, ASK_AGAIN
+from lockstep.slurm.restarts import AlreadyFinished, SlurmView, UnknownOwner, finish, start
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     except UnknownOwner as unknown:
         print(unknown.attempt)
         return ASK_AGAIN
+    except AlreadyFinished:
+        return ALREADY_FINISHED
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status

@@ -55,6 +55,7 @@ srun() {
     case $? in
       0) ;;
       2) return 2 ;;
+      76) return 0 ;;
       75) seen=$attempt; continue ;;  # another job has claimed the run before: ask Slurm whether that one runs
       *) retry || return 1; continue ;;
     esac

@@ -10,7 +10,7 @@ from typing import Any
 
 from lockstep.compat.submitit import ScriptExecutor, batch_script_text
 from lockstep.runs import CodePaths
-from lockstep.slurm import ASK_AGAIN, REQUEUE, RESTART, RUNNING_JOBS
+from lockstep.slurm import ALREADY_FINISHED, ASK_AGAIN, REQUEUE, RESTART, RUNNING_JOBS
 from lockstep.slurm.submission.options import LaunchOptions
 from lockstep.slurm.submission.profile import Profile
 
@@ -160,6 +160,7 @@ srun() {
     case $? in
       0) ;;
       2) return 2 ;;
+      @already_finished@) return 0 ;;
       @ask_again@) seen=$attempt; continue ;;  # another job has claimed the run before: ask Slurm whether that one runs
       *) retry || return 1; continue ;;
     esac
@@ -220,6 +221,7 @@ def _fill_in(template: str, request: JobRequest) -> list[str]:
     values = {
         "restart": RESTART,
         "requeue": REQUEUE,
+        "already_finished": str(ALREADY_FINISHED),
         "ask_again": str(ASK_AGAIN),
         "running_jobs": shlex.join(RUNNING_JOBS),
         "task_counts": task_counts,
