@@ -68,7 +68,11 @@ def test_in_the_middle_of_an_epoch(launch: Launch, tmp_path: Path, ranks: str, w
     assert killed.status != 0
     resumed = resume_run(launch, killed)
     assert_same_run(resumed, undisturbed)
-    assert resumed.result["attempts"] == 2 and resumed.result["seconds"]["lost"] > 0
+    result = resumed.result
+    assert result["attempts"] == 2 and result["seconds"]["lost"] > 0
+    seconds = dict(result["seconds"])
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
+    assert what in result["reasons"][0] or (what == "raise" and "Error" in result["reasons"][0])
 
 
 @pytest.mark.parametrize(

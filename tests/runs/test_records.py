@@ -1,12 +1,28 @@
 """Records of a run folder are read back, and a damaged file is named and ignored; files alone."""
 
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 
-from lockstep.runs import Durations, LaunchRecord, Owner, RunProgress, RunResult, SweepRun
-from lockstep.runs.records import GitState
+from lockstep import __version__
+from lockstep.runs import (
+    Durations,
+    Failure,
+    LaunchRecord,
+    Owner,
+    Run,
+    RunProgress,
+    RunResult,
+    SweepRun,
+    lockstep_state,
+    read_attempts,
+    record_earlier_attempts,
+    record_failure,
+    typed_command,
+)
+from lockstep.runs.records import GitState, SoftwareState
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
@@ -14,7 +30,8 @@ def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
     result.write(tmp_path / "result.json")
     assert RunResult.read(tmp_path / "result.json") == result
     sweep = SweepRun("x", 0, {"model.lr": "1e-3"})
-    launch = LaunchRecord("python launch/slurm.py --nodes 2-4", "2-4", 1, GitState("c0ffee", changed=True), sweep=sweep)
+    states = GitState("c0ffee", changed=True), SoftwareState("0.1.0")
+    launch = LaunchRecord("python launch/slurm.py --nodes 2-4", "2-4", 1, *states, sweep=sweep)
     launch.write(tmp_path / "launch.yaml")
     assert LaunchRecord.read(tmp_path / "launch.yaml") == launch and launch.max_nodes == 4
 
@@ -37,3 +54,53 @@ def test_a_damaged_record_is_named_and_ignored(tmp_path: Path, text: str, caplog
 def test_a_missing_record_is_none_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert RunProgress.read(tmp_path / "status.json") is None and LaunchRecord.read(tmp_path / "launch.yaml") is None
     assert not caplog.text
+
+
+SCRIPT = ["python", "launch/local.py", "--model.lr", "1e-3"]
+
+
+@pytest.mark.parametrize(
+    ("command", "process", "expected"),
+    [
+        (
+            SCRIPT,
+            ["/venv/bin/python", "../l/launch/local.py", *SCRIPT[2:]],
+            "/venv/bin/python ../l/launch/local.py --model.lr 1e-3",
+        ),
+        (SCRIPT[:2], ["python3.12", "local.py"], "python3.12 local.py"),
+        (
+            ["lockstep", "local", "--a", "b c"],
+            ["/v/python", "/v/lockstep", "local", "--a", "b c"],
+            "/v/lockstep local --a 'b c'",
+        ),
+        (["lockstep", "local"], ["python", "-m", "lockstep.cli", "local"], "python -m lockstep.cli local"),
+        (SCRIPT, ["python", "-m", "ipykernel_launcher", "-f", "kernel.json"], "python launch/local.py --model.lr 1e-3"),
+        (["test"], ["python", "-m", "pytest"], "test"),
+        (["lockstep", "local", "--u", "https://me:pw@host/x"], ["python"], "lockstep local --u '***'"),
+    ],
+)
+def test_the_launch_record_has_what_was_typed_without_secrets(command: list[str], process: list[str], expected: str) -> None:
+    assert typed_command(command, process) == expected
+
+
+def test_the_launch_record_names_version_and_commit_of_lockstep(tmp_path: Path) -> None:
+    run, _ = Run.start(tmp_path, "x", ["test"], 1, 1)
+    launch = LaunchRecord.read(run.launch)
+    assert launch is not None and launch.lockstep == lockstep_state()
+    assert launch.lockstep.version == __version__ and len(launch.lockstep.commit or "") == 40
+    assert launch.interpreter == sys.executable
+
+
+def test_local_attempts_are_recorded_by_the_next_one_with_their_reasons(tmp_path: Path) -> None:
+    run, first = Run.start(tmp_path, "x", ["test"], 1, 1)
+    RunResult("interrupted", attempts=first, reason="Ctrl-C", exit_status=130).write(run.result)
+    second = run.claim_attempt(Owner(host="a", pid=1))
+    record_failure(run, second, Failure(0, 1, 0, "", "ValueError: no"))
+    third = run.claim_attempt(Owner(host="a", pid=1))  # killed
+    fourth = run.claim_attempt(Owner(host="a", pid=1))
+    for _ in range(2):
+        record_earlier_attempts(run, fourth)
+    attempts = read_attempts(run)
+    assert [(found.attempt, found.crashed) for found in attempts] == [(first, False), (second, True), (third, True)]
+    assert [found.reason for found in attempts[:2]] == ["Ctrl-C", "ValueError: no"]
+    assert attempts[2].reason.startswith("It ended without a report")

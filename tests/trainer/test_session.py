@@ -177,7 +177,7 @@ def test_what_a_run_leaves_behind(launch: Launch) -> None:
     assert run.folder.stat().st_mode & 0o777 == 0o700
     attempt = run.folder / "logs" / "1"
     files = sorted(str(path.relative_to(attempt)) for path in attempt.rglob("*") if path.is_file())
-    assert files == ["node-0/0.log", "node-0/1.log", "node-1/2.log", "node-1/3.log", "owner.json"]
+    assert files == ["node-0/0.log", "node-0/1.log", "node-1/2.log", "node-1/3.log", "owner.json", "start.json"]
     launched = yaml.safe_load((run.folder / "launch.yaml").read_text())
     assert (launched["nodes"], launched["ranks_per_node"]) == (2, 2)
     assert launched["command"].startswith("python launch/local.py --nodes 2 --ranks 2")
@@ -185,8 +185,14 @@ def test_what_a_run_leaves_behind(launch: Launch) -> None:
     assert (status["status"], status["step"], status["steps"], status["world_size"]) == ("finished", 40, 40, 4)
     result = run.result
     assert (result["status"], result["global_step"], result["epochs"], result["attempts"]) == ("finished", 40, 2, 1)
-    assert 0 < result["seconds"]["training"] < result["seconds"]["total"]
-    assert result["seconds"]["lost"] == 0
+    seconds = result["seconds"]
+    assert all(seconds[part] > 0 for part in ("starting", "training", "validation", "test")) and seconds["lost"] == 0
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
+    assert result["checkpoint"] == str(run.folder / "checkpoints" / "step-00000040")
+    scores = dict(zip((20, 40), run.series("val/accuracy"), strict=True))
+    assert result["best_score"] == pytest.approx(scores[result["best_step"]]) == pytest.approx(max(scores.values()))
+    assert (result["name"], result["monitor"]) == ("digits", "val/accuracy") and result["start"] <= result["end"]
+    assert result["commit"] == launched["git"]["commit"] and result["host"] == launched["host"]
     assert run.series("rate/samples_per_second")[0] > 0
     assert all(0 <= share <= 1 for share in run.series("rate/data_wait"))
     assert len(run.series("optim/grad_norm")) == 8

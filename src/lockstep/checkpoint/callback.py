@@ -24,7 +24,7 @@ from lockstep.config import CheckpointOptions
 from lockstep.core import RunError, SaveError, Stopped, atomic_write_json, read_json
 from lockstep.data import current_batch
 from lockstep.distributed import SignalReceiver, StopConsensus, all_meet, allocation_end_time
-from lockstep.monitoring import ThroughputMonitor, run_logger
+from lockstep.monitoring import Stopwatch, run_logger
 from lockstep.runs import Ownership, checkpoint_order
 from lockstep.strategies import LockstepStrategy
 
@@ -43,24 +43,19 @@ _NEVER = 2**62
 
 
 class CheckpointCallback(Callback):
-    """Saves and stops, together with all other ranks; without a ``writer`` it only stops.
-
-    Attributes:
-        seconds_lost: Time lost to restarts: from each checkpoint to the first step after it.
-    """
+    """Saves and stops, together with all other ranks; without a ``writer`` it only stops."""
 
     def __init__(
         self,
         ownership: Ownership,
         options: CheckpointOptions,
-        throughput: ThroughputMonitor,
+        stopwatch: Stopwatch,
         signals: SignalReceiver,
         writer: CheckpointWriter | None,
     ) -> None:
         self.run, self.ownership, self.options = ownership.run, ownership, options
-        self.throughput, self.signals, self.writer = throughput, signals, writer
+        self.stopwatch, self.signals, self.writer = stopwatch, signals, writer
         self.trainer: Trainer | None = None
-        self.seconds_lost = 0.0
         self._consensus: StopConsensus | None = None
         self._boundary_step = self._saved_step = -1
         self._saved_sums: Tensor | None = None
@@ -75,7 +70,7 @@ class CheckpointCallback(Callback):
         """Continue the same run from its ``checkpoint``."""
         self._resumed = checkpoint.manifest.progress
         self._end_step = _NEVER if self._resumed.end_step is None else self._resumed.end_step
-        self.seconds_lost = self._resumed.lost_seconds
+        self.stopwatch.resume(self._resumed.seconds, self._resumed.saved_at)
         if self.writer is not None:
             self.writer.published = checkpoint.folder
 
@@ -88,8 +83,6 @@ class CheckpointCallback(Callback):
                 self._read_scores(self.writer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed is not None:
-            self.seconds_lost += time.time() - self._resumed.saved_at
         if self.writer is not None:
             check_states(trainer)
         capture_state(trainer)  # Fail now instead of at the first save if a private name is missing.
@@ -202,7 +195,7 @@ class CheckpointCallback(Callback):
             for key in ("hyper_parameters", LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
                 checkpoint[key] = to_plain_types(checkpoint.get(key, {}))
             parts[MODEL_FILE] = checkpoint
-        logger = run_logger(trainer)
+        logger, seconds = run_logger(trainer), self.stopwatch.seconds()
         progress = Progress(
             step=trainer.global_step,
             epoch=_completed_epochs(trainer),
@@ -212,14 +205,15 @@ class CheckpointCallback(Callback):
             validation_due=loop.epoch_loop.validation_due,
             seconds_since_validation=loop.epoch_loop.seconds_since_validation,
             metric_rows=logger.metrics.row_count if logger else 0,
-            train_seconds=self.throughput.train_seconds,
-            lost_seconds=self.seconds_lost,
+            train_seconds=seconds.pop("training", 0.0),
+            lost_seconds=seconds.pop("lost", 0.0),
             saved_at=time.time(),
             gradient_ready_order=strategy.gradient_ready_order,
             should_stop=bool(self._consensus.reduce_max(trainer.should_stop)),
             end_step=None if self._end_step == _NEVER else self._end_step,
             has_ended=has_ended,
             wandb_position=list(logger.position()) if logger else [0, {}],
+            other_seconds=seconds,
         )
         is_flushed = logger is None or not is_rank_zero or logger.metrics.flush()
         known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written before"

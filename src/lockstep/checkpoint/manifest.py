@@ -22,6 +22,7 @@ class Progress:
         metric_rows: Rows written to ``metrics.csv``.
         train_seconds: Time spent in training steps, over all attempts.
         lost_seconds: Time lost to restarts: from each checkpoint to the first step after it.
+        other_seconds: Time spent in the other parts of ``Durations``, by part.
         saved_at: When the save began, in seconds since 1970.
         gradient_ready_order, should_stop, has_ended: See ``ResumePoint``.
         end_step: Step after which training ends, if some rank has set ``Trainer.should_stop`` alone.
@@ -46,6 +47,12 @@ class Progress:
     validation_due: bool = False
     seconds_since_validation: float = 0.0
     wandb_position: list[Any] = field(default_factory=lambda: [0, {}])
+    other_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent in each part of ``Durations``."""
+        return {**self.other_seconds, "training": self.train_seconds, "lost": self.lost_seconds}
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,17 @@ class CheckpointWriter:
         self.published = final  # even if the flush fails: another save must not replace it
         fsync(self.run.checkpoints)
 
+    def summary(self) -> dict[str, Any]:
+        """On rank zero, the fields of ``RunResult`` about checkpoints: the newest one, and the best score."""
+        ranked = sorted(self.scores, key=lambda step: (self.scores[step], step), reverse=self.options.mode == "max")
+        best = ranked[0] if ranked else None
+        return {
+            "checkpoint": str(self.published) if self.published is not None else None,
+            "monitor": self.options.monitor,
+            "best_score": self.scores[best] if best is not None else None,
+            "best_step": best,
+        }
+
     def _remove_old(self, scores: Mapping[int, float]) -> None:
         """Remove checkpoints that are neither among the newest, nor among the best that are published, nor protected."""
         published = published_checkpoints(self.run.checkpoints)

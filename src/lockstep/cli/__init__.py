@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lockstep.compat import installed_version
+from lockstep import __version__
 from lockstep.core import LockstepError, UsageError, did_you_mean
 
 COMMANDS = {
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\nlockstep COMMAND --help explains each; lockstep --version.")
             return 0
         if name == "--version":
-            print(f"lockstep {installed_version('lockstep')}")
+            print(f"lockstep {__version__}")
             return 0
         if name not in COMMANDS:
             raise UsageError(f"{name!r} is not a command{did_you_mean(name, COMMANDS)}")

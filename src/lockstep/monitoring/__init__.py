@@ -3,6 +3,7 @@
 from lockstep.monitoring import report
 from lockstep.monitoring.nan_guard import NanGuard
 from lockstep.monitoring.status import ProgressBar, StatusReporter
+from lockstep.monitoring.stopwatch import Stopwatch
 from lockstep.monitoring.throughput import ThroughputMonitor
 from lockstep.monitoring.wandb_logger import RunLogger, run_logger, start_run_logger, wandb_mode
 from lockstep.monitoring.watchdog import Watchdog

@@ -25,12 +25,10 @@ class ThroughputMonitor(Callback):
 
     Attributes:
         samples_per_second: The latest value; 0 before the first.
-        train_seconds: Seconds spent in training steps so far, without validation.
     """
 
     def __init__(self) -> None:
         self.samples_per_second = 0.0
-        self.train_seconds = 0.0
         self._grad_norm: Tensor | None = None
         self._started_at = 0.0  # 0 while the clock is stopped
         self._samples = self._steps = 0
@@ -41,9 +39,7 @@ class ThroughputMonitor(Callback):
 
     def _stop_clock(self, *_: Any, **__: Any) -> None:
         if self._started_at:
-            passed = time.perf_counter() - self._started_at
-            self._elapsed += passed
-            self.train_seconds += passed
+            self._elapsed += time.perf_counter() - self._started_at
             self._started_at = 0.0
 
     on_train_epoch_start = on_validation_end = _start_clock

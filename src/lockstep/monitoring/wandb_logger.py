@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lockstep import __version__
 from lockstep.config import WandbOptions
 from lockstep.core import WANDB_KEY_ADVICE, World, wandb_api_key
 from lockstep.monitoring.csv_logger import METRICS_ROW, CsvMetricsLogger
@@ -306,7 +307,7 @@ def start_run_logger(
         "nodes": world.nodes,
         "launcher": world.launcher,
         "slurm": {name: os.environ[name] for name in _SLURM_VARIABLES if name in os.environ},
-        "versions": {name: version(name) for name in ("lockstep", "torch", "torchvision", "lightning")},
+        "versions": {"lockstep": __version__} | {name: version(name) for name in ("torch", "torchvision", "lightning")},
     }
     client = WandbClient(run, options, {**config, "lockstep": facts}, mode == "online")
     return RunLogger(metrics, client, step, options.project, ownership.check)

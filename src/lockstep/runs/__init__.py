@@ -1,6 +1,6 @@
 """The run folder: its layout, the records in it, the code snapshot, and how a run ended."""
 
-from lockstep.runs.attempts import Attempt, append_attempt, read_attempts
+from lockstep.runs.attempts import Attempt, append_attempt, read_attempts, record_earlier_attempts
 from lockstep.runs.endings import TERMINAL_STATES, Ending, Evidence, JobState, classify_ending
 from lockstep.runs.failure import (
     Failure,
@@ -11,7 +11,8 @@ from lockstep.runs.failure import (
     write_failed_result,
     write_trained_result,
 )
+from lockstep.runs.origin import git_state, lockstep_state, typed_command
 from lockstep.runs.ownership import OWNER_SECONDS, Ownership, touches_claim
-from lockstep.runs.records import AttemptStart, Durations, LaunchRecord, Owner, RunProgress, RunResult, SweepRun
-from lockstep.runs.run import Run, checkpoint_order, git_state, new_run_id, report_phase, update_status
+from lockstep.runs.records import AttemptStart, Durations, LaunchRecord, Owner, RunProgress, RunResult, SweepRun, iso_time
+from lockstep.runs.run import Run, checkpoint_order, describe_run, new_run_id, report_phase, update_status
 from lockstep.runs.snapshot import CodePaths, verify_snapshot

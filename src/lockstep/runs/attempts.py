@@ -6,10 +6,16 @@ import os
 import sys
 from dataclasses import dataclass
 
-from lockstep.runs.records import Record
+from lockstep.runs.failure import read_first_failure
+from lockstep.runs.records import AttemptStart, Record, RunProgress, RunResult
 from lockstep.runs.run import Run
 
 log = logging.getLogger(__name__)
+
+
+_UNKNOWN_JOB = "Slurm ended the job: preempted, requeued, or a node was lost."
+_UNKNOWN_LOCAL = "It ended without a report: its process was killed, or its machine was lost."
+"""Reasons of attempts that left none."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +23,9 @@ class Attempt(Record):
     """One start of a run, once it has ended.
 
     Attributes:
+        job: Empty outside Slurm.
         reason: Why it ended; empty if the run finished.
-        exit_status: Of srun.
+        exit_status: Of srun, or of the ranks.
         started_at, ended_at: In seconds since 1970.
         saved_step: Step of the newest checkpoint at its end; 0 before the first.
         step: Optimizer steps done, as far as is known.
@@ -61,3 +68,37 @@ def append_attempt(run: Run, attempt: Attempt) -> None:
         if path.exists():
             os.truncate(path, size)
         print(f"lockstep: {path} could not be written ({error.strerror}).", file=sys.stderr)
+
+
+def record_earlier_attempts(run: Run, newest: int) -> None:
+    """Record attempts before the ``newest`` that nothing has recorded: local ones, and those whose batch script was killed."""
+    recorded = {attempt.attempt for attempt in read_attempts(run)}
+    result, progress = RunResult.read(run.result), RunProgress.read(run.status)
+    for number in range(1, newest):
+        if number not in recorded and (start := AttemptStart.read(run.start_record(number))) is not None:
+            ended = result if result is not None and result.attempts == number else None
+            append_attempt(run, _earlier_attempt(run, number, start, ended, progress))
+
+
+def _earlier_attempt(
+    run: Run, number: int, start: AttemptStart, result: RunResult | None, progress: RunProgress | None
+) -> Attempt:
+    """What is known about an attempt of which nobody has recorded the end; ``result`` is its own, if it left one."""
+    reason, is_local = result.reason if result is not None else None, not start.job
+    if is_local and reason is None and (failure := read_first_failure(run, number)) is not None:
+        reason = failure.reason
+    if reason is None and (result is None or not result.is_finished):
+        reason = _UNKNOWN_LOCAL if is_local else _UNKNOWN_JOB
+    ended_at = progress.time if progress is not None and progress.attempt == number else start.time
+    return Attempt(
+        attempt=number,
+        job=start.job,
+        reason=reason or "",
+        exit_status=result.exit_status if is_local and result is not None else 1,
+        started_at=start.time,
+        ended_at=ended_at,
+        saved_step=run.latest_saved_step,
+        step=progress.step if progress is not None else 0,
+        crashed=is_local and (result is None or result.status == "failed"),
+        preempted=not is_local,
+    )

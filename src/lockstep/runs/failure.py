@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lockstep.core import SIGNAL_EXIT_STATUSES, FinalTestError, Interrupted, LockstepError, World
 from lockstep.runs.records import Record, RunResult
-from lockstep.runs.run import Run, update_status
+from lockstep.runs.run import Run, describe_run, update_status
 
 _CAUSE_TIMEOUT_SECONDS = 5.0
 """How long a rank that lost its peers waits for the rank that knows the cause."""
@@ -140,7 +140,7 @@ def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
     if (failure.is_interruption and result is not None) or run.is_superseded(attempt):
         return
     status = "interrupted" if failure.is_interruption else "failed"
-    result = result or RunResult(status, world_size=failure.world_size, attempts=attempt)
+    result = describe_run(run, result or RunResult(status, world_size=failure.world_size, attempts=attempt))
     replace(result, status=status, reason=failure.reason, exit_status=failure.exit_status).write(run.result)
     update_status(run, status)
 

@@ -20,6 +20,11 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+def iso_time(seconds: float) -> str:
+    """A time in ``seconds`` since 1970 as ISO 8601, in the zone of this machine."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
 @dataclass(frozen=True)
 class Record:
     """A JSON or YAML file with known fields. Fields that are None are not written, unknown ones are not read."""
@@ -61,11 +66,24 @@ class Record:
 
 @dataclass(frozen=True)
 class Durations:
-    """Seconds of one attempt: in training steps, in total, and lost to restarts so far in the run."""
+    """Where the seconds of a run went, over all of its attempts: ``total`` is the sum of the others, but for rounding.
 
+    Attributes:
+        starting: From the start of the run to the first step, or to the evaluation.
+        training: In training steps.
+        validation, test, prediction: In the loops of these.
+        lost: To restarts: from each checkpoint that was resumed to the first step after it, waiting in a queue included.
+        other: In the rest: saves outside a step, and the end of training.
+    """
+
+    starting: float = 0.0
     training: float = 0.0
-    total: float = 0.0
+    validation: float = 0.0
+    test: float = 0.0
+    prediction: float = 0.0
     lost: float = 0.0
+    other: float = 0.0
+    total: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,11 @@ class RunResult(Record):
         test_error: Why the test after training failed; None if it did not.
         skipped_files: Number of data files that were skipped as corrupt.
         samples, predictions: Number of predicted samples, and their file.
+        name, start, end: Of the run: its name, when its first attempt started and its newest one ended, ISO 8601.
+        host: Machine of rank zero.
+        commit: Of the folder where the run was started.
+        checkpoint: The newest one; for an evaluation the one that was evaluated.
+        monitor, best_score, best_step: ``checkpoint.monitor``, its best value and the step of that; None without.
     """
 
     status: str
@@ -102,6 +125,15 @@ class RunResult(Record):
     skipped_files: int | None = None
     samples: int | None = None
     predictions: str | None = None
+    name: str | None = None
+    start: str | None = None
+    end: str | None = None
+    host: str | None = None
+    commit: str | None = None
+    checkpoint: str | None = None
+    monitor: str | None = None
+    best_score: float | None = None
+    best_step: int | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -177,7 +209,10 @@ class Owner(Record):
 
 @dataclass(frozen=True)
 class AttemptStart(Record):
-    """``logs/<attempt>/start.json``: when an attempt started (seconds since 1970), and bytes of ``output`` before that."""
+    """``logs/<attempt>/start.json``: when an attempt started (seconds since 1970), and bytes of ``output`` before that.
+
+    ``job`` is empty for an attempt outside Slurm.
+    """
 
     job: str
     time: float
@@ -190,6 +225,15 @@ class GitState:
 
     commit: str
     changed: bool
+
+
+@dataclass(frozen=True)
+class SoftwareState:
+    """The version of a package, and the commit of its checkout, if it runs from one."""
+
+    version: str
+    commit: str | None = None
+    changed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -206,8 +250,10 @@ class LaunchRecord(Record):
     """``launch.yaml``: how a run was started.
 
     Attributes:
+        command: The command line as it was typed.
         nodes: Number of nodes, or a range such as 2-4.
-        git: None outside a checkout.
+        git: Of the folder where it was typed; None outside a checkout.
+        lockstep: Which lockstep it was; ``interpreter`` the Python that ran it.
         slurm: Resources of the job that differ from the defaults.
         code: SHA-256 of the code snapshot; empty without one.
         paths: Where the ranks import from.
@@ -219,6 +265,8 @@ class LaunchRecord(Record):
     nodes: int | str
     ranks_per_node: int
     git: GitState | None = None
+    lockstep: SoftwareState | None = None
+    interpreter: str | None = None
     folder: str | None = None
     slurm: dict[str, str] | None = None
     code: str | None = None
@@ -226,7 +274,7 @@ class LaunchRecord(Record):
     sweep: SweepRun | None = None
     host: str = field(default_factory=platform.node)
     python: str = field(default_factory=platform.python_version)
-    time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    time: str = field(default_factory=lambda: iso_time(time.time()))
 
     @property
     def max_nodes(self) -> int:

@@ -7,10 +7,9 @@ import os
 import pwd
 import re
 import secrets
-import shlex
 import shutil
 import stat
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lockstep.core import Superseded, UsageError
-from lockstep.runs.records import AttemptStart, GitState, LaunchRecord, Owner, RunProgress
+from lockstep.runs.origin import git_state, lockstep_state, typed_command
+from lockstep.runs.records import AttemptStart, LaunchRecord, Owner, RunProgress, RunResult, iso_time
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ class Run:
     def start(cls, root: Path, name: str, command: Sequence[str], nodes: int, ranks: int) -> "tuple[Run, int]":
         """Create a run, write its launch record, and claim its first attempt."""
         run = cls.create(root, name)
-        LaunchRecord(shlex.join(command), nodes, ranks, git_state(Path.cwd())).write(run.launch)
+        typed, git = typed_command(command, sys.orig_argv), git_state(Path.cwd())
+        LaunchRecord(typed, nodes, ranks, git, lockstep_state(), sys.executable).write(run.launch)
         return run, run.claim_attempt(Owner.this_process())
 
     @classmethod
@@ -133,7 +134,7 @@ class Run:
         return self.attempt_folder(attempt) / "trained.json"
 
     def start_record(self, attempt: int) -> Path:
-        """``AttemptStart`` of an attempt on Slurm."""
+        """``AttemptStart`` of an attempt."""
         return self.attempt_folder(attempt) / "start.json"
 
     def log(self, attempt: int, rank: int = 0, node: int = 0) -> Path:
@@ -164,6 +165,7 @@ class Run:
             claim = replace(owner, attempt=attempt)
             if self._create_attempt(claim):
                 claim.write(self.owner)
+                AttemptStart(owner.job or "", time.time()).write(self.start_record(attempt))
                 return attempt
 
     def owner_of(self, attempt: int) -> Owner | None:
@@ -287,15 +289,16 @@ def new_run_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def git_state(folder: Path) -> GitState | None:
-    """Commit of the checkout around ``folder`` and whether it has uncommitted changes; None without a commit."""
-    command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "(initial)")
-    return None if commit == "(initial)" else GitState(commit, changed=not lines[-1].startswith("# "))
+def describe_run(run: Run, result: RunResult) -> RunResult:
+    """``result`` with the name of the run, its commit, when it started, and that it ends now."""
+    start, launch = AttemptStart.read(run.start_record(1)), LaunchRecord.read(run.launch)
+    return replace(
+        result,
+        name=run.name,
+        start=iso_time(start.time) if start is not None else None,
+        end=iso_time(time.time()),
+        commit=launch.git.commit if launch is not None and launch.git is not None else None,
+    )
 
 
 def report_phase(run: Run, attempt: int, phase: str) -> None:

@@ -75,7 +75,7 @@ def start(run: Run, slurm: Path, view: SlurmView, env: Mapping[str, str]) -> int
     output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
     printed = output.stat().st_size if output.exists() else 0
     AttemptStart(env["LOCKSTEP_JOB"], time.time(), printed).write(run.start_record(number))
-    _record_lost_attempts(run, number)
+    attempts.record_earlier_attempts(run, number)
     return number
 
 
@@ -156,29 +156,6 @@ def _decide(
         return attempt, _GIVE_UP, why
     is_over = ending.is_interrupted and ending.exit_status == 128 + signal.SIGUSR2
     return attempt, REQUEUE if is_over else RESTART, ""
-
-
-def _record_lost_attempts(run: Run, newest: int) -> None:
-    """Record earlier attempts whose batch script was killed before it could record them."""
-    recorded = {attempt.attempt for attempt in attempts.read_attempts(run)}
-    result, progress = RunResult.read(run.result), RunProgress.read(run.status)
-    for number in range(1, newest):
-        if number in recorded or (start := AttemptStart.read(run.start_record(number))) is None:
-            continue
-        reason = result.reason if result is not None and result.attempts == number else None
-        attempt = attempts.Attempt(
-            attempt=number,
-            job=start.job,
-            reason=reason or "Slurm ended the job: preempted, requeued, or a node was lost.",
-            exit_status=1,
-            started_at=start.time,
-            ended_at=progress.time if progress is not None and progress.attempt == number else start.time,
-            saved_step=run.latest_saved_step,
-            step=progress.step if progress is not None else 0,
-            crashed=False,
-            preempted=True,
-        )
-        attempts.append_attempt(run, attempt)
 
 
 def _give_up(run: Run, status: int, why: str) -> int:

@@ -23,7 +23,7 @@ from lockstep.compat.lightning import keep_original_weights
 from lockstep.config import REFUSED_TRAINER_CLASSES
 from lockstep.core import UsageError
 from lockstep.distributed import SignalReceiver
-from lockstep.monitoring import NanGuard, ProgressBar, RunLogger, StatusReporter, ThroughputMonitor, Watchdog
+from lockstep.monitoring import NanGuard, ProgressBar, RunLogger, StatusReporter, Stopwatch, ThroughputMonitor, Watchdog
 from lockstep.strategies import AnyStrategy, DeepSpeed
 from lockstep.trainer.activation_checkpointing import ActivationCheckpointing
 from lockstep.trainer.context import RunContext
@@ -48,7 +48,7 @@ def build_trainer(
     arguments: Namespace,
     strategy: AnyStrategy,
     logger: RunLogger,
-    throughput: ThroughputMonitor,
+    stopwatch: Stopwatch,
     signals: SignalReceiver,
 ) -> tuple[Trainer, CheckpointCallback]:
     """Build the Trainer of a run, and its callback that saves: the config's arguments, and what lockstep adds to every run.
@@ -72,10 +72,11 @@ def build_trainer(
     watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds, context.enter)
     saves = context.command == "fit" and given["enable_checkpointing"] is not False
     writer = CheckpointWriter(run, context.world, context.attempt, options, signals, watchdog.reset) if saves else None
-    checkpoints = CheckpointCallback(context.ownership, options, throughput, signals, writer)
-    restored = RestoredWeights()
+    checkpoints = CheckpointCallback(context.ownership, options, stopwatch, signals, writer)
+    restored, throughput = RestoredWeights(), ThroughputMonitor()
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning's own
     callbacks += [
+        stopwatch,
         NanGuard(),
         throughput,
         StatusReporter(run, throughput, context.attempt, not bar, lambda: writer.error if writer else ""),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lockstep.config import split_command
 from lockstep.core import Interrupted, World, setup_logging
 from lockstep.distributed import PhaseBoard, RankFailed, fork_ranks, phase_limits
-from lockstep.runs import LaunchRecord, Owner, Run, RunResult, read_first_failure, write_failed_result
+from lockstep.runs import LaunchRecord, Owner, Run, RunResult, read_first_failure, record_earlier_attempts, write_failed_result
 from lockstep.slurm import is_owner_alive
 from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.preload import preload
@@ -43,6 +43,7 @@ def run_locally(
     else:
         run = resume
         attempt = run.claim_attempt(Owner.this_process(), lambda owner: is_owner_alive(owner, os.environ))
+        record_earlier_attempts(run, attempt)
     if nodes * ranks == 1:
         train(command, parsed, World(), run, attempt)
         return 0

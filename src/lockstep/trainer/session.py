@@ -2,8 +2,8 @@
 
 import logging
 import os
+import platform
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -39,14 +39,14 @@ from lockstep.core import (
 )
 from lockstep.data import DataSharding, ImageFolder
 from lockstep.distributed import SignalReceiver, all_gather, broadcast_from_rank_zero, destroy_process_group
-from lockstep.monitoring import RunLogger, ThroughputMonitor, report, start_run_logger
+from lockstep.monitoring import RunLogger, Stopwatch, report, start_run_logger
 from lockstep.runs import (
-    Durations,
     Evidence,
     Failure,
     Run,
     RunResult,
     classify_ending,
+    describe_run,
     is_connection_loss,
     read_attempts,
     read_first_failure,
@@ -77,11 +77,10 @@ class TrainingSession:
     def __init__(self, context: RunContext) -> None:
         self.context = context
         self.signals = SignalReceiver()
-        self.throughput = ThroughputMonitor()
+        self.stopwatch = Stopwatch(context.run, context.attempt)
         self.trainer: Trainer | None = None
         self.checkpoints: CheckpointCallback | None = None
         self.logger: RunLogger | None = None
-        self._seconds = 0.0
         self._config_text = "{}"  # on rank zero, config.yaml
 
     def run(self) -> RunResult:
@@ -166,7 +165,7 @@ class TrainingSession:
         content = load_yaml(self._config_text)
         self.logger = start_run_logger(context.run, config.wandb, content, context.world, self.global_step, context.ownership)
         self.trainer, self.checkpoints = build_trainer(
-            context, objects.trainer, strategy, self.logger, self.throughput, self.signals
+            context, objects.trainer, strategy, self.logger, self.stopwatch, self.signals
         )
         if isinstance(checkpoint, Checkpoint) and context.command == "fit":
             self._resume(strategy, checkpoint, is_same_run)
@@ -174,7 +173,6 @@ class TrainingSession:
         path = None if checkpoint is None else str(checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint)
         if path is not None:
             allow_plain_classes(Path(path))
-        began = time.monotonic()
         outcome: dict[str, Any] = {"metrics": {}}
         try:
             with self.signals.installed():
@@ -191,9 +189,8 @@ class TrainingSession:
             if not str(error).startswith("Error while merging hparams"):
                 raise
             raise UsageError(f"{error} Rename them in one, or call its save_hyperparameters with logger=False.") from error
-        finally:
-            self._seconds = time.monotonic() - began
         if context.command != "fit":
+            outcome["checkpoint"] = str(checkpoint.folder if isinstance(checkpoint, Checkpoint) else checkpoint)
             outcome["weights_sha256"] = report.weights_sha256(strategy.full_weights(), context.world)
         skipped = set().union(*all_gather(getattr(objects.data, "skipped", set()), context.world))
         return replace(self._result("finished"), skipped_files=len(skipped), **outcome)
@@ -219,7 +216,6 @@ class TrainingSession:
         strategy.resume_from(point)
         trainer.fit_loop.resume_point = point
         if is_same_run:
-            self.throughput.train_seconds = progress.train_seconds
             self.checkpoints.resume(checkpoint)
             self.logger.begin_resume(progress.metric_rows, progress.wandb_position)
         log.info("resuming from step %d (epoch %d, batch %d)", progress.step, progress.epoch, progress.batch)
@@ -287,13 +283,13 @@ class TrainingSession:
     def _result(self, status: str, reason: str | None = None, exit_status: int = 0) -> RunResult:
         """The result as far as it is known now."""
         context = self.context
-        reasons = [attempt.reason for attempt in read_attempts(context.run)]
+        reasons = [attempt.reason or "It finished." for attempt in read_attempts(context.run)]
         result = RunResult(status, context.command, context.world.size, context.attempt, reasons, reason, exit_status)
+        result = replace(describe_run(context.run, result), host=platform.node(), seconds=self.stopwatch.durations())
         if self.trainer is None or self.checkpoints is None:
             return result
-        lost = self.checkpoints.seconds_lost
-        seconds = Durations(round(self.throughput.train_seconds, 3), round(self._seconds, 3), round(lost, 3))
-        return replace(result, global_step=self.trainer.global_step, epochs=self.trainer.current_epoch, seconds=seconds)
+        writer, step, epochs = self.checkpoints.writer, self.trainer.global_step, self.trainer.current_epoch
+        return replace(result, global_step=step, epochs=epochs, **(writer.summary() if writer is not None else {}))
 
     def _write(self, result: RunResult, own: Failure | None = None) -> None:
         """Write the result on rank zero, with the cause that the first failed rank recorded, or its ``own``."""

@@ -4,6 +4,7 @@ import logging
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,18 @@ from lockstep.config import (
 )
 from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError, python_path, wandb_api_key
-from lockstep.runs import CodePaths, LaunchRecord, Run, SweepRun, frozen_config, git_state, new_run_id, snapshot
+from lockstep.runs import (
+    CodePaths,
+    LaunchRecord,
+    Run,
+    SweepRun,
+    frozen_config,
+    git_state,
+    lockstep_state,
+    new_run_id,
+    snapshot,
+    typed_command,
+)
 from lockstep.slurm import NodeTask, SubmittedJob, member_runs, register_job
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script
 from lockstep.slurm.submission.options import LaunchOptions
@@ -212,10 +224,12 @@ class Submission:
         """Write the launch record of each run, freeze its config files, and return its task."""
         freezer = frozen_config.ConfigFreezer(code, self.folder / "configs", self.secrets)
         record = LaunchRecord(
-            shlex.join(self.options.command_line),
+            typed_command(self.options.command_line, sys.orig_argv),
             str(self.options.nodes),
             self.profile.ranks,
             git_state(self.options.working_directory),
+            lockstep_state(),
+            sys.executable,
             folder=str(self.options.working_directory),
             slurm={key: str(value) for key, value in self.profile.non_default_values().items()},
             code=code.digest,
