@@ -18,6 +18,7 @@ ROOMS = (
     "config",
     "config.validation",
     "runs",
+    "runs.report",
     "slurm",
     "slurm.submission",
     "slurm.cluster",

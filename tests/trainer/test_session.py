@@ -166,6 +166,7 @@ def test_what_a_run_leaves_behind(launch: Launch) -> None:
             "config.yaml",
             "launch.yaml",
             "metrics.csv",
+            "report.html",
             "report.png",
             "result.json",
             "status.json",

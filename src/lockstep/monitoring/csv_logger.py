@@ -10,10 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
+from lockstep.runs import METRICS_ROW, read_metrics
 
-METRICS_ROW = "lockstep/row"
-"""Name of the number of a row, counted from 1, in ``metrics.csv`` and in W&B."""
+log = logging.getLogger(__name__)
 
 
 class CsvMetricsLogger:
@@ -187,11 +186,3 @@ def _parse(content: bytes) -> list[dict[str, str]]:
     if any(number <= previous for previous, number in pairwise(numbers)):
         raise ValueError("its rows are not in order")
     return rows
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv``, if it exists; a metric that a row does not have is an empty string."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))

@@ -1,6 +1,7 @@
-"""The report at the end of a run: checksum of the weights, plots of the metrics, and a summary."""
+"""The report at the end of a run: checksum of the weights, pictures, and a summary."""
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor
 
 from lockstep.core import World
-from lockstep.monitoring.csv_logger import METRICS_ROW, read_metrics
 from lockstep.runs import Run, RunResult
+from lockstep.runs.report import write_report
+
+log = logging.getLogger(__name__)
 
 
 def weights_sha256(weights: Iterable[tuple[str, Any]], world: World) -> str:
@@ -29,36 +32,12 @@ def weights_sha256(weights: Iterable[tuple[str, Any]], world: World) -> str:
 
 
 def draw(run: Run) -> None:
-    """Draw loss, accuracy, learning rate and throughput over the steps into ``report.png``."""
-    # matplotlib takes a second to import, and only a finished run needs it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for row in read_metrics(run.metrics):
-        for name, value in row.items():
-            if value and name not in (METRICS_ROW, "step", "epoch"):
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(int(row["step"]))
-                values.append(float(value))
-    # A layout that fits itself would draw twice, and most of the time goes into ticks: all plots share those of the steps.
-    figure = Figure(figsize=(11, 7))
-    FigureCanvasAgg(figure)
-    figure.suptitle(f"{run.name} {run.id}")
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.07, top=0.93, wspace=0.17, hspace=0.08)
-    labels = {"loss": "loss", "accuracy": "accuracy", "optim/lr": "learning rate", "rate/samples_per_second": "samples/s"}
-    for axes, (metric, label) in zip(figure.subplots(2, 2, sharex=True).flat, labels.items(), strict=True):
-        for name, (steps, values) in sorted(series.items()):
-            if metric in name and not name.startswith("test"):
-                axes.plot(steps, values, marker="." if len(values) < 30 else "", label=name)
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.locator_params("x", integer=True)
-        axes.set_visible(bool(axes.lines))
-        if axes.lines:
-            axes.legend()
-    figure.supxlabel("step")
-    figure.savefig(run.folder / "report.png", dpi=110)
+    """Draw ``report.png`` and ``report.html``; what fails here must not turn a finished run into a failed one."""
+    try:
+        write_report(run, run.folder)
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        log.warning("the report cannot be drawn (%s); try again with: lockstep report %s", what, run.folder)
 
 
 def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]:

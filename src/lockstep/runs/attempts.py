@@ -85,8 +85,9 @@ def _earlier_attempt(
 ) -> Attempt:
     """What is known about an attempt of which nobody has recorded the end; ``result`` is its own, if it left one."""
     reason, is_local = result.reason if result is not None else None, not start.job
-    if is_local and reason is None and (failure := read_first_failure(run, number)) is not None:
-        reason = failure.reason
+    if is_local and (result is None or result.status != "interrupted"):  # rank zero may only know that a peer is gone
+        failure = read_first_failure(run, number)
+        reason = reason if failure is None else failure.reason
     if reason is None and (result is None or not result.is_finished):
         reason = _UNKNOWN_LOCAL if is_local else _UNKNOWN_JOB
     ended_at = progress.time if progress is not None and progress.attempt == number else start.time

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lockstep.config import split_command
 from lockstep.core import Interrupted, World, setup_logging
 from lockstep.distributed import PhaseBoard, RankFailed, fork_ranks, phase_limits
-from lockstep.runs import LaunchRecord, Owner, Run, RunResult, read_first_failure, record_earlier_attempts, write_failed_result
+from lockstep.runs import LaunchRecord, Owner, Run, RunResult, record_earlier_attempts, record_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
 from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.preload import preload
@@ -59,9 +59,12 @@ def run_locally(
             train_rank, nodes, ranks, lambda world: run.log(attempt, world.rank, world.node_rank) if world.rank else None, board
         )
     except RankFailed as failed:
-        # The watchdog of a rank may have recorded that another one hangs.
-        failure = read_first_failure(run, attempt) or failed.failure
-        if failure.in_final_test or not run.result.exists():  # rank zero had no time to write it
+        result, failure = RunResult.read(run.result), failed.failure
+        if result is None or result.attempts != attempt or result.status != "interrupted":
+            # The watchdog of a rank may have recorded that another one hangs.
+            failure = record_failure(run, attempt, failure)
+        # Rank zero had no time to write it, or has only lost a peer.
+        if failure.in_final_test or result is None or (failure.is_cause and not result.is_finished):
             write_failed_result(run, attempt, failure)
         setup_logging(World())
         if failure.is_interruption:
