@@ -173,6 +173,7 @@ class Options:
     Args:
         seed_everything: Seed of initial weights, data order, augmentation and dropout; true draws one, which config.yaml shows.
         strategy: Distributed strategy.
+        tensorboard: Also write what metrics.csv gets as an event file for TensorBoard, in <run folder>/tensorboard.
         activation_checkpointing: Import paths of module classes, such as torchvision.models.vision_transformer.EncoderBlock.
             Modules of these classes do not store activations; backward recomputes them.
         shared_filesystem: Whether nodes share files: prepare_data then runs once per job, else once per node.
@@ -187,6 +188,7 @@ class Options:
     deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     wandb: WandbOptions = field(default_factory=WandbOptions)
+    tensorboard: bool = False
     activation_checkpointing: list[str] = field(default_factory=list)
     shared_filesystem: bool = True
     ckpt_path: str | None = None

@@ -19,6 +19,7 @@ from lockstep import __version__
 from lockstep.config import WandbOptions
 from lockstep.core import WANDB_KEY_ADVICE, World, wandb_api_key
 from lockstep.monitoring.csv_logger import METRICS_ROW, CsvMetricsLogger
+from lockstep.monitoring.tensorboard import TensorBoardWriter
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable, one_line, sync_command
 from lockstep.monitoring.wandb_history import WandbHistory, to_python
 from lockstep.runs import LaunchRecord, Ownership, Run
@@ -49,6 +50,7 @@ class RunLogger(WandbLogger):
         step: Returns the number of optimizer steps done.
         project: Name of the W&B project.
         check_owner: Called for each row; raises Superseded where this attempt must not write any more.
+        tensorboard: Gets each row of the file, too; None without TensorBoard.
 
     Attributes:
         run: The W&B run; None without a client, and if it could not be started.
@@ -63,7 +65,9 @@ class RunLogger(WandbLogger):
         step: Callable[[], int],
         project: str,
         check_owner: Callable[[], None] = lambda: None,
+        tensorboard: TensorBoardWriter | None = None,
     ) -> None:
+        self._tensorboard = tensorboard
         self.metrics, self._client, self._step, self._check_owner = metrics, client, step, check_owner
         self._history = WandbHistory(step)
         self._deaths, self._has_failed, self._is_complete = 0, client is None, client is None
@@ -128,6 +132,8 @@ class RunLogger(WandbLogger):
             self.experiment.log(dict(metrics))
             return
         self.metrics.log_metrics(numbers)
+        if self._tensorboard is not None:
+            self._tensorboard.write(self.metrics.row_count, self._step(), numbers)
         self._guard(lambda: self._history.log_metrics_row(self.metrics.row_count, self._step(), numbers))
 
     @rank_zero_only
@@ -150,6 +156,8 @@ class RunLogger(WandbLogger):
             preempted: Mark the run as preempting, and do not wait for a slow server.
         """
         self.metrics.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._client is not None:
             closing = threading.Thread(target=self._close, args=(self._client, exit_code, preempted), name="wandb", daemon=True)
             closing.start()
@@ -293,10 +301,13 @@ def start_run_logger(
     """
     mode = wandb_mode(options, os.environ)
     metrics = CsvMetricsLogger(run.metrics, step, ownership.check_now, world.is_rank_zero)
+    board = None
+    if world.is_rank_zero and config.get("tensorboard"):
+        board = TensorBoardWriter(run.tensorboard, run.metrics, ownership.attempt, ownership.check_now)
     if mode == "disabled" or not world.is_rank_zero:
         if world.is_rank_zero and "wandb" in sys.modules:
             _disabled_run()  # so that wandb.log in user code does nothing
-        return RunLogger(metrics, None, step, options.project, ownership.check)
+        return RunLogger(metrics, None, step, options.project, ownership.check, board)
     if mode == "online" and wandb_api_key(os.environ) is None:
         mode = "offline"  # W&B would ask for the key
         log.warning("W&B has no API key on this machine, so the run is offline; %s", WANDB_KEY_ADVICE)
@@ -310,4 +321,4 @@ def start_run_logger(
         "versions": {"lockstep": __version__} | {name: version(name) for name in ("torch", "torchvision", "lightning")},
     }
     client = WandbClient(run, options, {**config, "lockstep": facts}, mode == "online")
-    return RunLogger(metrics, client, step, options.project, ownership.check)
+    return RunLogger(metrics, client, step, options.project, ownership.check, board)

@@ -57,6 +57,8 @@ class Run:
     """``RunResult`` of the newest attempt, written at its end."""
     predictions = _Entry("predictions.safetensors")
     """What ``predict`` writes, one row per sample."""
+    tensorboard = _Entry("tensorboard")
+    """Folder of TensorBoard's event file."""
     status = _Entry("status.json")
     """``RunProgress``, written every few seconds."""
     launch = _Entry("launch.yaml")
