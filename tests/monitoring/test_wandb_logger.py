@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -125,6 +126,14 @@ def test_four_ranks_make_one_wandb_run_with_config_history_and_summary(launch: L
     for name, value in run.result["metrics"].items():
         assert summary[name] == pytest.approx(value), name
     assert [record["exit_code"] for record in found["exit"]] == [0]
+    for stage, steps in (("val", [20, 40]), ("test", [40])):  # counts of all ranks, once
+        rows = [row for row in history if f"{stage}/confusion._type" in row]
+        assert [row["trainer/global_step"] for row in rows] == steps
+        assert all(row[f"{stage}/samples.count"] == 8 for row in rows)
+    (page,) = run.folder.glob("wandb/*run-*/files/media/html/test/*.html")
+    counts = [re.findall(r"<td[^>]*>(\d*)</td>", line) for line in page.read_text().split("<tr>")[2:]]
+    assert sum(int(count or 0) for row in counts for count in row) == run.result["metrics"]["test/samples"]
+    assert sum(int(row[at] or 0) for at, row in enumerate(counts)) == run.result["metrics"]["test/correct"]
 
 
 def comparable(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -146,7 +146,7 @@ class ImageFolder(ImageData):
                     f"data.root: {self.folders[first]} and {self.folders[split]} have different classes: "
                     f"{', '.join(map(printable, different[:5]))}{' …' if len(different) > 5 else ''} only in one of them."
                 )
-        self.num_classes = len(classes)
+        self.num_classes, self.classes = len(classes), [printable(name) for name in classes]
         if self.on_corrupt == "skip" and self._ranks is None and self.trainer is not None:
             self._ranks = StopConsensus(World(self.trainer.global_rank, self.trainer.world_size))
 

@@ -140,12 +140,13 @@ class Classifier(LightningModule):
                 f"set --model.num_classes {classes}."
             )
 
-    def _score(self, batch: Batch, stage: str) -> Tensor:
+    def _score(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
+        """Count a batch; return its mean loss () and logits (B, num_classes)."""
         images, labels = batch
         logits = self._logits(images)
         loss: Tensor = self.criterion(logits, labels)
         self._scores(stage).update(loss, logits, labels)
-        return loss
+        return loss, logits
 
     def _logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self(images)
@@ -167,21 +168,23 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss () of this rank's slice of a global batch."""
-        return self._score(batch, "train")
+        return self._score(batch, "train")[0]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log loss and accuracy since the last log, every ``log_every_n_steps`` steps."""
         if is_log_step(self.trainer):
             self._log_scores("train")
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Logits (B, num_classes), for callbacks."""
+        return self._score(batch, "val")[1]
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Logits (B, num_classes), for callbacks."""
+        return self._score(batch, "test")[1]
 
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")

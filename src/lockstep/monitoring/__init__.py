@@ -1,6 +1,7 @@
 """Observe a run: throughput, NaN guard, watchdog, status file, CSV and W&B loggers, report."""
 
 from lockstep.monitoring import report
+from lockstep.monitoring.classifier_media import ClassifierMedia
 from lockstep.monitoring.nan_guard import NanGuard
 from lockstep.monitoring.status import ProgressBar, StatusReporter
 from lockstep.monitoring.stopwatch import Stopwatch

@@ -23,7 +23,16 @@ from lockstep.compat.lightning import keep_original_weights
 from lockstep.config import REFUSED_TRAINER_CLASSES
 from lockstep.core import UsageError
 from lockstep.distributed import SignalReceiver
-from lockstep.monitoring import NanGuard, ProgressBar, RunLogger, StatusReporter, Stopwatch, ThroughputMonitor, Watchdog
+from lockstep.monitoring import (
+    ClassifierMedia,
+    NanGuard,
+    ProgressBar,
+    RunLogger,
+    StatusReporter,
+    Stopwatch,
+    ThroughputMonitor,
+    Watchdog,
+)
 from lockstep.strategies import AnyStrategy, DeepSpeed
 from lockstep.trainer.activation_checkpointing import ActivationCheckpointing
 from lockstep.trainer.context import RunContext
@@ -84,6 +93,7 @@ def build_trainer(
         restored,
         ActivationCheckpointing(config.activation_checkpointing),
         watchdog,
+        ClassifierMedia(config.wandb.mode != "disabled"),
         *([ProgressBar()] if bar and not has_own_bar else []),
     ]
     given["enable_model_summary"] = bool(given["enable_model_summary"])
