@@ -52,16 +52,16 @@ def test_an_attempt_takes_over_what_a_killed_one_has_left(tmp_path: Path) -> Non
     first.log(loss=4.0, epoch=0)
     first.log(loss=2.0, epoch=0)
     (old,) = folder.glob("*tfevents*")
-    times = [event.wall_time for event in read_events(folder)[2:]]
+    times = [event.wall_time for event in read_events(old)[2:]]
     old.write_bytes(old.read_bytes()[:-5])  # killed in the middle of an event, which metrics.csv has
     second = Rows(tmp_path, 2)
     second.metrics.resume(1)
     second.log(loss=2.0, epoch=0)  # is repeated
     second.log(loss=1e300, acc=0.5, epoch=1)
-    first.log(loss=9.0, epoch=9)  # an older attempt writes to a file that has no name any more
+    first.log(loss=9.0, epoch=9)  # an older attempt writes to its own file
     first.metrics.close()
     second.close()
-    events = read_events(folder)
+    events = read_events(max(folder.iterdir()))
     first.board.close()
     assert (events[0].file_version, events[1].session_log.status) == ("brain.Event:2", 1)
     assert [event.wall_time for event in events[2:4]] == times
@@ -70,7 +70,9 @@ def test_an_attempt_takes_over_what_a_killed_one_has_left(tmp_path: Path) -> Non
         (20, {"loss": 2.0, "epoch": 0.0}),
         (30, {"loss": float("inf"), "acc": 0.5, "epoch": 1.0}),
     ]
-    assert len(list(folder.iterdir())) == 1
+    Rows(tmp_path, 3).close()
+    assert [step for step, _ in read_scalars(folder)] == [10, 20, 30]
+    assert sorted(path.name[-7:] for path in folder.iterdir()) == [".000002", ".000003"]
 
 
 def test_a_full_disk_costs_no_row_and_does_not_end_the_run(

@@ -34,20 +34,24 @@ def _event_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("test.Event"))
 
 
-def read_events(folder: Path) -> list[Any]:
-    """All events in the files of a folder, as TensorBoard orders them."""
+def read_events(path: Path) -> list[Any]:
+    """The complete events of a file."""
     event, events = _event_class(), []
-    for path in sorted(folder.glob("*tfevents*")):
-        content, at = path.read_bytes(), 0
-        while at < len(content):
-            (length,) = struct.unpack_from("<Q", content, at)
+    content, at = path.read_bytes(), 0
+    while at + 12 < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        if at + length + 16 <= len(content):
             events.append(event.FromString(content[at + 12 : at + 12 + length]))
-            at += length + 16
-        assert at == len(content), f"{path} ends in the middle of an event"
+        at += length + 16
     return events
 
 
 def read_scalars(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    """Step and values of each event with scalars."""
-    found = [event for event in read_events(folder) if event.summary.value]
-    return [(event.step, {value.tag: value.simple_value for value in event.summary.value}) for event in found]
+    """Step and values of the scalars in a folder, as TensorBoard has them: it forgets steps from the start of a session on."""
+    found: list[tuple[int, dict[str, float]]] = []
+    for event in (event for path in sorted(folder.glob("*tfevents*")) for event in read_events(path)):
+        if event.session_log.status == 1:
+            found = [(step, values) for step, values in found if step < event.step]
+        if event.summary.value:
+            found.append((event.step, {value.tag: value.simple_value for value in event.summary.value}))
+    return found

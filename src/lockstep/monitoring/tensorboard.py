@@ -23,8 +23,9 @@ _POLYNOMIAL = 0x82F63B78
 class TensorBoardWriter:
     """Writes the rows of ``metrics.csv`` to ``<folder>/events.out.tfevents.…``.
 
-    Each attempt begins a file of its own with all rows so far and removes the others, so that TensorBoard has each row once,
-    whatever an attempt that was killed has left. A file that cannot be written does not end the run.
+    Each attempt begins a file of its own, which tells TensorBoard to forget the others and has all rows so far. So TensorBoard
+    shows each row once, whatever an attempt that was killed has left. Of the others only the newest is kept, which a
+    TensorBoard that runs may be reading. A file that cannot be written does not end the run.
 
     Args:
         metrics: ``metrics.csv``, which has what earlier attempts have logged.
@@ -53,7 +54,7 @@ class TensorBoardWriter:
             self._file = None
 
     def _start(self) -> None:
-        """Begin a file with all rows of ``metrics.csv``, in place of all others."""
+        """Begin a file with all rows of ``metrics.csv``."""
         self._folder.mkdir(exist_ok=True)
         now = time.time()
         path = self._folder / f"events.out.tfevents.{int(now)}.{self._attempt:06}"
@@ -74,7 +75,7 @@ class TensorBoardWriter:
             self._file.close()
             temporary.unlink(missing_ok=True)
             raise
-        for other in others:
+        for other in others[:-1]:
             other.unlink(missing_ok=True)
 
     def _append(self, content: bytes) -> None:
