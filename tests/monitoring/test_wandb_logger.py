@@ -317,4 +317,6 @@ def test_a_wandb_service_that_dies_at_its_first_start_gets_every_row(launch: Lau
     monkeypatch.setattr(wandb, "init", dying_once)
     run = launch(*SMALL, "--wandb.mode", "offline")
     rows = read_metrics(run.folder / "metrics.csv")
-    assert [row["_step"] for row in read_history(run.folder)] == list(range(len(rows)))
+    history = read_history(run.folder)
+    assert [row["_step"] for row in history] == list(range(len(history)))
+    assert [row["lockstep/row"] for row in history if "lockstep/row" in row] == list(range(1, len(rows) + 1))
