@@ -8,12 +8,13 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from support.faults import fault
-from support.runs import REPO, Launch, assert_same_run, metric_rows, resume_run, undisturbed_run
+from support.runs import REPO, Launch, Outcome, assert_same_run, metric_rows, resume_run, undisturbed_run
 from support.wandb_reader import read_history
 
 from lockstep.checkpoint.reader import latest_checkpoint, published_checkpoints
@@ -206,6 +207,14 @@ def test_training_continues_without_checkpoints_but_is_not_finished_without_one(
     assert_same_run(resume_run(launch, run), undisturbed)
 
 
+def assert_all_rows(run: Outcome) -> list[dict[str, Any]]:
+    """Check that W&B has each row of ``metrics.csv`` once, in order; return its history, which has media beside them."""
+    found, expected = read_history(run.folder), metric_rows(run)
+    rows = [(row["lockstep/row"], row["trainer/global_step"]) for row in found if "lockstep/row" in row]
+    assert rows == [(number, int(row["step"])) for number, row in enumerate(expected, 1)]
+    return found
+
+
 def test_wandb_gets_the_rows_that_a_full_disk_refused(launch: Launch, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     root.mkdir()
@@ -215,7 +224,7 @@ def test_wandb_gets_the_rows_that_a_full_disk_refused(launch: Launch, tmp_path: 
         full, empty = fault(tmp_path / "1", "fill", step=13), fault(tmp_path / "2", "empty", step=48)
         run = launch(*DIGITS, "--wandb.mode", "offline", "--trainer.log_every_n_steps", "1", *full, *empty)
         assert run.status == 0
-        assert [row["_step"] for row in read_history(run.folder)] == list(range(len(metric_rows(run))))
+        assert_all_rows(run)
     finally:
         subprocess.run(["umount", "--lazy", str(root)], check=True)
 
@@ -225,9 +234,8 @@ def test_wandb_gets_every_row_once(launch: Launch, tmp_path: Path, what: str) ->
     offline = (*DIGITS, "--ranks", "2", "--wandb.mode", "offline")
     run = launch(*offline, *fault(tmp_path / "once", what, step=33))
     assert resume_run(launch, run).status == 0
-    found = read_history(run.folder)
-    assert [row["_step"] for row in found] == list(range(len(metric_rows(run))))
-    assert [row["trainer/global_step"] for row in found] == [int(row["step"]) for row in metric_rows(run)]
+    found = assert_all_rows(run)
+    assert [row["_step"] for row in found] == list(range(len(found)))
     losses = [row["train/loss"] for row in found if "train/loss" in row]
     assert losses == pytest.approx(run.series("train/loss"))
 

@@ -9,10 +9,14 @@ from typing import Any
 import wandb
 import wandb.util
 
-from lockstep.compat import patch, private
+from lockstep.compat import patch, private, private_imports
+
+with private_imports("wandb"):
+    from wandb.sdk.data_types.base_types.media import Media
 
 _get_core_path = private("wandb", wandb.util, "get_core_path")
 private("wandb", wandb.Run, "_log")
+private("wandb", Media, "is_bound")
 private("wandb", wandb.Settings.model_fields.get("x_transaction_log_flush_interval"), "default")
 
 LogFunction = Callable[..., None]
@@ -50,6 +54,13 @@ def intercept_log(run: wandb.Run, log: LogFunction) -> LogFunction:
     original: LogFunction = private("wandb", run, "_log")
     patch("wandb", run, "_log", log)
     return original
+
+
+def release_media(row: Mapping[str, Any]) -> None:
+    """Let media that were logged to one run object be logged to another one, as after a new start of W&B's service."""
+    for value in row.values():
+        if isinstance(value, Media) and value.is_bound():
+            patch("wandb", value, "_run", None)
 
 
 def set_step(run: wandb.Run, step: int) -> None:

@@ -4,6 +4,7 @@ All rows have one numbering, W&B's step: those of ``metrics.csv`` and those that
 saves the number of the next row. A resumed run repeats the calls from there on; rows that W&B has are counted and not sent.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from lockstep.monitoring.csv_logger import METRICS_ROW
 
 if TYPE_CHECKING:
     import wandb
+
+log = logging.getLogger(__name__)
 
 GLOBAL_STEP = "trainer/global_step"
 """Key of the optimizer steps done, the x axis of all charts."""
@@ -53,13 +56,20 @@ class WandbHistory:
             metrics_rows: Number of rows of ``metrics.csv`` that it has.
             on_user_log: Receives all calls that log to ``run``, with the arguments of ``log_user_row``.
         """
-        from lockstep.compat.wandb import intercept_log
+        from lockstep.compat.wandb import intercept_log, release_media
 
         self._run, self._write = run, intercept_log(run, on_user_log)
         self._end, self.metrics_rows = end, metrics_rows
         for number, row in self._newest:
             if number >= end:
-                self._write_row(number, row)
+                release_media(row)
+                try:
+                    self._write_row(number, row)
+                except OSError as error:  # the file of a medium is gone
+                    log.warning("W&B lacks the media of its row %d (%s)", number, error)
+                    self._write_row(
+                        number, {name: value for name, value in row.items() if isinstance(value, str | int | float)}
+                    )
 
     def log_metrics_row(self, number: int, step: int, values: Mapping[str, float]) -> None:
         """Send row ``number`` of ``metrics.csv``, counted from 1, unless W&B has it."""

@@ -167,7 +167,8 @@ class Run:
             claim = replace(owner, attempt=attempt)
             if self._create_attempt(claim):
                 claim.write(self.owner)
-                AttemptStart(owner.job or "", time.time()).write(self.start_record(attempt))
+                if owner.job is None:  # that of a job also knows its output
+                    AttemptStart("", time.time()).write(self.start_record(attempt))
                 return attempt
 
     def owner_of(self, attempt: int) -> Owner | None:
