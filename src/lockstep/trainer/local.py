@@ -60,7 +60,9 @@ def run_locally(
         )
     except RankFailed as failed:
         result, failure = RunResult.read(run.result), failed.failure
-        if result is None or result.attempts != attempt or result.status != "interrupted":
+        if result is not None and result.attempts != attempt:  # that of an attempt before
+            result = None
+        if result is None or result.status != "interrupted":
             # The watchdog of a rank may have recorded that another one hangs.
             failure = record_failure(run, attempt, failure)
         # Rank zero had no time to write it, or has only lost a peer.
