@@ -1,10 +1,11 @@
-"""One file for all attempts: damaged or shortened ones, older attempts that still write, and what a row costs; files alone."""
+"""One file for all attempts: damaged or shortened ones, older attempts that write, and what a row costs; one run."""
 
 import logging
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.runs import REPO, Launch, resume_run
 
 from lockstep.core import Superseded
 from lockstep.monitoring.csv_logger import METRICS_ROW, CsvMetricsLogger, read_metrics
@@ -54,12 +55,26 @@ def test_lost_rows_are_counted_and_an_intact_file_is_resumed_without_a_word(
 def test_rows_after_lost_ones_are_written_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     assert resume(path, 5) == ["6"]  # the first five are lost
-    with closing(CsvMetricsLogger(path, lambda: 7)) as logger:
+    steps = iter((6, 7))
+    with closing(CsvMetricsLogger(path, lambda: next(steps))) as logger:
         logger.resume(5)
         for loss in (0.5, 0.25):  # row 6 is repeated
             logger.log_metrics({"loss": loss})
         assert [row[METRICS_ROW] for row in read_metrics(path)] == ["6", "7"]
         assert [row[METRICS_ROW] for row in logger.rows_after(6)] == ["7"]
+
+
+def test_a_finished_run_that_trains_on_keeps_the_row_of_its_test_and_loses_none(launch: Launch) -> None:
+    arguments = ("--config", str(REPO / "configs/digits.yaml"), "--ranks", "2", "--trainer.log_every_n_steps", "10")
+    run = launch(*arguments, "--trainer.max_epochs", "1")
+    first = read_metrics(run.folder / "metrics.csv")
+    assert [row["step"] for row in first] == ["10", "20", "20", "20"]
+    assert first[-1]["test/accuracy"]
+    assert resume_run(launch, run, "--trainer.max_epochs", "2").status == 0
+    rows = read_metrics(run.folder / "metrics.csv")
+    assert rows[:4] == [row | {name: "" for name in rows[0] if name not in row} for row in first]
+    assert [row["step"] for row in rows[4:]] == ["30", "40", "40", "40"]
+    assert [int(row[METRICS_ROW]) for row in rows] == list(range(1, 9))
 
 
 @pytest.fixture
@@ -72,7 +87,7 @@ def run(tmp_path: Path) -> Run:
 
 def attempt(run: Run, number: int) -> CsvMetricsLogger:
     """The file as an attempt writes it."""
-    return CsvMetricsLogger(run.metrics, lambda: number, Ownership(run, number).check_now)
+    return CsvMetricsLogger(run.metrics, lambda: 1, Ownership(run, number).check_now)
 
 
 def test_what_an_older_attempt_still_writes_is_not_in_the_file(run: Run) -> None:
@@ -84,11 +99,11 @@ def test_what_an_older_attempt_still_writes_is_not_in_the_file(run: Run) -> None
             new.resume(1)
             for _ in range(3):
                 old.log_metrics({"loss": 0.0})
-                new.log_metrics({"loss": 0.25})
+                new.log_metrics({"loss": 0.125})
             with pytest.raises(Superseded):
                 old.log_metrics({"accuracy": 1.0})  # a new column replaces the file
-            rows = [(row[METRICS_ROW], row["step"]) for row in read_metrics(run.metrics)]
-    assert rows == [("1", "1"), ("2", "1"), ("3", "2"), ("4", "2")]
+            rows = [(row[METRICS_ROW], row["loss"]) for row in read_metrics(run.metrics)]
+    assert rows == [("1", "0.5"), ("2", "0.25"), ("3", "0.125"), ("4", "0.125")]
     assert not list(run.folder.glob(".metrics*"))
 
 

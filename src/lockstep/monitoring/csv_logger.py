@@ -42,6 +42,7 @@ class CsvMetricsLogger:
         self.path, self._step, self._check_owner, self._is_writer = path, step, check_owner, is_writer
         self.row_count = self.newest_row = 0
         self.latest: dict[str, float] = {}
+        self._later_steps: dict[int, int] = {}  # of the rows after the checkpoint, by number
         self._columns: list[str] = []
         self._pending: list[dict[str, Any]] = []
         self._file: FileIO | None = None
@@ -52,7 +53,9 @@ class CsvMetricsLogger:
         """Continue after the first ``row_count`` rows of the run; those that the file has lost are missing in it."""
         self.row_count = row_count
         if self._is_writer:
-            if (found := sum(int(row[METRICS_ROW]) <= row_count for row in read_metrics(self.path))) < row_count:
+            steps = {int(row[METRICS_ROW]): int(row["step"]) for row in read_metrics(self.path)}
+            self._later_steps = {number: step for number, step in steps.items() if number > row_count}
+            if (found := len(steps) - len(self._later_steps)) < row_count:
                 log.warning("%s has %d of the %d rows before the checkpoint", self.path, found, row_count)
             self.newest_row = max(self.newest_row, row_count)
 
@@ -61,9 +64,12 @@ class CsvMetricsLogger:
         metrics = {name: float(value) if isinstance(value, bool) else value for name, value in metrics.items()}
         self.latest |= metrics
         self.row_count += 1
+        # A row of an earlier step is not repeated: the final test of a run that trains on.
+        while self._later_steps.get(self.row_count, step := self._step()) < step:
+            self.row_count += 1
         if self.row_count > self.newest_row:
             self.newest_row = self.row_count
-            place = {METRICS_ROW: self.row_count, "step": self._step(), "epoch": metrics.get("epoch", "")}
+            place = {METRICS_ROW: self.row_count, "step": step, "epoch": metrics.get("epoch", "")}
             self._pending.append(place | dict(metrics))
             self.flush(sync=False)
 
