@@ -10,13 +10,13 @@ from dataclasses import astuple
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lockstep.checkpoint.manifest import Progress
 from lockstep.checkpoint.rank_state import capture_state
 from lockstep.checkpoint.reader import MODEL_FILE, Checkpoint, published_checkpoints
-from lockstep.checkpoint.serialization import check_loadable, check_states, to_plain_types
+from lockstep.checkpoint.serialization import check_loadable, check_states
 from lockstep.checkpoint.weight_sums import check_ranks_agree, weight_sums
 from lockstep.checkpoint.writer import SHUTDOWN_SECONDS, CheckpointWriter
 from lockstep.compat.lightning import LightningFitLoop, dump_checkpoint, is_stopping, is_training_done
@@ -192,8 +192,6 @@ class CheckpointCallback(Callback):
         self._saved_sums = self._weight_sums()
         parts: dict[str, Any] = {f"rank-{rank}.pt": capture_state(trainer), **strategy.shards()}
         if is_rank_zero:
-            for key in ("hyper_parameters", LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
-                checkpoint[key] = to_plain_types(checkpoint.get(key, {}))
             parts[MODEL_FILE] = checkpoint
         logger, seconds = run_logger(trainer), self.stopwatch.seconds()
         progress = Progress(

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from jsonargparse import Namespace
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import WandbLogger
 
-from lockstep.checkpoint import CheckpointCallback, CheckpointWriter, RestoredWeights
+from lockstep.checkpoint import CheckpointCallback, CheckpointWriter, HyperParameters, RestoredWeights
 from lockstep.compat.lightning import keep_original_weights
 from lockstep.config import REFUSED_TRAINER_CLASSES
 from lockstep.core import UsageError
@@ -59,12 +60,14 @@ def build_trainer(
     logger: RunLogger,
     stopwatch: Stopwatch,
     signals: SignalReceiver,
+    content: Mapping[str, Any],
 ) -> tuple[Trainer, CheckpointCallback]:
     """Build the Trainer of a run, and its callback that saves: the config's arguments, and what lockstep adds to every run.
 
     Args:
         arguments: The ``trainer`` part of the config, with callbacks, loggers and the like instantiated.
         logger: lockstep's own; those of the config follow.
+        content: The content of ``config.yaml``, on rank zero.
 
     Raises:
         UsageError: Lightning refuses the arguments.
@@ -91,6 +94,7 @@ def build_trainer(
         StatusReporter(run, throughput, context.attempt, not bar, lambda: writer.error if writer else ""),
         checkpoints,
         restored,
+        HyperParameters(content),
         ActivationCheckpointing(config.activation_checkpointing),
         watchdog,
         ClassifierMedia(config.wandb.mode != "disabled"),

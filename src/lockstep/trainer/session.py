@@ -165,7 +165,7 @@ class TrainingSession:
         content = load_yaml(self._config_text)
         self.logger = start_run_logger(context.run, config.wandb, content, context.world, self.global_step, context.ownership)
         self.trainer, self.checkpoints = build_trainer(
-            context, objects.trainer, strategy, self.logger, self.stopwatch, self.signals
+            context, objects.trainer, strategy, self.logger, self.stopwatch, self.signals, content
         )
         if isinstance(checkpoint, Checkpoint) and context.command == "fit":
             self._resume(strategy, checkpoint, is_same_run)

@@ -1,0 +1,60 @@
+"""The arguments of module and DataModule in a checkpoint, from which ``load_from_checkpoint`` makes them again."""
+
+import sys
+from collections.abc import Mapping
+from pkgutil import resolve_name
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+from lockstep.checkpoint.serialization import to_plain_types
+
+_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+"""What Lightning calls with hyperparameters that are values of a config: it makes the objects that they describe."""
+
+
+class HyperParameters(Callback):
+    """Adds to each checkpoint the arguments of the config, in the form that LightningCLI gives them.
+
+    What a class has saved itself, with ``save_hyperparameters``, stays as far as it is numbers, texts, lists and mappings.
+
+    Args:
+        config: The content of ``config.yaml``, on the rank that writes the checkpoint; empty on others.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        owners: dict[str, LightningModule | LightningDataModule | None] = {
+            "model": pl_module,
+            "data": getattr(trainer, "datamodule", None),
+        }
+        for section, owner in owners.items():
+            if owner is not None and (owner.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint or section in self.config):
+                saved = checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {})
+                name = checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_NAME, "kwargs")
+                given = self.config.get(section) if name == "kwargs" else None  # else all of it is one argument of that name
+                checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = to_plain_types({**saved, **_arguments(saved, given or {})})
+
+
+def _arguments(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a class as they are ``given`` in the config, but for those that it has ``saved`` itself."""
+    module, _, name = given.get("class_path", "").rpartition(".")
+    if not given or not isinstance(found := resolve_name(given["class_path"]), type):
+        return {}  # a function makes it, whose arguments are not those of the class
+    arguments = {**given.get("init_args", {}), **given.get("dict_kwargs", {})}
+    missing = {key: value for key, value in arguments.items() if key not in saved or not _is_plain(saved[key])}
+    is_importable = getattr(sys.modules.get(module), name, None) is found  # Lightning refuses a nested class
+    return {**missing, **({"_class_path": given["class_path"]} if is_importable else {}), "_instantiator": _INSTANTIATOR}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is stored as it is, and not as a text about it or as another type."""
+    return not isinstance(value, tuple) and (
+        all(map(_is_plain, value.values()))
+        if isinstance(value, dict)
+        else all(map(_is_plain, value))
+        if isinstance(value, list)
+        else to_plain_types(value) is value
+    )
