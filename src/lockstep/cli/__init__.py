@@ -1,4 +1,4 @@
-"""The command ``lockstep``; each of its commands imports what it needs when it is called."""
+"""The command ``lockstep``, and the functions of ``import lockstep``; both import what they need when they are called."""
 
 import sys
 from collections.abc import Sequence

@@ -25,6 +25,10 @@ class LockstepError(Exception):
             return text
         return text.rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and Jupyter show of it."""
+        return [f"{type(self).__name__}: {self.message}"]
+
 
 class UsageError(LockstepError):
     """An error found before training starts: a wrong key, value, file or combination. Exit status 2."""

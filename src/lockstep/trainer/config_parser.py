@@ -61,8 +61,7 @@ def parse_config(arguments: Sequence[str], command: str = "fit") -> tuple[Argume
     Raises:
         UsageError: A key or value is wrong; the message has the key, the value and what is valid.
     """
-    if not sys.flags.safe_path and (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # for the user's modules
+    search_working_folder()
     if arguments and arguments[-2:-1] == ["--print_completion"]:
         print(completion(arguments[-1]))
         sys.exit(0)
@@ -84,6 +83,12 @@ def parse_config(arguments: Sequence[str], command: str = "fit") -> tuple[Argume
         print(dump_config(parser, config), end="")
         sys.exit(0)
     return parser, config
+
+
+def search_working_folder() -> None:
+    """Let Python find the user's modules in the current folder."""
+    if not sys.flags.safe_path and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
 
 
 def completion(shell: str) -> str:
