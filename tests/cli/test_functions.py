@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from support.configs import said
 from support.runs import REPO
 
 import lockstep
-from lockstep.cli import functions
+from lockstep.checkpoint import Manifest, Progress
+from lockstep.cli import child, functions
 from lockstep.cli.child import EndedCommand, run_command
 from lockstep.cli.functions import Config
 from lockstep.models import Classifier, ConvNet
-from lockstep.runs import Owner
+from lockstep.runs import LaunchRecord, Owner
 
 PAGE = (REPO / "docs" / "python.md").read_text()
 
@@ -123,6 +125,27 @@ def test_an_evaluation_has_the_config_of_its_run(tmp_path: Path) -> None:
             eval(call, {"lockstep": lockstep, "run": place})
         given = Path(place)
         assert raised.value.args[0] == ["local", "test", f"--config={config}", "--data.batch_size=120", f"--ckpt_path={given}"]
+
+
+def test_the_ranks_find_modules_where_the_notebook_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"))
+    monkeypatch.setattr(sys, "path", ["", *sys.path, str(tmp_path), str(tmp_path / "missing")])
+    found = child._python_path()
+    assert found[0] == str(tmp_path / "own") and found[-1] == str(tmp_path)
+    assert not [entry for entry in found if entry.endswith("site-packages")]
+
+
+def test_a_module_that_is_not_found_names_the_folder_of_the_run(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("model: {class_path: nowhere.Net}")
+    LaunchRecord("lockstep submit", 1, 1, folder="/home/me/project").write(tmp_path / "launch.yaml")
+    (checkpoint / "rank-0.pt").write_bytes(b"123")
+    Manifest(Progress(1, 0, 0, 0, 0, 0, 0), 1, 1, 0.0, {"rank-0.pt": (3, sha256(b"123").hexdigest())}).write(checkpoint)
+    with pytest.raises(
+        lockstep.UsageError, match=r"model .nowhere.Net.: No module named .nowhere.; .*such as /home/me/project"
+    ):
+        lockstep.load(tmp_path)
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
