@@ -44,7 +44,7 @@ class Saves(Net):
         super().__init__(layer, sizes, rate=rate)
         self.save_hyperparameters()
         self.hparams["rate"] = 0.7
-        self.hparams["note"] = "kept"
+        self.save_hyperparameters({"note": "kept"})
 
 
 class Outer:

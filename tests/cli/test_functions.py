@@ -180,8 +180,9 @@ def test_an_error_of_a_command_is_its_last_message() -> None:
 
 def test_an_error_that_the_process_finds_is_raised(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text((REPO / "configs/digits.yaml").read_text())
+    lockstep.RunResult("interrupted", reason="Ctrl-C").write(tmp_path / "result.json")  # of an attempt before
     with pytest.raises(lockstep.UsageError, match=r"^wandb.mode: online needs an API key"):
-        lockstep.test(tmp_path, {"wandb.mode": "online"})
+        lockstep.fit({"wandb.mode": "online"}, resume=tmp_path)
 
 
 def test_ctrl_c_ends_the_process_too(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ class HyperParameters(Callback):
         for section, owner in owners.items():
             if owner is not None and (owner.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint or section in self.config):
                 saved = checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {})
-                name = checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_NAME, "kwargs")
-                given = self.config.get(section) if name == "kwargs" else None  # else all of it is one argument of that name
+                is_one_argument = checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_NAME) not in (None, "kwargs")
+                given = None if is_one_argument else self.config.get(section)
                 checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = to_plain_types({**saved, **_arguments(saved, given or {})})
 
 

@@ -37,8 +37,10 @@ class EndedCommand:
     def error(self) -> str:
         """Its error message, else the last line of its output."""
         _, found, message = f"\n{self.stderr}".rpartition("\nlockstep: ")
-        lines = (message if found else self.stderr or self.stdout).strip().splitlines() or [f"exit status {self.status}"]
-        return "\n".join(lines) if found else lines[-1]
+        if found:
+            return message.strip()
+        lines = (self.stderr or self.stdout).strip().splitlines()
+        return lines[-1] if lines else f"exit status {self.status}"
 
 
 def run_command(arguments: Sequence[str]) -> EndedCommand:

@@ -200,17 +200,17 @@ def _run_locally(command: str, keys: list[str], ranks: int | None, nodes: int | 
     flags = {"ranks": ranks, "nodes": nodes, "resume": resume.folder if resume is not None else None}
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     ended = run_command(["local", command, *given, *keys])
-    run = resume or _claimed_run(Path(config["root"], str(config["name"])), ended.process)
+    newest = sorted(Path(config["root"], str(config["name"])).absolute().glob("*"), reverse=True)
+    run = _claimed_run([resume.folder] if resume is not None else newest, ended.process)
     result = RunResult.read(run.result) if run is not None else None
     if run is None or result is None or ended.status:
         raise _error(ended, run, result)
     return FinishedRun(run.folder, result)
 
 
-def _claimed_run(folder: Path, process: Owner) -> Run | None:
-    """The run below ``folder`` that a process has claimed."""
-    newest = sorted(folder.absolute().glob("*"), reverse=True)
-    return next((run for run in map(Run, newest) if Owner.read(run.owner) == process), None)
+def _claimed_run(folders: Sequence[Path], process: Owner) -> Run | None:
+    """The first run that a process has claimed; what another one says is about an earlier attempt."""
+    return next((run for run in map(Run, folders) if Owner.read(run.owner) == process), None)
 
 
 def _error(ended: EndedCommand, run: Run | None, result: RunResult | None) -> LockstepError:
