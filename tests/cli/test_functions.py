@@ -221,7 +221,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
 
 @pytest.mark.timeout(170)
 def test_the_examples_of_the_page_run_in_a_notebook(kernel: Kernel) -> None:
-    fit, load, lightning, images = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    fit, load, lightning, images, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     # A process that has run backward, as a notebook often has, cannot fork ranks.
     assert kernel.run("import torch\ntorch.ones(1, requires_grad=True).backward()") == ""
     shown = kernel.run(fit)
