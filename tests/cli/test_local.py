@@ -42,26 +42,6 @@ def test_help_needs_no_torch() -> None:
     assert "--nodes" in done.stdout and done.stdout.rstrip().endswith("False")
 
 
-def test_one_rank_is_this_very_process_so_that_a_debugger_works(tmp_path: Path) -> None:
-    """pdb reads its commands from the terminal of the run itself, in the middle of a training step."""
-    (tmp_path / "stop_here.py").write_text(
-        "from lockstep.models import Classifier\n"
-        "class Stop(Classifier):\n"
-        "    def training_step(self, batch, batch_idx):\n"
-        "        breakpoint()\n"
-        "        return super().training_step(batch, batch_idx)\n"
-    )
-    command = [sys.executable, SCRIPT, "--run.root", "runs", "--model", "stop_here.Stop", "--trainer.max_steps", "1"]
-    ask = "p ('shape', tuple(batch[0].shape))\np ('process', __import__('os').getpid())\nq\n"
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
-        said, errors = process.communicate(ask, timeout=50)
-    assert "('shape', (64, 1, 8, 8))" in said
-    assert f"('process', {process.pid})" in said
-    assert "BdbQuit" in errors
-    assert process.returncode == 1
-
-
 @pytest.mark.parametrize(
     ("number", "ranks", "status"), [(signal.SIGINT, "1", 130), (signal.SIGINT, "2", 130), (signal.SIGTERM, "1", 143)]
 )

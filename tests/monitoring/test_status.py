@@ -1,6 +1,7 @@
 """Progress counts optimizer steps, also where several optimizers step in one batch."""
 
 import json
+import re
 from pathlib import Path
 from typing import cast
 
@@ -36,3 +37,7 @@ def test_several_optimizers(launch: Launch, tmp_path: Path, limits: tuple[str, .
     assert (run.result["global_step"], status["step"], status["steps"]) == (steps, steps, steps)
     published = {path.name for path in (run.folder / "checkpoints").glob("step-*")}
     assert {f"step-{step:08}" for step in (6, 10, 16, 20)} <= published  # the first steps past the multiples of five
+    # A line for each epoch, with what the module logs, also at the end of the epoch, which Lightning logs last.
+    text = (run.folder / "logs/2/node-0/0.log").read_text()
+    names = ("loss_epoch", "loss_step", "mean", "most")
+    assert re.search(r"epoch 2/(2|20)  " + "  ".join(rf"train/{name} \S+" for name in names) + "$", text, re.MULTILINE)

@@ -1,6 +1,13 @@
-"""The basics of every room: errors, atomic file writes, World, logging, credentials and command-line parsing."""
+"""The basics of every room: errors, atomic file writes, World, logging, terminals, credentials and command-line parsing."""
 
-from lockstep.core.command_line import CommandLineParser, int_at_least, python_path
+from lockstep.core.command_line import (
+    CommandLineParser,
+    int_at_least,
+    is_on_path,
+    python_command,
+    python_path,
+    shell_command,
+)
 from lockstep.core.credentials import WANDB_KEY_ADVICE, is_secret, wandb_api_key
 from lockstep.core.errors import (
     SIGNAL_EXIT_STATUSES,
@@ -17,4 +24,5 @@ from lockstep.core.errors import (
 )
 from lockstep.core.files import atomic_write, atomic_write_json, atomic_write_text, fsync, read_json
 from lockstep.core.logging import setup_logging
+from lockstep.core.terminal import LiveLine, clear_line, is_terminal
 from lockstep.core.world import World

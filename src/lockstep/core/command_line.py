@@ -1,7 +1,10 @@
-"""Parse the flags of the launch scripts, and the folders of PYTHONPATH."""
+"""Parse the flags of the launch scripts and the folders of PYTHONPATH, and write commands that can be pasted."""
 
 import argparse
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -34,3 +37,48 @@ def int_at_least(minimum: int) -> Callable[[str], int]:
 def python_path(env: Mapping[str, str]) -> list[Path]:
     """The folders of PYTHONPATH."""
     return [Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+
+
+_SCRIPTS = {"local": "local.py", "submit": "slurm.py", "jobs": "jobs.py"}
+"""The scripts in ``launch/``, by the command of ``lockstep`` that each is."""
+
+
+def shell_command(command: str, *arguments: object) -> str:
+    """A command of lockstep that can be pasted: quoted, with the program that was typed to start this process.
+
+    In a process that nobody has typed, such as a job, it is ``lockstep`` or ``python -m lockstep.cli`` of this Python.
+    """
+    script = Path(sys.argv[0])
+    if script.name in _SCRIPTS.values() and command in _SCRIPTS:
+        words = [python_command(), str(script.with_name(_SCRIPTS[command]))]
+    elif script.name == "lockstep" and Path(script).is_file():
+        words = [_name_or_path(script), command]
+    elif script.name not in (*_SCRIPTS.values(), "__main__.py") and is_on_path("lockstep"):
+        words = ["lockstep", command]
+    else:
+        words = [python_command(), "-m", "lockstep.cli", command]
+    return shlex.join([*words, *map(str, arguments)])
+
+
+def python_command() -> str:
+    """The shortest command that starts this Python."""
+    python = Path(sys.executable)
+    return next((name for name in ("python", "python3") if _found(name) == python), None) or _name_or_path(python)
+
+
+def is_on_path(name: str) -> bool:
+    """Whether the shell finds the program ``name`` of this Python's environment."""
+    return _found(name) == Path(sys.executable).with_name(name)
+
+
+def _found(name: str) -> Path | None:
+    found = shutil.which(name)
+    return None if found is None else Path(os.path.abspath(found))
+
+
+def _name_or_path(program: Path) -> str:
+    """Its name if that is on the PATH, else its path, relative to this folder if it is below it."""
+    path = Path(os.path.abspath(program))
+    if _found(path.name) == path:
+        return path.name
+    return str(path.relative_to(here)) if path.is_relative_to(here := Path.cwd()) else str(path)

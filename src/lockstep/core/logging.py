@@ -5,7 +5,9 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
+from lockstep.core.terminal import columns, fold
 from lockstep.core.world import World
 
 
@@ -15,7 +17,7 @@ def setup_logging(world: World, file: Path | None = None) -> None:
     formatter = logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S")
     logger = logging.getLogger("lockstep")
     reset_logging()
-    logger.addHandler(logging.StreamHandler(sys.stderr))
+    logger.addHandler(_StandardError())
     if file is not None and world.is_rank_zero:
         is_stderr = file.exists() and os.path.samestat(file.stat(), os.fstat(2))
         if not is_stderr:
@@ -43,3 +45,17 @@ def reset_logging() -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is at the time, as a progress line replaces it; on a terminal, in lines that fit."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self.stream.isatty() or "\n" in text:
+            return text
+        return fold(text, columns(self.stream) - 1, indent=len("10:52:59 "))

@@ -4,6 +4,7 @@ from lockstep.distributed.agent import Agent, Plan
 from lockstep.distributed.channel import Channel
 from lockstep.distributed.consensus import StopConsensus, all_meet
 from lockstep.distributed.cpus import share_cpus
+from lockstep.distributed.debugger import breakpoints
 from lockstep.distributed.phases import STARTING_PHASES, PhaseBoard, phase_limits
 from lockstep.distributed.process_group import (
     WorldEnvironment,

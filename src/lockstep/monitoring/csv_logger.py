@@ -34,6 +34,7 @@ class CsvMetricsLogger:
         row_count: Number of rows logged so far in the run.
         newest_row: Number of the newest row that was written or waits for that.
         latest: The latest value of every metric.
+        logged_in: The number of the row that has it.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class CsvMetricsLogger:
         self.row_count = self.newest_row = 0
         self.latest: dict[str, float] = {}
         self._later_steps: dict[int, int] = {}  # of the rows after the checkpoint, by number
+        self.logged_in: dict[str, int] = {}
         self._columns: list[str] = []
         self._pending: list[dict[str, Any]] = []
         self._file: FileIO | None = None
@@ -67,6 +69,7 @@ class CsvMetricsLogger:
         # A row of an earlier step is not repeated: the final test of a run that trains on.
         while self._later_steps.get(self.row_count, step := self._step()) < step:
             self.row_count += 1
+        self.logged_in |= dict.fromkeys(metrics, self.row_count)
         if self.row_count > self.newest_row:
             self.newest_row = self.row_count
             place = {METRICS_ROW: self.row_count, "step": step, "epoch": metrics.get("epoch", "")}

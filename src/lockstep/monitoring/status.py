@@ -1,4 +1,4 @@
-"""Progress of a run: ``status.json``, and log lines or a progress bar, without waiting for the device or other ranks."""
+"""Progress of a run: ``status.json`` and log lines, without waiting for the device or other ranks."""
 
 import logging
 import math
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 
+from lockstep.monitoring.csv_logger import METRICS_ROW
 from lockstep.monitoring.throughput import ThroughputMonitor
 from lockstep.monitoring.wandb_logger import run_logger
 from lockstep.runs import Run, RunProgress
@@ -18,21 +18,34 @@ log = logging.getLogger(__name__)
 _INTERVAL_SECONDS = 5.0
 """Time between two reports."""
 
+_SHOWN_METRICS = 8
+"""How many metrics a line shows; losses and accuracies come first."""
+
 
 class StatusReporter(Callback):
-    """Writes ``status.json`` and, without a progress bar, a log line on rank zero every few seconds.
+    """Writes ``status.json`` every few seconds, and logs a line for each epoch and validation on rank zero.
 
     Args:
-        log_lines: Whether to log lines, as without a progress bar.
+        logs_epochs: Whether to log these lines; a progress bar of the user's own shows what it likes.
+        logs_steps: Whether to log a line every few seconds too, where no progress line shows the same.
         warning: Returns what is currently wrong with the run's files, or an empty string.
     """
 
     def __init__(
-        self, run: Run, throughput: ThroughputMonitor, attempt: int, log_lines: bool, warning: Callable[[], str]
+        self,
+        run: Run,
+        throughput: ThroughputMonitor,
+        attempt: int,
+        logs_epochs: bool,
+        logs_steps: bool,
+        warning: Callable[[], str],
     ) -> None:
-        self.run, self.throughput, self.attempt, self.log_lines, self.warning = run, throughput, attempt, log_lines, warning
+        self.run, self.throughput, self.attempt, self.warning = run, throughput, attempt, warning
+        self._logs_epochs, self._logs_steps = logs_epochs, logs_steps
         self._next_report = 0.0
         self._start: tuple[float, int] | None = None  # time and step
+        self._ended_epoch = ""  # what its line says, which waits for the metrics that Lightning logs last
+        self._logged_row = 0  # the newest when the last line was logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.monotonic(), trainer.global_step
@@ -44,11 +57,33 @@ class StatusReporter(Callback):
             self.report(trainer, "training")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and self.log_lines and not trainer.sanity_checking and trainer.state.fn == "fit":
-            log.info("epoch %d  step %d  %s", trainer.current_epoch, trainer.global_step, _format_metrics(trainer, "val"))
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not loop.batch_progress.is_last_batch:
+            self._log_metrics(trainer, f"{format_epoch(trainer)}  {self.format_step(trainer)}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended_epoch = format_epoch(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_epoch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_epoch(trainer)
         self.report(trainer, "trained")
+
+    def _log_epoch(self, trainer: Trainer) -> None:
+        if self._ended_epoch:
+            self._log_metrics(trainer, self._ended_epoch)
+            self._ended_epoch = ""
+
+    def _log_metrics(self, trainer: Trainer, place: str) -> None:
+        """Log the metrics that were logged after the last such line."""
+        logger = run_logger(trainer)
+        if not trainer.is_global_zero or not self._logs_epochs or logger is None:
+            return
+        since, self._logged_row = self._logged_row, logger.metrics.row_count
+        shown = [name for name in _shown_metrics(trainer) if logger.metrics.logged_in[name] > since]
+        log.info("%s", "  ".join([place, *_format_metrics(trainer, shown)]))
 
     def report(self, trainer: Trainer, state: str) -> None:
         """Write ``status.json`` and a log line now."""
@@ -56,15 +91,13 @@ class StatusReporter(Callback):
             return
         self.run.check_owner(self.attempt)
         self._next_report = time.monotonic() + _INTERVAL_SECONDS
-        steps = _total_steps(trainer)
-        left = self._seconds_left(trainer.global_step, steps)
         progress = RunProgress(
             status=state,
             step=trainer.global_step,
-            steps=steps,
+            steps=_total_steps(trainer),
             epoch=trainer.current_epoch,
             samples_per_second=round(self.throughput.samples_per_second, 1),
-            seconds_left=left,
+            seconds_left=self._seconds_left(trainer),
             attempt=self.attempt,
             world_size=trainer.world_size,
             metrics=latest_metrics(trainer),
@@ -74,29 +107,31 @@ class StatusReporter(Callback):
             progress.write(self.run.status)
         except OSError as error:
             log.warning("%s cannot be written (%s)", self.run.status, error.strerror)
-        if self.log_lines and state == "training" and trainer.global_step:
-            log.info(
-                "step %d%s  epoch %d  %s  %.0f samples/s%s",
-                trainer.global_step,
-                f"/{steps}" if steps else "",
-                trainer.current_epoch,
-                _format_metrics(trainer, "train"),
-                self.throughput.samples_per_second,
-                "" if left is None else f"  {left:.0f} s left",
-            )
+        if self._logs_steps and state == "training" and trainer.global_step:
+            log.info("%s", "  ".join(filter(None, self.describe(trainer))))
 
-    def _seconds_left(self, step: int, steps: int | None) -> float | None:
+    def describe(self, trainer: Trainer) -> list[str]:
+        """Where training is, the most important first: epoch, step, time left, speed, the metrics of the training steps."""
+        left, speed = self._seconds_left(trainer), self.throughput.samples_per_second
+        return [
+            format_epoch(trainer),
+            self.format_step(trainer),
+            "" if left is None else f"{format_seconds(left)} left",
+            f"{speed:.0f} samples/s" if speed else "",
+            *_format_metrics(trainer, [name for name in _shown_metrics(trainer) if not name.startswith("val")]),
+        ]
+
+    def format_step(self, trainer: Trainer) -> str:
+        """The step of how many, where that is known."""
+        steps = _total_steps(trainer)
+        return f"step {trainer.global_step}{f'/{steps}' if steps else ''}"
+
+    def _seconds_left(self, trainer: Trainer) -> float | None:
+        step, steps = trainer.global_step, _total_steps(trainer)
         if steps is None or self._start is None or step <= self._start[1]:
             return None
         passed, done = time.monotonic() - self._start[0], step - self._start[1]
         return round(passed / done * (steps - step), 1)
-
-
-class ProgressBar(TQDMProgressBar):
-    """A progress bar with the metrics that were logged last."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
-        return {name: f"{value:.4g}" for name, value in latest_metrics(trainer).items() if name.startswith(("train", "val"))}
 
 
 def _total_steps(trainer: Trainer) -> int | None:
@@ -109,8 +144,32 @@ def _total_steps(trainer: Trainer) -> int | None:
     return int(batches if limit == -1 else min(batches, limit))
 
 
-def _format_metrics(trainer: Trainer, stage: str) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in latest_metrics(trainer).items() if name.startswith(stage))
+def format_epoch(trainer: Trainer) -> str:
+    """The epoch, counted from 1, of how many, where that is known."""
+    epochs = trainer.max_epochs
+    return f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs is not None and epochs > 0 else ''}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as ``M:SS`` or ``H:MM:SS``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _shown_metrics(trainer: Trainer) -> list[str]:
+    """Names of the metrics that the module logs, losses and accuracies first."""
+    names = [name for name in latest_metrics(trainer) if not name.startswith(("rate/", "optim/")) and name not in _PLACES]
+    return sorted(names, key=lambda name: "loss" not in name and "acc" not in name)
+
+
+_PLACES = ("epoch", "step", METRICS_ROW)
+
+
+def _format_metrics(trainer: Trainer, names: list[str]) -> list[str]:
+    latest, more = latest_metrics(trainer), len(names) - _SHOWN_METRICS
+    shown = [f"{name} {latest[name]:.4g}" for name in names[:_SHOWN_METRICS]]
+    return [*shown, f"{more} more in metrics.csv"] if more > 0 else shown
 
 
 def latest_metrics(trainer: Trainer) -> dict[str, float]:

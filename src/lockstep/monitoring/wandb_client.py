@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import logging
+import shlex
 import signal
 import ssl
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config import WandbOptions
-from lockstep.core import fsync
+from lockstep.core import fsync, is_on_path, python_command, shell_command
 from lockstep.distributed import STOP_SIGNALS
 from lockstep.monitoring.csv_logger import METRICS_ROW
 from lockstep.monitoring.wandb_history import GLOBAL_STEP
@@ -191,7 +192,10 @@ def _teardown_service() -> None:
 def sync_command(run: Run) -> str:
     """The command that uploads an offline run; ``lockstep sync`` if the server has a part of it already."""
     is_partly_online = any(run.folder.glob("wandb/run-*"))
-    return f"lockstep sync {run.folder}" if is_partly_online else f"wandb sync {run.folder}/wandb/offline-run-*"
+    if is_partly_online:
+        return shell_command("sync", run.folder)
+    program = "wandb" if is_on_path("wandb") else f"{shlex.quote(python_command())} -m wandb"
+    return f"{program} sync {shlex.quote(f'{run.folder}/wandb')}/offline-run-*"
 
 
 def one_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lockstep import __version__
 from lockstep.config import WandbOptions
-from lockstep.core import WANDB_KEY_ADVICE, World, wandb_api_key
+from lockstep.core import WANDB_KEY_ADVICE, World, shell_command, wandb_api_key
 from lockstep.monitoring.csv_logger import METRICS_ROW, CsvMetricsLogger
 from lockstep.monitoring.tensorboard import TensorBoardWriter
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable, one_line, sync_command
@@ -174,7 +174,7 @@ class RunLogger(WandbLogger):
                 self._has_failed = True
                 # A ConnectionError means that W&B's service has died; it can be started again.
                 if attempt == _MAX_STARTS or not isinstance(error, ConnectionError):
-                    command = f"lockstep sync {client.run.folder}"
+                    command = shell_command("sync", client.run.folder)
                     log.warning("W&B does not have all metrics (%s); send the rest with: %s", one_line(error), command)
                     return
 

@@ -156,3 +156,10 @@ class Watchdog(Callback):
         cause = "does not answer" if missing else "is behind the others"
         report = f"No progress for {silent:.0f} s: rank {rank} {cause}; see the stacks in the logs of all ranks."
         return Failure(rank, self.world.size, rank // self.world.local_size, "", report)
+
+
+def stop_watchdog(trainer: Trainer | None) -> None:
+    """Stop watching: someone has stopped this rank on purpose, with a debugger."""
+    for callback in trainer.callbacks if trainer is not None else ():  # type: ignore[attr-defined]
+        if isinstance(callback, Watchdog):
+            callback.stop()

@@ -1,8 +1,10 @@
 """Follow the log of a job until the job ends."""
 
+import sys
 import time
 from collections.abc import Mapping
 
+from lockstep.core import clear_line, shell_command
 from lockstep.runs import Run
 from lockstep.slurm.registry import SubmittedJob
 from lockstep.slurm.status import RunStatus, query_status
@@ -38,8 +40,9 @@ def follow(job: SubmittedJob, env: Mapping[str, str], rank: int = 0, seen: RunSt
                     log.print_news()
                 return next((status.exit_status for status in statuses if status.exit_status), 0)
     except KeyboardInterrupt:
-        command = f"logs -f {job.job}" if job.runs == 1 else f"status {job.job}"
-        print(f"\njob {job.job} continues; to follow it: jobs.py {command}", flush=True)
+        command = ("logs", "-f") if job.runs == 1 else ("status",)
+        clear_line(sys.stdout)  # with the ^C of the terminal
+        print(f"job {job.job} continues; to follow it: {shell_command('jobs', *command, job.job)}", flush=True)
         return 130
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from lockstep.core import UsageError
+from lockstep.core import UsageError, shell_command
 from lockstep.runs import Run
 
 _BLOCK = 65536  # bytes of the registry that are read at once
@@ -101,7 +101,7 @@ def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
     if name is None:
         jobs = registered_jobs(env, newest=1)
         if not jobs:
-            raise UsageError("No job was submitted to this cluster yet; submit one with lockstep submit.")
+            raise UsageError(f"No job was submitted to this cluster yet; submit one with: {shell_command('submit')}")
         return jobs[0]
     main, _, index = name.partition("_")
     folder = Path(name).absolute()
@@ -112,7 +112,9 @@ def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
             for number, (member, run) in enumerate(job.members if job.runs > 1 else []):
                 if index == str(number) or folder == run.folder:
                     return replace(job, job=member, folder=run.folder, runs=1)
-    raise UsageError(f"{name}: lockstep has not submitted such a job; jobs.py list --all shows all jobs.")
+    raise UsageError(
+        f"{name}: lockstep has not submitted such a job; to see all jobs: {shell_command('jobs', 'list', '--all')}"
+    )
 
 
 def _registry_path(env: Mapping[str, str]) -> Path:

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Mapping
+from os import environ
 from typing import Any
 
 from jsonargparse import Namespace
@@ -22,12 +23,12 @@ from lightning.pytorch.loggers import WandbLogger
 from lockstep.checkpoint import CheckpointCallback, CheckpointWriter, HyperParameters, RestoredWeights
 from lockstep.compat.lightning import keep_original_weights
 from lockstep.config import REFUSED_TRAINER_CLASSES
-from lockstep.core import UsageError
+from lockstep.core import UsageError, is_terminal
 from lockstep.distributed import SignalReceiver
 from lockstep.monitoring import (
     ClassifierMedia,
     NanGuard,
-    ProgressBar,
+    ProgressLine,
     RunLogger,
     StatusReporter,
     Stopwatch,
@@ -79,26 +80,30 @@ def build_trainer(
         if isinstance(callback, ModelPruning):
             keep_original_weights(callback)
     has_own_bar = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
-    bar = given.pop("enable_progress_bar")
-    bar = has_own_bar or (sys.stderr.isatty() and sys.stdout.isatty()) if bar is None else bar
+    asked = given.pop("enable_progress_bar")
+    is_live = asked is not False and not has_own_bar and is_terminal(sys.stderr, environ)
+    has_bar = has_own_bar or (asked is True and not is_live)  # Lightning's bar in a file, where the config asks for it
     watchdog = Watchdog(run, context.world, context.attempt, config.run.hang_timeout_seconds, context.enter)
     saves = context.command == "fit" and given["enable_checkpointing"] is not False
     writer = CheckpointWriter(run, context.world, context.attempt, options, signals, watchdog.reset) if saves else None
     checkpoints = CheckpointCallback(context.ownership, options, stopwatch, signals, writer)
     restored, throughput = RestoredWeights(), ThroughputMonitor()
     given["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning's own
+    status = StatusReporter(
+        run, throughput, context.attempt, not has_bar, not has_bar and not is_live, lambda: writer.error if writer else ""
+    )
     callbacks += [
         stopwatch,
         NanGuard(),
         throughput,
-        StatusReporter(run, throughput, context.attempt, not bar, lambda: writer.error if writer else ""),
+        status,
         checkpoints,
         restored,
         HyperParameters(content),
         ActivationCheckpointing(config.activation_checkpointing),
         watchdog,
         ClassifierMedia(config.wandb.mode != "disabled"),
-        *([ProgressBar()] if bar and not has_own_bar else []),
+        *([ProgressLine(status)] if is_live else []),
     ]
     given["enable_model_summary"] = bool(given["enable_model_summary"])
     with warnings.catch_warnings():
@@ -109,7 +114,7 @@ def build_trainer(
                 strategy=strategy,
                 num_nodes=context.world.nodes,
                 callbacks=callbacks,
-                enable_progress_bar=bar,
+                enable_progress_bar=has_bar,
                 use_distributed_sampler=False,
                 default_root_dir=run.folder,
             )

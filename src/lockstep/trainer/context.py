@@ -11,7 +11,7 @@ from os import environ
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from lockstep.core import World
+from lockstep.core import World, shell_command
 from lockstep.distributed import (
     STARTING_PHASES,
     broadcast_from_rank_zero,
@@ -55,6 +55,12 @@ class RunContext:
     def device(self) -> torch.device:
         """The device of this rank."""
         return self.devices[self.world.local_rank]
+
+    @property
+    def one_rank_command(self) -> str:
+        """A command that does the same with one rank on the machine of the person, in a new run."""
+        command = () if self.command == "fit" else (self.command,)
+        return shell_command("local", *command, "--config", self.run.config)
 
     @cached_property
     def ownership(self) -> Ownership:

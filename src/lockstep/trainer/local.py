@@ -2,12 +2,11 @@
 
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 
 from lockstep.config import split_command
-from lockstep.core import Interrupted, World, setup_logging
+from lockstep.core import Interrupted, World, clear_line, setup_logging, shell_command
 from lockstep.distributed import PhaseBoard, RankFailed, fork_ranks, phase_limits
 from lockstep.runs import LaunchRecord, Owner, Run, RunResult, record_earlier_attempts, record_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
@@ -31,7 +30,7 @@ def run_locally(
         resume: The run to continue, whose config is among ``keys``; None starts a new one.
 
     Raises:
-        LockstepError: With one rank, what the trainer raises; so is any other exception.
+        LockstepError: With one rank, what the trainer raises; so is any other exception but a signal.
     """
     command, keys = split_command(keys)
     parsed = parse_config(keys, command)
@@ -44,21 +43,22 @@ def run_locally(
         run = resume
         attempt = run.claim_attempt(Owner.this_process(), lambda owner: is_owner_alive(owner, os.environ))
         record_earlier_attempts(run, attempt)
-    if nodes * ranks == 1:
-        train(command, parsed, World(), run, attempt)
-        return 0
-    to_resume = f"to resume: {shlex.join([*program, '--resume', str(run.folder)])}"
-    preload(parsed[1])
-    board = PhaseBoard(nodes * ranks, phase_limits(parsed[1].run.hang_timeout_seconds))
-
-    def train_rank(world: World) -> None:
-        train(command, parsed, world, run, attempt, board.reporter(world.rank))
-
+    to_resume = f"to resume: {shell_command('local', '--resume', run.folder)}"
     try:
+        if nodes * ranks == 1:
+            train(command, parsed, World(), run, attempt)
+            return 0
+        preload(parsed[1])
+        board = PhaseBoard(nodes * ranks, phase_limits(parsed[1].run.hang_timeout_seconds))
+
+        def train_rank(world: World) -> None:
+            train(command, parsed, world, run, attempt, board.reporter(world.rank))
+
         fork_ranks(
             train_rank, nodes, ranks, lambda world: run.log(attempt, world.rank, world.node_rank) if world.rank else None, board
         )
     except RankFailed as failed:
+        clear_line(sys.stderr)  # a killed rank has left its progress there
         result, failure = RunResult.read(run.result), failed.failure
         if result is not None and result.attempts != attempt:  # that of an attempt before
             result = None
@@ -80,6 +80,7 @@ def run_locally(
         result = RunResult.read(run.result)
         return 0 if result is not None and result.is_finished else failure.exit_status
     except (KeyboardInterrupt, Interrupted) as interrupted:
-        print(f"interrupted; {to_resume}", file=sys.stderr)
+        clear_line(sys.stderr)  # with the ^C of the terminal
+        print(f"interrupted; {to_resume}" if run.config.exists() else "interrupted before the start", file=sys.stderr)
         return int(interrupted.code or 1) if isinstance(interrupted, Interrupted) else 130
     return 0

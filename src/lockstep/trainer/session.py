@@ -38,8 +38,8 @@ from lockstep.core import (
     setup_logging,
 )
 from lockstep.data import DataSharding, ImageFolder
-from lockstep.distributed import SignalReceiver, all_gather, broadcast_from_rank_zero, destroy_process_group
-from lockstep.monitoring import RunLogger, Stopwatch, report, start_run_logger
+from lockstep.distributed import SignalReceiver, all_gather, breakpoints, broadcast_from_rank_zero, destroy_process_group
+from lockstep.monitoring import RunLogger, Stopwatch, report, start_run_logger, stop_watchdog
 from lockstep.runs import (
     Evidence,
     Failure,
@@ -98,7 +98,8 @@ class TrainingSession:
                 context.ownership.check_now()
                 self._config_text = dump_config(context.parser, context.config)
                 atomic_write_text(context.run.config, self._config_text)
-            with touches_claim(context.run, context.attempt) if context.world.is_rank_zero else nullcontext():
+            debugger = breakpoints(context.world, context.one_rank_command, lambda: stop_watchdog(self.trainer))
+            with touches_claim(context.run, context.attempt) if context.world.is_rank_zero else nullcontext(), debugger:
                 result = self._execute()
             if context.world.is_rank_zero:
                 context.ownership.check_now()

@@ -21,7 +21,7 @@ from lockstep.config import (
     sweep_points,
 )
 from lockstep.config.validation import validate_arguments
-from lockstep.core import UsageError, python_path, wandb_api_key
+from lockstep.core import UsageError, python_path, shell_command, wandb_api_key
 from lockstep.runs import (
     CodePaths,
     LaunchRecord,
@@ -109,7 +109,8 @@ class Submission:
         """Raise UsageError if Slurm would not run this job, or is not installed here."""
         if shutil.which("sbatch", path=env.get("PATH")) is None:
             raise UsageError(
-                "sbatch is not found: this is not a login node of a Slurm cluster; lockstep cluster starts one here."
+                "sbatch is not found: this is not a login node of a Slurm cluster; to start one on this machine: "
+                + shell_command("cluster", "up")
             )
         if self.options.after is not None:
             check_dependency(self.options.after, env)
@@ -172,7 +173,8 @@ class Submission:
         """Queue a job that resumes ``run`` with the code and in the folder that it was submitted with."""
         launch = LaunchRecord.read(run.launch)
         if launch is None or launch.paths is None or launch.folder is None:
-            raise UsageError(f"--resume: {run.launch} does not say how the run was submitted; resume it with lockstep local.")
+            command = shell_command("local", "--resume", run.folder)
+            raise UsageError(f"--resume: {run.launch} does not say how the run was submitted; resume it here with: {command}")
         code = CodePaths(tuple(map(Path, launch.paths)), None, launch.code or "")
         task = self._task(run, self.arguments, code)
         options = replace(self.options, working_directory=Path(launch.folder))
@@ -193,7 +195,7 @@ class Submission:
         try:
             register_job(submitted, env)
         except OSError as error:
-            log.warning("job %s is queued, but jobs.py will not list it: %s.", job, error)
+            log.warning("job %s is queued, but %s will not list it: %s.", job, shell_command("jobs"), error)
         return submitted
 
     def _has_argument(self, flag: str) -> bool:

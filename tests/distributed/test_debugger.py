@@ -1,0 +1,40 @@
+"""breakpoint() where no debugger can work; on a terminal: tests/cli/test_terminal.py."""
+
+import os
+import sys
+
+import pytest
+
+from lockstep.core import RunError, World
+from lockstep.distributed import breakpoints
+
+COMMAND = "lockstep local --config runs/a/config.yaml"
+
+
+def no_pause() -> None:
+    raise AssertionError("the debugger would open")
+
+
+def stop(world: World) -> None:
+    with breakpoints(world, COMMAND, no_pause):
+        breakpoint()
+
+
+def test_several_ranks_are_refused_with_the_command_for_one() -> None:
+    hook = sys.breakpointhook
+    with pytest.raises(RunError, match=rf"^breakpoint\(\) in {__file__}, line \d+: .* 2 ranks; with one: {COMMAND}$"):
+        stop(World(1, 2, 1, 2))
+    assert sys.breakpointhook is hook
+
+
+def test_without_a_terminal_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        monkeypatch.setattr(sys, "breakpointhook", sys.__breakpointhook__)
+        with pytest.raises(RunError, match=f"a terminal, which this process does not have; to use one: {COMMAND}"):
+            stop(World())
+
+
+def test_python_s_own_switch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONBREAKPOINT", "0")
+    stop(World(0, 2, 0, 2))
