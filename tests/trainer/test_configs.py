@@ -1,14 +1,16 @@
-"""Every checked-in config parses and trains, flags override files, shells complete keys. In-process, then short runs."""
+"""Every checked-in config parses and trains, flags override files, keys and classes have help. In-process, then short runs."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from support.runs import REPO, Launch
 
+from lockstep.config import with_config
 from lockstep.core.errors import UsageError
 from lockstep.data.base import ImageData
-from lockstep.trainer.config_parser import completion, parse_config
+from lockstep.trainer.config_parser import parse_config
 
 ADDITIONS = sorted((REPO / "configs").glob("deepspeed_*.yaml"))
 CONFIGS = sorted(set((REPO / "configs").glob("*.yaml")) - set(ADDITIONS))
@@ -78,10 +80,33 @@ def test_print_config(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None
     assert config["ddp"]["gradient_as_bucket_view"] is True
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_completion_knows_the_keys(shell: str) -> None:
-    script = completion(shell)
-    for key in ("--ranks", "--trainer.max_epochs", "--model.lr", "--data.batch_size"):
-        assert key.lstrip("-") in script
-    with pytest.raises(UsageError, match="'dos' is not valid; valid are bash"):
-        completion("dos")
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--trainer.help"], "--trainer.max_epochs"),
+        (["--checkpoint.help"], "--checkpoint.every_n_steps EVERY_N_STEPS"),
+        (["--model.help"], "lockstep.models.Classifier\n\nTrains any network"),
+        (["--model.network.help"], "--model.network.widths"),
+        (["--data.help", "MNIST"], "--data.root ROOT"),
+        (["--optimizer.help", "torch.optim.SGD"], "--optimizer.momentum"),
+    ],
+)
+def test_help_of_a_section_and_of_a_class(arguments: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_config(with_config(arguments))
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and shown in text
+    assert "known subclasses" not in text and len(text.splitlines()) < 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--modle.help"], "modle.help: unknown key; did you mean 'model.help'?"),
+        (["--model.help", "Clasifier"], "cannot be imported (No module named 'Clasifier'); did you mean 'lockstep.models.Clas"),
+        (["--optimizer.help"], "optimizer.help: of which class? --optimizer.help CLASS."),
+    ],
+)
+def test_help_of_what_does_not_exist(arguments: list[str], error: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(error)):
+        parse_config(with_config(arguments))

@@ -16,6 +16,7 @@ COMMANDS = {
     "report": ("cli.report", "Draw a run: its metrics, restarts and results, as a picture and a page for a browser."),
     "export": ("checkpoint.export", "Write the weights of a run to one safetensors file."),
     "sync": ("monitoring.wandb_sync", "Send W&B the rows of a run that it does not have."),
+    "completion": ("cli.completion", "Print a script that completes commands, keys and values in bash or zsh."),
     "cluster": ("cli.cluster", "Start and stop a Slurm cluster on this machine."),
 }
 """Module whose ``main`` runs the command, and its help."""
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in ("-h", "--help"):
             print("usage: lockstep COMMAND …\n")
             for command, (_, description) in COMMANDS.items():
-                print(f"  {command:8}{description}")
+                print(f"  {command:12}{description}")
             print("\nlockstep COMMAND --help explains each; lockstep --version.")
             return 0
         if name == "--version":

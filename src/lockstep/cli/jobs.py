@@ -41,14 +41,9 @@ SHOWN = 20
 """How many jobs ``list`` shows; each takes a dozen reads."""
 
 
-def main(arguments: Sequence[str], program: str = "lockstep jobs") -> int:
-    """Run the command in ``arguments`` and return the exit status."""
-    parser = CommandLineParser(
-        prog=program,
-        description=(__doc__ or "").format(program=program),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the commands and their arguments to ``parser``."""
+    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     listing = commands.add_parser("list", help="the newest jobs")
     listing.add_argument("--all", action="store_true", help=f"all jobs, not only the {SHOWN} newest")
     status = commands.add_parser("status", help="state and progress of a job")
@@ -64,6 +59,16 @@ def main(arguments: Sequence[str], program: str = "lockstep jobs") -> int:
     for command in (status, logs):
         command.add_argument("job", nargs="?", metavar="JOB")
     cancel.add_argument("job", metavar="JOB")
+
+
+def main(arguments: Sequence[str], program: str = "lockstep jobs") -> int:
+    """Run the command in ``arguments`` and return the exit status."""
+    parser = CommandLineParser(
+        prog=program,
+        description=(__doc__ or "").format(program=program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_commands(parser)
     try:
         options = parser.parse_args(arguments)
         check_slurm_conf(os.environ)

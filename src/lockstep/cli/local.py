@@ -6,7 +6,6 @@
     {program} --config mine.yaml --trainer.max_epochs 3 --model.lr 0.01
 
 All other arguments go to the trainer: an optional command (fit, validate, test, predict), then keys of the config.
---print_config shows all keys.
 """
 
 import argparse
@@ -15,27 +14,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lockstep.cli.help import LaunchParser
 from lockstep.config import check_checkpoint_path, check_deepspeed, check_nvme_path, check_wandb_key, with_config
 from lockstep.config.validation import shows_only, validate_arguments
-from lockstep.core import CommandLineParser, LockstepError, int_at_least, python_path
+from lockstep.core import LockstepError, int_at_least, python_path
 from lockstep.runs import Run
+
+
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """Build the parser of the launcher's own flags."""
+    parser = LaunchParser(program, __doc__)
+    resources, run = parser.add_argument_group("resources"), parser.add_argument_group("run")
+    resources.add_argument(
+        "--nodes", type=int_at_least(1), metavar="N", help="simulated nodes (default 1; with --resume, as in the last attempt)"
+    )
+    resources.add_argument(
+        "--ranks",
+        type=int_at_least(1),
+        metavar="N",
+        help="ranks on each node (default 1; with --resume, as in the last attempt)",
+    )
+    run.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder, with its own config")
+    return parser
 
 
 def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
     """Parse ``arguments``, train and return the exit status: 0, 1 (failed), 2 (usage), 130, 138, 140, 143 (signal)."""
-    parser = CommandLineParser(
-        prog=program,
-        description=(__doc__ or "").format(program=program),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--nodes", type=int_at_least(1), help="simulated nodes (default 1; with --resume, as in the last attempt)"
-    )
-    parser.add_argument(
-        "--ranks", type=int_at_least(1), help="ranks on each node (default 1; with --resume, as in the last attempt)"
-    )
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder, with its own config")
+    parser = make_parser(program)
     try:
         options, rest = parser.parse_known_args(arguments)
         at = 1 if rest and not rest[0].startswith("-") else 0

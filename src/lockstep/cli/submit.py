@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from lockstep.cli.help import LaunchParser
 from lockstep.config import parse_sweep, with_config
 from lockstep.config.validation import shows_only
-from lockstep.core import CommandLineParser, LockstepError, int_at_least
+from lockstep.core import LockstepError, int_at_least
 from lockstep.runs import Run
 from lockstep.slurm import check_slurm_conf, follow
 from lockstep.slurm.submission import (
@@ -43,12 +44,7 @@ from lockstep.slurm.submission import (
 
 def make_parser(program: str) -> argparse.ArgumentParser:
     """Build the parser of the launcher's own flags."""
-    parser = CommandLineParser(
-        prog=program,
-        description=(__doc__ or "").format(program=program),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = LaunchParser(program, __doc__, lists_profiles=True)
     resources = parser.add_argument_group("resources")
     resources.add_argument(
         "--nodes",
@@ -74,7 +70,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     job.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder with its own code and config")
     job.add_argument("--no-snapshot", action="store_true", help="run the code as it is when the job starts, not a copy")
     job.add_argument("--follow", action="store_true", help="print rank zero's log until the end; exit with the run's status")
-    checks = parser.add_argument_group("checks, which submit nothing")
+    checks = parser.add_argument_group("show only, and submit nothing")
     checks.add_argument("--check", action="store_true", help="check the config with torch, and the resources with Slurm")
     checks.add_argument("--dry-run", action="store_true", help="like --check, and print the batch script and complete config")
     checks.add_argument("--plan", action="store_true", help="print the memory that the model needs and which strategies fit")

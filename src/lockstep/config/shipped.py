@@ -1,6 +1,8 @@
 """Shipped configs, which ``--config`` finds by name; ``files`` is the folder ``configs`` of the repository."""
 
+import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 SHIPPED = Path(__file__).resolve().parent / "files"
@@ -32,3 +34,13 @@ def find_shipped(arguments: Sequence[str]) -> list[str]:
 def _shipped(name: str) -> Path | None:
     path = SHIPPED / f"{name}.yaml"
     return path.resolve() if name.replace("_", "").isalnum() and path.is_file() and not Path(name).exists() else None
+
+
+def describe_files(folder: Path = SHIPPED) -> dict[str, str]:
+    """The YAML files of a folder by name, each with the first sentence of its comment."""
+    found = {}
+    for path in sorted(folder.glob("*.yaml")):
+        lines = path.read_text().splitlines()
+        comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+        found[path.stem] = re.split(r"(?<=\.) (?=[A-Z`])", comment)[0]
+    return found

@@ -2,14 +2,16 @@
 
 import argparse
 import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from types import MethodType
 from typing import Any
 
-import shtab
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
@@ -20,8 +22,16 @@ from torch.optim import Optimizer
 
 from lockstep.compat.pytorch_lightning import import_as_lightning
 from lockstep.compat.torch_builds import recover_build_locks
-from lockstep.config import FULL_PRECISIONS, RESERVED_TRAINER_KEYS, Options, Precision, select_section
-from lockstep.config.validation import known_keys, validate_arguments
+from lockstep.config import (
+    FULL_PRECISIONS,
+    RESERVED_TRAINER_KEYS,
+    SHARED_CLASSES,
+    Options,
+    Precision,
+    select_section,
+    split_keys,
+)
+from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError, did_you_mean
 from lockstep.trainer.parse_errors import explain_parse_error, import_modules
 from lockstep.trainer.saved_config import dump_config
@@ -40,9 +50,7 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file of keys; later files override earlier ones.")
     parser.add_class_arguments(Options, instantiate=False)
-    parser.add_class_arguments(Trainer, "trainer", skip={*RESERVED_TRAINER_KEYS, "precision"}, instantiate=False)
-    precision_help = "auto: bf16-mixed on GPUs that support it, else 32-true."
-    parser.add_argument("--trainer.precision", type=Precision, default="auto", help=precision_help)
+    _add_trainer_arguments(parser)
     parser.add_subclass_arguments(LightningModule, "model", required=True, fail_untyped=False)
     parser.add_subclass_arguments(LightningDataModule, "data", required=False, fail_untyped=False)
     parser.add_subclass_arguments(Optimizer, "optimizer", required=False, instantiate=False, skip={"params"})
@@ -50,6 +58,12 @@ def make_parser() -> ArgumentParser:
     parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
     register_type(torch.device, deserializer=torch.device, deserializer_exceptions=RuntimeError)
     return parser
+
+
+def _add_trainer_arguments(parser: ArgumentParser) -> None:
+    parser.add_class_arguments(Trainer, "trainer", skip={*RESERVED_TRAINER_KEYS, "precision"}, instantiate=False)
+    precision_help = "auto: bf16-mixed on GPUs that support it, else 32-true."
+    parser.add_argument("--trainer.precision", type=Precision, default="auto", help=precision_help)
 
 
 def parse_config(arguments: Sequence[str], command: str = "fit") -> tuple[ArgumentParser, Namespace]:
@@ -62,13 +76,14 @@ def parse_config(arguments: Sequence[str], command: str = "fit") -> tuple[Argume
         UsageError: A key or value is wrong; the message has the key, the value and what is valid.
     """
     search_working_folder()
-    if arguments and arguments[-2:-1] == ["--print_completion"]:
-        print(completion(arguments[-1]))
-        sys.exit(0)
     given = validate_arguments([command, *arguments])
     import_as_lightning()
     recover_build_locks()  # a user's module may build an op when it is imported
     import_modules(given)
+    for key, value in split_keys(arguments):
+        if key.endswith(".help"):
+            print(describe_key(key.removesuffix(".help"), value, given))
+            sys.exit(0)
     parser, arguments = make_parser(), select_section(arguments, command)
     is_shown = "--print_config" in arguments and given["model"] is not None  # else jsonargparse shows the keys that are known
     if is_shown:
@@ -91,20 +106,48 @@ def search_working_folder() -> None:
         sys.path.insert(0, here)
 
 
-def completion(shell: str) -> str:
-    """Make a completion script of all keys for ``bash``, ``zsh`` or ``tcsh``, to use after ``local.py``.
+def describe_key(key: str, class_path: str, given: Mapping[str, Any]) -> str:
+    """Describe the arguments of a section such as ``trainer``, or of a class that ``key`` may have.
 
-    jsonargparse's own script takes minutes: it searches every class that any key accepts.
+    Args:
+        class_path: The class; if empty, the one that ``given``, the config, has for ``key``.
 
     Raises:
-        UsageError: The shell is not supported.
+        UsageError: The key has no arguments, or the class is not known or cannot be imported.
     """
-    if shell not in shtab.SUPPORTED_SHELLS:
-        raise UsageError(f"print_completion: {shell!r} is not valid{did_you_mean(shell, shtab.SUPPORTED_SHELLS)}")
-    parser = argparse.ArgumentParser(prog="local.py")
-    for name in ("nodes", "ranks", *known_keys()):
-        parser.add_argument(f"--{name}")
-    return shtab.complete(parser, shell)
+    sections = {name: type(value) for name, value in vars(Options()).items() if is_dataclass(value)}
+    parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    first, keys = key.partition(".")[0], [*sections, "trainer", "model", "data", "optimizer", "lr_scheduler"]
+    if first not in keys:
+        raise UsageError(f"{key}.help: unknown key{did_you_mean(first, keys, 'help')}")
+    if key in sections:
+        parser.add_class_arguments(sections[key], key)
+    elif key == "trainer":
+        _add_trainer_arguments(parser)
+    elif found := class_path or _class_of(given, key):
+        shared = {path.rpartition(".")[2]: path for paths in SHARED_CLASSES.values() for path in paths}
+        try:
+            kind = resolve_name(path := shared.get(found, found))
+        except (ImportError, AttributeError, ValueError) as error:
+            known = SHARED_CLASSES.get(key, ())
+            raise UsageError(f"{key}.help: {found} cannot be imported ({error}){did_you_mean(found, known)}") from None
+        print(f"{path}\n")
+        add = parser.add_class_arguments if isinstance(kind, type) else parser.add_function_arguments
+        add(kind, key, fail_untyped=False)
+    else:
+        such_as = f", such as {', '.join(SHARED_CLASSES[key])}" if key in SHARED_CLASSES else ""
+        raise UsageError(f"{key}.help: of which class? --{key}.help CLASS{such_as}.")
+    # jsonargparse lists all classes that are imported, which are hundreds of lines.
+    return re.sub(r",?\s+known\s+subclasses:[^)]*\)", ")", parser.format_help()).lstrip()
+
+
+def _class_of(config: Any, key: str) -> str:
+    """Path of the class that a config has for a dotted ``key``; empty if it has none."""
+    for name in key.split("."):
+        config = config.get("init_args", config) if isinstance(config, Mapping) else {}
+        config = config.get(name) if isinstance(config, Mapping) else None
+    path = config.get("class_path") if isinstance(config, Mapping) else None
+    return path if isinstance(path, str) else ""
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:

@@ -77,16 +77,19 @@ def shows_only(argument: str) -> bool:
 
 
 def _is_help_key(key: str) -> bool:
-    return key.endswith(".help") or key in ("help", "print_config", "print_completion", "print_shtab")
+    return key.endswith(".help") or key in ("help", "print_config", "print_shtab")
 
 
-def known_keys() -> list[str]:
-    """All keys of a config, with the arguments of lockstep's own model and data classes."""
+def known_keys() -> dict[str, ExpectedType]:
+    """All keys of a config but ``config``, with the arguments of lockstep's own classes, and what each accepts."""
     sources = SourceIndex()
-    keys = ConfigValidator(sources, ()).keys()
+    found = {key: ANYTHING for key in _CLASSES}
+    groups = ConfigValidator(sources, ()).groups()
     for key, path in (("model", "lockstep.models.Classifier"), ("data", "lockstep.data.ImageData")):
-        keys += [f"{key}.{name}" for name in signature(sources, sources.find(path)).arguments]
-    return keys
+        groups[key] = signature(sources, sources.find(path))
+    for group, keys in groups.items():
+        found |= {f"{group}.{name}".lstrip("."): expected_type(sources, argument) for name, argument in keys.arguments.items()}
+    return found
 
 
 _CLASSES = {**BASES, **OPTIONAL_CLASSES}
@@ -181,6 +184,10 @@ class ConfigValidator:
         ):
             raise UsageError(messages.class_not_set(key, ".".join([key, *rest]), value))
         self.content[key] = self._values.merge(current, ExpectedType(classes=(_CLASSES[key],)), rest, value, key)
+
+    def groups(self) -> dict[str, Signature]:
+        """The keys of each group; those without one are in the group with the empty name."""
+        return {"": self._keys, **self._groups}
 
     def keys(self) -> list[str]:
         """All keys except arguments of classes."""
