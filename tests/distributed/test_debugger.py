@@ -2,8 +2,10 @@
 
 import os
 import sys
+from bdb import BdbQuit
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from lockstep.core import RunError, World
 from lockstep.distributed import breakpoints
@@ -38,3 +40,27 @@ def test_without_a_terminal_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_python_s_own_switch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONBREAKPOINT", "0")
     stop(World(0, 2, 0, 2))
+
+
+class Stops(Dataset[int]):
+    """Its only sample has a breakpoint."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        breakpoint()
+        return index
+
+
+def test_a_dataloader_worker_is_told_how_to_load_without_it() -> None:
+    with pytest.raises(RunError) as failed, breakpoints(World(), COMMAND, no_pause):
+        list(DataLoader(Stops(), num_workers=1, multiprocessing_context="fork"))
+    assert failed.value.message.endswith("has no terminal; load the data without workers, as with num_workers=0.")
+    assert failed.value.message.startswith(f"breakpoint() in {__file__}, line ")
+
+
+def test_leaving_a_debugger_that_had_no_terminal_says_so() -> None:
+    refused = pytest.raises(RunError, match=r"^pdb: a debugger needs a terminal of its own, and here are 2 ranks")
+    with refused, breakpoints(World(0, 2, 0, 2), COMMAND, no_pause):
+        raise BdbQuit
