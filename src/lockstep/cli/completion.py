@@ -74,7 +74,7 @@ def script(shell: str) -> str:
             jobs.add_commands(command)
         elif name == "completion":
             command.add_argument("shell", choices=("bash", "zsh"))
-        elif name in ("export", "sync"):
+        elif name in ("export", "report", "sync"):
             _complete(command.add_argument("run"), shtab.DIRECTORY)
     for action in (action for command in commands.choices.values() for action in command._actions):
         if action.metavar == "RUN":
