@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.core import World
+from lockstep.core import World, shell_command
 from lockstep.runs import Run, RunResult
 from lockstep.runs.report import write_report
 
@@ -37,7 +37,7 @@ def draw(run: Run) -> None:
         write_report(run, run.folder)
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        log.warning("the report cannot be drawn (%s); try again with: lockstep report %s", what, run.folder)
+        log.warning("the report cannot be drawn (%s); try again with: %s", what, shell_command("report", run.folder))
 
 
 def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]:
