@@ -225,7 +225,7 @@ GOOD = [
     "--wandb.tags [a,b] --wandb.tags+ c --wandb.mode offline --checkpoint.monitor null --ddp.bucket_cap_mb 1",
     "--seed_everything 0 --shared_filesystem no --ckpt_path null --ckpt_path 5 --strategy ddp",
     "--model.lr 1e-3 --model.lr 5 --model.lr .inf --model.lr ' 5' --model.lr null --model.init_args.lr 1E3",
-    "--model.lr=0.1 --model lockstep.models.Classifier --model.optimizer x --model.schedule step --model.step_size 3",
+    "--model.lr=0.1 --model lockstep.models.Classifier --model.optimizer sgd --model.schedule step --model.step_size 3",
     "--model.optimizer_args.momentum 0.9 --model.optimizer_args.a.b 1 --model.optimizer_args '{eps: 1}'",
     "--model '{lr: 7}' --model '{init_args: {lr: 7}}' --model.init_args '{lr: 3}' --model.dict_kwargs.x 3 --model.compile true",
     "--model.network resnet18 --model.num_classes 3 --model.network_args null",

@@ -27,6 +27,8 @@ README = REPO / "README.md"
 
 FIRST_RUN = "runs/digits/$(ls runs/digits | head -n 1)"
 
+FIRST_RUN_OF_PYTHON = "'runs/digits/' + sorted(__import__('os').listdir('runs/digits'))[0]"
+
 CLUSTER = Path("/tmp", f"lockstep-slurm-{os.geteuid()}")
 """The folder of a cluster that is started without ``--folder``."""
 
@@ -40,7 +42,8 @@ def steps(text: str) -> Iterator[str]:
             if block.file is not None:
                 yield f"cat > {block.file} <<'END'\n{block.content}END\n"
             elif block.language == "python":
-                yield f"say 'the lines of Python'\npython <<'END'\n{block.content}END\n"
+                lines = block.content.replace('"runs/digits/<id>"', FIRST_RUN_OF_PYTHON)
+                yield f"say 'the lines of Python'\npython <<'END'\n{lines}END\n"
 
 
 def install(folder: Path) -> Path:

@@ -194,6 +194,8 @@ def show_log(job: SubmittedJob, rank: int, tail: int | None, following: bool) ->
     path = status.run.find_log(status.attempt, rank)
     if path is None:
         launch = LaunchRecord.read(status.run.launch)
+        if launch is not None and rank >= (ranks := launch.max_nodes * launch.ranks_per_node):
+            raise UsageError(f"--rank: {rank} does not exist; the ranks of job {status.job} are 0 to {ranks - 1}.")
         node = rank // launch.ranks_per_node if launch is not None else 0
         early = job.folder / "slurm" / f"{status.job}_{node}_log.out"  # of the agent
         if not early.exists():

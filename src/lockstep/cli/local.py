@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lockstep.cli.help import LaunchParser
-from lockstep.config import check_checkpoint_path, check_deepspeed, check_nvme_path, check_wandb_key, with_config
+from lockstep.cli.hints import check_misplaced
+from lockstep.config import check_nvme_path, check_start, with_config
 from lockstep.config.validation import shows_only, validate_arguments
-from lockstep.core import LockstepError, int_at_least, python_path
-from lockstep.runs import Run
+from lockstep.core import LockstepError, UsageError, int_at_least, python_path
+from lockstep.runs import LaunchRecord, Run
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -44,12 +45,19 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
         resume = Run.open(options.resume) if options.resume else None
         rest = with_config(rest, str(resume.config) if resume is not None else None)
         flags = [*vars(options), "help"]
-        config = validate_arguments(rest, flags, [Path.cwd(), *python_path(os.environ)])
+        try:
+            config = validate_arguments(rest, flags, [Path.cwd(), *python_path(os.environ)])
+        except UsageError:
+            from lockstep.cli import submit  # imports submitit, which a local run does not need
+
+            check_misplaced(rest, flags, submit.make_parser)
+            raise
+        launched = LaunchRecord.read(resume.launch) if resume is not None else None
+        nodes = options.nodes or (launched.max_nodes if launched is not None else 1)
+        ranks = options.ranks or (launched.ranks_per_node if launched is not None else 1)
         if not any(map(shows_only, rest)):
-            check_checkpoint_path(rest[0] if at else "fit", config["ckpt_path"], {})
-            check_deepspeed(config)
+            check_start(rest[0] if at else "fit", config, [nodes * ranks], os.environ)
             check_nvme_path(config)
-            check_wandb_key(config, os.environ)
         # In a shell inside a Slurm allocation, this run is not one of its tasks. Nor does it use the W&B service of the program
         # that started it, which would keep the run of a killed rank in use.
         for name in [name for name in os.environ if name.startswith(("SLURM_", "WANDB_SERVICE")) and name != "SLURM_CONF"]:
@@ -57,7 +65,7 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
         # Imported only now: torch and Lightning take seconds, which a usage error should not cost.
         from lockstep.trainer.local import run_locally
 
-        return run_locally(rest, options.nodes, options.ranks, program.split(), arguments, resume)
+        return run_locally(rest, nodes, ranks, program.split(), arguments, resume)
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status

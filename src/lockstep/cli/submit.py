@@ -21,10 +21,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from lockstep.cli import local
 from lockstep.cli.help import LaunchParser
+from lockstep.cli.hints import check_misplaced
 from lockstep.config import parse_sweep, with_config
 from lockstep.config.validation import shows_only
-from lockstep.core import LockstepError, int_at_least
+from lockstep.core import LockstepError, UsageError, int_at_least
 from lockstep.runs import Run
 from lockstep.slurm import check_slurm_conf, follow
 from lockstep.slurm.submission import (
@@ -115,11 +117,16 @@ def _submit(arguments: Sequence[str], program: str) -> int:
         sweep=parse_sweep(flags.sweep),
         array_parallelism=flags.array_parallelism,
         snapshot=not flags.no_snapshot,
+        reads_data=not flags.plan,
         resume=resume,
     )
     profile = apply_flags(profile, {name: getattr(flags, name) for name in (*PROFILE_FLAGS, "exclusive", "sbatch", "srun")})
     names = [name.replace("_", "-") for name in (*vars(flags), "help")]
-    submission = Submission.create(trainer_arguments, profile, options, os.environ, names)
+    try:
+        submission = Submission.create(trainer_arguments, profile, options, os.environ, names)
+    except UsageError:
+        check_misplaced(trainer_arguments, names, local.make_parser)
+        raise
     if flags.plan:
         table, unknown = plan_memory(submission, os.environ)
         if flags.sweep:

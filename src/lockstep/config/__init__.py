@@ -1,23 +1,22 @@
 """The config of a run: keys, YAML files, command-line arguments, sweeps, cross-field checks and error messages."""
 
 from lockstep.config import messages
-from lockstep.config.arguments import select_section, split_command, split_keys
+from lockstep.config.arguments import MissingValue, select_section, split_command, split_keys
 from lockstep.config.checks import (
     check_archive,
-    check_checkpoint_path,
     check_data,
-    check_deepspeed,
     check_nvme_path,
     check_ranges,
     check_run_root,
     check_secrets,
+    check_start,
     check_trainer_classes,
-    check_wandb_key,
 )
 from lockstep.config.deepspeed import check_offload, deepspeed_config, missing_nvme_folder
 from lockstep.config.schema import (
     COMMANDS,
     FULL_PRECISIONS,
+    OPTIMIZERS,
     REFUSED_TRAINER_CLASSES,
     RESERVED_TRAINER_KEYS,
     SHARED_CLASSES,

@@ -11,10 +11,20 @@ from lockstep.config.yaml_files import read_config_file
 from lockstep.core import UsageError, did_you_mean
 
 
+class MissingValue(UsageError):
+    """A key without a value; ``key`` may not exist."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key}: needs a value: --{key} VALUE.")
+        self.key = key
+
+
 def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """Return the command at the start of ``arguments``, fit by default, and the other arguments."""
     if not arguments or arguments[0].startswith("-"):
         return "fit", list(arguments)
+    if re.match(r"\w+([.]\w+)*=", arguments[0]):
+        raise UsageError(f"{arguments[0]!r} has no dashes; keys begin with them: --{arguments[0]}")
     if arguments[0] not in COMMANDS:
         raise UsageError(f"{arguments[0]!r} is not a command{did_you_mean(arguments[0], COMMANDS)}")
     return arguments[0], list(arguments[1:])
@@ -28,6 +38,8 @@ def split_keys(arguments: Sequence[str]) -> list[tuple[str, str]]:
         if argument == "-h":
             argument = "--help"
         if not _is_flag(argument) or argument == "--":
+            if re.match(r"\w+([.]\w+)*=", argument):
+                raise UsageError(f"{argument!r} has no dashes; keys begin with them: --{argument}")
             raise UsageError(
                 f"{argument!r} is not a key: keys begin with --; a command ({', '.join(COMMANDS)}) must be the first argument."
             )
@@ -36,7 +48,7 @@ def split_keys(arguments: Sequence[str]) -> list[tuple[str, str]]:
             if rest and not _is_flag(rest[0]) and not re.fullmatch(r"-[a-zA-Z]\S*", rest[0]):
                 value = rest.pop(0)
             elif key != "print_config" and not key.endswith(".help"):
-                raise UsageError(f"{key}: needs a value: --{key} VALUE.")
+                raise MissingValue(key)
         pairs.append((key, value))
     return pairs
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,63 @@ def check_data(data: Mapping[str, Any] | None) -> None:
         check_archive(arguments.get("archive"), arguments.get("archive_md5"))
 
 
+def check_start(
+    command: str,
+    config: Mapping[str, Any],
+    world_sizes: Iterable[int],
+    env: Mapping[str, str],
+    sweep: Mapping[str, Sequence[str]] | None = None,
+    sees_data: bool = True,
+) -> None:
+    """Check what each way to start a run can know before it starts anything or makes a folder.
+
+    Args:
+        config: The validated config.
+        world_sizes: Each number of ranks that the run may have.
+        env: Environment of the ranks.
+        sweep: Keys and the values that they take in turn.
+        sees_data: Whether this machine has the files that the ranks read.
+
+    Raises:
+        UsageError: The ranks would refuse the config.
+    """
+    check_checkpoint_path(command, config["ckpt_path"], sweep or {})
+    check_batch_size(config["data"], world_sizes)
+    if sees_data and config["shared_filesystem"]:
+        for root in (sweep or {}).get("data.root", [None]):
+            check_data_root(config["data"], root)
+    check_deepspeed(config)
+    check_wandb_key(config, env)
+
+
+def check_batch_size(data: Any, world_sizes: Iterable[int]) -> None:
+    """Raise UsageError if the global batch of a shared DataModule cannot be divided by a number of ranks."""
+    size = data.get("init_args", {}).get("batch_size") if isinstance(data, Mapping) else None
+    if not str(data and data.get("class_path")).startswith("lockstep.data.") or not isinstance(size, int):
+        return
+    if size < 1:
+        raise UsageError(f"data.batch_size: {size} must be 1 or more.")
+    for ranks in world_sizes:
+        if below := size % ranks:
+            near = " or ".join(str(number) for number in (size - below, size - below + ranks) if number)
+            raise UsageError(f"data.batch_size: the global batch size {size} is not divisible by {ranks} ranks; use {near}.")
+
+
+def check_data_root(data: Any, root: str | None = None) -> None:
+    """Raise UsageError if the folder of a shared DataModule, or another ``root``, neither exists nor can be made."""
+    arguments = data.get("init_args", {}) if isinstance(data, Mapping) else {}
+    root = arguments.get("root") if root is None else root
+    path = str(data and data.get("class_path"))
+    if not path.startswith("lockstep.data.") or not isinstance(root, str | Path) or os.path.isdir(root):
+        return
+    elsewhere = "if only the nodes have it, set --shared_filesystem false"
+    if path == "lockstep.data.ImageFolder" and not arguments.get("archive"):
+        raise UsageError(f"data.root: {root} is not a folder here; give the one with train/ and val/, or, {elsewhere}.")
+    existing = next(folder for folder in Path(root).absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"data.root: {root} does not exist, and {existing} cannot be written to make it; {elsewhere}.")
+
+
 def check_trainer_classes(trainer: Mapping[str, Any]) -> None:
     """Raise UsageError if ``trainer`` names a callback or logger that a run cannot have."""
     for key in ("callbacks", "logger"):
@@ -93,7 +150,7 @@ def check_checkpoint_path(command: str, path: str | None, sweep: Mapping[str, Se
         if not Path(given).exists():
             raise UsageError(f"ckpt_path: {given} does not exist; give a checkpoint or a run folder.")
     if command != "fit" and not paths:
-        raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder.")
+        raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder; --ckpt_path runs/NAME/ID.")
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:

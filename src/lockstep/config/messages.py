@@ -5,6 +5,23 @@ from collections.abc import Sequence
 from lockstep.config.schema import RESERVED_TRAINER_KEYS
 from lockstep.core import did_you_mean
 
+_OTHER_NAMES = {
+    "learning_rate": "lr", "max_lr": "lr", "epochs": "max_epochs", "num_epochs": "max_epochs", "steps": "max_steps",
+    "batch": "batch_size", "bs": "batch_size", "workers": "num_workers", "seed": "seed_everything", "wd": "weight_decay",
+    "output_dir": "run.root", "log_dir": "run.root", "checkpoint": "ckpt_path", "resume_from_checkpoint": "ckpt_path",
+    "loss": "criterion", "scheduler": "schedule", "gradient_accumulation_steps": "accumulate_grad_batches",
+    "max_grad_norm": "gradient_clip_val", "project": "wandb.project",
+}  # fmt: skip
+"""Names that other programs have for the last part of a key, and ours."""
+
+
+def suggest_key(key: str, valid: Sequence[str], rest: str = "") -> str:
+    """End a sentence about an unknown ``key`` with the valid ones that it may mean; what follows is that of did_you_mean."""
+    last = key.rpartition(".")[2]
+    wanted = _OTHER_NAMES.get(last.lower(), last)
+    same = sorted({name for name in valid if name == wanted or name.endswith(f".{wanted}")}) if not rest else []
+    return f"; did you mean {' or '.join(map(repr, same[:3]))}?" if same else did_you_mean(key, valid, rest)
+
 
 def unknown_key(key: str, value: object, valid: Sequence[str], owner: str = "") -> str:
     """Message about a key that does not exist, or is not an argument of the class ``owner``; an empty value is left out."""
@@ -13,11 +30,11 @@ def unknown_key(key: str, value: object, valid: Sequence[str], owner: str = "") 
     if first == "trainer" and rest in RESERVED_TRAINER_KEYS:
         return f"{key}{given}: cannot be set in a config; {RESERVED_TRAINER_KEYS[rest]}."
     if owner:
-        return f"{key}{given}: unknown argument of {owner}{did_you_mean(key, valid)}"
+        return f"{key}{given}: unknown argument of {owner}{suggest_key(key, valid)}"
     groups = {name.partition(".")[0] for name in valid}
     if rest and first not in groups:
         return f"{key}{given}: unknown key{did_you_mean(first, groups, rest)}"
-    return f"{key}{given}: unknown key{did_you_mean(key, valid)}"
+    return f"{key}{given}: unknown key{suggest_key(key, valid)}"
 
 
 def wrong_value(key: str, value: object, expected: Sequence[str], choices: Sequence[str] = (), typed: str | None = None) -> str:

@@ -19,6 +19,9 @@ SHARED_CLASSES = {
 }
 """lockstep's own classes for the keys that take a class."""
 
+OPTIMIZERS = ("adamw", "sgd")
+"""Short names of ``model.optimizer``."""
+
 RESERVED_TRAINER_KEYS = {
     "strategy": "set strategy (ddp or deepspeed) and its options (ddp.*, deepspeed.*) at the top level",
     "devices": "use the launcher's flag --ranks (or --ranks-per-node on Slurm)",

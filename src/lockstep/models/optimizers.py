@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lockstep.config import OPTIMIZERS
 from lockstep.core import UsageError
 
-_FUSED = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_FUSED = dict(zip(OPTIMIZERS, (torch.optim.AdamW, torch.optim.SGD), strict=True))
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

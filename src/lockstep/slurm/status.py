@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,8 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
         if state.state == "PENDING":
             return RunStatus(job, run, ACTIVE, "waiting", _pending_reason(state), state, progress, result)
         message = f"Attempt {run.newest_attempt} has failed: {failure.reason}" if failure is not None else ""
+        with suppress(OSError):  # what the batch script tries again
+            message = (slurm / f"{job}.retry").read_text(errors="replace").strip() or message
         return RunStatus(job, run, ACTIVE, state.state.lower(), message, state, progress, result)
     was_cancelled = (slurm / f"{job}.cancelled").exists()
     output, status = run.output(slurm, job), _read_exit_status(exit_file)

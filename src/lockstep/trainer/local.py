@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lockstep.config import split_command
 from lockstep.core import Interrupted, World, clear_line, setup_logging, shell_command
 from lockstep.distributed import PhaseBoard, RankFailed, fork_ranks, phase_limits
-from lockstep.runs import LaunchRecord, Owner, Run, RunResult, record_earlier_attempts, record_failure, write_failed_result
+from lockstep.runs import Owner, Run, RunResult, record_earlier_attempts, record_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
 from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.preload import preload
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def run_locally(
-    keys: Sequence[str], nodes: int | None, ranks: int | None, program: Sequence[str], typed: Sequence[str], resume: Run | None
+    keys: Sequence[str], nodes: int, ranks: int, program: Sequence[str], typed: Sequence[str], resume: Run | None
 ) -> int:
     """Train with ``nodes`` × ``ranks`` ranks and return the exit status.
 
     Args:
         keys: A command and the keys of the config.
-        nodes: Simulated nodes; 1 by default, or as many as the run had.
-        ranks: Ranks on each; likewise.
+        nodes: Simulated nodes.
+        ranks: Ranks on each.
         program: The command that was typed, and ``typed`` its arguments.
         resume: The run to continue, whose config is among ``keys``; None starts a new one.
 
@@ -34,9 +34,6 @@ def run_locally(
     """
     command, keys = split_command(keys)
     parsed = parse_config(keys, command)
-    launched = LaunchRecord.read(resume.launch) if resume is not None else None
-    nodes = nodes or (launched.max_nodes if launched is not None else 1)
-    ranks = ranks or (launched.ranks_per_node if launched is not None else 1)
     if resume is None:
         run, attempt = Run.start(parsed[1].run.root, parsed[1].run.name, [*program, *typed], nodes, ranks)
     else:

@@ -24,7 +24,8 @@ from lockstep.checkpoint import (
     latest_checkpoint,
     read_checkpoint,
 )
-from lockstep.config import find_shipped, load_yaml, split_command
+from lockstep.config import check_start, find_shipped, load_yaml, split_command
+from lockstep.config.validation import shows_only, validate_arguments
 from lockstep.core import (
     FinalTestError,
     LockstepError,
@@ -337,6 +338,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
     try:
         world = World.from_env(env)
         command, keys = split_command(find_shipped(arguments))
+        if not any(map(shows_only, keys)):
+            check_start(command, validate_arguments([command, *keys]), [world.size], env)
         train(command, parse_config(keys, command), world)
         return 0
     except LockstepError as error:

@@ -28,7 +28,10 @@ export PYTHONPATH=/home/user/project/runs/digits/20260101-000000-abcd/code/proje
 export PYTHONSAFEPATH=1
 # Replaces srun below. After each attempt the supervisor decides: finish, restart or requeue.
 supervisor() { apptainer exec --nv --bind /home/user/project --bind /datasets:/datasets --pwd /home/user/project '/shared/my images/lockstep.sif' python -m lockstep.slurm.supervisor /home/user/project/runs/digits/20260101-000000-abcd/slurm "$@"; }
-retry() { [ $((retries += 1)) -le 60 ] && sleep 10; }  # for ten minutes: a full disk, no slurmctld, a killed supervisor
+retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
+  echo "$1; tried $((retries += 1)) of 60 times." | tee /home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.retry" >&2
+  [ $retries -lt 60 ] && sleep 10
+}
 # Slurm is queried here, because an image has none of its commands.
 query() ( unset "${!SQUEUE_@}" SLURM_CLUSTERS; export SLURM_TIME_FORMAT=%s; squeue "$@" 2>/dev/null )
 running_jobs() {
@@ -53,10 +56,14 @@ srun() {
     case $? in
       0) ;;
       2) return 2 ;;
+      126 | 127)
+        echo "lockstep: python: the interpreter of the job cannot be run on $(hostname); set --python or the profile." >&2
+        return 127 ;;
       76) return 0 ;;
       75) seen=$attempt; continue ;;  # another job has claimed the run before: ask Slurm whether that one runs
-      *) retry || return 1; continue ;;
+      *) retry "No attempt could be started" || return 1; continue ;;
     esac
+    rm -f /home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.retry"
     LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
     # Port and key of the agents on the first node: random, so that they cannot be guessed; the next port while it is in use.
     MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
@@ -71,8 +78,10 @@ srun() {
     decision=$(running_jobs | supervisor finish $status)
     case $decision in
       restart) retries=0 ;;
-      '') retry || return 1 ;;  # the supervisor was killed
-      requeue) until scontrol requeue "$LOCKSTEP_JOB"; do retry || return 1; done; sleep 600; return 1 ;;
+      '') retry "The end of the attempt could not be recorded" || return 1 ;;  # the supervisor was killed
+      requeue) until scontrol requeue "$LOCKSTEP_JOB"; do retry "scontrol requeue fails" || return 1; done
+        sleep 600
+        return 1 ;;
       *) return $decision ;;
     esac
   done

@@ -6,12 +6,15 @@ Parsing in the run (``trainer.parse_config``) finds more errors; validation neve
 import ast
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from lockstep.config import (
+    OPTIMIZERS,
     RESERVED_TRAINER_KEYS,
+    MissingValue,
     Options,
     check_data,
     check_ranges,
@@ -28,7 +31,7 @@ from lockstep.config.validation.lookup import NotDefined, SourceIndex
 from lockstep.config.validation.signature import Argument, Signature, signature
 from lockstep.config.validation.source import Undecidable
 from lockstep.config.validation.values import BASES, OPTIONAL_CLASSES, ValueMerger
-from lockstep.core import UsageError
+from lockstep.core import UsageError, did_you_mean
 
 
 def validate_arguments(
@@ -54,7 +57,11 @@ def validate_arguments(
     """
     config = ConfigValidator(SourceIndex(folders, elsewhere), launcher_flags)
     command, keyed = split_command(arguments)
-    keys = split_keys(select_section(keyed, command))
+    try:
+        keys = split_keys(select_section(keyed, command))
+    except MissingValue as missing:
+        config.check_key(missing.key)
+        raise
     for key, value in keys:
         config.set_key(key, value)
     if any(_is_help_key(key) for key, _ in keys):
@@ -127,6 +134,16 @@ class ConfigValidator:
         except (Undecidable, NotDefined):
             return Signature()
 
+    def check_key(self, key: str) -> None:
+        """Raise UsageError if ``key``, which has no value, certainly does not exist."""
+        first, *rest = key.split(".")
+        group = self._groups.get(first) if rest else self._keys
+        if first in _CLASSES or (first in self._groups and not rest) or key == "config":
+            return
+        if group is None or (group.closed and (rest or [first])[0].rstrip("+") not in group.arguments):
+            others = [] if rest else [*self._class_arguments(), *self._launcher_flags]
+            raise UsageError(messages.unknown_key(key, "", [*self.keys(), *others]))
+
     def set_key(self, key: str, value: Any) -> None:
         """Set a key to its value in a flag or config file; raise UsageError if it is certainly wrong."""
         first, *rest = key.split(".")
@@ -152,7 +169,7 @@ class ConfigValidator:
         append, name = name.endswith("+") and not rest, name.rstrip("+")
         key, argument = prefix + name, keys.arguments.get(name)
         if argument is None and keys.closed:
-            others = self._launcher_flags if not prefix and not rest else []
+            others = [*self._class_arguments(), *self._launcher_flags] if not prefix and not rest else []
             raise UsageError(messages.unknown_key(prefix + ".".join(names), value, [*self.keys(), *others]))
         expected, current = expected_type(self._sources, argument) if argument else ANYTHING, group.get(name)
         if append:
@@ -185,6 +202,37 @@ class ConfigValidator:
             raise UsageError(messages.class_not_set(key, ".".join([key, *rest]), value))
         self.content[key] = self._values.merge(current, ExpectedType(classes=(_CLASSES[key],)), rest, value, key)
 
+    def _check_optimizer(self) -> None:
+        """Raise UsageError if the shared classifier is to have an optimizer that certainly does not exist."""
+        model = self.content["model"] or {}
+        name = model.get("init_args", {}).get("optimizer")
+        if model.get("class_path") != "lockstep.models.Classifier" or not isinstance(name, str) or name in OPTIMIZERS:
+            return
+        try:
+            if "." in name:
+                self._sources.find(name)
+                return
+        except Undecidable:
+            return
+        except NotDefined:
+            pass
+        known = [*OPTIMIZERS, "torch.optim.Adam", "torch.optim.RMSprop"]
+        raise UsageError(
+            f"model.optimizer: {name!r} is neither of {', '.join(OPTIMIZERS)} nor the import path of a class"
+            f"{did_you_mean(name, known)}"
+        )
+
+    def _class_arguments(self) -> list[str]:
+        """Arguments of the model and the data, as far as their classes are known."""
+        found = []
+        for key in BASES:
+            value = self.content[key]
+            path = value.get("class_path") if isinstance(value, dict) else None
+            if isinstance(path, str):
+                with suppress(Undecidable, NotDefined):
+                    found += [f"{key}.{name}" for name in signature(self._sources, self._sources.find(path)).arguments]
+        return found
+
     def groups(self) -> dict[str, Signature]:
         """The keys of each group; those without one are in the group with the empty name."""
         return {"": self._keys, **self._groups}
@@ -212,6 +260,7 @@ class ConfigValidator:
                 self._values.check_required(self.content["trainer"][name], expected, f"trainer.{name}")
         for path in filter(None, self.content["activation_checkpointing"]):
             self._values.class_signature(path, "activation_checkpointing")
+        self._check_optimizer()
         check_data(self.content["data"])
         check_ranges(self.content)
         check_secrets(self.content)

@@ -48,6 +48,7 @@ class LaunchOptions:
         job_name: None takes that of the run.
         after: Id of a job that must finish successfully first.
         sweep: Keys of the config and the values of each; empty without a sweep.
+        reads_data: Whether the run reads its data: not if only its memory is planned.
         array_parallelism: How many runs of a sweep may run at the same time.
         resume: A run to resume with its own code; None creates a new one.
     """
@@ -60,10 +61,11 @@ class LaunchOptions:
     sweep: Mapping[str, Sequence[str]] = field(default_factory=dict)
     array_parallelism: int = 256
     snapshot: bool = True
+    reads_data: bool = True
     resume: Run | None = None
 
     def check(self, config: Mapping[str, Any], profile: Profile) -> None:
-        """Raise UsageError if ``resume`` is impossible, or the config does not suit the number of GPUs and ranks."""
+        """Raise UsageError if ``resume`` is impossible, or the config needs GPUs that are not requested."""
         if self.resume and self.sweep:
             raise UsageError(f"--resume: {self.resume.folder} is a single run; it cannot be combined with --sweep.")
         if self.resume and (result := RunResult.read(self.resume.result)) and result.is_finished:
@@ -72,11 +74,3 @@ class LaunchOptions:
         has_gpus = profile.gpus_per_node or any("gpu" in argument for argument in profile.sbatch)
         if accelerator in ("gpu", "cuda") and not has_gpus:
             raise UsageError(f"trainer.accelerator: {accelerator!r} needs GPUs; request some with --gpus-per-node.")
-        data = config["data"]
-        size = data.get("init_args", {}).get("batch_size") if isinstance(data, Mapping) else None
-        if str(data and data.get("class_path")).startswith("lockstep.data.") and isinstance(size, int):
-            if size < 1:
-                raise UsageError(f"data.batch_size: {size} must be 1 or more.")
-            for ranks in (number * profile.ranks for number in range(self.nodes.min, self.nodes.max + 1)):
-                if size % ranks:
-                    raise UsageError(f"data.batch_size: the global batch size {size} is not divisible by {ranks} ranks.")

@@ -105,6 +105,16 @@ class Profile:
         """Time limit in minutes, rounded up, as Slurm counts it."""
         return None if self.time is None else parse_minutes(self.time)
 
+    def check_python(self) -> None:
+        """Raise UsageError if the interpreter is a path that neither exists here nor can be made by the setup of the job."""
+        if self.python is None or self.container is not None or self.modules or self.setup:
+            return
+        if "/" in self.python and not os.access(self.python, os.X_OK):
+            raise UsageError(
+                f"python: {self.python} is not a program here; give the path of an interpreter, or, if the nodes make it, the "
+                "lines that do so in the setup of the profile."
+            )
+
     def non_default_values(self) -> dict[str, Any]:
         """The fields that differ from those of an empty profile; of the environment only the names."""
         values = {name: value for name, value in vars(self).items() if value != vars(Profile())[name]}
@@ -124,7 +134,7 @@ def parse_minutes(time: str, key: str = "time") -> int:
         raise UsageError(f"{key}: {time!r} is not a time; write minutes, HH:MM:SS or D-HH:MM:SS, such as 24:00:00.")
     days, *rest = match.groups()
     parts = [int(part) for part in rest if part is not None]
-    if days is None and len(parts) < 3:  # MM or MM:SS; with days HH, HH:MM or HH:MM:SS
+    if days is None and len(parts) < 3:  # MM; with days HH, HH:MM or HH:MM:SS
         parts.insert(0, 0)
     hours, minutes, seconds = [*parts, 0, 0][:3]
     return int(days or 0) * 1440 + hours * 60 + minutes + (1 if seconds else 0)
@@ -244,6 +254,8 @@ def _convert_container(key: str, value: Any) -> Container:
 
 
 def _check_values(profile: Profile, place: str) -> None:
+    if profile.time is not None:
+        _check_time(profile.time, f"{place}time")
     if profile.time is not None and not 0 < parse_minutes(profile.time, f"{place}time") < _MAX_MINUTES:
         raise UsageError(f"{place}time: {profile.time!r} must be more than 0, and less than ten years.")
     if profile.mem is not None:
@@ -278,6 +290,17 @@ def _check_values(profile: Profile, place: str) -> None:
             f"{place}scratch: {profile.scratch!r} must be a path of letters, digits and . _ - + @, with $VARIABLES."
         )
     _check_secrets(profile, place)
+
+
+def _check_time(time: str, key: str) -> None:
+    """Raise UsageError for a time that has two readings, or a part that a clock does not have."""
+    if re.fullmatch(r"\d+:\d+", time):
+        reading = f"Slurm reads minutes and seconds; write {time}:00 for hours, or {time.partition(':')[0]} for minutes"
+        raise UsageError(f"{key}: {time!r} is ambiguous: {reading}.")
+    days, _, clock = time.rpartition("-")
+    hours, *rest = clock.split(":")
+    if (days and hours.isdigit() and int(hours) > 23) or any(part.isdigit() and int(part) > 59 for part in rest):
+        raise UsageError(f"{key}: {time!r} is not a time; minutes and seconds go to 59, and hours after days to 23.")
 
 
 def _check_secrets(profile: Profile, place: str) -> None:

@@ -13,11 +13,9 @@ from typing import Any
 
 from lockstep.config import (
     SweepPoint,
-    check_checkpoint_path,
-    check_deepspeed,
     check_run_root,
+    check_start,
     check_sweep_keys,
-    check_wandb_key,
     sweep_points,
 )
 from lockstep.config.validation import validate_arguments
@@ -98,9 +96,10 @@ class Submission:
         check_run_root(root, name, here)
         keys = list(arguments)
         command = keys.pop(0) if keys and not keys[0].startswith("-") else "fit"
-        check_checkpoint_path(command, config["ckpt_path"], options.sweep)
-        check_deepspeed(config)
-        check_wandb_key(config, {**env, **profile.environment})
+        profile.check_python()
+        sizes = [number * profile.ranks for number in range(options.nodes.min, options.nodes.max + 1)]
+        sees_data = options.reads_data and profile.container is None and profile.shared_filesystem
+        check_start(command, config, sizes, {**env, **profile.environment}, options.sweep, sees_data)
         options.check(config, profile)
         folder = options.resume.folder if options.resume else root / name / new_run_id()
         return cls(command, tuple(keys), config, profile, options, folder, sweep_points(options.sweep), secrets)
