@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lockstep.cli.help import LaunchParser
 from lockstep.cli.hints import check_misplaced
-from lockstep.config import check_nvme_path, check_start, with_config
+from lockstep.config import check_nvme_path, check_run_root, check_start, with_config
 from lockstep.config.validation import shows_only, validate_arguments
 from lockstep.core import LockstepError, UsageError, int_at_least, python_path
 from lockstep.runs import LaunchRecord, Run
@@ -58,6 +58,9 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
         if not any(map(shows_only, rest)):
             check_start(rest[0] if at else "fit", config, [nodes * ranks], os.environ)
             check_nvme_path(config)
+            if resume is None:
+                Run.check_name(str(config["run"]["name"]))
+                check_run_root(Path(config["run"]["root"]).absolute(), str(config["run"]["name"]))
         # In a shell inside a Slurm allocation, this run is not one of its tasks. Nor does it use the W&B service of the program
         # that started it, which would keep the run of a killed rank in use.
         for name in [name for name in os.environ if name.startswith(("SLURM_", "WANDB_SERVICE")) and name != "SLURM_CONF"]:

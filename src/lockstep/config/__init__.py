@@ -4,6 +4,7 @@ from lockstep.config import messages
 from lockstep.config.arguments import MissingValue, select_section, split_command, split_keys
 from lockstep.config.checks import (
     check_archive,
+    check_characters,
     check_data,
     check_nvme_path,
     check_ranges,

@@ -133,11 +133,15 @@ def check_wandb_key(config: Mapping[str, Any], env: Mapping[str, str]) -> None:
         raise UsageError(f"wandb.mode: online needs an API key, and none is found; {WANDB_KEY_ADVICE}, or set offline.")
 
 
-def check_run_root(root: Path, name: str, here: Path) -> None:
-    """Raise UsageError if the run folder cannot be written, or a path has a character that Slurm or Python interprets."""
+def check_characters(root: Path, here: Path) -> None:
+    """Raise UsageError if a path has a character that Slurm or Python interprets."""
     for what, path in (("run.root", root), ("The folder of submission", here)):
         if bad := re.search(r"[%\\\n:]", str(path)):
             raise UsageError(f"{what}: {str(path)!r} contains {bad[0]!r}, which Slurm or Python interprets; rename it.")
+
+
+def check_run_root(root: Path, name: str) -> None:
+    """Raise UsageError if the run folder cannot be written."""
     existing = next(folder for folder in (root / name, *(root / name).parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"run.root: {existing} cannot be written; choose another folder with --run.root.")

@@ -44,7 +44,8 @@ def wrong_value(key: str, value: object, expected: Sequence[str], choices: Seque
         choices: The valid words, if any.
         typed: What a file has, if YAML reads that as another ``value``.
     """
-    hint = did_you_mean(str(value if typed is None else typed), choices) if choices else "."
+    near = did_you_mean(str(value if typed is None else typed), choices)
+    hint = near if near.endswith("?") else "."  # the choices are among what is expected
     if typed is None:
         return f"{key}: {str(value)!r} is not valid: expected {' or '.join(expected)}{hint}"
     if "str" in expected or typed in choices:

@@ -203,10 +203,15 @@ class ConfigValidator:
         self.content[key] = self._values.merge(current, ExpectedType(classes=(_CLASSES[key],)), rest, value, key)
 
     def _check_optimizer(self) -> None:
-        """Raise UsageError if the shared classifier is to have an optimizer that certainly does not exist."""
+        """Raise UsageError if the shared classifier cannot have its optimizer or its learning rate."""
         model = self.content["model"] or {}
-        name = model.get("init_args", {}).get("optimizer")
-        if model.get("class_path") != "lockstep.models.Classifier" or not isinstance(name, str) or name in OPTIMIZERS:
+        if model.get("class_path") != "lockstep.models.Classifier":
+            return
+        arguments = model.get("init_args", {})
+        name, lr = arguments.get("optimizer"), arguments.get("lr")
+        if isinstance(lr, int | float) and lr <= 0:
+            raise UsageError(f"model.lr: {lr:g} must be greater than 0.")
+        if not isinstance(name, str) or name in OPTIMIZERS:
             return
         try:
             if "." in name:

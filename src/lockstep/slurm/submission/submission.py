@@ -13,6 +13,7 @@ from typing import Any
 
 from lockstep.config import (
     SweepPoint,
+    check_characters,
     check_run_root,
     check_start,
     check_sweep_keys,
@@ -93,7 +94,8 @@ class Submission:
         config = validate_arguments(arguments, launcher_flags, [here, *python_path(env)], options.sweep, other_python)
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_name(name)
-        check_run_root(root, name, here)
+        check_characters(root, here)
+        check_run_root(root, name)
         keys = list(arguments)
         command = keys.pop(0) if keys and not keys[0].startswith("-") else "fit"
         profile.check_python()

@@ -1,0 +1,146 @@
+"""Forty mistakes on the command line: each names key, value and remedy, at each door, and leaves nothing behind.
+
+First in this process, where neither torch nor Slurm may be reached; then some as a person types them, without torch.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.runs import REPO
+
+from lockstep import cli
+from lockstep.cli import local, submit
+from lockstep.slurm.submission import Submission
+
+LOCAL_ONLY, SUBMIT_ONLY = "is a flag of lockstep local; ", "is a flag of lockstep submit; leave it out here"
+
+TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and submit; None: the same; an empty text: valid
+    # flags of the launchers
+    ("--folow", "folow: unknown key", "folow: unknown key; did you mean 'follow'?"),
+    ("--dryrun", "dryrun: unknown key", "dryrun: unknown key; did you mean 'dry-run'"),
+    ("--ranks 2", "", f"--ranks: {LOCAL_ONLY}use --ranks-per-node here"),
+    ("--ranks-per-node 2", "--ranks-per-node: is a flag of lockstep submit; use --ranks here", ""),
+    ("--nodes two", "--nodes: invalid int value: 'two'", "--nodes: 'two' is not a number of nodes; write 4, or 2-4"),
+    ("--nodes 0", "--nodes: 0 must be 1 or more", None),
+    (
+        "--time 24:00",
+        f"--time: {SUBMIT_ONLY}",
+        "time: '24:00' is ambiguous: Slurm reads minutes and seconds; write 24:00:00",
+    ),
+    ("--time 1-99:00", f"--time: {SUBMIT_ONLY}", "time: '1-99:00' is not a time; minutes and seconds go to 59, and hours"),
+    ("--time 00:99:99", f"--time: {SUBMIT_ONLY}", "time: '00:99:99' is not a time"),
+    ("--mem 4X", f"--mem: {SUBMIT_ONLY}", "mem: '4X' is not a size; write a number with the suffix K, M, G or T"),
+    ("--profile a10", f"--profile: {SUBMIT_ONLY}", "did you mean 'a100'?"),
+    ("--python /nope/python", f"--python: {SUBMIT_ONLY}", "python: /nope/python is not a program here; give the path"),
+    ("--after tomorrow", f"--after: {SUBMIT_ONLY}", "'tomorrow' is not a job id; give the number that sbatch"),
+    ("--resume /nope", "/nope is not a run folder: it has no config.yaml", "/nope is not a run folder: it has no config.yaml"),
+    ("--sweep lr=0.1,0.2", f"--sweep: {SUBMIT_ONLY}", "lr (value 0.1): unknown key; did you mean 'model.lr'?"),
+    ("--sweep model.lr", f"--sweep: {SUBMIT_ONLY}", "--sweep: 'model.lr' must have the form KEY=A,B,…"),
+    ("-n 4", "'-n' is not a key: keys begin with --", None),
+    # configs and commands
+    (
+        "--config configs/cluster/a100.yaml",
+        "configs/cluster/a100.yaml is a profile, which describes a cluster; give it to",
+        None,
+    ),
+    (
+        "--config mine.yaml",
+        "config: mine.yaml is a profile, which describes a cluster; give it to lockstep submit by --profile",
+        "",
+    ),
+    ("--config digit", "config: digit does not exist; did you mean 'digits'?", None),
+    ("--config", "config: needs a value: --config VALUE", None),
+    ("fti", "'fti' is not a command; did you mean 'fit'?", None),
+    ("trainer.max_epochs=3", "'trainer.max_epochs=3' has no dashes; keys begin with them: --trainer.max_epochs=3", None),
+    ("fit model.lr=3", "'model.lr=3' has no dashes; keys begin with them: --model.lr=3", None),
+    ("test", "ckpt_path: must be set to test: a checkpoint, or a run folder; --ckpt_path runs/NAME/ID", None),
+    ("test --ckpt_path /nope", "ckpt_path: /nope does not exist; give a checkpoint or a run folder", None),
+    # keys
+    ("--model.learning_rate 0.1", "unknown argument of lockstep.models.Classifier; did you mean 'model.lr'?", None),
+    ("--lr 0.1", "lr (value 0.1): unknown key; did you mean 'model.lr'?", None),
+    ("--epochs 3", "epochs (value 3): unknown key; did you mean 'trainer.max_epochs'?", None),
+    ("--seed 3", "seed (value 3): unknown key; did you mean 'seed_everything'?", None),
+    ("--batch_size 32", "batch_size (value 32): unknown key; did you mean 'data.batch_size'?", None),
+    ("--trainer.max_epoch 4", "trainer.max_epoch (value 4): unknown key; did you mean 'trainer.max_epochs'", None),
+    ("--trainer.devices 2", "trainer.devices (value 2): cannot be set in a config; use the launcher's flag --ranks", None),
+    ("--checkpoint.every_n_step", "checkpoint.every_n_step: unknown key; did you mean 'checkpoint.every_n_steps'", None),
+    # values
+    (
+        "--model.optimizer adam",
+        "model.optimizer: 'adam' is neither of adamw, sgd nor the import path of a class; did you mean",
+        "",
+    ),
+    ("--model.optimizer torch.optim.Adm", "model.optimizer: 'torch.optim.Adm' is neither", None),
+    ("--model.schedule cosin", "model.schedule: 'cosin' is not valid: expected one of", None),
+    ("--model.network lockstep.models.CNN", "lockstep.models.CNN does not exist; did you mean 'lockstep.models.ConvNet'", None),
+    ("--model.lr -1", "model.lr: -1 must be greater than 0", None),
+    ("--model.lr fast", "model.lr: 'fast' is not valid: expected float", None),
+    ("--trainer.max_epochs ten", "trainer.max_epochs: 'ten' is not valid: expected int or null", None),
+    ("--strategy zero", "strategy: 'zero' is not valid: expected one of 'ddp', 'deepspeed'", None),
+    ("--nodes 2 --data.batch_size 63", "the global batch size 63 is not divisible by 2 ranks; use 62 or 64", None),
+    ("--config imagenet --data.root /nope", "data.root: /nope is not a folder here; give the one with train/ and val/", None),
+    ("--config mnist --data.root mine.yaml/x", "data.root: mine.yaml/x does not exist, and", None),
+    ("--run.name a/b", "run.name: 'a/b' must be letters, digits and . _ + = - only", None),
+    ("--run.root mine.yaml/runs", "run.root: ", None),
+    ("--wandb.mode onlin", "wandb.mode: 'onlin' is not valid: expected one of 'auto', 'online'", None),
+]
+
+DOORS: dict[str, Callable[[list[str]], int]] = {
+    "launch/local.py": lambda words: local.main(words, "python launch/local.py"),
+    "lockstep local": lambda words: cli.main(["local", *words]),
+    "launch/slurm.py": lambda words: submit.main(words, "python launch/slurm.py"),
+    "lockstep submit": lambda words: cli.main(["submit", *words]),
+}
+
+CASES = [
+    (door, arguments, expected)
+    for arguments, by_local, by_submit in TYPOS
+    for door in DOORS
+    if (expected := by_local if by_submit is None or "local" in door else by_submit)
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, but for a profile."""
+    (tmp_path / "mine.yaml").write_text("partition: a\ntime: 24:00:00\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("door", "arguments", "expected"), CASES)
+def test_a_typo_is_one_sentence_and_leaves_nothing(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    door: str,
+    arguments: str,
+    expected: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "lockstep.trainer.local", None)
+    monkeypatch.delattr(Submission, "check_with_slurm")
+    assert DOORS[door](arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lockstep: ") and said.count("\n") == 1, said
+    assert expected in said
+    assert [path.name for path in here.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize("door", [["launch/local.py"], ["launch/slurm.py"], ["-m", "lockstep.cli", "local"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", ["--model.optimizer adam", "--data.batch_size 63 --nodes 2"])
+def test_a_typo_costs_no_import_of_torch(
+    here: Path, tmp_path_factory: pytest.TempPathFactory, door: list[str], arguments: str
+) -> None:
+    blocked = tmp_path_factory.mktemp("blocked")
+    for name in ("torch", "lightning", "numpy"):
+        (blocked / f"{name}.py").write_text("raise ImportError('not before the checks')\n")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(blocked), str(REPO / "src")])}
+    script = [str(REPO / door[0])] if door[0].endswith(".py") else door
+    done = subprocess.run([sys.executable, *script, *arguments.split()], env=env, cwd=here, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith(("lockstep: model.optimizer: 'adam'", "lockstep: data.batch_size: the global batch size 63"))
+    assert [path.name for path in here.iterdir()] == ["mine.yaml"]
