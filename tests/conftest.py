@@ -27,6 +27,10 @@ from lockstep.core.logging import reset_logging
 from lockstep.monitoring import report
 from lockstep.trainer.config_parser import make_parser
 
+# In a fork, a garbage collection would copy the memory of the parent, and end objects of other tests. What the finalizer of one
+# prints with a traceback makes ast.parse fail, if the collection came in the middle of that (a fault of Python 3.11).
+os.register_at_fork(after_in_child=gc.freeze)
+
 # Tests that run in the background inherit an ignored SIGINT, which no shell can trap.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -74,7 +78,6 @@ PROGRAM = "python launch/local.py"
 
 
 def _main(command: list[str]) -> NoReturn:
-    gc.freeze()  # a garbage collection would copy the memory of the parent
     sys.exit(local.main(command, PROGRAM))
 
 
