@@ -15,7 +15,7 @@ setup: $(STAMP) ## create .venv from requirements.lock (installs uv if missing)
 
 $(STAMP): requirements.lock pyproject.toml
 	@echo "== setup: creating $(VENV) from requirements.lock"
-	@command -v uv >/dev/null || python3 -m pip install --quiet uv || python3 -m pip install --quiet --user --break-system-packages uv
+	@command -v uv >/dev/null || python3 -m pip install --quiet uv 2>/dev/null || python3 -m pip install --quiet --user --break-system-packages uv
 	@export PATH="$$HOME/.local/bin:$$PATH"; set -e; \
 	  [ -x $(PYTHON) ] || uv venv --quiet --python '>=3.11' $(VENV); \
 	  uv pip sync --quiet --compile-bytecode --python $(VENV) --require-hashes requirements.lock; \

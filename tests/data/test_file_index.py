@@ -123,10 +123,10 @@ def test_a_run_walks_once_and_reads_the_same_files_in_all_attempts(
 
     write_files(data / "train", {"cat": ["new.png"]})
     assert resume_run(launch, run, "--trainer.max_steps", "3").status == 0
-    assert "1 files (cat/new.png) of" in capfd.readouterr().err
+    assert "1 file (cat/new.png) of" in capfd.readouterr().err
     (data / "train" / "dog" / "b.png").unlink()
     assert resume_run(launch, run, "--trainer.max_steps", "4").status == USAGE
-    assert "1 files (dog/b.png) of" in capfd.readouterr().err
+    assert "1 file (dog/b.png) of" in capfd.readouterr().err
     assert resume_run(launch, run, "--trainer.max_steps", "4", "--data.on_corrupt", "skip").status == 0
 
 

@@ -125,7 +125,7 @@ def test_nothing_fits_for_sure_while_activations_are_unknown() -> None:
             ["--model", "support.toy_model.TwoOptimizers", "--data", "support.toy_model.ToyData"],
             "--plan supports modules with one optimizer; this one has 2.",
         ),
-        (["--data.batch_size", "63"], "data.batch_size: the global batch size 63 is not divisible by 2 ranks."),
+        (["--data.batch_size", "63"], "data.batch_size: the global batch size 63 is not divisible by 2 ranks; use 62 or 64."),
     ],
 )
 def test_plans_that_are_refused(arguments: list[str], message: str) -> None:

@@ -61,7 +61,7 @@ def test_what_cannot_be_drawn_is_named() -> None:
     bad = rows(nothing=[float("nan"), float("inf")], loss=[1.0, float("nan"), 0.5])
     chart = make_chart([*bad, {"step": "x", "loss": "1"}, {"step": "40", "loss": "damaged"}])
     assert [panel.title for panel in chart.panels] == ["loss"]
-    assert chart.notes == ["nothing has no finite value", "2 values of metrics.csv are not numbers"]
+    assert chart.notes == ["nothing has no finite value", "not a number in metrics.csv: 2 values"]
     many = make_chart(rows(**{f"m{number}": RISING for number in range(MAX_PANELS + 2)}))
     assert len(many.panels) == MAX_PANELS and many.notes == ["2 more are in metrics.csv: m12, m13"]
 

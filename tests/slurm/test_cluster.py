@@ -226,6 +226,21 @@ def test_down_leaves_nothing_behind(place: Path, victims: tuple[str, ...]) -> No
     assert not there.folder.exists()
 
 
+def test_down_names_the_jobs_and_asks_on_a_terminal(place: Path) -> None:
+    with Cluster.up(place / "c", nodes=1) as there:
+        submit(there, "sleep 60", "--job-name=mine")
+        wait_until(there.job_processes)
+        for answer, status in (("n", 1), ("y", 0)):
+            ours, theirs = os.openpty()
+            os.write(ours, f"{answer}\n".encode())
+            command = [sys.executable, str(SCRIPT), "down", "--folder", str(there.folder)]
+            done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=50)
+            os.close(ours)
+            os.close(theirs)
+            assert "1 job will be cancelled: 1 (mine of " in done.stderr
+            assert (done.returncode, Cluster.find(there.folder) is None) == (status, answer == "y"), done.stderr
+
+
 def test_down_kills_no_other_process(place: Path) -> None:
     there = Cluster.up(place / "c", nodes=1)
     for process in there.processes():

@@ -14,6 +14,7 @@ Any user may run it; jobs run as that user. It needs Slurm's programs and munge 
 
 import argparse
 import os
+import pwd
 import re
 import shlex
 import signal
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lockstep.core import count
 from lockstep.slurm.cluster import HEALTHY, Cluster, ClusterError, ClusterSpec, ClusterUsageError, scrubbed_environment
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -141,7 +143,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("up", parents=[location, spec], help="start a cluster; prints the export line for the shell")
     actions.add_parser("status", parents=[location], help="print the state of the cluster; exit status 1 if anything is dead")
-    actions.add_parser("down", parents=[location], help="cancel the jobs, stop all daemons, remove the folder")
+    down = actions.add_parser("down", parents=[location], help="cancel the jobs, stop all daemons, remove the folder")
+    down.add_argument("--yes", action="store_true", help="do not ask before jobs are cancelled")
     usage = f"{program} run [options] -- COMMAND …"
     actions.add_parser("run", parents=[location, spec], usage=usage, help="start a cluster, run a command against it, stop it")
     for action, help in (("lose", "kill a node without a shutdown"), ("restore", "start a killed node again")):
@@ -167,7 +170,26 @@ def main(argv: Sequence[str], program: str = "lockstep cluster") -> int:
         return 130
 
 
-def _act(action: str, folder: Path, command: Sequence[str], node: str = "", **requested: Any) -> int:
+def _may_cancel(cluster: Cluster) -> bool:
+    """Name the jobs that have not ended, and ask before they are cancelled; without a terminal, refuse only those of others."""
+    try:
+        lines = cluster.command("squeue", "--noheader", "--format=%i %u %j", timeout=10).splitlines()
+    except ClusterError:  # the controller is dead, and no job can be cancelled
+        return True
+    jobs = [line.split(maxsplit=2) for line in lines]
+    if not jobs:
+        return True
+    shown = ", ".join(f"{id_} ({name} of {user})" for id_, user, name in jobs[:5])
+    _log(f"{count(len(jobs), 'job')} will be cancelled: {shown}{', …' if len(jobs) > 5 else ''}.")
+    if sys.stdin.isatty():
+        print("cluster: stop the cluster? [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    if {user for _, user, _ in jobs} - {pwd.getpwuid(os.geteuid()).pw_name}:
+        raise ClusterUsageError("jobs of other users run; use --yes to cancel them.")
+    return True
+
+
+def _act(action: str, folder: Path, command: Sequence[str], node: str = "", yes: bool = False, **requested: Any) -> int:
     if (action == "run") != bool(command):
         raise ClusterUsageError("run needs a COMMAND after --." if action == "run" else f"{action} takes no command.")
     if action in ("up", "run"):
@@ -189,6 +211,8 @@ def _act(action: str, folder: Path, command: Sequence[str], node: str = "", **re
     if action == "status":
         return _status(found)
     if action == "down":
+        if not yes and not _may_cancel(found):
+            return 1
         found.down()
         _log(f"the cluster in {found.folder} is down.")
     elif action == "lose":

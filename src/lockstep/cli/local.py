@@ -18,7 +18,7 @@ from lockstep.cli.help import LaunchParser
 from lockstep.cli.hints import check_misplaced
 from lockstep.config import check_nvme_path, check_run_root, check_start, with_config
 from lockstep.config.validation import shows_only, validate_arguments
-from lockstep.core import LockstepError, UsageError, int_at_least, python_path
+from lockstep.core import LockstepError, UsageError, int_at_least, python_path, use_writable_caches
 from lockstep.runs import LaunchRecord, Run
 
 
@@ -65,6 +65,8 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
         # that started it, which would keep the run of a killed rank in use.
         for name in [name for name in os.environ if name.startswith(("SLURM_", "WANDB_SERVICE")) and name != "SLURM_CONF"]:
             del os.environ[name]
+        if warning := use_writable_caches(os.environ):
+            print(f"lockstep: {warning}", file=sys.stderr)
         # Imported only now: torch and Lightning take seconds, which a usage error should not cost.
         from lockstep.trainer.local import run_locally
 

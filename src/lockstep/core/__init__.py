@@ -1,5 +1,6 @@
 """The basics of every room: errors, atomic file writes, World, logging, terminals, credentials and command-line parsing."""
 
+from lockstep.core.caches import use_writable_caches
 from lockstep.core.command_line import (
     CommandLineParser,
     int_at_least,
@@ -25,4 +26,5 @@ from lockstep.core.errors import (
 from lockstep.core.files import atomic_write, atomic_write_json, atomic_write_text, fsync, read_json
 from lockstep.core.logging import setup_logging
 from lockstep.core.terminal import LiveLine, clear_line, is_terminal
+from lockstep.core.text import count
 from lockstep.core.world import World

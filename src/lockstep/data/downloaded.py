@@ -1,5 +1,6 @@
 """MNIST and CIFAR-10: torchvision downloads, verifies and reads them, and they fit in memory."""
 
+import shlex
 from typing import Any
 
 import torch
@@ -39,7 +40,10 @@ class DownloadedData(ImageData):
 
     def prepare_data(self) -> None:
         """Download, verify and unpack the data if the folder is missing."""
-        prepare_folder(self.folder, lambda folder: self.source(folder, download=True) and None)
+        name = type(self).__name__
+        code = shlex.quote(f'from lockstep.data import {name}; {name}(root="data").prepare_data()')
+        elsewhere = f"run python -c {code}, which makes data/{self.folder.name}"
+        prepare_folder(self.folder, lambda folder: self.source(folder, download=True) and None, elsewhere)
 
     def load(self, split: Split) -> InMemoryImages:
         """One split, read from its files."""

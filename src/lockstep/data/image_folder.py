@@ -16,7 +16,7 @@ from torchvision.datasets.utils import download_and_extract_archive, extract_arc
 from torchvision.transforms import v2
 
 from lockstep.config import check_archive
-from lockstep.core import RunError, UsageError, World
+from lockstep.core import RunError, UsageError, World, count
 from lockstep.data.base import STAGE_SPLITS, ImageData, Split
 from lockstep.data.file_index import FileIndex, class_names, printable, publish_index, scan
 from lockstep.data.prepare import prepare_folder
@@ -265,4 +265,4 @@ class ImageFiles(Dataset[Any]):
 def _count(names: list[str]) -> str:
     """The number of files, and the names of the first ones."""
     shown = ", ".join(map(printable, names[:3]))
-    return f"{len(names)} files ({shown}{', …' if len(names) > 3 else ''})"
+    return f"{count(len(names), 'file')} ({shown}{', …' if len(names) > 3 else ''})"

@@ -13,11 +13,14 @@ from lockstep.core import UsageError, fsync
 log = logging.getLogger(__name__)
 
 
-def prepare_folder(target: Path, fill: Callable[[Path], None]) -> None:
+def prepare_folder(target: Path, fill: Callable[[Path], None], elsewhere: str = "prepare it") -> None:
     """Fill a temporary folder beside ``target``, flush it to disk, and rename it to ``target``, unless ``target`` exists.
 
     Other processes that prepare the same folder wait. The kernel releases the lock of a killed process, and the next process
     removes its temporary folder.
+
+    Args:
+        elsewhere: What to do on another machine where this one cannot fill it, for the error.
 
     Raises:
         UsageError: The folder cannot be written, or the download failed.
@@ -39,7 +42,7 @@ def prepare_folder(target: Path, fill: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"data.root: {target} is missing and could not be prepared ({' '.join(str(error).split())}); "
-            "prepare it on another machine and copy it to this path."
+            f"on another machine, {elsewhere}, and copy the folder to this path."
         ) from error
 
 

@@ -16,7 +16,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from torch.serialization import safe_globals
 
 from lockstep.compat.lightning import set_rank_zero
-from lockstep.core import LockstepError, RunError, SaveError, UsageError, World
+from lockstep.core import LockstepError, RunError, SaveError, UsageError, World, count
 from lockstep.runs import Run
 
 log = logging.getLogger(__name__)
@@ -82,14 +82,16 @@ def local_devices(world: World, accelerator: str) -> list[torch.device]:
     if accelerator == "auto":
         accelerator = "gpu" if bound or visible >= world.local_size else "cpu"
         if visible and accelerator == "cpu" and world.is_rank_zero:
-            log.warning("%d ranks on this node, but %d GPUs are visible: training on the CPU", world.local_size, visible)
+            log.warning(
+                "%s on this node, but visible: %s; training on the CPU", count(world.local_size, "rank"), count(visible, "GPU")
+            )
     if accelerator == "cpu":
         return [torch.device("cpu")] * world.local_size
     if accelerator not in ("gpu", "cuda"):
         raise UsageError(f"trainer.accelerator: {accelerator!r} is not valid; valid are auto, cpu, gpu and cuda.")
     if not bound and visible < world.local_size:
         raise UsageError(
-            f"{world.local_size} ranks on this node, but only {visible} GPUs are visible; "
+            f"{count(world.local_size, 'rank')} on this node, but visible: {count(visible, 'GPU')}; "
             "use fewer ranks or --trainer.accelerator cpu."
         )
     return [torch.device("cuda", 0 if bound else index) for index in range(world.local_size)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.core import World, shell_command
+from lockstep.core import World, count, shell_command
 from lockstep.runs import Run, RunResult
 from lockstep.runs.report import write_report
 
@@ -48,7 +48,7 @@ def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]
     metrics = result.metrics or {}
     stage = "test/" if any(name.startswith("test/") for name in metrics) else "val/"
     if result.predictions is not None:
-        outcome = f"{result.samples} samples predicted: {result.predictions}"
+        outcome = f"{count(result.samples, 'sample')} predicted: {result.predictions}"
     else:
         outcome = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(stage))
         outcome += f" (the final test failed: {result.test_error})" if result.test_error else ""
@@ -61,8 +61,8 @@ def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]
         speed = "throughput was not measured: no training"
     seconds = result.seconds.training if result.seconds is not None else 0.0
     return [
-        f"{run.name} {run.id} {result.status}: {result.global_step} steps, {result.epochs} epochs, "
-        f"{result.world_size} ranks, {seconds:.1f} s",
+        f"{run.name} {run.id} {result.status}: {count(result.global_step, 'step')}, {count(result.epochs, 'epoch')}, "
+        f"{count(result.world_size, 'rank')}, {seconds:.1f} s",
         outcome or "no evaluation",
         speed,
         f"weights {f'sha256 {result.weights_sha256[:16]}…' if result.weights_sha256 else 'not saved'}  W&B: {wandb_location}",

@@ -5,6 +5,7 @@ from functools import cached_property
 
 from rich.table import Table
 
+from lockstep.core import count
 from lockstep.planning.memory import STRATEGIES, MemoryEstimate, ModelProfile, TrainingOptions, estimate_memory
 
 USABLE_FRACTION = 0.9
@@ -79,7 +80,7 @@ class Plan:
             for strategy in STRATEGIES:
                 estimate = estimate_memory(strategy, self.model, ranks, batch or 0, self.options)
                 if self.model.global_batch is not None and batch is None:
-                    obstacle: str | None = f"no: {self.model.global_batch} samples, {ranks} ranks"
+                    obstacle: str | None = f"no: {count(self.model.global_batch, 'sample')}, {count(ranks, 'rank')}"
                 elif strategy != "ddp" and self.zero_obstacle:
                     obstacle = f"no: {self.zero_obstacle}"
                 else:
@@ -127,7 +128,7 @@ class Plan:
                 return f"Use {strategy_flags(row.strategy)}: {need} of {memory} per rank."
         for row in fitting:
             if row.nodes > self.resources.nodes:
-                requested = f"{self.resources.nodes} node{'s' if self.resources.nodes > 1 else ''}"
+                requested = count(self.resources.nodes, "node")
                 return f"Nothing fits on {requested}; use --nodes {row.nodes} with {strategy_flags(row.strategy)}."
         if not fitting and any(row.obstacle is None for row in self.rows):
             return "Use the first strategy that leaves room for the activations, whose size is unknown."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 
-from lockstep.core import Interrupted, RunError, World, setup_logging
+from lockstep.core import Interrupted, RunError, World, count, setup_logging, use_writable_caches
 from lockstep.runs import Failure, Run, RunResult, failure, report_phase, verify_snapshot
 
 log = logging.getLogger(__name__)
@@ -84,9 +84,11 @@ class NodeTask:
     def _check_environment(self, agents: World) -> list[str]:
         """Verify the snapshot and what Slurm has allocated; return lines for the log."""
         notes = [f"run folder {self.folder}"]
+        if warning := use_writable_caches(os.environ):
+            notes.append(warning)
         if self.digest:
             files = verify_snapshot(self.folder, self.digest)
-            notes.append(f"code: snapshot {self.digest[:12]}, {files} files")
+            notes.append(f"code: snapshot {self.digest[:12]}, {count(files, 'file')}")
         mine = len(os.sched_getaffinity(0))
         if self.cpus is not None and mine < self.cpus * self.ranks:
             log.warning(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lockstep.core import LockstepError, UsageError, World, setup_logging
+from lockstep.core import LockstepError, UsageError, World, count, setup_logging
 from lockstep.distributed import Agent, Channel, Plan, phase_limits, share_cpus
 from lockstep.runs import Failure, Run, record_failure, write_failed_result
 from lockstep.slurm import NodeTask, restart_in_allocation
@@ -63,7 +63,7 @@ class Node:
         setup_logging(world)
         for note in self.notes:
             log.info(note)
-        log.info("%d ranks on %d nodes, rendezvous %s", world.size, world.nodes, world.rendezvous or "none")
+        log.info("%s on %s, rendezvous %s", count(world.size, "rank"), count(world.nodes, "node"), world.rendezvous or "none")
         train(self.task.command, self.parsed, world, self.run_folder, attempt, enter)
 
     def _log(self, world: World, attempt: int) -> Path:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lockstep.core import atomic_write, atomic_write_text
+from lockstep.core import atomic_write, atomic_write_text, count
 from lockstep.runs import Attempt, LaunchRecord, Run, RunProgress, RunResult, iso_time, read_attempts, read_metrics
 from lockstep.runs.report.panels import Chart, make_chart
 from lockstep.runs.report.picture import draw_picture
@@ -57,7 +57,7 @@ def _predictions(run: Run) -> tuple[list[Predicted], list[str]]:
 def _state(result: RunResult | None, progress: RunProgress | None) -> str:
     """How far the run is, in a few words."""
     if result is not None:
-        steps = f", {result.global_step} steps" if result.command == "fit" and result.global_step is not None else ""
+        steps = f", {count(result.global_step, 'step')}" if result.command == "fit" and result.global_step is not None else ""
         return f"{result.command} {result.status}{steps}"
     if progress is None:
         return "not started"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from lockstep.core import count
 from lockstep.runs import METRICS_ROW
 
 _STAGES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -80,7 +81,7 @@ def make_chart(rows: Iterable[Mapping[str, str]]) -> Chart:
     columns, unreadable = _columns(rows)
     notes = [f"{name} has no finite value" for name, series in columns.items() if not _finite(series.values)]
     if unreadable:
-        notes.append(f"{unreadable} values of metrics.csv are not numbers")
+        notes.append(f"not a number in metrics.csv: {count(unreadable, 'value')}")
     drawn = {name: series for name, series in columns.items() if _finite(series.values)}
     steps = {step for series in drawn.values() for step in series.steps}
     if len(steps) <= 1:  # an evaluation: points are no curves

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lockstep.core import count
+
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "scancel", "scontrol", "squeue", "srun")
 
 _SLURM_CONF = """\
@@ -94,7 +96,7 @@ class ClusterSpec:
                 raise ClusterUsageError(f"--partition: {partition!r} must be NAME Key=Value …, such as 'low PriorityTier=1'.")
 
     def __str__(self) -> str:
-        return f"{self.nodes} nodes of {self.cpus} CPUs and {self.gpus} GPUs"
+        return f"{count(self.nodes, 'node')} of {count(self.cpus, 'CPU')} and {count(self.gpus, 'GPU')}"
 
     @property
     def node_names(self) -> list[str]:

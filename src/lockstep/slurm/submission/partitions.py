@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lockstep.core import UsageError
+from lockstep.core import UsageError, count
 from lockstep.slurm import query_slurm
 from lockstep.slurm.submission.batch_script import JobRequest
 from lockstep.slurm.submission.profile import parse_minutes
@@ -31,7 +31,7 @@ class Partition:
     def __str__(self) -> str:
         gpus = self.gres if self.gres != "(null)" else "no GPUs"
         return (
-            f"partition {self.name} has {self.nodes} nodes, each {self.cpus} CPUs, {self.memory} MB, {gpus}, "
+            f"partition {self.name} has {count(int(self.nodes), 'node')}, each {self.cpus} CPUs, {self.memory} MB, {gpus}, "
             f"and a time limit of {self.time}"
         )
 
@@ -73,9 +73,9 @@ def explain_rejection(output: str, request: JobRequest, partitions: Sequence[Par
     error = errors[-1].rpartition("failed: ")[2] if errors else " ".join(output.split())
     profile = request.profile
     plural = "" if request.options.nodes.max == 1 else "s"
-    requested = [f"{request.options.nodes} node{plural} of {_count(profile.ranks, 'rank')}"]
-    requested += [f"{_count(profile.gpus_per_node, 'GPU')} per node"] if profile.gpus_per_node else []
-    requested += [f"{_count(profile.cpus, 'CPU')} per rank"] if profile.cpus else []
+    requested = [f"{request.options.nodes} node{plural} of {count(profile.ranks, 'rank')}"]
+    requested += [f"{count(profile.gpus_per_node, 'GPU')} per node"] if profile.gpus_per_node else []
+    requested += [f"{count(profile.cpus, 'CPU')} per rank"] if profile.cpus else []
     requested += [f"{profile.mem} of memory per node"] if profile.mem else []
     requested += [f"{profile.time} of time"] if profile.time else []
     requested += [f"an array of {request.runs} runs (limited by MaxArraySize in slurm.conf)"] if request.runs > 1 else []
@@ -88,7 +88,3 @@ def explain_rejection(output: str, request: JobRequest, partitions: Sequence[Par
         names = dict.fromkeys(p.name for p in partitions)
         available = f"partitions are {', '.join(names)}" if names else "sinfo lists no partitions"
     return f"Slurm rejects this job: {error.rstrip('.')}. Requested: {', '.join(requested)}; {available}."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
