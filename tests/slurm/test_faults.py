@@ -162,3 +162,10 @@ def test_over_the_time_limit(late: Job) -> None:
     assert (status["exit"], status["state"]) == (5, "over its time limit")
     assert "--time" in status["message"]
     nothing_is_left(late)
+
+
+def test_a_job_whose_python_cannot_be_run_ends_at_once(shell: Shell) -> None:
+    job = shell.submit("--config", "toy_model.yaml", "--python", "python-that-is-not-there")
+    status = job.wait(seconds=30)
+    assert (status["state"], status["exit"]) == ("failed", 1)
+    assert "python: the interpreter of the job cannot be run on" in status["message"]

@@ -142,7 +142,14 @@ retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
 # Slurm is queried here, because an image has none of its commands.
 query() ( unset "${!SQUEUE_@}" SLURM_CLUSTERS; export SLURM_TIME_FORMAT=%s; squeue "$@" 2>/dev/null )
 running_jobs() {
-  for _ in {1..300}; do query @running_jobs@ && echo end && return; sleep 2; done
+  local jobs  # whole, so that a supervisor that does not read is not a squeue that does not answer
+  for _ in {1..300}; do
+    if jobs=$(query @running_jobs@); then
+      echo "$jobs${jobs:+$'\n'}end"
+      return
+    fi
+    sleep 2
+  done
   echo lockstep: squeue has not answered for ten minutes. >&2
 }
 cancel_steps() {  # ranks that outlive a killed srun must not train beside those of the next attempt
