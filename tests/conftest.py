@@ -39,7 +39,7 @@ pytest_plugins = ["support.slurm_cluster"]  # the fixtures of tests/slurm
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of a cluster and those of DeepSpeed to one worker each, first; all others go where a worker is free.
+    """Give the tests of each of two clusters, and those of DeepSpeed, to one worker each, first; all others go where one is free.
 
     The former share a cluster, and wait more than they compute. The latter share the import of DeepSpeed and undisturbed runs.
     """
@@ -47,12 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item, group in groups.items():
         if group:
             item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: ("slurm", "deepspeed", "").index(groups[item]))
+    items.sort(key=lambda item: ("submissions", "slurm", "deepspeed", "").index(groups[item]))
 
 
 def _group(item: pytest.Item) -> str:
     if "slurm_is_here" in getattr(item, "fixturenames", ()):
-        return "slurm"
+        return "submissions" if item.path.name in ("test_submit.py", "test_faults.py") else "slurm"
     return "deepspeed" if "strategies" in item.path.parts else ""
 
 

@@ -64,7 +64,7 @@ def submit(there: Cluster, script: str, *options: str, output: Path | str = "/de
     return number
 
 
-def test_all_tests_of_a_cluster_run_on_one_worker(request: pytest.FixtureRequest) -> None:
+def test_the_tests_of_a_cluster_run_on_one_worker(request: pytest.FixtureRequest) -> None:
     # Where pytest-xdist does not see the groups, as with pytest 9.2, each worker has a cluster, and imports DeepSpeed.
     assert request.node.nodeid.endswith("@slurm") or "PYTEST_XDIST_WORKER" not in os.environ
 
