@@ -39,7 +39,7 @@ pytest_plugins = ["support.slurm_cluster"]  # the fixtures of tests/slurm
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of each of two clusters, and those of DeepSpeed, to one worker each, first; all others go where one is free.
+    """Give the tests of each of two clusters, and those of DeepSpeed, to one worker each, first.
 
     The former share a cluster, and wait more than they compute. The latter share the import of DeepSpeed and undisturbed runs.
     """

@@ -91,13 +91,13 @@ def folder_run(root: Path, *more: str) -> list[str]:
             "model.network: torchvision has no classification model 'resnet19'; did you mean 'resnet1",
         ),
         (["--model.schedule", "step", "--model.step_size", "-1"], "model.step_size: -1 must be 1 or more"),
-        (["--model.optimizer", "torch.optim.Nothing"], "model.optimizer: 'torch.optim.Nothing' is not adamw, sgd or"),
+        (["--model.optimizer", "torch.optim.Nothing"], "model.optimizer: 'torch.optim.Nothing' is neither of adamw, sgd nor"),
         (["--data.batch_size", "0"], "data.batch_size: 0 must be 1 or more."),
         (["--data.batch_size_per_rank", "8"], "data.batch_size: 64 and data.batch_size_per_rank: 8 are both set"),
         (["--data.batch_size", "5000"], "batch_size=5000 is more than its 1280 samples"),
         (["--run.name", "a/b"], "run.name: 'a/b' must be letters, digits"),
         (["--trainer.max_epochs", "-1"], "model.schedule: cosine needs an end; set trainer.max_epochs"),
-        (["--ranks", "3"], "Digits: batch_size=64 is the global batch size and is not divisible by 3 ranks; use 63 or 66."),
+        (["--ranks", "3"], "data.batch_size: the global batch size 64 is not divisible by 3 ranks; use 63 or 66."),
     ],
 )
 def test_usage_error(launch: Launch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -189,12 +189,12 @@ def test_an_error_that_only_an_import_shows_names_the_key(
 def test_run_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str], launch: Launch) -> None:
     (tmp_path / "runs").write_text("a file, not a folder")
     assert launch(*SMALL).status == USAGE
-    assert f"run.root: the run folder {tmp_path / 'runs'}" in capfd.readouterr().err
+    assert f"run.root: {tmp_path / 'runs'} cannot be written" in capfd.readouterr().err
 
 
 def test_missing_data_folder(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(*folder_run(tmp_path / "nothing")).status == USAGE
-    assert f"data.root: {tmp_path / 'nothing' / 'train'} does not exist" in capfd.readouterr().err
+    assert f"data.root: {tmp_path / 'nothing'} is not a folder here; give the one with train/" in capfd.readouterr().err
 
 
 def test_empty_class_folder(launch: Launch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

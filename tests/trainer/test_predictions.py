@@ -172,7 +172,7 @@ def test_impossible_predictions_raise_errors(
 
 def test_predict_needs_a_checkpoint(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch("predict").status == 2
-    assert "ckpt_path: must be set to predict: a checkpoint, or a run folder." in capfd.readouterr().err
+    assert "ckpt_path: must be set to predict: a checkpoint, or a run folder; --ckpt_path" in capfd.readouterr().err
 
 
 def test_a_zero_3_run_is_predicted_by_any_strategy(launch: Launch) -> None:

@@ -79,7 +79,7 @@ def check_start(
         UsageError: The ranks would refuse the config.
     """
     check_checkpoint_path(command, config["ckpt_path"], sweep or {})
-    check_batch_size(config["data"], world_sizes)
+    check_batch_size(config["data"], world_sizes if command == "fit" else ())  # the ranks may share others unevenly
     if sees_data and config["shared_filesystem"]:
         for root in (sweep or {}).get("data.root", [None]):
             check_data_root(config["data"], root)
