@@ -121,3 +121,11 @@ def test_a_run_of_a_sweep_is_found_by_its_folder(tmp_path: Path, env: dict[str, 
     found = find_job(str(member), env)
     assert (found.job, found.folder, found.runs) == ("9_1", member, 1)
     assert json.loads((tmp_path / ".local/state/lockstep/jobs.jsonl").read_text())["runs"] == 2
+
+
+def test_what_the_batch_script_tries_again_is_in_the_status(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho '7|7|N/A|RUNNING|None|N/A|0:01|1:00|n1|0|0|'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    (run.folder / "slurm/7.retry").write_text("scontrol requeue fails; tried 3 of 60 times.\n")
+    view = seen(run, {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert (view.state, view.message) == ("running", "scontrol requeue fails; tried 3 of 60 times.")
