@@ -96,7 +96,9 @@ def test_a_wrong_checksum_raises_error_and_leaves_no_folder(server: tuple[Path, 
 def test_download_without_a_server_raises_error_with_the_remedy(tmp_path: Path) -> None:
     source = type("MNIST", (torchvision.datasets.MNIST,), {"mirrors": ["http://127.0.0.1:9/"]})
     data = type("MNIST", (MNIST,), {"source": source})(root=tmp_path)
-    with pytest.raises(UsageError, match="prepare it on another machine and copy it to this path"):
+    with pytest.raises(
+        UsageError, match=r"on another machine, run python -c .*MNIST\(root=.*, which makes data/mnist, and copy the folder"
+    ):
         data.prepare_data()
 
 
