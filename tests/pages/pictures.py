@@ -25,7 +25,9 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "lockstep.cli", *ARGUMENTS]
-        env = {**os.environ, "WANDB_MODE": "offline"}
+        # With its programs on the PATH, it prints no path of this machine.
+        programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = {**os.environ, "WANDB_MODE": "offline", "PATH": programs}
         done = subprocess.run(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True, check=True)
         console = Console(record=True, width=COLUMNS, file=io.StringIO())
         console.print(Text(f"$ lockstep {' '.join(ARGUMENTS)}", style="bold"))
