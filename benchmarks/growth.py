@@ -26,7 +26,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from lockstep.core import World, atomic_write_json
 from lockstep.data.file_index import FileIndex, index_content, publish_index, scan
-from lockstep.data.sampling import DataPosition, GlobalBatchSampler
+from lockstep.data.loading.sampling import DataPosition, GlobalBatchSampler
 from lockstep.monitoring.csv_logger import METRICS_ROW, CsvMetricsLogger
 from lockstep.monitoring.watchdog import Watchdog
 from lockstep.runs import Run

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lockstep.core import World
-from lockstep.data import DataSharding
+from lockstep.data.loading import DataSharding
 from lockstep.data.synthetic import SyntheticImages
 from lockstep.distributed import (
     StopConsensus,

@@ -23,6 +23,7 @@ ROOMS = (
     "slurm.submission",
     "slurm.cluster",
     "distributed",
+    "data.loading",
     "data",
     "models",
     "strategies",

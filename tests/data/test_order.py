@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from lockstep.core.world import World
-from lockstep.data import order
-from lockstep.data.order import ShuffledOrder
-from lockstep.data.sampling import DataPosition, GlobalBatchSampler
-from lockstep.data.seeding import derive_seed
+from lockstep.data.loading import order
+from lockstep.data.loading.order import ShuffledOrder
+from lockstep.data.loading.sampling import DataPosition, GlobalBatchSampler
+from lockstep.data.loading.seeding import derive_seed
 
 LARGE = 3_000_000_007
 

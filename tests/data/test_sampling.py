@@ -22,9 +22,9 @@ from torch.utils.data import (
 
 from lockstep.core.errors import UsageError
 from lockstep.core.world import World
-from lockstep.data.sampling import GlobalBatchSampler
-from lockstep.data.seeding import derive_seed
-from lockstep.data.sharding import DataSharding
+from lockstep.data.loading.sampling import GlobalBatchSampler
+from lockstep.data.loading.seeding import derive_seed
+from lockstep.data.loading.sharding import DataSharding
 
 RANKS = range(1, 9)
 

@@ -16,9 +16,9 @@ from support.runs import SMALL, Launch, resume_run
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
 from lockstep.core import UsageError, World
-from lockstep.data.sampling import DataPosition
-from lockstep.data.sharding import DataSharding
-from lockstep.data.training import TrainingBatch, TrainingLoader
+from lockstep.data.loading.sampling import DataPosition
+from lockstep.data.loading.sharding import DataSharding
+from lockstep.data.loading.training import TrainingBatch, TrainingLoader
 
 
 class Noisy(Dataset[tuple[int, float]]):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lockstep.config.schema import DDPOptions, DistributedOptions
 from lockstep.core.errors import UsageError
 from lockstep.core.world import World
-from lockstep.data.sharding import DataSharding
+from lockstep.data.loading.sharding import DataSharding
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
 from lockstep.distributed.ranks import fork_ranks
 from lockstep.models.classifier import ClassificationMetrics, Classifier

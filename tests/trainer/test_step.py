@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lockstep.core import RunError, World
-from lockstep.data import DataSharding
+from lockstep.data.loading import DataSharding
 from lockstep.monitoring import NanGuard
 from lockstep.strategies.ddp import SingleDevice
 from lockstep.trainer.loops import replace_loops

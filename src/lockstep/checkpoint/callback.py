@@ -22,7 +22,7 @@ from lockstep.checkpoint.writer import SHUTDOWN_SECONDS, CheckpointWriter
 from lockstep.compat.lightning import LightningFitLoop, dump_checkpoint, is_stopping, is_training_done
 from lockstep.config import CheckpointOptions
 from lockstep.core import RunError, SaveError, Stopped, atomic_write_json, read_json
-from lockstep.data import current_batch
+from lockstep.data.loading import current_batch
 from lockstep.distributed import SignalReceiver, StopConsensus, all_meet, allocation_end_time
 from lockstep.monitoring import Stopwatch, run_logger
 from lockstep.runs import Ownership, checkpoint_order

@@ -23,7 +23,7 @@ import torch
 from lockstep.checkpoint.checksums import share_pieces, verify_pieces
 from lockstep.checkpoint.manifest import MANIFEST_FILE, Manifest, Progress
 from lockstep.core import UsageError, World
-from lockstep.data import DataPosition, derive_seed
+from lockstep.data.loading import DataPosition, derive_seed
 from lockstep.distributed import all_gather, broadcast_from_rank_zero
 from lockstep.runs import checkpoint_order
 from lockstep.strategies import ResumePoint, ShardedState

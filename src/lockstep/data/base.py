@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from lockstep.core import UsageError
-from lockstep.data.seeding import derive_seed
+from lockstep.data.loading import derive_seed
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lockstep.core import UsageError
 from lockstep.data.base import ImageData, InMemoryImages, Split
-from lockstep.data.seeding import derive_seed
+from lockstep.data.loading import derive_seed
 
 
 class SyntheticImages(InMemoryImages):

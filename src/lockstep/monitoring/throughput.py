@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lockstep.compat.lightning import is_accumulating
 from lockstep.compat.lightning_epoch import is_log_step
-from lockstep.data import current_batch
+from lockstep.data.loading import current_batch
 
 
 class ThroughputMonitor(Callback):

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook, re
 from torch.optim import Optimizer
 
 from lockstep.compat.lightning import current_hook, set_sampler_epoch
-from lockstep.data import DataPosition, DataSharding, current_batch, derive_seed
+from lockstep.data.loading import DataPosition, DataSharding, current_batch, derive_seed
 from lockstep.distributed import broadcast
 from lockstep.strategies.sharded_state import ShardedState, State, parameter_names
 from lockstep.strategies.stand_in import undo_step, without_weight

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lockstep.compat.torch import replay_backward
 from lockstep.config import DDPOptions
 from lockstep.core import RunError, UsageError
-from lockstep.data import DataSharding
+from lockstep.data.loading import DataSharding
 from lockstep.distributed import WorldEnvironment, all_meet
 from lockstep.strategies.base import LockstepStrategy
 from lockstep.strategies.sync_batchnorm import run_on_cpu as run_sync_batchnorm_on_cpu

@@ -20,7 +20,7 @@ from lockstep.compat.deepspeed import ZeroOptimizer, full_shape, gathered, is_pa
 from lockstep.compat.lightning import LightningDeepSpeedStrategy, is_accumulating
 from lockstep.config import DeepSpeedOptions, deepspeed_config
 from lockstep.core import UsageError
-from lockstep.data import DataSharding
+from lockstep.data.loading import DataSharding
 from lockstep.distributed import WorldEnvironment, gather
 from lockstep.strategies.base import LockstepStrategy
 from lockstep.strategies.deepspeed_ops import select_accelerator

@@ -8,7 +8,7 @@ import torch
 from jsonargparse import Namespace
 
 from lockstep.compat.nvml import may_have_gpus
-from lockstep.data import DataSharding
+from lockstep.data.loading import DataSharding
 from lockstep.strategies.ddp import DDP, SingleDevice
 from lockstep.strategies.deepspeed import DeepSpeed
 from lockstep.strategies.deepspeed_ops import select_accelerator

@@ -28,7 +28,7 @@ from lockstep.compat.lightning import (
 )
 from lockstep.compat.lightning_epoch import DataFetcher, LightningEpochLoop
 from lockstep.compat.lightning_hooks import call_hooks_fast
-from lockstep.data import TrainingLoader
+from lockstep.data.loading import TrainingLoader
 from lockstep.distributed import StopConsensus
 from lockstep.monitoring import run_logger
 from lockstep.strategies import LockstepStrategy, ResumePoint

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lockstep.core import RunError, UsageError, World, atomic_write
-from lockstep.data import SampleKey, ShardedLoader
+from lockstep.data.loading import SampleKey, ShardedLoader
 from lockstep.distributed import broadcast_from_rank_zero
 from lockstep.trainer.context import RunContext
 from lockstep.trainer.prediction_parts import Part, PartWriter, TensorType, merge_parts

@@ -38,7 +38,8 @@ from lockstep.core import (
     atomic_write_text,
     setup_logging,
 )
-from lockstep.data import DataSharding, ImageFolder
+from lockstep.data import ImageFolder
+from lockstep.data.loading import DataSharding
 from lockstep.distributed import SignalReceiver, all_gather, breakpoints, broadcast_from_rank_zero, destroy_process_group
 from lockstep.monitoring import RunLogger, Stopwatch, report, start_run_logger, stop_watchdog
 from lockstep.runs import (

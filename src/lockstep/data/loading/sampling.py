@@ -14,9 +14,9 @@ from typing import Any
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from lockstep.core import UsageError, World
-from lockstep.data.generators import reseed_generators
-from lockstep.data.order import SequentialOrder, ShuffledOrder
-from lockstep.data.seeding import RandomStream, SampleKey, derive_seed
+from lockstep.data.loading.generators import reseed_generators
+from lockstep.data.loading.order import SequentialOrder, ShuffledOrder
+from lockstep.data.loading.seeding import RandomStream, SampleKey, derive_seed
 
 
 @dataclass(frozen=True)

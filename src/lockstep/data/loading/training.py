@@ -9,10 +9,10 @@ from lightning.pytorch import Trainer
 
 from lockstep.compat.lightning import LightningCombinedLoader, overridden_iteration, split_combination, training_loader
 from lockstep.core import UsageError
-from lockstep.data.generators import reseed_generators
-from lockstep.data.sampling import DataPosition
-from lockstep.data.seeding import RandomStream, derive_seed
-from lockstep.data.sharding import DataSharding, ShardedLoader
+from lockstep.data.loading.generators import reseed_generators
+from lockstep.data.loading.sampling import DataPosition
+from lockstep.data.loading.seeding import RandomStream, derive_seed
+from lockstep.data.loading.sharding import DataSharding, ShardedLoader
 
 
 @dataclass(frozen=True)

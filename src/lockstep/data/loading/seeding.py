@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lockstep.data.generators import derive_seed, reseed_generators
+from lockstep.data.loading.generators import derive_seed, reseed_generators
 
 SampleKey = tuple[int, int, Any]
 """One sample of one pass over the data: seed of the pass, position in it, and what the sampler yields there."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.data.seeding import derive_seed
+from lockstep.data.loading.seeding import derive_seed
 
 _SORTED = 4096  # up to this number of samples, all are sorted by a random number: few bits make a Feistel network non-uniform
 _ROUNDS = 8

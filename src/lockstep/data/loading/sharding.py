@@ -12,8 +12,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from lockstep.compat.torch import InternalsDataLoader, add_base_class
 from lockstep.core import World
-from lockstep.data.sampling import GlobalBatchSampler
-from lockstep.data.seeding import SeededCollate, SeededDataset
+from lockstep.data.loading.sampling import GlobalBatchSampler
+from lockstep.data.loading.seeding import SeededCollate, SeededDataset
 from lockstep.distributed import STOP_SIGNALS
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,16 @@
+"""The order, the seeds and the shards of any DataLoader, from any position in an epoch."""
+
+from lockstep.data.loading.sampling import DataPosition
+from lockstep.data.loading.seeding import SampleKey, derive_seed
+from lockstep.data.loading.sharding import DataSharding, ShardedLoader
+from lockstep.data.loading.training import TrainingLoader, current_batch
+
+__all__ = [
+    "DataPosition",
+    "DataSharding",
+    "SampleKey",
+    "ShardedLoader",
+    "TrainingLoader",
+    "current_batch",
+    "derive_seed",
+]
