@@ -84,7 +84,7 @@ class Classifier(LightningModule):
 
     def __init__(
         self,
-        network: nn.Module | str = "resnet18",
+        network: str | nn.Module = "resnet18",
         num_classes: int = 10,
         network_args: dict[str, Any] | None = None,
         criterion: nn.Module | None = None,
