@@ -139,9 +139,12 @@ def snapshot_rows(largest: int) -> Iterator[Row]:
     """The code of a run is copied at its submission, and each node verifies the copy."""
     for files in _sizes(10**2, min(largest, 10**4)):
         with tempfile.TemporaryDirectory() as name:
-            project, run = Path(name, "project"), Path(name, "run")
+            project, run, again, caches = (Path(name, part) for part in ("project", "run", "again", "caches"))
             _make_files(project, [f"part{number % 100}/module{number}.py" for number in range(files)])
-            yield Row("snapshot: take", f"{files:.0e} files", partial(take_snapshot, project, run, (), ()))
+            time.sleep(2)  # a file that is new may still change unnoticed, and is not linked
+            yield Row("snapshot: take", f"{files:.0e} files", partial(take_snapshot, project, run, (), (), caches))
+            again.mkdir()
+            yield Row("snapshot: take another", f"{files:.0e} files", partial(take_snapshot, project, again, (), (), caches))
             yield Row("snapshot: verify, on each node", f"{files:.0e} files", partial(_verify, run))
 
 

@@ -2,14 +2,14 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from lockstep.core.errors import RunError, UsageError
-from lockstep.runs import snapshot
+from lockstep.runs import copied_files, snapshot
 from lockstep.runs.snapshot import take_snapshot, verify_snapshot
 
 
@@ -29,11 +29,13 @@ def git(folder: Path, *arguments: str) -> None:
     )
 
 
-def snapshot_of(project: Path, python_path: Sequence[Path] = (), secrets: tuple[str, ...] = ()) -> tuple[Path, list[str]]:
+def snapshot_of(
+    project: Path, run_id: str = "20260101-000001-cd34-000", secrets: tuple[str, ...] = ()
+) -> tuple[Path, list[str]]:
     """Take a snapshot; return the run folder and the project's files in it."""
-    run = project / "runs/x/20260101-000001-cd34-000"
+    run = project / "runs/x" / run_id
     run.mkdir(parents=True)
-    code = take_snapshot(project, run, python_path, secrets)
+    code = take_snapshot(project, run, (), secrets, project.parent / "caches")
     verify_snapshot(run, code.digest)
     copies = run / "code" / "project"
     return run, sorted(str(path.relative_to(copies)) for path in copies.rglob("*") if not path.is_dir() or path.is_symlink())
@@ -76,14 +78,41 @@ def test_links_point_to_the_copies_of_their_targets(project: Path) -> None:
 def test_entries_of_the_python_path_are_replaced_by_their_copies(project: Path) -> None:
     run = project / "run"
     run.mkdir()
-    paths = take_snapshot(project, run, [project / "inner", Path("/elsewhere")], ()).paths
+    paths = take_snapshot(project, run, [project / "inner", Path("/elsewhere")], (), project / "caches").paths
     copies = run / "code"
     assert paths == (copies / "project", copies / "project/inner", Path("/elsewhere"), copies / "lockstep")
 
 
+def test_files_that_have_not_changed_are_linked_to_their_copies(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("train me.py", "inner/größe.py")
+    for name in names:
+        os.utime(project / name, ns=(10**18, 10**18))
+    new, _ = snapshot_of(project, "20260101-000001-0000")
+    monkeypatch.setattr(copied_files, "_RECENT_NS", -(10**10))
+    first, _ = snapshot_of(project, "20260101-000002-0000")
+    assert not (first / "code/project" / names[0]).samefile(new / "code/project" / names[0]), "a new file is copied"
+    second, files = snapshot_of(project, "20260101-000003-0000")
+    for name in (*(f"project/{name}" for name in names), "lockstep/lockstep/core/world.py"):
+        assert (second / "code" / name).samefile(first / "code" / name), name
+    assert files == sorted(names) and (second / "code.sha256").read_bytes() == (first / "code.sha256").read_bytes()
+
+    (project / names[0]).write_text("TRAIN ME.PY")  # as long, and with the time of before
+    os.utime(project / names[0], ns=(10**18, 10**18))
+    (second / "code/project" / names[1]).write_text("edited in the copy")
+    third, _ = snapshot_of(project, "20260101-000004-0000")
+    assert [(third / "code/project" / name).read_text() for name in names] == ["TRAIN ME.PY", names[1]]
+    with pytest.raises(UsageError, match="contains the W&B key"):
+        snapshot_of(project, "20260101-000005-0000", secrets=("größe",))
+    for cache in (project.parent / "caches").iterdir():
+        cache.write_text("{")
+    shutil.rmtree(third)
+    fourth, _ = snapshot_of(project, "20260101-000006-0000")
+    assert (fourth / "code/project" / names[0]).read_text() == "TRAIN ME.PY"
+
+
 def test_a_changed_file_a_missing_file_and_another_snapshot_are_rejected(project: Path) -> None:
     run, _ = snapshot_of(project)
-    code = take_snapshot(project, project / "runs", [], ())
+    code = take_snapshot(project, project / "runs", [], (), project / "caches")
     with pytest.raises(RunError, match="not what was submitted"):
         verify_snapshot(run, "0" * 64)
     file = project / "runs/code/project/train me.py"
@@ -100,11 +129,11 @@ def test_a_secret_and_too_many_or_too_large_files_are_rejected(project: Path, mo
         snapshot_of(project, secrets=("train me",))
     monkeypatch.setattr(snapshot, "LIMIT_FILES", 1)
     with pytest.raises(UsageError, match=r"more than 1 files; add it to \.gitignore"):
-        take_snapshot(project, project / "runs/y", [], ())
+        take_snapshot(project, project / "runs/y", [], (), project / "caches")
     monkeypatch.setattr(snapshot, "LIMIT_FILES", 100)
     monkeypatch.setattr(snapshot, "LIMIT_MB", 0)
     with pytest.raises(UsageError, match=r"larger than 0 MB, .* alone has 0 MB"):
-        take_snapshot(project, project / "runs/z", [], ())
+        take_snapshot(project, project / "runs/z", [], (), project / "caches")
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -124,7 +153,7 @@ def test_many_files_and_what_is_not_a_file(project: Path, monkeypatch: pytest.Mo
         verify_snapshot(run, digest)
     (project / "inner/99.py").write_text("a key")
     with pytest.raises(UsageError, match=r"inner/99\.py contains the W&B key"):
-        take_snapshot(project, project / "runs/x/20260101-000002-cd34-000", (), ("a key",))
+        snapshot_of(project, "20260101-000002-cd34-000", secrets=("a key",))
 
 
 def test_a_file_that_vanishes_and_a_tracked_folder_that_is_a_link_now(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

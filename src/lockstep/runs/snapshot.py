@@ -21,6 +21,7 @@ from stat import S_IMODE, S_ISLNK, S_ISREG
 from typing import TypeVar
 
 from lockstep.core import RunError, UsageError
+from lockstep.runs.copied_files import CopiedFiles
 from lockstep.runs.run import RUN_ID_PATTERN
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ def live_code(here: Path, python_path: Sequence[Path]) -> CodePaths:
     return CodePaths((here, *(entry.absolute() for entry in python_path), _PACKAGE.parent), None, "")
 
 
-def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: tuple[str, ...]) -> CodePaths:
+def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: tuple[str, ...], caches: Path) -> CodePaths:
     """Copy the code into ``run/code`` and write ``run/code.sha256`` and, in a checkout, ``run/changes.patch``.
 
     Args:
@@ -73,6 +74,7 @@ def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: t
         run: Run folder.
         python_path: PYTHONPATH of the launcher; entries inside the checkout are replaced by their copies.
         secrets: Texts that no file may contain.
+        caches: Folder of what is known of the last snapshots; files that have not changed since are linked to their copies.
 
     Raises:
         UsageError: A file contains a secret or cannot be read, or the files are too large or too many.
@@ -81,11 +83,13 @@ def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: t
     checkout, has_commit = _find_checkout(here)
     root = checkout or here
     code = run / "code"
-    checksums = _copy(root, code / "project", _checkout_files(root) if checkout else _folder_files(root), secrets)
+    files = _checkout_files(root) if checkout else _folder_files(root)
+    checksums = _copy(root, code / "project", files, secrets, caches)
     has_lockstep = _PACKAGE.is_relative_to(root) and (code / "project" / _PACKAGE.relative_to(root)).is_dir()
     if not has_lockstep:
-        checksums |= _copy(_PACKAGE, code / "lockstep" / _PACKAGE.name, _folder_files(_PACKAGE), secrets)
-    lines = [f"{digest}  {path.relative_to(code)}\n" for path, digest in sorted(checksums.items())]
+        checksums |= _copy(_PACKAGE, code / "lockstep" / _PACKAGE.name, _folder_files(_PACKAGE), secrets, caches)
+    prefix = len(f"{code}/")
+    lines = [f"{digest}  {path[prefix:]}\n" for path, digest in sorted(checksums.items())]
     manifest = "".join(lines).encode(errors="surrogateescape")
     (run / "code.sha256").write_bytes(manifest)
     if checkout and has_commit:
@@ -124,9 +128,10 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...]) -> dict[Path, str]:
+def _copy(root: Path, into: Path, files: Iterator[str], secrets: tuple[str, ...], caches: Path) -> dict[str, str]:
     """Copy ``files``, relative to ``root``, and return the SHA-256 of each copy. Symbolic links keep their targets."""
-    names = list(itertools.islice(map(str, files), LIMIT_FILES + 1))
+    copied = CopiedFiles(caches / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json", secrets)
+    names = list(itertools.islice(files, LIMIT_FILES + 1))
     if len(names) > LIMIT_FILES:
         raise UsageError(f"snapshot: the code in {root} has more than {LIMIT_FILES:,} files; {_REMEDY}.")
     if broken := next((name for name in names if "\n" in name), None):
@@ -138,19 +143,20 @@ def _copy(root: Path, into: Path, files: Iterator[Path], secrets: tuple[str, ...
             largest = max(sizes, key=sizes.__getitem__)
             detail = f"{root / largest} alone has {sizes[largest] >> 20} MB"
             raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {detail}; {_REMEDY}.")
-        modes = {name: state.st_mode for name, state in states.items() if state is not None}
-        links = {Path(name) for name, mode in modes.items() if S_ISLNK(mode)}
+        links = {Path(name) for name, state in states.items() if state is not None and S_ISLNK(state.st_mode)}
         # Neither pipes nor sockets; nor what is tracked below a folder that is a link now.
-        modes = {
-            name: mode
-            for name, mode in modes.items()
-            if S_ISLNK(mode) or S_ISREG(mode)
+        found = {
+            name: state
+            for name, state in states.items()
+            if state is not None and (S_ISLNK(state.st_mode) or S_ISREG(state.st_mode))
             if not links or links.isdisjoint(Path(name).parents)
         }
-        for folder in dict.fromkeys(os.path.dirname(name) for name in modes):
+        for folder in dict.fromkeys(os.path.dirname(name) for name in found):
             (into / folder).mkdir(parents=True, exist_ok=True)
-        digests = _map_files(lambda name: _copy_file(root, into, name, modes[name], secrets), list(modes))
-        return {into / name: digest for name, digest in zip(modes, digests, strict=True) if digest}
+        made = _map_files(lambda name: _copy_file(root, into, name, found[name], secrets, copied), list(found))
+        digests = {name: digest for name, digest in zip(found, made, strict=True) if digest}
+        copied.write(into, found, digests)
+        return {f"{into}/{name}": digest for name, digest in digests.items()}
     except OSError as error:
         disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "choose another disk with --run.root" if disk_is_full else _REMEDY
@@ -182,19 +188,21 @@ def _map_files(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 def _state(root: Path, name: str) -> os.stat_result | None:
     """The file's own state, even if it is a symbolic link; None if it is tracked, but deleted."""
     try:
-        return os.lstat(os.path.join(root, name))
+        return os.lstat(f"{root}/{name}")
     except FileNotFoundError:
         return None
 
 
-def _copy_file(root: Path, into: Path, name: str, mode: int, secrets: tuple[str, ...]) -> str:
-    """Copy a file and return its SHA-256; of a symbolic link return an empty text."""
-    source, target = os.path.join(root, name), os.path.join(into, name)
-    if S_ISLNK(mode):  # to the copy of its target, or to the target itself where that is outside
+def _copy_file(root: Path, into: Path, name: str, state: os.stat_result, secrets: tuple[str, ...], copied: CopiedFiles) -> str:
+    """Copy a file with its times, or link it, and return its SHA-256; of a symbolic link return an empty text."""
+    source, target = f"{root}/{name}", f"{into}/{name}"
+    if S_ISLNK(state.st_mode):  # to the copy of its target, or to the target itself where that is outside
         end = (Path(source).parent / os.readlink(source)).resolve()
         inside = end.is_relative_to(root)
         os.symlink(os.path.relpath(into / end.relative_to(root), os.path.dirname(target)) if inside else end, target)
         return ""
+    if digest := copied.link(name, state, target):
+        return digest
     try:
         with open(source, "rb") as file:
             content = file.read()
@@ -203,8 +211,9 @@ def _copy_file(root: Path, into: Path, name: str, mode: int, secrets: tuple[str,
     check_secrets(source, content, secrets)
     with open(target, "wb") as file:
         file.write(content)
-        if S_IMODE(os.fstat(file.fileno()).st_mode) != S_IMODE(mode):
-            os.fchmod(file.fileno(), S_IMODE(mode))
+        if S_IMODE(os.fstat(file.fileno()).st_mode) != S_IMODE(state.st_mode):
+            os.fchmod(file.fileno(), S_IMODE(state.st_mode))
+    os.utime(target, ns=(state.st_atime_ns, state.st_mtime_ns))
     return hashlib.sha256(content).hexdigest()
 
 
@@ -216,32 +225,31 @@ def check_secrets(path: str, content: bytes, secrets: tuple[str, ...]) -> None:
         )
 
 
-def _checkout_files(root: Path) -> Iterator[Path]:
+def _checkout_files(root: Path) -> Iterator[str]:
     """Tracked and untracked files of a checkout and its submodules, without ignored files and run folders."""
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     for name in dict.fromkeys(listed.decode(errors="surrogateescape").split("\0")):
-        path = Path(name)
-        if not name or any(RUN_ID_PATTERN.fullmatch(part) for part in path.parts):
+        if not name or any(map(RUN_ID_PATTERN.fullmatch, name.split("/"))):
             continue
-        if (root / path).is_dir() and not (root / path).is_symlink():  # a submodule, or a checkout inside this one
-            inner = _checkout_files(root / path) if (root / path / ".git").exists() else _folder_files(root / path)
-            yield from (path / file for file in inner)
+        if os.path.isdir(path := root / name) and not path.is_symlink():  # a submodule, or a checkout inside this one
+            inner = _checkout_files(path) if (path / ".git").exists() else _folder_files(path)
+            yield from (os.path.join(name, file) for file in inner)
         else:
-            yield path
+            yield name
 
 
-def _folder_files(root: Path) -> Iterator[Path]:
+def _folder_files(root: Path) -> Iterator[str]:
     """Files of a folder outside git, without hidden files, bytecode, virtual environments and run folders."""
     for folder, folders, files in os.walk(root):
-        here = Path(folder)
         folders[:] = [
             name
             for name in folders
             if not (name.startswith(".") or name == "__pycache__" or RUN_ID_PATTERN.fullmatch(name))
-            and not (here / name / "pyvenv.cfg").exists()
+            and not os.path.exists(f"{folder}/{name}/pyvenv.cfg")
         ]
-        names = [*(name for name in folders if (here / name).is_symlink()), *files]
-        yield from ((here / name).relative_to(root) for name in names if name[0] != "." and not name.endswith(".pyc"))
+        names = [*(name for name in folders if os.path.islink(f"{folder}/{name}")), *files]
+        inside = f"{folder}/"[len(f"{root}/") :]
+        yield from (inside + name for name in names if name[0] != "." and not name.endswith(".pyc"))
 
 
 def _find_checkout(here: Path) -> tuple[Path | None, bool]:

@@ -2,7 +2,7 @@
 
 from lockstep.slurm.client import RUNNING_JOBS, check_slurm_conf, is_owner_alive, query_slurm
 from lockstep.slurm.follow import follow
-from lockstep.slurm.registry import SubmittedJob, find_job, member_runs, register_job, registered_jobs
+from lockstep.slurm.registry import SubmittedJob, find_job, member_runs, register_job, registered_jobs, state_folder
 from lockstep.slurm.restart_policy import ALREADY_FINISHED, ASK_AGAIN, REQUEUE, RESTART
 from lockstep.slurm.restarts import restart_in_allocation
 from lockstep.slurm.status import RunStatus, mark_cancelled, query_status

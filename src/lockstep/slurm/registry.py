@@ -117,6 +117,11 @@ def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
     )
 
 
-def _registry_path(env: Mapping[str, str]) -> Path:
+def state_folder(env: Mapping[str, str]) -> Path:
+    """The folder of what launchers remember for a user."""
     state = env.get("XDG_STATE_HOME") or Path(env.get("HOME") or Path.home()) / ".local" / "state"
-    return Path(state) / "lockstep" / "jobs.jsonl"
+    return Path(state) / "lockstep"
+
+
+def _registry_path(env: Mapping[str, str]) -> Path:
+    return state_folder(env) / "jobs.jsonl"

@@ -33,7 +33,7 @@ from lockstep.runs import (
     snapshot,
     typed_command,
 )
-from lockstep.slurm import NodeTask, SubmittedJob, member_runs, register_job
+from lockstep.slurm import NodeTask, SubmittedJob, member_runs, register_job, state_folder
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script
 from lockstep.slurm.submission.options import LaunchOptions
 from lockstep.slurm.submission.profile import Profile
@@ -219,7 +219,7 @@ class Submission:
         if not self.options.snapshot:
             return self.live_code(env)
         here = self.options.working_directory
-        code = snapshot.take_snapshot(here, self.folder, python_path(env), self.secrets)
+        code = snapshot.take_snapshot(here, self.folder, python_path(env), self.secrets, state_folder(env) / "snapshots")
         frozen_config.check_not_ignored(self.config, code, here, env)
         return code
 
