@@ -1,9 +1,10 @@
-"""Forty mistakes on the command line: each names key, value and remedy, at each door, and leaves nothing behind.
+"""Fifty mistakes on the command line: each names key, value and remedy, at each door, and leaves nothing behind.
 
 First in this process, where neither torch nor Slurm may be reached; then some as a person types them, without torch.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from support.runs import REPO
 
 from lockstep import cli
 from lockstep.cli import local, submit
+from lockstep.config import with_config
 from lockstep.slurm.submission import Submission
 
 LOCAL_ONLY, SUBMIT_ONLY = "is a flag of lockstep local; ", "is a flag of lockstep submit; leave it out here"
@@ -86,6 +88,7 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--config mnist --data.root mine.yaml/x", "data.root: mine.yaml/x does not exist, and", None),
     ("--run.name a/b", "run.name: 'a/b' must be letters, digits and . _ + = - only", None),
     ("--run.root mine.yaml/runs", "run.root: ", None),
+    ("--run.root open/runs", "run.root: others can write to", None),
     ("--wandb.mode onlin", "wandb.mode: 'onlin' is not valid: expected one of 'auto', 'online'", None),
 ]
 
@@ -94,19 +97,26 @@ DOORS: dict[str, Callable[[list[str]], int]] = {
     "lockstep local": lambda words: cli.main(["local", *words]),
     "launch/slurm.py": lambda words: submit.main(words, "python launch/slurm.py"),
     "lockstep submit": lambda words: cli.main(["submit", *words]),
+    "lockstep train": lambda words: cli.main(["train", *with_config(words)]),
 }
+
+OF_LAUNCHERS = re.compile("--(nodes|ranks|profile|after|resume|python|mem|time|sweep|folow|dryrun)|a100.yaml|mine.yaml$")
+"""What ``lockstep train`` does not know: flags, which are those of torchrun or srun there, and profiles."""
 
 CASES = [
     (door, arguments, expected)
     for arguments, by_local, by_submit in TYPOS
     for door in DOORS
-    if (expected := by_local if by_submit is None or "local" in door else by_submit)
+    if (expected := by_local if by_submit is None or door not in ("launch/slurm.py", "lockstep submit") else by_submit)
+    if door != "lockstep train" or not OF_LAUNCHERS.search(arguments)
 ]
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, but for a profile."""
+    """A working directory with a profile, and a folder that anybody can write to."""
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "open").chmod(0o777)
     (tmp_path / "mine.yaml").write_text("partition: a\ntime: 24:00:00\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -127,7 +137,7 @@ def test_a_typo_is_one_sentence_and_leaves_nothing(
     said = capsys.readouterr().err
     assert said.startswith("lockstep: ") and said.count("\n") == 1, said
     assert expected in said
-    assert [path.name for path in here.iterdir()] == ["mine.yaml"]
+    assert sorted(path.name for path in here.iterdir()) == ["mine.yaml", "open"]
 
 
 @pytest.mark.parametrize("door", [["launch/local.py"], ["launch/slurm.py"], ["-m", "lockstep.cli", "local"]], ids=" ".join)
@@ -143,4 +153,4 @@ def test_a_typo_costs_no_import_of_torch(
     done = subprocess.run([sys.executable, *script, *arguments.split()], env=env, cwd=here, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert done.stderr.startswith(("lockstep: model.optimizer: 'adam'", "lockstep: data.batch_size: the global batch size 63"))
-    assert [path.name for path in here.iterdir()] == ["mine.yaml"]
+    assert sorted(path.name for path in here.iterdir()) == ["mine.yaml", "open"]

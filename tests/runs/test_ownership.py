@@ -130,6 +130,8 @@ def test_a_folder_whose_runs_others_could_replace_is_refused(tmp_path: Path, mod
     if mode == 0o777:  # anybody can rename what is anywhere in it
         with pytest.raises(UsageError, match=f"others can write to {root}, "):
             Run.create(root / "new/folder", "x")
+        with pytest.raises(UsageError, match=f"others can write to {root}, "):  # before torch is imported
+            Run.check_place(root / "new/folder", "x")
         assert not list(root.glob("*"))
         return
     old = os.umask(0o002)

@@ -59,8 +59,9 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
             check_start(rest[0] if at else "fit", config, [nodes * ranks], os.environ)
             check_nvme_path(config)
             if resume is None:
-                Run.check_name(str(config["run"]["name"]))
-                check_run_root(Path(config["run"]["root"]).absolute(), str(config["run"]["name"]))
+                root, name = Path(config["run"]["root"]).absolute(), str(config["run"]["name"])
+                Run.check_place(root, name)
+                check_run_root(root, name)
         # In a shell inside a Slurm allocation, this run is not one of its tasks. Nor does it use the W&B service of the program
         # that started it, which would keep the run of a killed rank in use.
         for name in [name for name in os.environ if name.startswith(("SLURM_", "WANDB_SERVICE")) and name != "SLURM_CONF"]:

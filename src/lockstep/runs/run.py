@@ -109,6 +109,12 @@ class Run:
         return run, run.claim_attempt(Owner.this_process())
 
     @classmethod
+    def check_place(cls, root: Path, name: str) -> None:
+        """Raise UsageError if a run of this ``name`` cannot be kept safe below ``root``; nothing is made."""
+        cls.check_name(name)
+        _check_private(root.absolute() / name / new_run_id(), "choose another with --run.root")
+
+    @classmethod
     def open(cls, folder: Path) -> "Run":
         """Return the run in ``folder``; raise UsageError if that is not a run folder, or others could replace what is in it."""
         run = cls(folder.absolute())
@@ -254,14 +260,17 @@ def checkpoint_order(path: Path) -> tuple[int, ...]:
 
 
 def _check_private(folder: Path, otherwise: str) -> None:
-    """Raise UsageError if a run folder or one of the two above it is not this user's, or if others can replace any above it."""
-    parents = (folder.absolute(), *folder.absolute().parents)
-    for place in parents[:3]:
-        if os.geteuid() and (owner := place.stat().st_uid) not in (os.geteuid(), 0):
+    """Raise UsageError if a run folder or one of the two above it is not this user's, or if others can replace any above it.
+
+    Folders that do not exist are left out.
+    """
+    places = [(number, place) for number, place in enumerate((folder.absolute(), *folder.absolute().parents)) if place.exists()]
+    for number, place in places:
+        if number < 3 and os.geteuid() and (owner := place.stat().st_uid) not in (os.geteuid(), 0):
             raise UsageError(
                 f"run.root: {place} belongs to another user (uid {owner}), who may replace what a run keeps there."
             )
-    for number, place in enumerate(parents):
+    for number, place in places:
         if _others_can_write(place, groups=number < 3):
             raise UsageError(
                 f"run.root: others can write to {place}, and so replace what a run keeps there; take that away "

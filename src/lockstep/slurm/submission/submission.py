@@ -93,7 +93,7 @@ class Submission:
         other_python = other_python or bool(profile.modules or profile.setup or "PYTHONPATH" in profile.environment)
         config = validate_arguments(arguments, launcher_flags, [here, *python_path(env)], options.sweep, other_python)
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
-        Run.check_name(name)
+        Run.check_place(root, name)
         check_characters(root, here)
         check_run_root(root, name)
         keys = list(arguments)
