@@ -79,6 +79,8 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--model.optimizer torch.optim.Adm", "model.optimizer: 'torch.optim.Adm' is neither", None),
     ("--model.schedule cosin", "model.schedule: 'cosin' is not valid: expected one of", None),
     ("--model.network lockstep.models.CNN", "lockstep.models.CNN does not exist; did you mean 'lockstep.models.ConvNet'", None),
+    ("--model lockstep.model.Classifier", "does not exist; did you mean 'lockstep.models.Classifier'", None),
+    ("--data lockstep.MNIST", "lockstep.MNIST does not exist; did you mean 'lockstep.data.MNIST'?", None),
     ("--model.lr -1", "model.lr: -1 must be greater than 0", None),
     ("--model.lr fast", "model.lr: 'fast' is not valid: expected float", None),
     ("--trainer.max_epochs ten", "trainer.max_epochs: 'ten' is not valid: expected int or null", None),

@@ -229,6 +229,9 @@ class ValueMerger:
         except Undecidable:
             return Signature()
         except NotDefined as missing:
+            if path.startswith("lockstep."):
+                valid = missing.classes or [name for names in SHARED_CLASSES.values() for name in names]
+                raise UsageError(f"{key}: {path} does not exist{did_you_mean(path, valid)}") from None
             if missing.classes is not None:
                 raise UsageError(f"{key}: {path} does not exist{did_you_mean(path, missing.classes)}") from None
             raise UsageError(
