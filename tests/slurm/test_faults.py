@@ -4,13 +4,17 @@ Cheapest first: jobs that never start, then ranks that train and fail.
 """
 
 import re
+import shlex
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.faults import fault
+from support.runs import REPO
 from support.slurm_jobs import Job, Shell
 from support.waiting import wait_until
 
@@ -67,6 +71,14 @@ def test_a_job_that_waits_for_ever_says_what_for(shell: Shell) -> None:
     assert "It waits for another job to succeed." in status["message"]
     held = blocker.status()
     assert held["exit"] == 3 and "because its user holds it" in held["message"]
+    command = [sys.executable, str(REPO / "launch/jobs.py"), "logs", "-f", blocker.id]
+    following = subprocess.Popen(command, env=shell.env, stdout=subprocess.PIPE, text=True)
+    assert following.stdout is not None and "waiting" in following.stdout.readline()
+    following.send_signal(signal.SIGINT)  # Ctrl-C
+    rest = following.communicate(timeout=20)[0]
+    assert following.returncode == 130 and f"job {blocker.id} continues; to follow it: " in rest
+    assert shlex.split(rest.partition("to follow it: ")[2])[-4:] == command[1:]
+    assert blocker.status()["exit"] == 3
     shell("launch/jobs.py", "cancel", blocker.id)
     assert told(blocker)["exit"] == 4
     status = told(job)
