@@ -51,9 +51,13 @@ def check_archive(archive: str | None, md5: str | None) -> None:
         )
 
 
+_IMAGE_FILES = ("lockstep.data.ImageFolder", "lockstep.data.Shards")
+"""DataModules that read files which are there already, unless they come in an archive."""
+
+
 def check_data(data: Mapping[str, Any] | None) -> None:
     """Raise UsageError if the data cannot be loaded safely; ``data`` is a class and its arguments."""
-    if data is not None and data.get("class_path") == "lockstep.data.ImageFolder":
+    if data is not None and data.get("class_path") in _IMAGE_FILES:
         arguments = data.get("init_args", {})
         check_archive(arguments.get("archive"), arguments.get("archive_md5"))
 
@@ -108,7 +112,7 @@ def check_data_root(data: Any, root: str | None = None) -> None:
     if not path.startswith("lockstep.data.") or not isinstance(root, str | Path) or os.path.isdir(root):
         return
     elsewhere = "if only the nodes have it, set --shared_filesystem false"
-    if path == "lockstep.data.ImageFolder" and not arguments.get("archive"):
+    if path in _IMAGE_FILES and not arguments.get("archive"):
         raise UsageError(f"data.root: {root} is not a folder here; give the one with train/ and val/, or, {elsewhere}.")
     existing = next(folder for folder in Path(root).absolute().parents if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

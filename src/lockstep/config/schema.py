@@ -15,7 +15,7 @@ FULL_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64"
 
 SHARED_CLASSES = {
     "model": ["lockstep.models.Classifier"],
-    "data": [f"lockstep.data.{name}" for name in ("CIFAR10", "Digits", "ImageFolder", "MNIST", "Synthetic")],
+    "data": [f"lockstep.data.{name}" for name in ("CIFAR10", "Digits", "ImageFolder", "MNIST", "Shards", "Synthetic")],
 }
 """lockstep's own classes for the keys that take a class."""
 

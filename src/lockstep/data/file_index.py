@@ -10,6 +10,7 @@ import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,30 @@ def publish_index(content: bytes, path: Path, replace: bool) -> None:
 
 
 def scan(folder: Path) -> bytes:
-    """The content of the ``FileIndex`` of ``folder``.
+    """The content of the ``FileIndex`` of ``folder``; see ``list_images`` for its errors."""
+    found = list_images(folder)
+    return index_content(found.files, found.classes, folder, found.changed)
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """What is in a folder of class folders; names are relative to it.
+
+    Attributes:
+        files: Names and labels of the images, in order.
+        classes: Names of the classes.
+        others: Names of the files that are not images; hidden ones do not count.
+        changed: See ``index_content``.
+    """
+
+    files: list[tuple[str, int]]
+    classes: list[str]
+    others: list[str]
+    changed: Mapping[str, int]
+
+
+def list_images(folder: Path) -> FoundImages:
+    """Find the images in ``folder``.
 
     Raises:
         UsageError: The folder is missing or cannot be read, has no classes, or a class has no image.
@@ -136,7 +160,7 @@ def scan(folder: Path) -> bytes:
         if not images:
             raise UsageError(f"data.root: class folder {printable(folder / name)} holds no {', '.join(_SUFFIXES)} file.")
         files += [(image, label) for image in images]
-    return index_content(files, classes, folder, walk.changed)
+    return FoundImages(files, classes, sorted(walk.others), walk.changed)
 
 
 def index_content(files: Iterable[tuple[str, int]], classes: list[str], folder: Path, changed: Mapping[str, int]) -> bytes:
@@ -168,11 +192,13 @@ class _Walk:
 
     Attributes:
         changed: See ``index_content``.
+        others: Files that are not images.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._racy = folder, time.time_ns() - _RACY_NS
         self.changed: dict[str, int] = {}
+        self.others: list[str] = []
         if folder.is_dir():
             self._note(".")
 
@@ -184,6 +210,8 @@ class _Walk:
             if not entry.is_dir():
                 if entry.name.lower().endswith(_SUFFIXES):
                     yield name
+                else:
+                    self.others.append(name)
             elif _identity(entry.stat()) not in above:  # else a loop of links
                 yield from self.images(name, above | {_identity(entry.stat())})
 

@@ -11,7 +11,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
-from torchcodec.decoders import decode_image
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 from torchvision.transforms import v2
 
@@ -19,6 +18,7 @@ from lockstep.config import check_archive
 from lockstep.core import RunError, UsageError, World, count
 from lockstep.data.base import STAGE_SPLITS, ImageData, Split
 from lockstep.data.file_index import FileIndex, class_names, printable, publish_index, scan
+from lockstep.data.packed import decode_pixels, explain
 from lockstep.data.prepare import prepare_folder
 from lockstep.distributed import StopConsensus
 
@@ -137,7 +137,7 @@ class ImageFolder(ImageData):
         found = {split: files.classes for split, files in self._datasets.items() if isinstance(files, ImageFiles)}
         # The training set decides if it exists: a test set that lacks a class would number the other classes wrongly.
         if "train" not in found and self.folders["train"].is_dir():
-            found = {"train": class_names(self.folders["train"]), **found}
+            found = {"train": self.training_classes(), **found}
         (first, classes), *others = found.items()
         for split, names in others:
             if names != classes:
@@ -150,18 +150,26 @@ class ImageFolder(ImageData):
         if self.on_corrupt == "skip" and self._ranks is None and self.trainer is not None:
             self._ranks = StopConsensus(World(self.trainer.global_rank, self.trainer.world_size))
 
+    def training_classes(self) -> list[str]:
+        """Names of the classes of the training set."""
+        return class_names(self.folders["train"])
+
     def load(self, split: Split) -> "ImageFiles":
         """One split; no file is opened."""
         if is_random := split == "train" and self.augment:
             transform = v2.Compose([v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()])
         else:
             transform = v2.Compose([v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)])
+        return self.open_files(split, transform, deterministic=not is_random)
+
+    def open_files(self, split: Split, transform: v2.Transform, deterministic: bool) -> "ImageFiles":
+        """The files of one split, as the run's index lists them."""
         path = None if self.index_folder is None else self.index_folder / f"{split}.index"
         has_index = path is not None and path.exists()
         if path is not None and not has_index:
             log.warning("%s does not exist (is prepare_data overridden?): each process lists the files itself", path)
         index = FileIndex.open(path) if path is not None and has_index else FileIndex(scan(self.folders[split]))
-        return ImageFiles(self.folders[split], index, transform, deterministic=not is_random)
+        return ImageFiles(self.folders[split], index, transform, deterministic)
 
     def collate(self, samples: Any) -> Any:
         """Images, uint8 (B, 3, size, size), labels, int64 (B,), and the files that could not be decoded.
@@ -226,7 +234,7 @@ class ImageFiles(Dataset[Any]):
     A sample is ``transform`` of the decoded image, uint8 (3, H, W), and its label, or a ``CorruptFile``.
     """
 
-    def __init__(self, folder: Path, index: FileIndex, transform: v2.Transform, deterministic: bool) -> None:
+    def __init__(self, folder: Path, index: Any, transform: v2.Transform, deterministic: bool) -> None:
         self.folder, self.index, self.classes = folder, index, index.classes
         self.transform, self.deterministic = transform, deterministic
 
@@ -245,21 +253,27 @@ class ImageFiles(Dataset[Any]):
         return targets
 
     def _sample(self, index: int) -> tuple[str, int]:
-        name, label = self.index[index]
-        return os.path.join(self.folder, name), label
+        return self.place(index), int(self.index.labels[index])
+
+    def place(self, index: int) -> str:
+        """Where an image is: the path of its file."""
+        return os.path.join(self.folder, self.index[index][0])
+
+    def read(self, index: int) -> bytes:
+        """The content of an image."""
+        return Path(self.place(index)).read_bytes()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | CorruptFile:
-        path, label = self._sample(index)
-        name = printable(path)
         try:
-            image = decode_image(Path(path).read_bytes(), mode="RGB")  # it does not open a path that is not UTF-8
+            image = decode_pixels(self.read(index))
         except OSError as error:
+            name = printable(self.place(index))
             return CorruptFile(name, f"{name} cannot be read ({error.strerror}); restore it, or set --data.on_corrupt skip.")
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0].rpartition(": ")[2]
-            message = f"{name} is not a complete JPEG or PNG ({reason}); replace it, or set --data.on_corrupt skip."
+            name = printable(self.place(index))
+            message = f"{name} is not a complete JPEG or PNG ({explain(error)}); replace it, or set --data.on_corrupt skip."
             return CorruptFile(name, message)
-        return self.transform(image), label
+        return self.transform(image), int(self.index.labels[index])
 
 
 def _count(names: list[str]) -> str:

@@ -1,0 +1,212 @@
+"""The index of the shards of one folder: one compact file that all processes map into memory."""
+
+import hashlib
+import json
+import mmap
+import os
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lockstep.core import RunError
+
+_FORMAT = 1
+
+
+class ShardFile(NamedTuple):
+    """One tar file.
+
+    Attributes:
+        name: Its name in the folder.
+        size: Its size in bytes.
+        changed: When it changed last, in nanoseconds; None if nothing but its size tells whether it has changed.
+    """
+
+    name: str
+    size: int
+    changed: int | None
+
+
+class Entry(NamedTuple):
+    """Where one field of a sample is.
+
+    Attributes:
+        field: What follows the key in the name of the member, in lower case, such as ``jpg``.
+        shard: Number of the shard.
+        offset: Where its content begins in the shard, in bytes.
+        length: In bytes.
+    """
+
+    field: str
+    shard: int
+    offset: int
+    length: int
+
+
+class ShardIndex:
+    """Keys, fields and labels of the samples in the shards of a folder, in the order of the shards.
+
+    The content is a line of JSON, padded to 8 bytes, and arrays: for each shard, key and sample where the next begins, int64
+    (shards + 1,), (n + 1,) and (n + 1,), from 0; of all fields, offsets and lengths, int64 (m,) and (m,); labels, int32 (n,);
+    numbers of the fields, int32 (m,); the keys. No Python object per sample: its reference count would make each worker
+    process copy it.
+
+    Args:
+        content: What ``IndexBuilder`` returns.
+        path: The file that holds it, if any.
+
+    Attributes:
+        shards: The tar files.
+        labels: Label of each sample, int32 (n,); -1 where it has none.
+        fields: Names of all fields.
+        class_names: Names of the classes; None where labels are numbers.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+
+    def __init__(self, content: bytes | mmap.mmap, path: Path | None = None) -> None:
+        self._content, self.path = content, path
+        try:
+            self._body = content.find(b"\n") + 1
+            self._header: dict[str, Any] = json.loads(content[: self._body])
+            if self._header["format"] != _FORMAT:
+                raise ValueError("another format")
+            self.shards = [ShardFile(*shard) for shard in self._header["shards"]]
+            self.fields: list[str] = self._header["fields"]
+            self.class_names: list[str] | None = self._header["classes"]
+            samples, entries = self._header["samples"], self._header["entries"]
+            place = self._body
+            arrays = []
+            for kind, length in (
+                *(("<i8", len(self.shards) + 1), ("<i8", samples + 1), ("<i8", samples + 1)),
+                *(("<i8", entries), ("<i8", entries), ("<i4", samples), ("<i4", entries)),
+            ):
+                arrays.append(np.frombuffer(content, kind, length, place))
+                place += arrays[-1].nbytes
+            self._shard_ends, self._key_ends, self._entry_ends, self._offsets, self._lengths, self.labels, self._names = arrays
+            self._keys = place
+            if len(content) != place + int(self._key_ends[-1]):
+                raise ValueError("a part is missing")
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged() from error
+
+    @classmethod
+    def open(cls, path: Path) -> "ShardIndex":
+        """The index in ``path``, mapped into memory."""
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"", path)
+
+    def __reduce__(self) -> Any:
+        return (ShardIndex, (self.content,)) if self.path is None else (ShardIndex.open, (self.path,))
+
+    @property
+    def content(self) -> bytes:
+        """A copy of the bytes of the index."""
+        return bytes(self._content[:])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; where labels are numbers, these, up to the highest one."""
+        if self.class_names is not None:
+            return self.class_names
+        return [str(label) for label in range(int(self.labels.max(initial=-1)) + 1)]
+
+    def key(self, index: int) -> str:
+        """The key of a sample: the name of its members up to the first dot."""
+        index = self._position(index)
+        place = self._content[self._keys + int(self._key_ends[index]) : self._keys + int(self._key_ends[index + 1])]
+        return os.fsdecode(place)
+
+    def entries(self, index: int) -> Iterator[Entry]:
+        """The fields of a sample."""
+        index = self._position(index)
+        shard = int(np.searchsorted(self._shard_ends, index, "right")) - 1
+        for number in range(int(self._entry_ends[index]), int(self._entry_ends[index + 1])):
+            name = self.fields[self._names[number]]
+            yield Entry(name, shard, int(self._offsets[number]), int(self._lengths[number]))
+
+    def count_fields(self, fields: Sequence[int]) -> Any:
+        """How many of ``fields``, given by their numbers, each sample has, int64 (n,)."""
+        before = np.concatenate([[0], np.cumsum(np.isin(self._names, fields))])
+        return np.diff(before[self._entry_ends])
+
+    def _position(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return index % len(self)
+
+    def verify(self) -> None:
+        """Raise RunError if the content does not have its checksum."""
+        if hashlib.sha256(self._content[self._body :]).hexdigest() != self._header.get("sha256"):
+            raise self._damaged()
+
+    def samples_of(self, shard: int) -> tuple[Any, ...]:
+        """All that is known of the samples of one shard, to compare."""
+        first, last = (int(self._shard_ends[shard + number]) for number in (0, 1))
+        start, end = int(self._entry_ends[first]), int(self._entry_ends[last])
+        names = [self.fields[name] for name in self._names[start:end]]
+        keys = self._content[self._keys + int(self._key_ends[first]) : self._keys + int(self._key_ends[last])]
+        arrays = (self._offsets[start:end], self._lengths[start:end], self.labels[first:last])
+        return keys, names, *(part.tobytes() for part in arrays)
+
+    def _damaged(self) -> RunError:
+        return RunError(f"{self.path} is damaged; remove it, and it is made again from the shards.")
+
+
+@dataclass
+class IndexBuilder:
+    """Collects shards and samples, in order."""
+
+    shards: list[ShardFile] = field(default_factory=list)
+    fields: dict[str, int] = field(default_factory=dict)
+    keys: bytearray = field(default_factory=bytearray)
+    shard_ends: "array[int]" = field(default_factory=lambda: array("q", [0]))
+    key_ends: "array[int]" = field(default_factory=lambda: array("q", [0]))
+    entry_ends: "array[int]" = field(default_factory=lambda: array("q", [0]))
+    offsets: "array[int]" = field(default_factory=lambda: array("q"))
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    names: "array[int]" = field(default_factory=lambda: array("i"))
+
+    def add_sample(self, key: str, entries: Iterable[tuple[str, int, int]]) -> None:
+        """Add a sample of the current shard: its key, and name, offset and length of each field."""
+        self.keys += os.fsencode(key)
+        self.key_ends.append(len(self.keys))
+        for name, offset, length in entries:
+            self.names.append(self.fields.setdefault(name, len(self.fields)))
+            self.offsets.append(offset)
+            self.lengths.append(length)
+        self.entry_ends.append(len(self.offsets))
+
+    def end_shard(self, shard: ShardFile) -> None:
+        """The samples since the last call are those of ``shard``."""
+        self.shards.append(shard)
+        self.shard_ends.append(len(self.key_ends) - 1)
+
+    def content(self, labels: Sequence[int], classes: list[str] | None) -> bytes:
+        """The content of a ``ShardIndex``.
+
+        Args:
+            labels: Label of each sample; -1 where it has none.
+            classes: Names of the classes; None where labels are numbers.
+        """
+        numbers = (self.shard_ends, self.key_ends, self.entry_ends, self.offsets, self.lengths, array("i", labels), self.names)
+        if sys.byteorder == "big":
+            for part in numbers:
+                part.byteswap()
+        body = b"".join((*numbers, self.keys))
+        header = {
+            **{"format": _FORMAT, "samples": len(labels), "entries": len(self.offsets), "fields": list(self.fields)},
+            **{"classes": classes, "shards": self.shards, "sha256": hashlib.sha256(body).hexdigest()},
+        }
+        line = json.dumps(header).encode()
+        return line + b" " * (-(len(line) + 1) % 8) + b"\n" + body
