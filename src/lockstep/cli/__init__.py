@@ -13,6 +13,7 @@ COMMANDS = {
     "jobs": ("cli.jobs", "Show, follow and cancel jobs."),
     "plan": ("cli.plan", "Estimate the memory of each rank, and which strategies fit."),
     "train": ("trainer.session", "Train as the rank that the environment describes: torchrun, srun, or a single process."),
+    "pack": ("pack.command", "Pack folders of images, or a dataset, into shards, which are faster to read."),
     "report": ("cli.report", "Draw a run: its metrics, restarts and results, as a picture and a page for a browser."),
     "export": ("checkpoint.export", "Write the weights of a run to one safetensors file."),
     "sync": ("monitoring.wandb_sync", "Send W&B the rows of a run that it does not have."),

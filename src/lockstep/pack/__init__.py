@@ -1,0 +1,1 @@
+"""The command ``lockstep pack``: shards of folders of images, or of any map-style dataset."""

@@ -1,0 +1,68 @@
+"""Resize and encode images as the options of a packing say."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.io import encode_jpeg, encode_png
+from torchvision.transforms.v2 import functional
+
+from lockstep.data.packed import decode_pixels, encode_pixels
+
+DEFAULT_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are stored.
+
+    Attributes:
+        shorter_side: Pixels of the shorter side of larger images; None: images keep their size.
+        quality: Quality of JPEG, from 1 to 100. Without ``shorter_side`` all images are encoded again; else those that are
+            not larger are stored as they are.
+        raw: Store uint8 pixels, (H, W, 3), as ``.npy``.
+    """
+
+    shorter_side: int | None = None
+    quality: int | None = None
+    raw: bool = False
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the bytes depend on the libraries that resize and encode."""
+        return self != ImageOptions()
+
+    def store_file(self, content: bytes, suffix: str) -> tuple[str, bytes]:
+        """Field and content of a JPEG or PNG, whose field is ``suffix`` if it is stored as it is.
+
+        Raises:
+            RuntimeError, ValueError: It cannot be decoded.
+        """
+        image = decode_pixels(content)
+        resized = self._resize(image)
+        is_kept = resized is image and (self.quality is None or self.shorter_side is not None)
+        if is_kept and not self.raw:
+            return suffix, content
+        return self._encode(resized, "jpg")
+
+    def store_pixels(self, image: Tensor) -> tuple[str, bytes]:
+        """Field and content of an image, uint8 (1 or 3, H, W): PNG, without loss, if no quality is set."""
+        return self._encode(self._resize(image), "png" if self.quality is None else "jpg")
+
+    def _resize(self, image: Tensor) -> Tensor:
+        if self.shorter_side is None or min(image.shape[-2:]) <= self.shorter_side:
+            return image
+        resized: Tensor = functional.resize(image, [self.shorter_side], antialias=True)
+        return resized
+
+    def _encode(self, image: Tensor, suffix: str) -> tuple[str, bytes]:
+        if self.raw:
+            return "npy", encode_pixels(image.expand(3, -1, -1))
+        if suffix == "png":
+            return suffix, _to_bytes(encode_png(image.contiguous()))
+        return suffix, _to_bytes(encode_jpeg(image.contiguous(), self.quality or DEFAULT_QUALITY))
+
+
+def _to_bytes(encoded: Tensor) -> bytes:
+    assert encoded.dtype == torch.uint8
+    return encoded.numpy().tobytes()

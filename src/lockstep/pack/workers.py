@@ -1,0 +1,143 @@
+"""Do numbered pieces of work in processes, which end with this one."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import torch
+
+from lockstep.core import LockstepError, RunError
+
+T = TypeVar("T")
+
+Work = Callable[[int, Callable[[int], None]], T]
+"""One piece of work: its number, and what to call after each sample, with the bytes that it takes."""
+
+
+@dataclass
+class Totals:
+    """Samples and bytes so far, of all processes."""
+
+    samples: int = 0
+    bytes: int = 0
+    pieces: int = 0
+
+
+@dataclass
+class Workers:
+    """Runs work in ``count`` processes, or, if that is 0, in this one.
+
+    Args:
+        show: Called several times a second with what is done.
+    """
+
+    count: int
+    show: Callable[[Totals], None]
+    _context: Any = field(default_factory=lambda: multiprocessing.get_context("fork"))
+
+    def run(self, work: Work[T], numbers: Sequence[int]) -> dict[int, T]:
+        """The results of ``work`` for each of ``numbers``.
+
+        Raises:
+            LockstepError: What a piece has raised.
+            RunError: A process has failed otherwise, or was killed.
+        """
+        if not self.count:
+            return self._run_here(work, numbers)
+        counts = self._context.Array(ctypes.c_int64, 2 * self.count, lock=False)
+        following, results = self._context.Value(ctypes.c_int64, 0), self._context.SimpleQueue()
+        processes = [
+            self._context.Process(
+                target=_work_in_process, args=(work, numbers, following, results, counts, 2 * slot, os.getpid()), daemon=True
+            )
+            for slot in range(min(self.count, len(numbers)))
+        ]
+        sys.stdout.flush()
+        for process in processes:
+            process.start()
+        try:
+            return self._collect(processes, results, counts, len(numbers))
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join()
+
+    def _collect(self, processes: list[BaseProcess], results: Any, counts: Any, pieces: int) -> dict[int, Any]:
+        found: dict[int, Any] = {}
+        while len(found) < pieces:
+            dead = [process for process in processes if process.exitcode not in (None, 0)]
+            while not results.empty():
+                number, result, error = results.get()
+                if error is not None:
+                    raise error
+                found[number] = result
+            if dead and len(found) < pieces:
+                raise RunError(
+                    f"A worker ended with {_ending(dead[0].exitcode or 0)}; call again, and finished shards are kept."
+                )
+            self.show(Totals(sum(counts[::2]), sum(counts[1::2]), len(found)))
+            time.sleep(0.05)
+        return found
+
+    def _run_here(self, work: Work[T], numbers: Sequence[int]) -> dict[int, T]:
+        totals, found = Totals(), dict[int, T]()
+
+        def packed(size: int) -> None:
+            totals.samples += 1
+            totals.bytes += size
+            self.show(totals)
+
+        for number in numbers:
+            found[number] = work(number, packed)
+            totals.pieces += 1
+        return found
+
+
+def _work_in_process(
+    work: Work[T], numbers: Sequence[int], following: Any, results: Any, counts: Any, slot: int, parent: int
+) -> None:
+    """Take numbers until none is left; put results, or the first error, into ``results``."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+    def packed(size: int) -> None:
+        counts[slot] += 1
+        counts[slot + 1] += size
+        if os.getppid() != parent:  # it was killed, and nobody waits for the rest
+            os._exit(1)
+
+    while True:
+        with following.get_lock():
+            position = following.value
+            following.value += 1
+        if position >= len(numbers):
+            return
+        try:
+            results.put((numbers[position], work(numbers[position], packed), None))
+        except LockstepError as error:
+            results.put((numbers[position], None, error))
+        except OSError as error:
+            results.put((numbers[position], None, RunError(f"A shard cannot be written ({error.strerror}); {_AGAIN}")))
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+
+
+_AGAIN = "call again, and finished shards are kept."
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"status {status}"
+    hint = ", perhaps for lack of memory: give fewer --workers" if status == -signal.SIGKILL else ""
+    return f"{signal.Signals(-status).name}{hint}"
