@@ -259,8 +259,8 @@ class ImageFiles(Dataset[Any]):
         """Where an image is: the path of its file."""
         return os.path.join(self.folder, self.index[index][0])
 
-    def read(self, index: int) -> bytes:
-        """The content of an image."""
+    def read(self, index: int) -> bytes | Tensor:
+        """The content of an image; as a tensor, uint8 (bytes,), if it is an array of pixels."""
         return Path(self.place(index)).read_bytes()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | CorruptFile:

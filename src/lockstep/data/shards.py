@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 from torchvision.transforms import v2
 
 from lockstep.core import UsageError
@@ -93,15 +94,22 @@ class ShardImages(ImageFiles):
 
     def __init__(self, folder: Path, index: ShardIndex, transform: v2.Transform, deterministic: bool) -> None:
         super().__init__(folder, index, transform, deterministic)
-        self.reader = ShardReader(folder, index)
+        self.reader, self._own_transform = ShardReader(folder, index), transform
 
     def place(self, index: int) -> str:
         """Where an image is: shard and member."""
         return self.reader.place(index, self._entry(index))
 
-    def read(self, index: int) -> bytes:
-        """The content of an image."""
-        return self.reader.read(self._entry(index))
+    def read(self, index: int) -> bytes | Tensor:
+        """The content of an image; as a tensor, uint8 (bytes,), if it is an array of pixels.
+
+        That tensor is in memory that cannot be written, unless someone has replaced the transform, which may write.
+        """
+        entry = self._entry(index)
+        if not entry.field.endswith("npy"):
+            return self.reader.read(entry)
+        content = self.reader.view(entry)
+        return content if self.transform is self._own_transform else content.clone()
 
     def _entry(self, index: int) -> Entry:
         return next(entry for entry in self.reader.index.entries(index) if _is_image(entry.field))

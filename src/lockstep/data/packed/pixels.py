@@ -5,27 +5,31 @@ import io
 import re
 
 import numpy as np
-import torch
 from torch import Tensor
 from torchcodec.decoders import decode_image
 
 _MAGIC = b"\x93NUMPY"
 
 
-def decode_pixels(content: bytes) -> Tensor:
-    """The pixels of a JPEG or PNG, or of an array of numpy, uint8 (H, W, 3), as an image, uint8 (3, H, W).
+def decode_pixels(content: bytes | Tensor) -> Tensor:
+    """The pixels of an image, uint8 (3, H, W).
+
+    Args:
+        content: A JPEG or PNG; or, as a tensor, uint8 (bytes,), the array of numpy that ``encode_pixels`` writes, of which the
+            pixels are a view.
 
     Raises:
         RuntimeError, ValueError: It is damaged, or something else.
     """
-    if not content.startswith(_MAGIC):
+    if isinstance(content, bytes):
         return decode_image(content, mode="RGB")
-    start = len(_MAGIC) + 2
-    end = start + 2 + int.from_bytes(content[start : start + 2], "little")
-    height, width, channels = _shape(content[:end])
-    # A copy: what is read may be changed. In memory it lies like a decoded image.
-    pixels = torch.frombuffer(bytearray(memoryview(content)[end:]), dtype=torch.uint8)
-    return pixels.view(height, width, channels).permute(2, 0, 1)
+    start = len(_MAGIC) + 4
+    begin = content[:start].numpy().tobytes()
+    if not begin.startswith(_MAGIC):
+        raise ValueError("not an array of numpy")
+    end = start + int.from_bytes(begin[-2:], "little")
+    shape = _shape(content[:end].numpy().tobytes())
+    return content[end:].view(shape).permute(2, 0, 1)  # in memory it lies like a decoded image
 
 
 def explain(error: Exception) -> str:

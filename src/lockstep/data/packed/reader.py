@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lockstep.data.packed.index import Entry, ShardIndex
 from lockstep.data.packed.mapping import MappedFile
 
@@ -23,11 +25,18 @@ class ShardReader:
         Raises:
             OSError: The shard is gone, cannot be read, or has another size than it had.
         """
-        shard = self._maps.get(entry.shard)
+        return self._map(entry.shard).read(entry.offset, entry.length)
+
+    def view(self, entry: Entry) -> Tensor:
+        """The content of one field, uint8 (length,), in memory that cannot be written; errors as of ``read``."""
+        return self._map(entry.shard).view(entry.offset, entry.length)
+
+    def _map(self, number: int) -> MappedFile:
+        shard = self._maps.get(number)
         if shard is None:
-            name, size, _ = self.index.shards[entry.shard]
-            shard = self._maps[entry.shard] = MappedFile(self.folder / name, size)
-        return shard.read(entry.offset, entry.length)
+            name, size, _ = self.index.shards[number]
+            shard = self._maps[number] = MappedFile(self.folder / name, size)
+        return shard
 
     def fields(self, index: int) -> dict[str, bytes]:
         """The content of all fields of a sample, by their names."""
