@@ -1,6 +1,6 @@
 """DataModules: datasets by name, and what they share."""
 
-from lockstep.data.base import ImageData, InMemoryImages
+from lockstep.data.base import STAGE_SPLITS, ImageData, InMemoryImages
 from lockstep.data.digits import Digits
 from lockstep.data.downloaded import CIFAR10, MNIST
 from lockstep.data.file_index import FoundImages, list_images

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +12,7 @@ from lockstep.core import UsageError
 from lockstep.data.base import Split
 from lockstep.data.file_index import publish_index
 from lockstep.data.image_folder import ImageFiles, ImageFolder
-from lockstep.data.packed import Entry, ShardIndex, ShardReader, find_index, is_current, list_shards
+from lockstep.data.packed import Entry, ShardIndex, ShardReader, copy_folder, find_index, is_current, list_shards
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +30,17 @@ class Shards(ImageFolder):
     Order, crops and batches are those of ``ImageFolder``, and with the files of its folders the weights are too.
 
     Args:
+        copy_to: Folder on a disk of each node, to which one process of each node copies the shards while training already
+            reads them; each is read there from when it has been copied and verified. What is copied stays for the next run.
         **options: Arguments of ImageFolder.
 
     Raises:
         UsageError: See ``ImageFolder``.
     """
+
+    def __init__(self, copy_to: Path | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.copy_to = copy_to
 
     def _prepare_index(self, folder: Path, path: Path) -> None:
         """Write the index of the shards in ``folder``; if the run has one, check that its shards are still there."""
@@ -72,7 +79,8 @@ class Shards(ImageFolder):
             UsageError: Labels are numbers, and higher than those of the training set.
         """
         index = self._index(split)
-        images = ShardImages(self.folders[split], index, transform, deterministic)
+        copies = None if self.copy_to is None else copy_folder(self.copy_to, self.folders[split])
+        images = ShardImages(self.folders[split], index, transform, deterministic, copies)
         if index.class_names is None and split != "train" and self.folders["train"].is_dir():
             found, images.classes = len(images.classes), self.training_classes()
             if found > len(images.classes):
@@ -90,11 +98,13 @@ class Shards(ImageFolder):
 
 
 class ShardImages(ImageFiles):
-    """The images of ``index``, whose shards are in ``folder``."""
+    """The images of ``index``, whose shards are in ``folder``, or, if they have been copied, in ``copies``."""
 
-    def __init__(self, folder: Path, index: ShardIndex, transform: v2.Transform, deterministic: bool) -> None:
+    def __init__(
+        self, folder: Path, index: ShardIndex, transform: v2.Transform, deterministic: bool, copies: Path | None = None
+    ) -> None:
         super().__init__(folder, index, transform, deterministic)
-        self.reader, self._own_transform = ShardReader(folder, index), transform
+        self.reader, self._own_transform = ShardReader(folder, index, copies), transform
 
     def place(self, index: int) -> str:
         """Where an image is: shard and member."""

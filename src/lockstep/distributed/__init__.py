@@ -19,5 +19,6 @@ from lockstep.distributed.process_group import (
     new_group,
     scatter,
 )
+from lockstep.distributed.rank_group import set_process_name
 from lockstep.distributed.ranks import RankFailed, fork_ranks
 from lockstep.distributed.signals import STOP_SIGNALS, SignalReceiver, allocation_end_time

@@ -11,7 +11,7 @@ from lockstep.distributed import PhaseBoard, RankFailed, fork_ranks, phase_limit
 from lockstep.runs import Owner, Run, RunResult, record_earlier_attempts, record_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
 from lockstep.trainer.config_parser import parse_config
-from lockstep.trainer.preload import preload
+from lockstep.trainer.preload import copy_shards, preload
 from lockstep.trainer.session import train
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ def run_locally(
         record_earlier_attempts(run, attempt)
     to_resume = f"to resume: {shell_command('local', '--resume', run.folder)}"
     try:
+        copy_shards(command, parsed[1], World())
         if nodes * ranks == 1:
             train(command, parsed, World(), run, attempt)
             return 0

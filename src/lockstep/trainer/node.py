@@ -12,7 +12,7 @@ from lockstep.distributed import Agent, Channel, Plan, phase_limits, share_cpus
 from lockstep.runs import Failure, Run, record_failure, write_failed_result
 from lockstep.slurm import NodeTask, restart_in_allocation
 from lockstep.trainer.config_parser import parse_config
-from lockstep.trainer.preload import preload
+from lockstep.trainer.preload import copy_shards, preload
 from lockstep.trainer.session import train
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Node:
                 "A module that the config names initializes CUDA when it is imported, and a process that has done so cannot "
                 "start ranks; create tensors on the GPU in the LightningModule instead."
             )
+        copy_shards(task.command, self.parsed[1], agents)
 
     def run(self) -> int:
         """Train with the ranks of this node, restart them as long as the restart policy says so, and return the exit status.

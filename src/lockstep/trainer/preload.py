@@ -1,7 +1,9 @@
-"""Import what ranks need before they are forked, so that none of them, in no attempt, has to."""
+"""What is done once on each node, before its ranks start: imports that they share, and copies of the data."""
 
 import os
 from importlib import import_module
+from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from jsonargparse import Namespace
@@ -9,6 +11,9 @@ from jsonargparse import Namespace
 from lockstep import strategies
 from lockstep.compat.lightning import find_plugins_once
 from lockstep.compat.nvml import may_have_gpus
+from lockstep.core import World
+from lockstep.data import STAGE_SPLITS, Shards
+from lockstep.data.packed import start_copying
 
 
 def preload(config: Namespace, has_rank_zero: bool = True) -> None:
@@ -20,3 +25,15 @@ def preload(config: Namespace, has_rank_zero: bool = True) -> None:
     if has_rank_zero:
         for name in ("wandb", "requests"):  # also if W&B is disabled: its run that does nothing is the Trainer's
             import_module(name)
+
+
+def copy_shards(command: str, config: Namespace, world: World) -> None:
+    """Start to copy the shards that ``command`` reads to a disk of this node, if the config says so; once on each node."""
+    data = config.get("data")
+    if world.local_rank or not data or not issubclass(resolve_name(data.class_path), Shards):
+        return
+    given = data.init_args
+    if given.get("copy_to") is not None:
+        splits = [*STAGE_SPLITS[command], *(("test",) if command == "fit" and config.run.test_after_fit else ())]
+        folders = [Path(given.root) / given[split] for split in splits]
+        start_copying(folders, Path(given.copy_to), world.node_rank, world.nodes)

@@ -65,6 +65,7 @@ from lockstep.trainer.context import RunContext
 from lockstep.trainer.errors import normalize_error
 from lockstep.trainer.loops import FitLoop
 from lockstep.trainer.predictions import run_prediction
+from lockstep.trainer.preload import copy_shards
 from lockstep.trainer.saved_config import dump_config
 
 log = logging.getLogger(__name__)
@@ -331,17 +332,16 @@ def train(
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
-    """Train as the rank that ``env`` describes and return the exit status: 0, 1 (failed while running) or 2 (usage).
-
-    Any exception but a ``LockstepError`` reaches the caller with its own traceback.
-    """
+    """Train as the rank of ``env`` and return the exit status: 0, 1 (failed) or 2 (usage); raise what is no LockstepError."""
     world = World()
     try:
         world = World.from_env(env)
         command, keys = split_command(find_shipped(arguments))
         if not any(map(shows_only, keys)):
             check_start(command, validate_arguments([command, *keys]), [world.size], env)
-        train(command, parse_config(keys, command), world)
+        parsed = parse_config(keys, command)
+        copy_shards(command, parsed[1], world)
+        train(command, parsed, world)
         return 0
     except LockstepError as error:
         if world.local_rank == 0 or error.exit_status == RunError.exit_status:

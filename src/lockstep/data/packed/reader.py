@@ -1,23 +1,38 @@
 """Read the fields of a sample from the shards, in any order."""
 
+import logging
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lockstep.data.packed.index import Entry, ShardIndex
+from lockstep.data.packed.local_copy import is_copy
 from lockstep.data.packed.mapping import MappedFile
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 10.0
+"""How often a process looks whether a shard has been copied."""
 
 
 class ShardReader:
-    """The fields of the samples of ``index``, whose shards are in ``folder``. A process maps a shard when it first needs it."""
+    """The fields of the samples of ``index``, whose shards are in ``folder``. A process maps a shard when it first needs it.
 
-    def __init__(self, folder: Path, index: ShardIndex) -> None:
-        self.folder, self.index = folder, index
+    Args:
+        copies: Folder of copies of the shards on this node; each is read instead of the shard from when it is there.
+    """
+
+    def __init__(self, folder: Path, index: ShardIndex, copies: Path | None = None) -> None:
+        self.folder, self.index, self.copies = folder, index, copies
         self._maps: dict[int, MappedFile] = {}
+        self._copied: set[int] = set()  # shards of which the copy is mapped
+        self._next_look: dict[int, float] = {}
 
     def __reduce__(self) -> Any:
-        return (ShardReader, (self.folder, self.index))
+        return (ShardReader, (self.folder, self.index, self.copies))
 
     def read(self, entry: Entry) -> bytes:
         """The content of one field.
@@ -25,7 +40,15 @@ class ShardReader:
         Raises:
             OSError: The shard is gone, cannot be read, or has another size than it had.
         """
-        return self._map(entry.shard).read(entry.offset, entry.length)
+        try:
+            return self._map(entry.shard).read(entry.offset, entry.length)
+        except OSError as error:
+            if self.copies is None or entry.shard not in self._copied:
+                raise
+            log.warning("%s cannot be read (%s); its original is", self.copies / self._name(entry.shard), error.strerror)
+            self._copied.remove(entry.shard)
+            self._maps[entry.shard] = self._open(self.folder, entry.shard)
+            return self.read(entry)
 
     def view(self, entry: Entry) -> Tensor:
         """The content of one field, uint8 (length,), in memory that cannot be written; errors as of ``read``."""
@@ -33,10 +56,22 @@ class ShardReader:
 
     def _map(self, number: int) -> MappedFile:
         shard = self._maps.get(number)
+        if self.copies is not None and time.monotonic() >= self._next_look.get(number, 0.0):
+            is_copied = is_copy(self.copies / self._name(number), self.folder / self._name(number))
+            self._next_look[number] = math.inf if is_copied else time.monotonic() + _LOOK_SECONDS
+            if is_copied:
+                self._copied.add(number)
+                shard = self._maps[number] = self._open(self.copies, number)
         if shard is None:
-            name, size, _ = self.index.shards[number]
-            shard = self._maps[number] = MappedFile(self.folder / name, size)
+            shard = self._maps[number] = self._open(self.folder, number)
         return shard
+
+    def _open(self, folder: Path, number: int) -> MappedFile:
+        name, size, _ = self.index.shards[number]
+        return MappedFile(folder / name, size)
+
+    def _name(self, number: int) -> str:
+        return self.index.shards[number].name
 
     def fields(self, index: int) -> dict[str, bytes]:
         """The content of all fields of a sample, by their names."""
@@ -44,4 +79,4 @@ class ShardReader:
 
     def place(self, index: int, entry: Entry) -> str:
         """Where a field is, for messages: shard and member."""
-        return f"{self.folder / self.index.shards[entry.shard].name}: {self.index.key(index)}.{entry.field}"
+        return f"{self.folder / self._name(entry.shard)}: {self.index.key(index)}.{entry.field}"
