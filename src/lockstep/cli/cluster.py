@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Any
 
 from lockstep.core import count
-from lockstep.slurm.cluster import HEALTHY, Cluster, ClusterError, ClusterSpec, ClusterUsageError, scrubbed_environment
+from lockstep.slurm.cluster import DAEMONS, HEALTHY, Cluster, ClusterError, ClusterSpec, ClusterUsageError, scrubbed_environment
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -56,15 +56,13 @@ def _start(folder: Path, requested: Mapping[str, Any]) -> tuple[Cluster, bool]:
 def _status(cluster: Cluster) -> int:
     """Print the state of the cluster; return 0 if all daemons and nodes work."""
     dead = cluster.dead_parts()
-    pids = {
-        process.part: process.pid for process in cluster.processes() if process.program in ("munged", "slurmctld", "slurmd")
-    }
-    ports = dict(zip(cluster.parts[1:], cluster.ports, strict=False))
+    pids = {process.part: process.pid for process in cluster.processes() if process.program in DAEMONS}
     answers = not {"munged", "slurmctld"} & set(dead)
     states = cluster.node_states() if answers else {}
     lines = [f"{cluster.spec} in {cluster.folder}"]
     for part in cluster.parts:
-        daemon, port = f"pid {pids[part]}" if part in pids else "dead", f"port {ports[part]}" if part in ports else ""
+        daemon = f"pid {pids[part]}" if part in pids else "dead"
+        port = f"port {cluster.port(part)}" if cluster.port(part) else ""
         lines.append(f"{part:10} {daemon:10} {port:10} {states.get(part, '')}".rstrip())
     if answers:
         partitions = re.findall(r"PartitionName=(\S+)", cluster.command("scontrol", "-o", "show", "partition"))
@@ -140,6 +138,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("option", "Key=Value", "a line of slurm.conf, which overrides this script's own"),
     ):
         spec.add_argument(f"--{name}", dest=f"{name}s", action="append", metavar=f"'{metavar}'", help=f"{help}; repeatable")
+    spec.add_argument(
+        "--accounting",
+        action="store_true",
+        help="record jobs with slurmdbd, in a database of the cluster: sacct and sacctmgr work",
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("up", parents=[location, spec], help="start a cluster; prints the export line for the shell")
     actions.add_parser("status", parents=[location], help="print the state of the cluster; exit status 1 if anything is dead")

@@ -38,6 +38,7 @@ class JobState(Record):
         start: When it started, or is expected to.
         elapsed, limit: Time used, and allowed.
         exit_status: Of the batch script; 128 and more for a signal.
+        memory: What its largest task used of what it had asked for, such as ``268166K of 50M``, where accounting knows it.
     """
 
     state: str
@@ -48,6 +49,7 @@ class JobState(Record):
     nodes: str = ""
     exit_status: int = 0
     restarts: int = 0
+    memory: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -162,7 +164,8 @@ def _ending_by_slurm(job: JobState, lost: LostTask | None) -> Ending:
     status, word = TERMINAL_STATES[job.state]
     sentence = lost.sentence if lost is not None else ""
     if job.state == "OUT_OF_MEMORY" or (job.state == "CANCELLED" and lost is not None and lost.is_out_of_memory):
-        return Ending("out of memory", 6, f"{_OVER_MEMORY} {sentence}".strip(), is_explained=True)
+        used = f"Slurm has seen {job.memory}." if job.memory else ""
+        return Ending("out of memory", 6, " ".join(filter(None, (_OVER_MEMORY, sentence, used))), is_explained=True)
     reasons = {
         "TIMEOUT": f"It was ended at its time limit of {job.limit}; ask for more with --time.",
         "NODE_FAIL": f"A node of {job.nodes} was lost.",

@@ -1,4 +1,4 @@
-"""The Slurm client: query squeue and sacct, and parse the answers."""
+"""The Slurm client: query squeue, and parse the answers."""
 
 import os
 import platform
@@ -26,11 +26,11 @@ def check_slurm_conf(env: Mapping[str, str]) -> None:
         raise UsageError(f"SLURM_CONF={conf} cannot be read: that cluster is gone; unset SLURM_CONF.")
 
 
-def query_slurm(command: list[str], env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+def query_slurm(command: list[str], env: Mapping[str, str], timeout: float | None = None) -> "subprocess.CompletedProcess[str]":
     """Run a Slurm command without a user's own defaults, such as SQUEUE_PARTITION, which would hide jobs or partitions."""
     defaults = ("SQUEUE_", "SACCT_", "SINFO_", "SLURM_CLUSTERS")
     clean = {name: value for name, value in env.items() if not name.startswith(defaults)}
-    return subprocess.run(command, env=clean, capture_output=True, text=True)
+    return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=timeout)
 
 
 def _has_command(name: str, env: Mapping[str, str]) -> bool:
@@ -81,7 +81,7 @@ def is_running(owner: Owner, jobs: Mapping[str, RunningJob]) -> bool:
 
 
 def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobState], str]:
-    """Return the state of each job that Slurm or its accounting knows, and the error of squeue; empty if it answered."""
+    """Return the state of each job that slurmctld knows, and the error of squeue; empty if it answered."""
     if not ids:
         return {}, ""
     if not _has_command("squeue", env):
@@ -96,25 +96,11 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
     for line in answer.stdout.splitlines():
         job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, *_ = line.split("|")
         name = f"{array}_{task}" if task != "N/A" else job
-        states[name] = JobState(state, reason, start, elapsed, limit, nodes, _exit_status(code), int(restarts))
-    return _query_accounting(ids - set(states), env) | states, ""
+        states[name] = JobState(state, reason, start, elapsed, limit, nodes, exit_status(code), int(restarts))
+    return states, ""
 
 
-def _query_accounting(ids: set[str], env: Mapping[str, str]) -> dict[str, JobState]:
-    """The state of each job that ``sacct`` knows, where there is accounting."""
-    if not ids or not _has_command("sacct", env):
-        return {}
-    jobs = ",".join(sorted({id_.partition("_")[0] for id_ in ids}))
-    fields = "JobID,State,Reason,Start,Elapsed,Timelimit,NodeList,ExitCode"
-    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={jobs}", f"--format={fields}"]
-    states: dict[str, JobState] = {}
-    for line in query_slurm(command, env).stdout.splitlines():
-        job, state, reason, start, elapsed, limit, nodes, code = line.split("|")
-        states[job] = JobState(state.split()[0], reason, start, elapsed, limit, nodes, _exit_status(code))
-    return states
-
-
-def _exit_status(code: str) -> int:
+def exit_status(code: str) -> int:
     """The exit status in ``status:signal``, or in the wait status that squeue prints before Slurm 23.02."""
     status, colon, signal = code.partition(":")
     if not colon:

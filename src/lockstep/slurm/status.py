@@ -1,7 +1,7 @@
 """The status of submitted runs, with or without accounting.
 
-``squeue`` knows a job until a few minutes after its end (MinJobAge). The batch script leaves its exit status in
-``slurm/<job>.exit``, and whoever asks while Slurm still knows the job keeps the answer in ``slurm/<job>.ended.json``.
+``squeue`` knows a job until a few minutes after its end (MinJobAge), accounting for months. The batch script leaves its exit
+status in ``slurm/<job>.exit``, and whoever asks while Slurm still knows the job keeps the answer in ``slurm/<job>.ended.json``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,6 +22,7 @@ from lockstep.runs import (
     read_attempts,
     read_first_failure,
 )
+from lockstep.slurm.accounting import query_accounting
 from lockstep.slurm.client import query_jobs
 from lockstep.slurm.registry import SubmittedJob
 
@@ -120,19 +121,31 @@ def mark_cancelled(statuses: Iterable[RunStatus]) -> None:
 
 
 def query_status(jobs: Iterable[SubmittedJob], env: Mapping[str, str]) -> list[RunStatus]:
-    """Return the status of every run of these jobs, with one query to Slurm."""
-    jobs = list(jobs)
-    states, error = query_jobs({id_ for job in jobs if not job.is_recycled for id_, _ in job.members}, env)
+    """Return the status of every run of these jobs, with one query to Slurm, and one to its accounting for forgotten jobs."""
+    members = [(id_, run, job) for job in jobs for id_, run in job.members]
+    states, error = query_jobs({id_ for id_, _, job in members if not job.is_recycled}, env)
+    unknown = {
+        id_ for id_, run, job in members if not (error or id_ in states or job.is_recycled or _kept(id_, run, job).exists())
+    }
+    accounted, silence = query_accounting(unknown, env)
+    states |= accounted
     return [
-        _run_status(id_, run, job, None if job.is_recycled else states.get(id_), error)
-        for job in jobs
-        for id_, run in job.members
+        _run_status(id_, run, job, None if job.is_recycled else states.get(id_), error, silence) for id_, run, job in members
     ]
 
 
-def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | None, error: str) -> RunStatus:
-    slurm = submitted.folder / "slurm" if (submitted.folder / "slurm").is_dir() else _slurm_folder(run)
-    kept = slurm / f"{job}.ended.json"
+def _kept(job: str, run: Run, submitted: SubmittedJob) -> Path:
+    """The file that keeps Slurm's answer."""
+    return _job_folder(run, submitted) / f"{job}.ended.json"
+
+
+def _job_folder(run: Run, submitted: SubmittedJob) -> Path:
+    return submitted.folder / "slurm" if (submitted.folder / "slurm").is_dir() else _slurm_folder(run)
+
+
+def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | None, error: str, silence: str) -> RunStatus:
+    """``error`` is that of squeue, ``silence`` that of accounting."""
+    slurm, kept = _job_folder(run, submitted), _kept(job, run, submitted)
     if state is None:
         state = JobState.read(kept)
     elif state.has_ended and not kept.exists() and slurm.is_dir():
@@ -157,7 +170,8 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
     if owner is not None and owner.job not in (None, job):  # the newest attempt is that of another job
         evidence = replace(evidence, result=None, failure=None)
     ending = endings.classify_ending(evidence)
-    return RunStatus(job, run, ending.exit_status, ending.state, ending.reason, state, progress, result)
+    unsure = f" Accounting does not answer: {silence}" if silence and state is None and ending.state == "gone" else ""
+    return RunStatus(job, run, ending.exit_status, ending.state, ending.reason + unsure, state, progress, result)
 
 
 def _pending_reason(state: JobState) -> str:

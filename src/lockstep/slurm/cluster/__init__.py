@@ -2,3 +2,4 @@
 
 from lockstep.slurm.cluster.conf import ClusterError, ClusterSpec, ClusterUsageError, scrubbed_environment
 from lockstep.slurm.cluster.daemons import HEALTHY, Cluster
+from lockstep.slurm.cluster.processes import DAEMONS

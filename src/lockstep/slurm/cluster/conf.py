@@ -16,6 +16,7 @@ from pathlib import Path
 from lockstep.core import count
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "scancel", "scontrol", "squeue", "srun")
+_ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "sacct", "sacctmgr")
 
 _SLURM_CONF = """\
 ClusterName={name}
@@ -55,6 +56,16 @@ MessageTimeout=5
 KillWait=5
 """
 
+_ACCOUNTING = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port}
+# Not a password: the socket of munge.
+AccountingStoragePass={folder}/munged/socket
+AccountingStorageEnforce=associations,limits,qos
+AccountingStorageTRES=gres/gpu
+"""
+
 
 class ClusterError(Exception):
     """An error with a remedy, shown as one sentence."""
@@ -75,6 +86,7 @@ class ClusterSpec:
         memory: Memory per node in MB; 0 means 4096 per CPU. By default a job gets the share of its CPUs.
         partitions: ``NAME Key=Value …`` as in slurm.conf; the first is the default. Empty means debug, with all nodes.
         options: ``Key=Value`` lines of slurm.conf, which override the ones here.
+        accounting: Whether slurmdbd records jobs, in a database of the cluster.
     """
 
     nodes: int = 4
@@ -83,6 +95,7 @@ class ClusterSpec:
     memory: int = 0
     partitions: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    accounting: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("nodes", 1), ("cpus", 1), ("gpus", 0), ("memory", 0)):
@@ -104,24 +117,31 @@ class ClusterSpec:
         return [f"n{number}" for number in range(1, self.nodes + 1)]
 
 
+def cluster_name(folder: Path) -> str:
+    """The name of the cluster in a folder, as Slurm knows it."""
+    return f"lockstep-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}"
+
+
 def slurm_conf(folder: Path, spec: ClusterSpec, ports: Sequence[int]) -> str:
-    """Return slurm.conf for ``spec``, with short timeouts; ``ports`` are those of slurmctld and of each node."""
+    """Return slurm.conf for ``spec``, with short timeouts; ``ports`` as in ``Cluster``."""
     host = socket.gethostname().partition(".")[0]
     memory = spec.memory or 4096 * spec.cpus
     text = _SLURM_CONF.format(
-        name=f"lockstep-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}",
+        name=cluster_name(folder),
         host=host,
         port=ports[0],
-        user=_user_name(),
+        user=user_name(),
         folder=folder,
         memory_per_cpu=memory // spec.cpus,
     )
-    if _host_is_loopback():
+    if host_is_loopback():
         text += "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
+    if spec.accounting:
+        text += _ACCOUNTING.format(folder=folder, port=ports[-1])
     for option in spec.options:
         key = option.partition("=")[0]
         text = re.sub(rf"(?im)^{key}=.*\n", "", text) + f"{option}\n"
-    for name, port in zip(spec.node_names, ports[1:], strict=True):
+    for name, port in zip(spec.node_names, ports[1 : spec.nodes + 1], strict=True):
         text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={spec.cpus} RealMemory={memory}"
         text += f" Gres=gpu:{spec.gpus}\n" if spec.gpus else "\n"
     partitions = spec.partitions or ("debug",)
@@ -132,14 +152,15 @@ def slurm_conf(folder: Path, spec: ClusterSpec, ports: Sequence[int]) -> str:
     return text
 
 
-def _user_name() -> str:
+def user_name() -> str:
+    """Name of the user, whose daemons and jobs they are."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         raise ClusterError(f"user {os.geteuid()} has no name on this machine, but Slurm needs one.") from None
 
 
-def _host_is_loopback() -> bool:
+def host_is_loopback() -> bool:
     """Whether the machine's name resolves to 127.0.0.1, so that Slurm can listen on the address of that name only.
 
     Otherwise it listens on all addresses, and the munge key rejects others. 127.0.1.1, as on Debian, does not work: connections
@@ -181,9 +202,15 @@ def scrubbed_environment() -> dict[str, str]:
     return kept | {"PATH": search_path()}
 
 
-def check_programs() -> None:
-    """Raise ClusterError if Slurm or munge is not installed."""
-    missing = [program for program in _PROGRAMS if not shutil.which(program, path=search_path())]
+def check_programs(accounting: bool = False) -> None:
+    """Raise ClusterError if Slurm or munge is not installed, or what accounting needs."""
+    programs = (*_PROGRAMS, *(_ACCOUNTING_PROGRAMS if accounting else ()))
+    missing = [program for program in programs if not shutil.which(program, path=search_path())]
+    if missing and set(missing) <= set(_ACCOUNTING_PROGRAMS):
+        raise ClusterError(
+            f"--accounting: {', '.join(missing)} is missing on this machine; "
+            "on Debian and Ubuntu: apt-get install slurmdbd mariadb-server-core."
+        )
     if missing:
         raise ClusterError(
             f"Slurm is missing on this machine ({', '.join(missing)}); "

@@ -13,18 +13,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+from lockstep.slurm.cluster import accounting
 from lockstep.slurm.cluster.conf import (
     ClusterError,
     ClusterSpec,
     ClusterUsageError,
     cgroup_plugin,
     check_programs,
+    cluster_name,
     free_ports,
     scrubbed_environment,
     search_path,
     slurm_conf,
 )
-from lockstep.slurm.cluster.processes import Process, check_not_inside, kill, processes
+from lockstep.slurm.cluster.processes import DAEMONS, Process, check_not_inside, kill, processes
 
 _MARKER = "lockstep-cluster.json"
 """The file that marks the folder of a cluster; a folder without it is never deleted."""
@@ -48,7 +50,7 @@ class Cluster:
     Attributes:
         folder: Contains ``slurm.conf`` and, for each part, a folder with its log, sockets and state.
         spec: Nodes, resources and configuration.
-        ports: Of slurmctld and of each node; empty where unknown.
+        ports: Of slurmctld, of each node, and with accounting of slurmdbd; empty where unknown.
     """
 
     def __init__(self, folder: Path, spec: ClusterSpec, ports: Sequence[int] = ()) -> None:
@@ -64,6 +66,7 @@ class Cluster:
         memory: int = ClusterSpec.memory,
         partitions: Sequence[str] = (),
         options: Sequence[str] = (),
+        accounting: bool = False,
     ) -> Self:
         """Start a cluster and wait until all its nodes are idle. See ``ClusterSpec`` for the arguments.
 
@@ -73,10 +76,10 @@ class Cluster:
         Raises:
             ClusterError: Slurm is missing, the folder is not suitable, or a daemon failed. Nothing is left behind.
         """
-        spec = ClusterSpec(nodes, cpus, gpus, memory, tuple(partitions), tuple(options))
-        check_programs()
+        spec = ClusterSpec(nodes, cpus, gpus, memory, tuple(partitions), tuple(options), accounting)
+        check_programs(spec.accounting)
         for retries_left in (2, 1, 0):
-            cluster = cls(folder, spec, free_ports(nodes + 1))
+            cluster = cls(folder, spec, free_ports(nodes + 1 + accounting))
             cluster._claim_folder()
             try:
                 cluster._start()
@@ -127,8 +130,13 @@ class Cluster:
 
     @property
     def parts(self) -> list[str]:
-        """Names of the parts, one per daemon: munged, slurmctld, and each node."""
-        return ["munged", "slurmctld", *self.spec.node_names]
+        """Names of the parts, one per daemon, in the order of their start."""
+        database = ["mariadb", "slurmdbd"] if self.spec.accounting else []
+        return ["munged", *database, "slurmctld", *self.spec.node_names]
+
+    def port(self, part: str) -> int | None:
+        """The port of a part; None if it has none, or if it is unknown."""
+        return dict(zip(["slurmctld", *self.spec.node_names, "slurmdbd"], self.ports, strict=False)).get(part)
 
     def command(self, *argv: str, timeout: float | None = None) -> str:
         """Run one of Slurm's commands against this cluster and return its output.
@@ -162,11 +170,11 @@ class Cluster:
 
     def dead_parts(self) -> list[str]:
         """Parts whose daemon is not running."""
-        alive = {process.part for process in self.processes() if process.program in ("munged", "slurmctld", "slurmd")}
+        alive = {process.part for process in self.processes() if process.program in DAEMONS}
         return [part for part in self.parts if part not in alive]
 
     def lose(self, part: str) -> None:
-        """Kill slurmctld, or a node with all processes of jobs there, without a shutdown."""
+        """Kill a daemon other than munged, or a node with all processes of jobs there, without a shutdown."""
         self._check_part(part)
         kill(self.folder, part)
 
@@ -180,10 +188,11 @@ class Cluster:
         if part not in self.dead_parts():
             raise ClusterError(f"{part} is not lost: its daemon is running.")
         # As a real node is: if Slurm did not notice the loss, it would believe that the jobs are still running.
-        if part != "slurmctld" and not self.node_states()[part].startswith("down"):
+        is_node = part in self.spec.node_names
+        if is_node and not self.node_states()[part].startswith("down"):
             self.command("scontrol", "update", f"NodeName={part}", "State=DOWN", "Reason=lost")
         self._launch(part)
-        self._wait_for([part] if part != "slurmctld" else [], HEALTHY)
+        self._wait_for([part] if is_node else [], HEALTHY)
 
     def down(self) -> None:
         """Cancel all jobs, if all daemons are running, kill every process that is left, and remove the folder.
@@ -211,7 +220,7 @@ class Cluster:
                 time.sleep(0.05)
 
     def _check_part(self, part: str) -> None:
-        if part not in (known := ["slurmctld", *self.spec.node_names]):
+        if part not in (known := self.parts[1:]):
             raise ClusterUsageError(f"{part}: unknown; the cluster in {self.folder} has {', '.join(known)}.")
 
     def _check_folder(self) -> None:
@@ -268,33 +277,48 @@ class Cluster:
         (self.folder / "gres.conf").write_text(gres)
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={cgroup_plugin()}\n")
         self.conf.write_text(slurm_conf(self.folder, self.spec, self.ports))
+        if port := self.port("slurmdbd"):
+            accounting.write_slurmdbd_conf(self.folder, port)
         for part in self.parts:
             self._launch(part)
+            if part == "slurmdbd":  # slurmctld must find the cluster there
+                self.command(*accounting.accounts_command(self.folder, cluster_name(self.folder)), timeout=_READY_SECONDS)
         self._wait_for(self.spec.node_names, {"idle"})
 
     def _launch(self, part: str) -> None:
         """Start the daemon of a part; returns when it is in the background."""
         folder = self.folder / part
+        if part == "mariadb":
+            return accounting.start_database(self.folder)
         if part == "munged":
             # Forced, because munged rejects a socket that other users cannot reach.
             argv = ["munged", "--force", f"--socket={folder}/socket"]
             argv += [f"--{file}-file={folder}/{file}" for file in ("key", "pid", "log", "seed")]
         else:
-            argv = ["slurmctld"] if part == "slurmctld" else ["slurmd", "-N", part]
-            argv += ["-f", str(self.conf)]
+            argv = ["slurmd", "-N", part] if part in self.spec.node_names else [part]
+            argv += ["-f", str(self.conf)] if part != "slurmdbd" else []
         # Not the environment of the caller: a long-lived daemon should not keep keys and tokens.
-        env = {"PATH": search_path()} | self.env
+        env = {"PATH": search_path()} | self.env | accounting.database_environment(self.folder)
         started = subprocess.run(
             argv, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True
         )
         if started.returncode:
             raise self._failure(part, started.stderr.strip() or f"exit status {started.returncode}")
+        if part == "slurmdbd":
+            self._wait_for_slurmdbd()
+
+    def _wait_for_slurmdbd(self) -> None:
+        deadline = time.monotonic() + _READY_SECONDS
+        while not accounting.is_slurmdbd_ready(self.port("slurmdbd") or 0):
+            if "slurmdbd" in self.dead_parts() or time.monotonic() > deadline:
+                raise self._failure("slurmdbd", "it does not answer")
+            time.sleep(0.02)
 
     def _wait_for(self, nodes: Sequence[str], states: set[str]) -> None:
         """Wait until each of ``nodes`` is in one of ``states``."""
         deadline = time.monotonic() + _READY_SECONDS
         while True:
-            if dead := [part for part in self.dead_parts() if part in ("munged", "slurmctld", *nodes)]:
+            if dead := [part for part in self.dead_parts() if part not in self.spec.node_names or part in nodes]:
                 raise self._failure(dead[0], "it ended")
             found: dict[str, str] = {}
             with contextlib.suppress(ClusterError):
@@ -320,7 +344,7 @@ class Cluster:
         """The error of a part, with the end of its log."""
         log = self.folder / part / "log"
         tail = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
-        program = part if part in ("munged", "slurmctld") else f"slurmd of {part}"
+        program = f"slurmd of {part}" if part in self.spec.node_names else part
         return ClusterError("\n  ".join([f"{program} failed: {reason}" + ("; its log ends:" if tail else "."), *tail]))
 
     def _lost_a_port(self) -> bool:

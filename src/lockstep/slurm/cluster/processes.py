@@ -10,7 +10,10 @@ from pathlib import Path
 
 from lockstep.slurm.cluster.conf import ClusterError
 
-_KILL_ORDER = ("slurmctld", "slurmd", "slurmstepd", "job", "srun", "munged")
+DAEMONS = ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
+"""The programs of the parts of a cluster."""
+
+_KILL_ORDER = ("slurmctld", "slurmd", "slurmstepd", "job", "srun", "slurmdbd", "mariadbd", "munged")
 """Processes that start others, or report their end, come first."""
 
 _KILL_SECONDS = 10.0
@@ -23,8 +26,8 @@ class Process:
 
     Attributes:
         pid: Process id.
-        program: munged, slurmctld, slurmd or slurmstepd; job for a process that a job started on a node; srun for one outside.
-        part: The node that it runs on; outside of nodes its program.
+        program: One of DAEMONS, or slurmstepd; job for a process that a job started on a node; srun for one outside.
+        part: The node that it runs on; outside of nodes the name of its folder, or its program.
     """
 
     pid: int
@@ -43,10 +46,11 @@ def _identify(pid: int, folder: Path) -> Process | None:
     proc = Path("/proc", str(pid))
     try:
         program = os.path.basename(os.readlink(proc / "exe")).split("-")[0]  # slurmd-wlm on Debian
-        if program == "munged":
-            ours = os.fsencode(f"--socket={folder}/munged/socket") in (proc / "cmdline").read_bytes().split(b"\0")
-            return Process(pid, program, program) if ours else None
-        if program in ("slurmctld", "slurmd", "slurmstepd"):
+        if program in ("munged", "mariadbd"):
+            part = program.replace("mariadbd", "mariadb")
+            ours = os.fsencode(f"--socket={folder}/{part}/socket") in (proc / "cmdline").read_bytes().split(b"\0")
+            return Process(pid, program, part) if ours else None
+        if program in ("slurmctld", "slurmd", "slurmdbd", "slurmstepd"):
             # The current folder of a daemon is that of its part, and slurmstepd inherits that of slurmd. Some of them
             # overwrite their command line and environment.
             cwd = Path(os.readlink(proc / "cwd").removesuffix(" (deleted)"))

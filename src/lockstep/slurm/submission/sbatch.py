@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from lockstep.compat.submitit import SUBMISSION_ERRORS
 from lockstep.core import UsageError
 from lockstep.slurm import NodeTask, query_slurm
-from lockstep.slurm.submission import partitions
+from lockstep.slurm.submission import limits, partitions
 from lockstep.slurm.submission.batch_script import PASSED_PREFIX, JobRequest, batch_script, make_executor
 
 _INHERITED_VARIABLES = re.compile(
@@ -32,11 +32,15 @@ def scrub_environment(env: MutableMapping[str, str]) -> list[str]:
 
 
 def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
-    """Raise UsageError if Slurm would reject this job: Slurm's own words, the requested and the available resources."""
+    """Raise UsageError if Slurm would reject this job: Slurm's own words, the requested and the available resources.
+
+    It prints which limits in use make the job wait.
+    """
     command, script = ["sbatch", "--test-only"], batch_script(request)
     env = {**env, "SBATCH_JOB_NAME": request.name}
     answer = _with_retries(lambda: subprocess.run(command, input=script, env=env, capture_output=True, text=True))
     if answer.returncode:
+        limits.explain_policy(answer.stderr, request, env)
         # Unlike a submission, --test-only considers only nodes that are up: during maintenance it rejects jobs that can wait.
         found, is_for_nodes = partitions.query_partitions(env), "node configuration is not available" in answer.stderr
         if not (is_for_nodes and partitions.fits_when_all_nodes_are_up(request, found)):
@@ -45,6 +49,8 @@ def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
     flags = {argument[2:].partition("=")[0] for argument in profile.sbatch}
     if profile.minutes is not None and not profile.qos and not flags & {"qos", "partition", "time"}:
         partitions.check_time_limit(request, profile.minutes, partitions.query_partitions(env))
+    for note in limits.check_limits(request, env):
+        print(note, file=sys.stderr)
 
 
 def check_dependency(job: str, env: Mapping[str, str]) -> None:

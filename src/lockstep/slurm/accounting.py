@@ -1,0 +1,119 @@
+"""What Slurm's accounting knows of jobs that slurmctld has forgotten; nothing where there is no accounting."""
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from lockstep.runs import JobState
+from lockstep.slurm.client import exit_status, query_slurm
+
+_FIELDS = ("JobID", "Submit", "State", "Reason", "Start", "Elapsed", "Timelimit", "NodeList", "ExitCode", "MaxRSS", "ReqMem")
+
+_COMMAND = ("sacct", "--duplicates", "--noheader", "--parsable2", f"--format={','.join(_FIELDS)}")
+
+_IS_OFF = re.compile(r"(?i)accounting storage is disabled|job accounting not enabled|only supports")
+"""Errors of sacct where the cluster has no accounting."""
+
+_SECONDS = 20.0
+"""How long sacct may take: it waits for a database that does not answer."""
+
+_AT_ONCE = 5000
+"""Jobs of one command: Linux limits the length of an argument."""
+
+
+def query_accounting(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobState], str]:
+    """Return how each of these jobs ended, as far as ``sacct`` knows it, and its error; empty where there is no accounting.
+
+    Args:
+        ids: Jobs that slurmctld does not know: one that accounting believes to run or wait has been lost with its end.
+    """
+    if not ids or shutil.which("sacct", path=env.get("PATH")) is None:
+        return {}, ""
+    states: dict[str, JobState] = {}
+    env = {**env, "SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "0"}  # tasks of an array in full
+    jobs = sorted({id_.partition("_")[0] for id_ in ids})
+    for first in range(0, len(jobs), _AT_ONCE):
+        try:
+            answer = query_slurm([*_COMMAND, f"--jobs={','.join(jobs[first : first + _AT_ONCE])}"], env, _SECONDS)
+        except subprocess.TimeoutExpired:
+            return states, f"no answer within {_SECONDS:.0f} s"
+        if answer.returncode:
+            last = (answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"])[-1]
+            return states, "" if _IS_OFF.search(answer.stderr) else last.removeprefix("sacct: error: ")
+        found = parse_accounting(answer.stdout)
+        states |= {id_: found[id_] for id_ in ids if id_ in found and found[id_].has_ended}
+    return states, ""
+
+
+@dataclass
+class _Incarnation:
+    """One start of a job, or of waiting tasks of an array, and what its steps add."""
+
+    job: str
+    submitted: int
+    state: JobState
+    requested: str
+    step_state: str = ""
+    memory: list[tuple[int, str]] = field(default_factory=list)
+
+    def add_step(self, name: str, state: str, memory: str) -> None:
+        if name not in ("batch", "extern"):
+            self.step_state = state  # that of the newest attempt
+        elif state == "OUT_OF_MEMORY":
+            self.step_state = self.step_state or state
+        if memory:
+            self.memory.append((_kilobytes(memory), memory))
+
+    def ended(self, restarts: int) -> JobState:
+        """The state of the job, after so many restarts."""
+        state = self.state.state
+        if state == "FAILED" and self.step_state == "OUT_OF_MEMORY":  # the batch script has ended by itself
+            state = "OUT_OF_MEMORY"
+        peak = f"{max(self.memory)[1]} of {self.requested}" if self.memory and self.requested else ""
+        return replace(self.state, state=state, restarts=restarts, memory=peak)
+
+
+def parse_accounting(text: str) -> dict[str, JobState]:
+    """Parse what sacct has printed: the newest incarnation of each job by its id, ``<array>_<task>`` for a run of a sweep."""
+    found: list[_Incarnation] = []
+    for line in text.splitlines():
+        job, submitted, state, reason, start, elapsed, limit, nodes, code, memory, requested = line.split("|")
+        main, dot, step = job.partition(".")
+        if dot:
+            if found and found[-1].job == main:
+                found[-1].add_step(step, state.partition(" ")[0], memory)
+            continue
+        if state == "CANCELLED" and reason == "Dependency":  # by Slurm itself; else it names the user
+            reason = "DependencyNeverSatisfied"
+        began = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(int(start))) if start.isdigit() else ""
+        view = JobState(state.partition(" ")[0], reason, began, elapsed, limit, nodes, exit_status(code))
+        found.append(_Incarnation(job, int(submitted) if submitted.isdigit() else 0, view, requested))
+    found.sort(key=lambda incarnation: incarnation.submitted)
+    restarts: dict[str, int] = {}
+    states: dict[str, JobState] = {}
+    for incarnation in found:
+        if "[" not in (job := incarnation.job):
+            restarts[job] = restarts.get(job, -1) + 1
+            states[job] = incarnation.ended(restarts[job])
+    for incarnation in found:
+        if "[" in incarnation.job:
+            states = {task: incarnation.ended(0) for task in _tasks(incarnation.job)} | states
+    return states
+
+
+def _tasks(job: str) -> Iterator[str]:
+    """The tasks of an array that have not started, such as those of ``12_[0-3,7%2]``."""
+    array, _, tasks = job.partition("_")
+    for part in tasks.strip("[]").partition("%")[0].split(","):
+        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            for number in range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1)):
+                yield f"{array}_{number}"
+
+
+def _kilobytes(size: str) -> int:
+    """A size of sacct, such as ``268166K`` or ``1.50G``."""
+    match = re.fullmatch(r"([\d.]+)([KMGT]?)", size)
+    return int(float(match[1]) * 1024 ** "KMGT".index(match[2] or "K")) if match else 0
