@@ -15,12 +15,13 @@ from support.forks import run_forked
 from support.runs import REPO, Launch
 
 from lockstep.cli import submit
+from lockstep.core import format_bytes
 from lockstep.core.errors import UsageError
 from lockstep.models.networks import MLP
 from lockstep.planning import command
 from lockstep.planning.memory import ModelProfile, TrainingOptions
 from lockstep.planning.model_profile import profile_model
-from lockstep.planning.table import Plan, Resources, format_bytes
+from lockstep.planning.table import Plan, Resources
 from lockstep.slurm.submission import preflight
 from lockstep.slurm.submission.profile import parse_size
 from lockstep.trainer.config_parser import parse_config

@@ -27,7 +27,16 @@ from types import FrameType
 from typing import Any
 
 from lockstep.core import count
-from lockstep.slurm.cluster import DAEMONS, HEALTHY, Cluster, ClusterError, ClusterSpec, ClusterUsageError, scrubbed_environment
+from lockstep.slurm.cluster import (
+    DAEMONS,
+    HEALTHY,
+    Cluster,
+    ClusterError,
+    ClusterSpec,
+    ClusterUsageError,
+    binds_cpus,
+    scrubbed_environment,
+)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -43,6 +52,9 @@ def _start(folder: Path, requested: Mapping[str, Any]) -> tuple[Cluster, bool]:
         start = time.monotonic()
         cluster = Cluster.up(folder, **requested)
         _log(f"{cluster.spec} are up in {cluster.folder} after {time.monotonic() - start:.1f} s.")
+        if cluster.spec.cgroups and not binds_cpus(cluster.spec):
+            cpus = count(cluster.spec.cpus, "CPU")
+            _log(f"--cgroups limits memory, but binds no CPUs: a node has {cpus}, and this machine only {os.cpu_count()}.")
         return cluster, True
     if dead := cluster.dead_parts():
         raise ClusterError(f"the cluster in {cluster.folder} has dead daemons ({', '.join(dead)}); run `down` first.")
@@ -142,6 +154,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--accounting",
         action="store_true",
         help="record jobs with slurmdbd, in a database of the cluster: sacct and sacctmgr work",
+    )
+    spec.add_argument(
+        "--cgroups",
+        action="store_true",
+        help="let the kernel limit the memory of jobs, and bind them to CPUs if a node has no more than the machine (root)",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("up", parents=[location, spec], help="start a cluster; prints the export line for the shell")

@@ -26,5 +26,5 @@ from lockstep.core.errors import (
 from lockstep.core.files import atomic_write, atomic_write_json, atomic_write_text, fsync, read_json
 from lockstep.core.logging import setup_logging
 from lockstep.core.terminal import LiveLine, clear_line, is_terminal
-from lockstep.core.text import count
+from lockstep.core.text import count, format_bytes
 from lockstep.core.world import World

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lockstep.core import SIGNAL_EXIT_STATUSES, Interrupted, Stopped, World
+from lockstep.distributed.memory_cgroup import MemoryWatch
 from lockstep.distributed.phases import PhaseBoard
 from lockstep.distributed.signals import STOP_SIGNALS
 from lockstep.runs import Failure, signal_name
@@ -175,7 +176,7 @@ class RankGroup:
         self._board = board
         self._waiting: dict[int, tuple[str, float]] = {}  # ranks that wait for others too long: their phase, and since when
         self._ended_at: float | None = None
-        self._oom_kills = _count_oom_kills()
+        self._memory = MemoryWatch()
         self.outcomes: dict[int, RankOutcome] = {}
         self.ranks: list[_RankProcess] = []
         main = _RankMain(target, handlers or {signal.SIGTERM: signal.SIG_DFL}, on_fork)
@@ -251,7 +252,7 @@ class RankGroup:
         with contextlib.suppress(EOFError):
             if rank.receiver.poll():
                 outcome: RankOutcome = rank.receiver.recv()
-                return outcome
+                return self._blame_memory(outcome)
         rank.process.join(1)
         code = rank.process.exitcode
         status = 128 - code if code is not None and code < 0 else code
@@ -259,9 +260,9 @@ class RankGroup:
             failure = Failure.from_report(f"it was ended by {signal_name(status)}.", rank.world)
             return RankOutcome(failure=replace(failure, exit_status=status))
         is_killed = code == -signal.SIGKILL
-        is_out_of_memory = is_killed and _count_oom_kills() > self._oom_kills
+        is_out_of_memory = is_killed and self._memory.has_killed
         if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}" + (": the job is out of memory" if is_out_of_memory else "")
+            how = f"was killed by {signal.Signals(-code).name}" + (f": {self._memory}" if is_out_of_memory else "")
         else:
             how = f"exited with status {code} and without a report"
         failure = replace(Failure.from_report(f"The process {how}.", rank.world), is_killed=is_killed)
@@ -269,6 +270,14 @@ class RankGroup:
             failure = replace(failure, is_secondary=True)
         # A killed rank fails before its peers notice, and sends nothing: date it back.
         return RankOutcome(failure=replace(failure, is_out_of_memory=is_out_of_memory), time=time.time() - 0.2)
+
+    def _blame_memory(self, outcome: RankOutcome) -> RankOutcome:
+        """Say so if a rank failed because the kernel killed a process that it had started, such as a DataLoader worker."""
+        failure = outcome.failure
+        if failure is None or "killed by signal: Killed" not in failure.report or not self._memory.has_killed:
+            return outcome
+        report = f"{failure.report.rstrip()} The kernel killed it: {self._memory}."
+        return replace(outcome, failure=replace(failure, report=report, is_out_of_memory=True))
 
     def _hung_ranks(self) -> dict[int, RankOutcome]:
         """Kill each rank that hangs in a phase; its outcome has its stacks. One that waits for another rank says so."""
@@ -333,12 +342,3 @@ def _select_gpus(world: World) -> None:
         first = world.node_rank * world.local_size
         own = names[first : first + world.local_size] if world.size <= count else []
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-
-
-def _count_oom_kills() -> int:
-    """Processes of this cgroup that the kernel has killed over its memory limit; 0 where there are no cgroups (version 2)."""
-    with contextlib.suppress(OSError):
-        (own,) = re.findall(r"^0::(.*)", Path("/proc/self/cgroup").read_text(), re.MULTILINE) or [""]
-        events = Path(f"/sys/fs/cgroup{own}/memory.events").read_text()
-        return int(dict(line.split() for line in events.splitlines()).get("oom_kill", "0"))
-    return 0

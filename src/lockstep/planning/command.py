@@ -9,10 +9,10 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from lockstep.config import DDPOptions, DeepSpeedOptions, split_command
-from lockstep.core import LockstepError
+from lockstep.core import LockstepError, format_bytes
 from lockstep.planning.memory import TrainingOptions
 from lockstep.planning.model_profile import profile_model
-from lockstep.planning.table import Plan, Resources, format_bytes
+from lockstep.planning.table import Plan, Resources
 from lockstep.trainer import parse_config
 
 

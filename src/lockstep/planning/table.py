@@ -5,7 +5,7 @@ from functools import cached_property
 
 from rich.table import Table
 
-from lockstep.core import count
+from lockstep.core import count, format_bytes
 from lockstep.planning.memory import STRATEGIES, MemoryEstimate, ModelProfile, TrainingOptions, estimate_memory
 
 USABLE_FRACTION = 0.9
@@ -141,13 +141,3 @@ def strategy_flags(strategy: str) -> str:
         return "--strategy ddp"
     offload = " --deepspeed.offload_optimizer cpu --deepspeed.offload_param cpu" if strategy.endswith("offload") else ""
     return f"--strategy deepspeed --deepspeed.stage {strategy.removeprefix('zero')[0]}{offload}"
-
-
-def format_bytes(size: int | None) -> str:
-    """Format a number of bytes, such as ``1.5 GiB``."""
-    if size is None:
-        return "?"
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.{0 if size >= 100 * unit else 1}f} {name}"
-    return "0" if size == 0 else f"{size} B"

@@ -27,7 +27,8 @@ _ENDED_BY_SLURM = re.compile(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|
 _STATES_IN_OUTPUT = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
 """What slurmstepd writes when it ends a job, and the state of the job."""
 
-_OVER_MEMORY = "It used more memory than it had asked for; ask for more with --mem."
+OVER_MEMORY = "It used more memory than it had asked for; ask for more with --mem."
+"""How the reason of such an ending begins; what follows differs from attempt to attempt, as the amount of memory does."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,17 @@ def classify_ending(evidence: Evidence) -> Ending:
     result, failure, job = evidence.result, evidence.failure, evidence.job
     lost = killed_task(evidence.output)
     if job is not None and job.state not in ("COMPLETED", "FAILED"):
-        return _ending_by_slurm(job, lost)
+        return _ending_by_slurm(job, lost, failure)
     if result is not None and result.is_finished and (job is None or job.state == "COMPLETED"):
         return Ending("finished", 0)
     was_interrupted = result is not None and result.status == "interrupted"
     is_killed = failure is not None and failure.is_killed
     has_cause = failure is not None and failure.is_cause and not is_killed
     if lost is not None and lost.is_out_of_memory and not was_interrupted and not has_cause:
-        return Ending("out of memory", 6, f"{_OVER_MEMORY} {lost.sentence}", is_explained=True)
+        return _out_of_memory(lost, failure)
     if failure is not None and failure.is_cause:
         if failure.is_out_of_memory:
-            return Ending("out of memory", 6, f"{_OVER_MEMORY} {failure.reason}", is_explained=True)
+            return _out_of_memory(None, failure)
         return Ending("failed", _run_exit_status(failure.exit_status), failure.reason, is_explained=not is_killed)
     if evidence.is_forgotten and evidence.was_cancelled:
         return Ending("cancelled", 4)
@@ -159,16 +160,25 @@ def classify_ending(evidence: Evidence) -> Ending:
     return Ending(state, _run_exit_status(status), reason)
 
 
-def _ending_by_slurm(job: JobState, lost: LostTask | None) -> Ending:
+def _out_of_memory(lost: LostTask | None, failure: Failure | None, job: JobState | None = None) -> Ending:
+    """The ending of a job over its memory: the rank that the kernel has killed, else what Slurm says."""
+    is_named = failure is not None and failure.is_out_of_memory
+    killed = failure.reason if failure is not None and (is_named or failure.is_killed) else ""
+    said = lost.sentence if lost is not None and not is_named else ""
+    seen = f"Accounting has seen {job.memory}." if job is not None and job.memory else ""
+    return Ending("out of memory", 6, " ".join(filter(None, (OVER_MEMORY, killed, said, seen))), is_explained=True)
+
+
+def _ending_by_slurm(job: JobState, lost: LostTask | None, failure: Failure | None) -> Ending:
     """The ending of a job that Slurm itself ended."""
     status, word = TERMINAL_STATES[job.state]
     sentence = lost.sentence if lost is not None else ""
     if job.state == "OUT_OF_MEMORY" or (job.state == "CANCELLED" and lost is not None and lost.is_out_of_memory):
-        used = f"Slurm has seen {job.memory}." if job.memory else ""
-        return Ending("out of memory", 6, " ".join(filter(None, (_OVER_MEMORY, sentence, used))), is_explained=True)
+        return _out_of_memory(lost, failure, job)
     reasons = {
         "TIMEOUT": f"It was ended at its time limit of {job.limit}; ask for more with --time.",
         "NODE_FAIL": f"A node of {job.nodes} was lost.",
+        "PREEMPTED": "Slurm has preempted it, and has not requeued it.",
         "CANCELLED": "The job that it waited for did not succeed." if job.reason == "DependencyNeverSatisfied" else "",
     }
     return Ending(word, status, reasons.get(job.state, sentence))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import yaml
 
 from lockstep.config import RunOptions
-from lockstep.runs import Attempt, Run
+from lockstep.runs import OVER_MEMORY, Attempt, Run
 
 RESTART, REQUEUE = "restart", "requeue"
 """What the supervisor prints: restart in this allocation, or wait for another one."""
@@ -31,6 +31,11 @@ def _max_restarts(run: Run) -> int:
         return RunOptions.max_restarts
 
 
+def _is_same(one: str, other: str) -> bool:
+    """Whether two attempts have failed for the same reason; out of memory each rank has another amount of it."""
+    return one == other or (one.startswith(OVER_MEMORY) and other.startswith(OVER_MEMORY))
+
+
 def reason_to_give_up(run: Run, ended: Sequence[Attempt], is_explained: bool) -> str:
     """Return why another attempt would end like the last of all ``ended`` ones; empty if it may succeed."""
     last = ended[-1]
@@ -38,7 +43,7 @@ def reason_to_give_up(run: Run, ended: Sequence[Attempt], is_explained: bool) ->
     if sum(attempt.crashed for attempt in ended) > limit:
         return f"It has crashed more than run.max_restarts={limit} times; the last: {last.reason}"
     same_step = [attempt.crashed and attempt.saved_step == last.saved_step for attempt in ended]
-    same_reason = [attempt.reason == last.reason for attempt in ended[-_SAME_FAILURE_LIMIT:]]
+    same_reason = [_is_same(attempt.reason, last.reason) for attempt in ended[-_SAME_FAILURE_LIMIT:]]
     if is_explained and len(same_reason) == _SAME_FAILURE_LIMIT and all([*same_reason, *same_step[-_SAME_FAILURE_LIMIT:]]):
         return (
             f"It has failed {_SAME_FAILURE_LIMIT} times in a row after the checkpoint of step {last.saved_step}: {last.reason}"

@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,7 @@ class ClusterSpec:
         partitions: ``NAME Key=Value …`` as in slurm.conf; the first is the default. Empty means debug, with all nodes.
         options: ``Key=Value`` lines of slurm.conf, which override the ones here.
         accounting: Whether slurmdbd records jobs, in a database of the cluster.
+        cgroups: Whether the kernel limits the memory of jobs, and binds tasks to CPUs if a node has no more than the machine.
     """
 
     nodes: int = 4
@@ -96,6 +97,7 @@ class ClusterSpec:
     partitions: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     accounting: bool = False
+    cgroups: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("nodes", 1), ("cpus", 1), ("gpus", 0), ("memory", 0)):
@@ -122,8 +124,8 @@ def cluster_name(folder: Path) -> str:
     return f"lockstep-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}"
 
 
-def slurm_conf(folder: Path, spec: ClusterSpec, ports: Sequence[int]) -> str:
-    """Return slurm.conf for ``spec``, with short timeouts; ``ports`` as in ``Cluster``."""
+def slurm_conf(folder: Path, spec: ClusterSpec, ports: Sequence[int], values: Mapping[str, str]) -> str:
+    """Return slurm.conf for ``spec``, with short timeouts; ``ports`` as in ``Cluster``, ``values`` override the ones here."""
     host = socket.gethostname().partition(".")[0]
     memory = spec.memory or 4096 * spec.cpus
     text = _SLURM_CONF.format(
@@ -138,7 +140,7 @@ def slurm_conf(folder: Path, spec: ClusterSpec, ports: Sequence[int]) -> str:
         text += "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
     if spec.accounting:
         text += _ACCOUNTING.format(folder=folder, port=ports[-1])
-    for option in spec.options:
+    for option in (*map("=".join, values.items()), *spec.options):
         key = option.partition("=")[0]
         text = re.sub(rf"(?im)^{key}=.*\n", "", text) + f"{option}\n"
     for name, port in zip(spec.node_names, ports[1 : spec.nodes + 1], strict=True):

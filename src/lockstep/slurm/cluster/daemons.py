@@ -1,19 +1,17 @@
 """A cluster: its folder, and starting, checking and stopping the daemons in it."""
 
 import contextlib
-import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
 from lockstep.slurm.cluster import accounting
+from lockstep.slurm.cluster.cgroups import cgroup_conf, check_cgroups, is_limited, remove_cgroups, slurm_conf_values
 from lockstep.slurm.cluster.conf import (
     ClusterError,
     ClusterSpec,
@@ -26,16 +24,11 @@ from lockstep.slurm.cluster.conf import (
     search_path,
     slurm_conf,
 )
+from lockstep.slurm.cluster.folder import check_folder, claim_folder, read_marker, remove_folder
 from lockstep.slurm.cluster.processes import DAEMONS, Process, check_not_inside, kill, processes
-
-_MARKER = "lockstep-cluster.json"
-"""The file that marks the folder of a cluster; a folder without it is never deleted."""
 
 HEALTHY = {"idle", "mixed", "allocated", "completing", "planned"}
 """States of a node that works."""
-
-_SOCKET_PATH_BYTES = 107
-"""Longest path of a Unix socket: 108 bytes with the final zero, see unix(7)."""
 
 _READY_SECONDS = 30.0
 """How long nodes may take to become idle; usually one second."""
@@ -67,6 +60,7 @@ class Cluster:
         partitions: Sequence[str] = (),
         options: Sequence[str] = (),
         accounting: bool = False,
+        cgroups: bool = False,
     ) -> Self:
         """Start a cluster and wait until all its nodes are idle. See ``ClusterSpec`` for the arguments.
 
@@ -76,11 +70,13 @@ class Cluster:
         Raises:
             ClusterError: Slurm is missing, the folder is not suitable, or a daemon failed. Nothing is left behind.
         """
-        spec = ClusterSpec(nodes, cpus, gpus, memory, tuple(partitions), tuple(options), accounting)
+        spec = ClusterSpec(nodes, cpus, gpus, memory, tuple(partitions), tuple(options), accounting, cgroups)
         check_programs(spec.accounting)
+        if spec.cgroups:
+            check_cgroups(folder.resolve())
         for retries_left in (2, 1, 0):
             cluster = cls(folder, spec, free_ports(nodes + 1 + accounting))
-            cluster._claim_folder()
+            claim_folder(cluster.folder, spec, cluster.ports)
             try:
                 cluster._start()
                 break
@@ -102,14 +98,12 @@ class Cluster:
         cluster = cls(folder, ClusterSpec())
         if not cluster.folder.exists():
             return cluster if cluster.processes() else None
-        cluster._check_folder()
+        check_folder(cluster.folder)
         try:
-            facts = json.loads((cluster.folder / _MARKER).read_text())
-            spec = facts["spec"] | {key: tuple(facts["spec"][key]) for key in ("partitions", "options")}
-            return cls(folder, ClusterSpec(**spec), facts["ports"])
+            return cls(folder, *read_marker(cluster.folder))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             return cluster
 
     def __enter__(self) -> Self:
@@ -187,6 +181,8 @@ class Cluster:
         self._check_part(part)
         if part not in self.dead_parts():
             raise ClusterError(f"{part} is not lost: its daemon is running.")
+        if part == "slurmdbd" and "mariadb" in self.dead_parts():
+            raise ClusterError("slurmdbd needs its database; restore mariadb first.")
         # As a real node is: if Slurm did not notice the loss, it would believe that the jobs are still running.
         is_node = part in self.spec.node_names
         if is_node and not self.node_states()[part].startswith("down"):
@@ -206,7 +202,9 @@ class Cluster:
             with contextlib.suppress(ClusterError):
                 self._cancel_jobs()
         kill(self.folder)
-        self._remove_folder()
+        if self.spec.cgroups:
+            remove_cgroups(self.spec.node_names)
+        remove_folder(self.folder)
 
     def _cancel_jobs(self) -> None:
         """Cancel all jobs and wait a moment until they and each waiting srun have ended."""
@@ -223,47 +221,6 @@ class Cluster:
         if part not in (known := self.parts[1:]):
             raise ClusterUsageError(f"{part}: unknown; the cluster in {self.folder} has {', '.join(known)}.")
 
-    def _check_folder(self) -> None:
-        """Raise ClusterError if the folder is neither empty nor that of a cluster, or belongs to another user."""
-        is_ours = self.folder.is_dir() and ((self.folder / _MARKER).exists() or not any(self.folder.iterdir()))
-        if not is_ours or self.folder.stat().st_uid != os.geteuid():
-            raise ClusterError(f"{self.folder} exists and is not a cluster's folder of yours; choose another with --folder.")
-
-    def _claim_folder(self) -> None:
-        """Create the folder, private to the user, with its marker."""
-        node = self.spec.node_names[-1]
-        # The longest path is that of the batch script of the largest job id.
-        limit = _SOCKET_PATH_BYTES - len(f"/{node}/{node}_67043328.4294967291")
-        if len(os.fsencode(self.folder)) > limit:
-            raise ClusterUsageError(f"{self.folder} is too long for the sockets in it: --folder may have {limit} bytes.")
-        if not re.fullmatch(r"[\w./+@~-]+", str(self.folder)):
-            raise ClusterUsageError(f"--folder: {self.folder} must consist of letters, digits and . / + @ ~ - _ only.")
-        try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-            self._check_folder()
-            self.folder.chmod(0o700)
-            with (self.folder / _MARKER).open("x") as marker:
-                json.dump({"spec": asdict(self.spec), "ports": self.ports}, marker)
-        except FileExistsError:
-            raise ClusterError(
-                f"{self.folder} exists already; take the cluster in it down, or choose another folder."
-            ) from None
-        except OSError as error:
-            raise ClusterError(f"{self.folder} cannot be created: {error.strerror}.") from None
-
-    def _remove_folder(self) -> None:
-        """Remove the folder, and its marker last, so that an interrupted removal can be repeated."""
-        marker = self.folder / _MARKER
-        if not marker.exists():
-            return
-        for path in self.folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path != marker:
-                path.unlink()
-        marker.unlink()
-        self.folder.rmdir()
-
     def _start(self) -> None:
         for part in self.parts:
             (self.folder / part).mkdir()
@@ -275,8 +232,8 @@ class Cluster:
             (self.folder / f"gpu{number}").symlink_to("/dev/null")
             gres += f"Name=gpu File={self.folder}/gpu{number}\n"
         (self.folder / "gres.conf").write_text(gres)
-        (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={cgroup_plugin()}\n")
-        self.conf.write_text(slurm_conf(self.folder, self.spec, self.ports))
+        (self.folder / "cgroup.conf").write_text(cgroup_conf(self.spec, without=cgroup_plugin()))
+        self.conf.write_text(slurm_conf(self.folder, self.spec, self.ports, slurm_conf_values(self.spec)))
         if port := self.port("slurmdbd"):
             accounting.write_slurmdbd_conf(self.folder, port)
         for part in self.parts:
@@ -284,6 +241,10 @@ class Cluster:
             if part == "slurmdbd":  # slurmctld must find the cluster there
                 self.command(*accounting.accounts_command(self.folder, cluster_name(self.folder)), timeout=_READY_SECONDS)
         self._wait_for(self.spec.node_names, {"idle"})
+        if self.spec.cgroups and not is_limited(
+            self.command("srun", "--quiet", "cat", "/proc/self/cgroup", timeout=_READY_SECONDS)
+        ):
+            raise ClusterError("--cgroups: Slurm puts no job of this machine into a cgroup with a limit of memory.")
 
     def _launch(self, part: str) -> None:
         """Start the daemon of a part; returns when it is in the background."""
@@ -318,7 +279,7 @@ class Cluster:
         """Wait until each of ``nodes`` is in one of ``states``."""
         deadline = time.monotonic() + _READY_SECONDS
         while True:
-            if dead := [part for part in self.dead_parts() if part not in self.spec.node_names or part in nodes]:
+            if dead := [part for part in self.dead_parts() if part in ("munged", "slurmctld", *nodes)]:
                 raise self._failure(dead[0], "it ended")
             found: dict[str, str] = {}
             with contextlib.suppress(ClusterError):
