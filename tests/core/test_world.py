@@ -89,6 +89,7 @@ def test_environ_is_read_back(rendezvous: str) -> None:
         (SRUN | {"SLURM_STEP_NUM_TASKS": "5"}, ["SLURM_STEP_NUM_TASKS=5", "SLURM_STEP_NUM_NODES=2", "--ntasks-per-node"]),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, ["SLURM_STEP_TASKS_PER_NODE=3,1", "same number of ranks"]),
         (SRUN | {"SLURM_LAUNCH_NODE_IPADDR": ""}, ["neither MASTER_ADDR nor SLURM_LAUNCH_NODE_IPADDR"]),
+        (SRUN | {"SLURM_HET_SIZE": "2"}, ["SLURM_HET_SIZE=2", "a heterogeneous job", "a job of one component"]),
         (SRUN | {"RANK": "1"}, ["RANK=1 contradicts SLURM_PROCID=3"]),
         (SRUN | {"WORLD_SIZE": "8"}, ["WORLD_SIZE=8 contradicts SLURM_STEP_NUM_TASKS=4"]),
         ({k: v for k, v in SUBMITIT_LOCAL.items() if k != "LOCKSTEP_RENDEZVOUS"}, ["SUBMITIT_LOCAL_NTASKS=2"]),

@@ -17,6 +17,7 @@ from support.runs import REPO
 from lockstep.config.sweep import parse_sweep
 from lockstep.core.errors import UsageError
 from lockstep.runs.snapshot import CodePaths
+from lockstep.slurm.dependencies import Dependency
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script
 from lockstep.slurm.submission.options import LaunchOptions, NodeRange
 from lockstep.slurm.submission.profile import Profile, apply_flags, load_profile, parse_minutes
@@ -45,7 +46,7 @@ def test_the_script_of_each_example_profile(name: str) -> None:
     profile = load_profile("a100" if name == "sweep" else name, {}, [REPO / "configs" / "cluster", GOLDEN])
     request = request_for(profile)
     if name == "sweep":
-        request = request_for(profile, replace(OPTIONS, array_parallelism=2, after="1234"), runs=6)
+        request = request_for(profile, replace(OPTIONS, array_parallelism=2, after=Dependency.on("afterok", "1234")), runs=6)
     text, golden = script(request), GOLDEN / f"{name}.sh"
     if os.environ.get("LOCKSTEP_WRITE_GOLDEN"):
         golden.write_text(text)
@@ -95,6 +96,9 @@ def test_a_hostile_path_is_quoted(tmp_path: Path) -> None:
         ('account: "x\\ntouch y"', "account: 'x\\ntouch y' must be a text of one line"),
         ("sbatch: --clusters=other", "selects another cluster"),
         ("sbatch: --gpus-per-task=1", "one task per node, whose ranks share the GPUs of the node; use gpus_per_node."),
+        ("srun: --het-group=0,1", "srun: '--het-group=0,1': heterogeneous jobs are not supported: all nodes of a run have"),
+        ("sbatch: ['#SBATCH hetjob']", "sbatch: '#SBATCH hetjob': heterogeneous jobs are not supported"),
+        ("setup: ['#SBATCH --mem=4G']", "setup: '#SBATCH --mem=4G' is a comment to the shell; write --name=value into sbatch"),
         ("srun: --gpu-bind=closest", "srun: '--gpu-bind=closest' is for tasks"),
         ("srun: --ntasks-per-node=8", "the launcher sets ntasks-per-node itself; use --ranks-per-node."),
         ("environment: {WANDB_API_KEY: x}", "environment.WANDB_API_KEY: a secret must not be in a profile"),

@@ -68,7 +68,7 @@ def test_a_job_that_waits_for_ever_says_what_for(shell: Shell) -> None:
     job = shell.submit("--after", blocker.id, "--config", "toy_model.yaml")
     status = job.wait("waiting")
     assert (status["exit"], status["slurm"]["reason"]) == (3, "Dependency")
-    assert "It waits for another job to succeed." in status["message"]
+    assert f"It waits for job {blocker.id} to finish successfully." in status["message"]
     held = blocker.status()
     assert held["exit"] == 3 and "because its user holds it" in held["message"]
     command = [sys.executable, str(REPO / "launch/jobs.py"), "logs", "-f", blocker.id]

@@ -13,7 +13,6 @@ override the profile (--profile, or the variable LOCKSTEP_PROFILE).
 import argparse
 import gc
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,11 +23,11 @@ from pathlib import Path
 from lockstep.cli import local
 from lockstep.cli.help import LaunchParser
 from lockstep.cli.hints import check_misplaced
-from lockstep.config import parse_sweep, with_config
+from lockstep.config import COMMANDS, parse_sweep, with_config
 from lockstep.config.validation import shows_only
 from lockstep.core import LockstepError, UsageError, int_at_least
 from lockstep.runs import Run
-from lockstep.slurm import check_slurm_conf, follow
+from lockstep.slurm import Dependency, check_slurm_conf, follow
 from lockstep.slurm.submission import (
     PROFILE_FLAGS,
     LaunchOptions,
@@ -36,6 +35,7 @@ from lockstep.slurm.submission import (
     Profile,
     Submission,
     apply_flags,
+    check_heterogeneous,
     load_profile,
     plan_memory,
     profile_folders,
@@ -64,7 +64,13 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         resources.add_argument(f"--{name}", action="append", metavar="=ARGUMENT", help=helps[name])
     job = parser.add_argument_group("job")
     job.add_argument("--job-name", metavar="NAME", help="name of the job (default: run.name)")
-    job.add_argument("--after", type=job_id, metavar="JOB", help="start after that job has finished successfully")
+    job.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="JOB",
+        help="start after these jobs or runs have finished successfully, or as Slurm writes it: afterany:12:13, singleton …",
+    )
     job.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,…", help="one run per value; repeatable")
     job.add_argument(
         "--array-parallelism", type=int_at_least(1), default=256, metavar="N", help="runs of a sweep at a time (default 256)"
@@ -79,11 +85,19 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def job_id(text: str) -> str:
-    """Parse a job id such as 1234 or 1234_5 (argparse type)."""
-    if not re.fullmatch(r"\d+(_\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a job id; give the number that sbatch or this launcher printed")
-    return text
+def spread_jobs(arguments: Sequence[str]) -> list[str]:
+    """``--after 12 13`` as ``--after=12 --after=13``: argparse would take a command of the trainer for a job too."""
+    spread: list[str] = []
+    takes_jobs = False
+    for argument in arguments:
+        if takes_jobs and not argument.startswith("-") and argument not in COMMANDS:
+            if spread[-1] == "--after":
+                spread.pop()
+            spread.append(f"--after={argument}")
+        else:
+            takes_jobs = argument.partition("=")[0] == "--after"
+            spread.append(argument)
+    return spread
 
 
 def main(arguments: Sequence[str], program: str = "lockstep submit") -> int:
@@ -99,7 +113,8 @@ def main(arguments: Sequence[str], program: str = "lockstep submit") -> int:
 
 def _submit(arguments: Sequence[str], program: str) -> int:
     parser = make_parser(program)
-    flags, trainer_arguments = parser.parse_known_args(arguments)
+    check_heterogeneous(arguments)
+    flags, trainer_arguments = parser.parse_known_args(spread_jobs(arguments))
     check_slurm_conf(os.environ)
     resume = Run.open(flags.resume) if flags.resume else None
     trainer_arguments = with_config(trainer_arguments, str(resume.config) if resume is not None else None)
@@ -113,7 +128,7 @@ def _submit(arguments: Sequence[str], program: str) -> int:
         command_line=[*program.split(), *arguments],
         nodes=flags.nodes,
         job_name=flags.job_name,
-        after=flags.after,
+        after=Dependency.parse(flags.after, os.environ) if flags.after else None,
         sweep=parse_sweep(flags.sweep),
         array_parallelism=flags.array_parallelism,
         snapshot=not flags.no_snapshot,

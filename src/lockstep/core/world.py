@@ -101,6 +101,11 @@ class World:
 
     @classmethod
     def _from_slurm(cls, env: Mapping[str, str]) -> "World":
+        if "SLURM_HET_SIZE" in env:
+            raise UsageError(
+                f"SLURM_HET_SIZE={env['SLURM_HET_SIZE']}: this is a heterogeneous job, and all nodes of a run have the same "
+                "number of ranks; start the ranks in a job of one component."
+            )
         for ours, theirs in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
             if ours in env and _number(env, ours) != _number(env, theirs):
                 raise UsageError(

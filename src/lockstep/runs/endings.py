@@ -40,6 +40,7 @@ class JobState(Record):
         elapsed, limit: Time used, and allowed.
         exit_status: Of the batch script; 128 and more for a signal.
         memory: What its largest task used of what it had asked for, such as ``268166K of 50M``, where accounting knows it.
+        dependency: The conditions on other jobs that do not hold yet.
     """
 
     state: str
@@ -51,6 +52,7 @@ class JobState(Record):
     exit_status: int = 0
     restarts: int = 0
     memory: str = ""
+    dependency: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -179,8 +181,9 @@ def _ending_by_slurm(job: JobState, lost: LostTask | None, failure: Failure | No
         "TIMEOUT": f"It was ended at its time limit of {job.limit}; ask for more with --time.",
         "NODE_FAIL": f"A node of {job.nodes} was lost.",
         "PREEMPTED": "Slurm has preempted it, and has not requeued it.",
-        "CANCELLED": "The job that it waited for did not succeed." if job.reason == "DependencyNeverSatisfied" else "",
     }
+    if job.reason == "DependencyNeverSatisfied":
+        return Ending(word, status, f"It waited for {job.dependency or 'another job'}, which cannot happen any more.")
     return Ending(word, status, reasons.get(job.state, sentence))
 
 

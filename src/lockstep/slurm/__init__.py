@@ -1,6 +1,7 @@
 """Jobs on Slurm: query and follow them, restart or requeue them, and run the task of one node."""
 
-from lockstep.slurm.client import RUNNING_JOBS, check_slurm_conf, is_owner_alive, query_slurm
+from lockstep.slurm.client import RUNNING_JOBS, STATES_OF_JOB, check_slurm_conf, is_owner_alive, query_slurm
+from lockstep.slurm.dependencies import Condition, Dependency
 from lockstep.slurm.follow import follow
 from lockstep.slurm.registry import SubmittedJob, find_job, member_runs, register_job, registered_jobs, state_folder
 from lockstep.slurm.restart_policy import ALREADY_FINISHED, ASK_AGAIN, REQUEUE, RESTART

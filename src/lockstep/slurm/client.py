@@ -18,6 +18,9 @@ RUNNING_JOBS = (
 )
 """Arguments of squeue that list the user's running jobs for ``parse_running_jobs``, with SLURM_TIME_FORMAT=%s."""
 
+STATES_OF_JOB = ("squeue", "--all", "--array", "--states=all", "--noheader", "--Format=State")
+"""The command that prints the state of each task of the job that ``--jobs`` names; it fails for an unknown one."""
+
 
 def check_slurm_conf(env: Mapping[str, str]) -> None:
     """Raise UsageError if SLURM_CONF names no readable file: each Slurm command would retry for a minute."""
@@ -86,7 +89,7 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
         return {}, ""
     if not _has_command("squeue", env):
         return {}, "squeue is not installed here."
-    fields = "JobID,ArrayJobID,ArrayTaskID,State,Reason,StartTime,TimeUsed,TimeLimit,NodeList,exit_code,RestartCnt"
+    fields = "JobID,ArrayJobID,ArrayTaskID,State,Reason,StartTime,TimeUsed,TimeLimit,NodeList,exit_code,RestartCnt,Dependency"
     format_ = fields.replace(",", ":|,") + ":|"
     # Not --jobs: squeue fails as a whole where Slurm has forgotten one of them.
     answer = query_slurm(["squeue", "--all", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"], env)
@@ -94,9 +97,10 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
         return {}, answer.stderr.strip().splitlines()[-1].removeprefix("slurm_load_jobs error: ")
     states: dict[str, JobState] = {}
     for line in answer.stdout.splitlines():
-        job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, *_ = line.split("|")
+        job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, after, *_ = line.split("|")
         name = f"{array}_{task}" if task != "N/A" else job
-        states[name] = JobState(state, reason, start, elapsed, limit, nodes, exit_status(code), int(restarts))
+        after = "" if after == "(null)" else after
+        states[name] = JobState(state, reason, start, elapsed, limit, nodes, exit_status(code), int(restarts), dependency=after)
     return states, ""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from lockstep.core import UsageError, shell_command
 from lockstep.runs import Run
@@ -16,7 +17,7 @@ _BLOCK = 65536  # bytes of the registry that are read at once
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A submitted job: one run, or a sweep.
+    """A submitted job, one run or a sweep, and the jobs that follow it in a chain.
 
     Attributes:
         job: Its id.
@@ -24,6 +25,8 @@ class SubmittedJob:
         conf: ``SLURM_CONF`` at submission, which identifies the cluster.
         time: Of submission, in seconds since 1970.
         is_recycled: Whether Slurm has given its id to another job since.
+        command: What it does: fit, validate, test, predict or export.
+        then: The jobs that start after it, each after the one before has finished.
     """
 
     job: str
@@ -33,6 +36,13 @@ class SubmittedJob:
     conf: str
     time: float = 0.0
     is_recycled: bool = False
+    command: str = "fit"
+    then: tuple["SubmittedJob", ...] = ()
+
+    @property
+    def links(self) -> "list[SubmittedJob]":
+        """This job, and each that follows it, on its own."""
+        return [replace(self, then=()), *self.then]
 
     @property
     def members(self) -> list[tuple[str, Run]]:
@@ -51,10 +61,10 @@ def register_job(job: SubmittedJob, env: Mapping[str, str]) -> None:
     """Add a submission to the registry."""
     path = _registry_path(env)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    row = asdict(job) | {"folder": str(job.folder), "time": time.time()}
+    row = asdict(job) | {"time": time.time()}
     del row["is_recycled"]
     is_partial = next(_lines_from_end(path), b"") != b""  # after a full disk
-    line = ("\n" if is_partial else "") + json.dumps(row, ensure_ascii=False) + "\n"
+    line = ("\n" if is_partial else "") + json.dumps(row, ensure_ascii=False, default=str) + "\n"
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as file:
         file.write(line.encode())  # one write: other launchers append too
 
@@ -73,13 +83,18 @@ def _read_registry(env: Mapping[str, str]) -> Iterator[SubmittedJob]:
     seen: set[str] = set()
     for line in _lines_from_end(_registry_path(env)):
         try:
-            row = json.loads(line)
-            job = SubmittedJob(**row | {"folder": Path(row["folder"])})
+            job = _read_row(json.loads(line))
         except (ValueError, TypeError, KeyError):  # a partial line, after a full disk
             continue
         if job.conf == env.get("SLURM_CONF", ""):
-            yield replace(job, is_recycled=job.job in seen)
-            seen.add(job.job)
+            then = tuple(replace(link, is_recycled=link.job in seen) for link in job.then)
+            yield replace(job, is_recycled=job.job in seen, then=then)
+            seen.update(link.job for link in job.links)
+
+
+def _read_row(row: Mapping[str, Any]) -> SubmittedJob:
+    """Build a submission from what ``register_job`` has written."""
+    return SubmittedJob(**{**row, "folder": Path(row["folder"]), "then": tuple(map(_read_row, row.get("then", ())))})
 
 
 def _lines_from_end(path: Path) -> Iterator[bytes]:
@@ -97,7 +112,10 @@ def _lines_from_end(path: Path) -> Iterator[bytes]:
 
 
 def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
-    """Return the submission with this job id, run id of a sweep, or run folder; the newest one if None."""
+    """Return the submission with this job id, run id or run folder, with the jobs that follow it; the newest one if None.
+
+    Of a sweep it may also be one run, such as ``12_3``.
+    """
     if name is None:
         jobs = registered_jobs(env, newest=1)
         if not jobs:
@@ -105,13 +123,14 @@ def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
         return jobs[0]
     main, _, index = name.partition("_")
     folder = Path(name).absolute()
-    for job in _read_registry(env):
-        if name == job.job or folder == job.folder:
-            return job
-        if main == job.job or folder.parent == job.folder.parent:
-            for number, (member, run) in enumerate(job.members if job.runs > 1 else []):
-                if index == str(number) or folder == run.folder:
-                    return replace(job, job=member, folder=run.folder, runs=1)
+    for chain in _read_registry(env):
+        for place, job in enumerate(chain.links):
+            if name in (job.job, job.folder.name) or folder == job.folder:
+                return replace(job, then=chain.then[place:])
+            if job.runs > 1 and (main == job.job or job.folder.name in name):
+                for number, (member, run) in enumerate(job.members):
+                    if (main == job.job and index == str(number)) or name == run.id or folder == run.folder:
+                        return replace(job, job=member, folder=run.folder, runs=1)
     raise UsageError(
         f"{name}: lockstep has not submitted such a job; to see all jobs: {shell_command('jobs', 'list', '--all')}"
     )

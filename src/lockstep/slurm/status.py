@@ -24,6 +24,7 @@ from lockstep.runs import (
 )
 from lockstep.slurm.accounting import query_accounting
 from lockstep.slurm.client import query_jobs
+from lockstep.slurm.dependencies import Dependency
 from lockstep.slurm.registry import SubmittedJob
 
 ACTIVE = 3
@@ -32,7 +33,6 @@ ACTIVE = 3
 _PENDING_REASONS = {
     "Resources": "for nodes to become free",
     "Priority": "behind jobs of higher priority",
-    "Dependency": "for another job to succeed",
     "BeginTime": "for its start time",
     "JobHeldUser": "because its user holds it (scontrol release)",
     "JobHeldAdmin": "because an administrator holds it",
@@ -43,7 +43,6 @@ _PENDING_REASONS = {
     "AssocGrpGRES": "for GPUs of your group to become free",
 }
 _IMPOSSIBLE_REASONS = {
-    "DependencyNeverSatisfied": "the job that it waits for did not succeed",
     "PartitionTimeLimit": "it asks for more time than its partition gives",
     "PartitionNodeLimit": "it asks for more nodes than its partition gives",
     "BadConstraints": "no node can give what it asks for",
@@ -175,8 +174,12 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
 
 
 def _pending_reason(state: JobState) -> str:
-    if state.reason in _IMPOSSIBLE_REASONS:
-        return f"It will never start: {_IMPOSSIBLE_REASONS[state.reason]} (Slurm: {state.reason}); cancel it."
+    waits = Dependency.of_squeue(state.dependency).describe() or "another job"
+    impossible = {"DependencyNeverSatisfied": f"it waits for {waits}, which cannot happen any more", **_IMPOSSIBLE_REASONS}
+    if state.reason in impossible:
+        return f"It will never start: {impossible[state.reason]} (Slurm: {state.reason}); cancel it."
+    if state.reason == "Dependency":
+        return f"It waits for {waits}."
     if state.reason == "None":
         return "Slurm has not scheduled it yet."
     why = _PENDING_REASONS.get(state.reason.partition(",")[0].strip("()"), f"for what Slurm calls {state.reason}")

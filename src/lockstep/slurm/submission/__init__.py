@@ -2,6 +2,13 @@
 
 from lockstep.slurm.submission.options import LaunchOptions, NodeRange
 from lockstep.slurm.submission.preflight import plan_memory, resolve_config
-from lockstep.slurm.submission.profile import PROFILE_FLAGS, Profile, apply_flags, load_profile, profile_folders
+from lockstep.slurm.submission.profile import (
+    PROFILE_FLAGS,
+    Profile,
+    apply_flags,
+    check_heterogeneous,
+    load_profile,
+    profile_folders,
+)
 from lockstep.slurm.submission.sbatch import scrub_environment
 from lockstep.slurm.submission.submission import Submission

@@ -56,7 +56,7 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
         "cpus_per_task": _node_cpus(profile),
         "gpus_per_node": profile.gpus_per_node or None,
         "exclusive": profile.exclusive or None,
-        "dependency": f"afterok:{options.after}" if options.after else None,
+        "dependency": str(options.after) if options.after else None,
         "array_parallelism": options.array_parallelism,
         "stderr_to_stdout": True,
         "wckey": None,

@@ -9,6 +9,7 @@ from typing import Any
 
 from lockstep.core import UsageError
 from lockstep.runs import Run, RunResult
+from lockstep.slurm import Dependency
 from lockstep.slurm.submission.profile import Profile
 
 
@@ -46,7 +47,7 @@ class LaunchOptions:
         working_directory: Folder of submission, and current folder of the ranks.
         command_line: The launcher's whole command line, for the record.
         job_name: None takes that of the run.
-        after: Id of a job that must finish successfully first.
+        after: What must happen to other jobs first.
         sweep: Keys of the config and the values of each; empty without a sweep.
         reads_data: Whether the run reads its data: not if only its memory is planned.
         array_parallelism: How many runs of a sweep may run at the same time.
@@ -57,7 +58,7 @@ class LaunchOptions:
     command_line: Sequence[str] = ()
     nodes: NodeRange = NodeRange(1, 1)
     job_name: str | None = None
-    after: str | None = None
+    after: Dependency | None = None
     sweep: Mapping[str, Sequence[str]] = field(default_factory=dict)
     array_parallelism: int = 256
     snapshot: bool = True

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -24,6 +24,8 @@ _RESERVED_SBATCH = {
 
 _PER_TASK = {"gpus-per-task", "gpu-bind", "ntasks-per-gpu", "tres-per-task", "tres-bind"}
 """Arguments of sbatch and srun that divide GPUs among tasks: a node has one, whose ranks share its GPUs."""
+
+_HETEROGENEOUS = "heterogeneous jobs are not supported: all nodes of a run have the same number of ranks; ask for equal nodes"
 
 _RESERVED_SRUN = {"ntasks", "ntasks-per-node", "cpus-per-task", "nodes", "output", "kill-on-bad-exit"}
 
@@ -125,6 +127,13 @@ PROFILE_FLAGS: dict[str, type] = {
     f.name: str if f.type == str | None else int for f in fields(Profile) if f.type in (int, int | None, str | None)
 }
 """Fields that are flags of the launcher too, and the type of their value: all that hold one text or number."""
+
+
+def check_heterogeneous(arguments: Sequence[str]) -> None:
+    """Raise UsageError if the arguments of a launcher ask for a job of several components, as those of sbatch can."""
+    for argument in arguments:
+        if argument == ":" or argument.partition("=")[0] == "--het-group":
+            raise UsageError(f"{argument!r}: {_HETEROGENEOUS}.")
 
 
 def parse_minutes(time: str, key: str = "time") -> int:
@@ -268,11 +277,21 @@ def _check_values(profile: Profile, place: str) -> None:
     for name in ("ranks_per_node", "cpus_per_rank", "cpus_per_gpu"):
         if getattr(profile, name) == 0:
             raise UsageError(f"{place}{name}: 0 must be 1 or more.")
+    for name in ("sbatch", "srun", "setup"):
+        for argument in getattr(profile, name):
+            if re.match(r"\s*(#SBATCH\s+)?(hetjob|packjob|:)\s*$", argument):
+                raise UsageError(f"{place}{name}: {argument!r}: {_HETEROGENEOUS}.")
+            if re.match(r"\s*#SBATCH\b", argument):
+                raise UsageError(
+                    f"{place}{name}: {argument!r} is a comment to the shell; write --name=value into sbatch of the profile."
+                )
     for name in ("sbatch", "srun"):
         for argument in getattr(profile, name):
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", argument) or "\n" in argument:
                 raise UsageError(f"{place}{name}: {argument!r} must be one line of the form --name or --name=value.")
             flag = argument[2:].partition("=")[0]
+            if flag == "het-group":
+                raise UsageError(f"{place}{name}: {argument!r}: {_HETEROGENEOUS}.")
             if flag in _PER_TASK:
                 raise UsageError(
                     f"{place}{name}: {argument!r} is for tasks, and Slurm starts one task per node, whose ranks share the GPUs "

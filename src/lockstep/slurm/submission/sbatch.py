@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 
 from lockstep.compat.submitit import SUBMISSION_ERRORS
-from lockstep.core import UsageError
-from lockstep.slurm import NodeTask, query_slurm
+from lockstep.core import UsageError, count
+from lockstep.runs import TERMINAL_STATES
+from lockstep.slurm import STATES_OF_JOB, Condition, Dependency, NodeTask, find_job, query_slurm
 from lockstep.slurm.submission import limits, partitions
 from lockstep.slurm.submission.batch_script import PASSED_PREFIX, JobRequest, batch_script, make_executor
 
@@ -53,16 +55,51 @@ def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
         print(note, file=sys.stderr)
 
 
-def check_dependency(job: str, env: Mapping[str, str]) -> None:
-    """Raise UsageError for a failed or unknown job: Slurm would ignore the dependency, or never start the new job."""
-    command = ["squeue", "--all", "--array", "--states=all", "--noheader", f"--jobs={job}", "--Format=State"]
-    states = set(query_slurm(command, env).stdout.split())
-    if not states:
-        raise UsageError(f"--after: Slurm does not know job {job} (any more); if it finished successfully, omit --after.")
-    if bad := states - {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "COMPLETED"}:
-        raise UsageError(
-            f"--after: job {job} did not finish successfully ({', '.join(sorted(bad))}): this job would never start."
-        )
+def check_dependency(dependency: Dependency, runs: int, env: Mapping[str, str]) -> None:
+    """Raise UsageError if Slurm would ignore a condition, or could never start the job, an array of ``runs`` if more than one.
+
+    Slurm takes a condition on a job that it does not know, and starts the new job at once.
+    """
+    problems = [_problem(condition, runs, env) for condition in dependency.conditions]
+    if any(problems) if not dependency.is_any else all(problems):
+        raise UsageError(f"--after: {next(filter(None, problems))}: this job would never start.")
+
+
+def _problem(condition: Condition, runs: int, env: Mapping[str, str]) -> str:
+    """Why a condition can never hold; empty if it can. Raises UsageError for an unknown job."""
+    for job in condition.ids:
+        states = _states(job, env)
+        if not states:
+            raise UsageError(
+                f"--after: Slurm does not know job {job} (any more); leave it out if it ended as {condition} expects."
+            )
+        failed = {state for state in states if state in TERMINAL_STATES and state != "COMPLETED"}
+        if failed and condition.kind in ("afterok", "aftercorr"):
+            return f"job {job} did not finish successfully ({', '.join(sorted(failed))})"
+        if states == {"COMPLETED"} and condition.kind == "afternotok":
+            return f"job {job} has finished successfully"
+        if condition.kind == "aftercorr" and (why := _missing_counterparts(job, runs, env)):
+            return why
+    return ""
+
+
+def _states(job: str, env: Mapping[str, str]) -> set[str]:
+    """The states of a job, or of the tasks of an array; empty if Slurm does not know it."""
+    answer = _with_retries(lambda: query_slurm([*STATES_OF_JOB, f"--jobs={job}"], env))
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        raise UsageError(f"--after: Slurm does not say whether job {job} exists: {' '.join(answer.stderr.split())}")
+    return set(answer.stdout.split())
+
+
+def _missing_counterparts(job: str, runs: int, env: Mapping[str, str]) -> str:
+    """Why some runs of a sweep have no run of the same number in ``job``; empty if all have one, or if that is unknown."""
+    if runs == 1:
+        return "aftercorr pairs the runs of two sweeps, and this is no sweep; use afterok"
+    with suppress(UsageError):  # not a job of lockstep
+        other = find_job(job, env)
+        if other.runs < runs:
+            return f"aftercorr pairs the runs of two sweeps, and job {job} has only {count(other.runs, 'run')} for {runs}"
+    return ""
 
 
 def submit_job(request: JobRequest, tasks: Sequence[NodeTask], env: MutableMapping[str, str]) -> str:

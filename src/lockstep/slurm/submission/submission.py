@@ -114,7 +114,7 @@ class Submission:
                 + shell_command("cluster", "up")
             )
         if self.options.after is not None:
-            check_dependency(self.options.after, env)
+            check_dependency(self.options.after, len(self.sweep_points), env)
         check_schedulable(self._request(self.live_code(env)), env)
 
     def live_code(self, env: Mapping[str, str]) -> CodePaths:
