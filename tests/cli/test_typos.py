@@ -5,6 +5,7 @@ First in this process, where neither torch nor Slurm may be reached; then some a
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +47,22 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--nodes 1 : --nodes 2", "':' is not a command", "':': heterogeneous jobs are not supported: all nodes of a run have"),
     ("--srun=--het-group=0,1", "", "srun: '--het-group=0,1': heterogeneous jobs are not supported"),
     ("--resume /nope", "/nope is not a run folder: it has no config.yaml", "/nope is not a run folder: it has no config.yaml"),
+    ("--then tset", f"--then: {SUBMIT_ONLY}", "--then 'tset': 'tset' is not a command; did you mean 'test'?"),
+    ("--then 'test --data.btch_size 4'", "", "--then 'test --data.btch_size 4': data.btch_size (value 4): unknown argument of"),
+    ("--then 'test --config gone'", "", "--then 'test --config gone': config: gone does not exist"),
+    ("--then 'test --ckpt_path /x'", "", "ckpt_path: '/x': it is the run before; leave it out."),
+    ("--then 'test --run.name other'", "", "run.name: 'other': it is that of the training, beside whose run folder its own"),
+    ("--then 'test --sweep model.lr=1,2'", "", "--sweep: is not for one link; give it to the whole chain, before --then."),
+    ("--then 'test --help'", "", "--then 'test --help': --help shows something and runs nothing; leave it out."),
+    ("--then 'test --time 24:00'", "", "--then 'test --time 24:00': time: '24:00' is ambiguous"),
+    ('--then "test \'x"', "", "No closing quotation; quote the link as the shell does."),
+    ("--then 'export --prt x'", "", "'--prt' is not an argument of export; did you mean '--part'"),
+    ("--then 'export --nodes 2'", "", "--nodes: 2: an export runs on one node; leave it out."),
+    ("--then 'export --out /nope/x'", "", "--out: /nope is not a folder here; make it first."),
+    ("--then export --then export", "", "--then: two exports write weights.safetensors; give one of them another file"),
+    ("--sweep model.lr=1,2 --then 'export --out /tmp/x'", "", "--out: /tmp/x: all runs of the sweep would write it"),
+    ("--trainer.enable_checkpointing false --then test", "", "trainer.enable_checkpointing: false leaves no checkpoint for"),
+    ("predict --ckpt_path mine.yaml --then test", "", "--then: predict leaves no checkpoint for test; begin with a training"),
     ("--sweep lr=0.1,0.2", f"--sweep: {SUBMIT_ONLY}", "lr (value 0.1): unknown key; did you mean 'model.lr'?"),
     ("--sweep model.lr", f"--sweep: {SUBMIT_ONLY}", "--sweep: 'model.lr' must have the form KEY=A,B,…"),
     ("-n 4", "'-n' is not a key: keys begin with --", None),
@@ -108,7 +125,7 @@ DOORS: dict[str, Callable[[list[str]], int]] = {
     "lockstep train": lambda words: cli.main(["train", *with_config(words)]),
 }
 
-OF_LAUNCHERS = re.compile("--(nodes|ranks|profile|after|resume|python|mem|time|sweep|folow|dryrun)|a100.yaml|mine.yaml$")
+OF_LAUNCHERS = re.compile("--(nodes|ranks|profile|after|resume|python|mem|time|sweep|then|folow|dryrun)|a100.yaml|mine.yaml$")
 """What ``lockstep train`` does not know: flags, which are those of torchrun or srun there, and profiles."""
 
 CASES = [
@@ -141,7 +158,7 @@ def test_a_typo_is_one_sentence_and_leaves_nothing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lockstep.trainer.local", None)
     monkeypatch.delattr(Submission, "check_with_slurm")
-    assert DOORS[door](arguments.split()) == 2
+    assert DOORS[door](shlex.split(arguments)) == 2
     said = capsys.readouterr().err
     assert said.startswith("lockstep: ") and said.count("\n") == 1, said
     assert expected in said

@@ -52,7 +52,7 @@ def test_all_kinds_of_slurm_are_taken_and_described(env: dict[str, str], typed: 
         ("tomorrow", "'tomorrow' is neither a job id nor a run that lockstep has submitted here; give job ids, run folders"),
         ("singletn", "'singletn' is neither a job id nor a run that lockstep has submitted here; did you mean 'singleton'"),
         ("afterokay:12", "'afterokay' in 'afterokay:12' is not a kind of dependency; did you mean 'afterok'"),
-        ("12:13", "'12:13' does not say when: write afterok:12:13, or --after 12 13."),
+        ("12:13", "'12:13' does not say when: write afterok:12:13, or separate the jobs by spaces."),
         ("afterok", "'afterok' needs jobs, such as afterok:12 or afterok:12:13."),
         ("afterok:12:", "'afterok:12:' has an empty place where a job is expected"),
         ("afterok:12,", "'afterok:12,' has an empty place where a job is expected"),

@@ -6,6 +6,7 @@ they are the float32 weights that its optimizer stepped.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,12 @@ from safetensors.torch import save_file
 
 from lockstep.checkpoint.reader import Checkpoint, find_checkpoint
 from lockstep.checkpoint.serialization import load_weights
-from lockstep.core import CommandLineParser, LockstepError, UsageError, atomic_write
+from lockstep.core import CommandLineParser, LockstepError, UsageError, World, atomic_write, setup_logging
+from lockstep.runs import Run, RunResult, describe_run
+from lockstep.slurm import NodeTask
 from lockstep.strategies import ShardedState
+
+log = logging.getLogger(__name__)
 
 
 def export_weights(place: Path, out: Path, part: str | None = None) -> int:
@@ -46,14 +51,29 @@ def export_weights(place: Path, out: Path, part: str | None = None) -> int:
     return sum(value.numel() for value in weights.values())
 
 
+class ExportNode:
+    """The agent of a job that exports, see ``NodeTask``; a relative ``--out`` is in the folder of the exported run."""
+
+    def __init__(self, task: NodeTask, agents: World, run: Run, attempt: int, notes: list[str]) -> None:
+        self.options = make_parser().parse_args(task.arguments)
+        self.run_folder, self.attempt, self.notes = run, attempt, notes
+
+    def run(self) -> int:
+        """Export, write ``result.json``, and return the exit status."""
+        run, out = self.run_folder, self.options.run / self.options.out
+        setup_logging(World(), run.log(self.attempt))
+        for note in self.notes:
+            log.info(note)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        log.info("%s: %s numbers", out, f"{export_weights(self.options.run, out, self.options.part):,}")
+        result = RunResult("finished", "export", 1, self.attempt, weights=str(out))
+        describe_run(run, result).write(run.result)
+        return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run ``lockstep export`` and return its exit status."""
-    parser = CommandLineParser(
-        prog="lockstep export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder (its newest checkpoint), or a checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, such as weights.safetensors")
-    parser.add_argument("--part", metavar="NAME", help="only this submodule, such as network")
+    parser = make_parser()
     try:
         options = parser.parse_args(arguments)
         print(f"{options.out}: {export_weights(options.run, options.out, options.part):,} numbers")
@@ -61,3 +81,14 @@ def main(arguments: Sequence[str]) -> int:
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
+
+
+def make_parser() -> CommandLineParser:
+    """Build the parser of ``lockstep export``."""
+    parser = CommandLineParser(
+        prog="lockstep export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder (its newest checkpoint), or a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, such as weights.safetensors")
+    parser.add_argument("--part", metavar="NAME", help="only this submodule, such as network")
+    return parser

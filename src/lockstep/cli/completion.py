@@ -15,9 +15,11 @@ from lockstep.config import COMMANDS as TRAINER_COMMANDS
 from lockstep.config import SHARED_CLASSES, SHIPPED, describe_files
 from lockstep.config.validation import known_keys
 from lockstep.core import CommandLineParser
+from lockstep.slurm.submission import LINK_COMMANDS
 
 _BASH_VALUES = """
 _lockstep_config_files() {{ compgen -W "{configs}" -- "$1"; compgen -f -- "$1"; }}
+_lockstep_links() {{ compgen -W "{links}" -- "$1"; }}
 _lockstep_profile_files() {{ compgen -W "{profiles}" -- "$1"; compgen -f -- "$1"; }}
 """
 """Functions that complete a value; shtab takes those with files in their name for ones that return files."""
@@ -79,12 +81,14 @@ def script(shell: str) -> str:
     for action in (action for command in commands.choices.values() for action in command._actions):
         if action.metavar == "RUN":
             _complete(action, shtab.DIRECTORY)
+        elif "--then" in action.option_strings:
+            _complete(action, {"bash": "_lockstep_links", "zsh": f"({' '.join(LINK_COMMANDS)})"})
         elif "--profile" in action.option_strings:
             _complete(action, {"bash": "_lockstep_profile_files", "zsh": "_files"})
     if shell == "zsh":
         return shtab.complete(parser, "zsh")
     configs, profiles = (" ".join(describe_files(folder)) for folder in (SHIPPED, SHIPPED / "cluster"))
-    values = _BASH_VALUES.format(configs=configs, profiles=profiles)
+    values = _BASH_VALUES.format(configs=configs, profiles=profiles, links=" ".join(LINK_COMMANDS))
     return shtab.complete(parser, "bash", preamble=values) + _BASH_SCRIPTS
 
 

@@ -99,6 +99,7 @@ def submit(
     nodes: int | str = 1,
     profile: str | None = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
+    then: Sequence[str] = (),
     **flags: Any,
 ) -> SubmittedJob:
     """Submit a run or a sweep to Slurm: ``submit("imagenet", nodes=4, profile="a100", time="24:00:00")``.
@@ -109,6 +110,8 @@ def submit(
         nodes: Number of nodes, or a range such as ``2-4``.
         profile: Name or file of a profile.
         sweep: Keys of the config and the values of each: one run for each combination.
+        then: What follows the training, each as a job after the one before: ``["test", "export --part network"]``; the jobs are
+            in the attribute of that name of what is returned.
         flags: Further flags of ``lockstep submit``, such as ``ranks_per_node=4`` or ``resume="runs/digits/<id>"``.
 
     Raises:
@@ -117,6 +120,7 @@ def submit(
     arguments = [f"--nodes={nodes}", *([f"--profile={profile}"] if profile is not None else [])]
     for key, values in (sweep or {}).items():
         arguments.append(f"--sweep={key}={','.join(_sweep_text(key, value) for value in values)}")
+    arguments += [f"--then={link}" for link in ([then] if isinstance(then, str) else then)]
     for name, value in flags.items():
         if name in ("follow", "check", "dry_run", "plan"):
             raise UsageError(f"{name}: shows something and returns no job; use lockstep submit --{name.replace('_', '-')}.")

@@ -5,7 +5,8 @@
     {program} logs [JOB] [--rank N] [--tail N] [-f]
     {program} cancel JOB
 
-JOB is the id that the submission printed, one run of a sweep (12_3), or a run folder; by default the newest job.
+JOB is the id that the submission printed, one run of a sweep (12_3), a run id or a run folder; by default the newest job. It
+stands for the jobs that follow it too: of a chain, the first job means all, and `logs` prints that of the job itself.
 
 exit status of status and logs -f:
     0 finished · 1 failed · 2 usage error, of this command or of the run · 3 waits or runs · 4 cancelled ·
@@ -49,7 +50,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     status = commands.add_parser("status", help="state and progress of a job")
     for command in (listing, status):
         command.add_argument("--json", action="store_true", help="print JSON")
-    logs = commands.add_parser("logs", help="log of a rank")
+    logs = commands.add_parser("logs", help="log of a rank; without JOB, of the job of the newest chain that started last")
     logs.add_argument("--rank", type=int_at_least(0), default=0, help="which rank (default 0)")
     logs.add_argument("--tail", type=int_at_least(0), metavar="N", help="only the last N lines")
     logs.add_argument(
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str], program: str = "lockstep jobs") -> int:
         if options.command == "status":
             return show(job, options.json)
         if options.command == "logs":
+            if options.job is None and not options.follow:
+                job = newest_link(job)
             return show_log(job, options.rank, options.tail, options.follow)
         return cancel_job(job)
     except LockstepError as error:
@@ -89,16 +92,19 @@ def main(arguments: Sequence[str], program: str = "lockstep jobs") -> int:
 
 
 def show_all(jobs: Sequence[SubmittedJob], as_json: bool) -> int:
-    """Print one line per job; a sweep is one job."""
+    """Print one line per job; a sweep is one job, and so is a chain."""
     statuses = query_status(jobs, os.environ)
     if as_json:
         print(json.dumps([status.as_dict() for status in statuses], indent=2, ensure_ascii=False))
         return 0
     rows = []
     for job in jobs:
-        runs, statuses = statuses[: job.runs], statuses[job.runs :]
-        states = [status.state for status in runs]
-        state = states[0] if job.runs == 1 else ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+        parts = []
+        for link in job.links:
+            states, statuses = [status.state for status in statuses[: link.runs]], statuses[link.runs :]
+            many = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+            parts.append(f"{link.command} " * bool(job.then) + (states[0] if link.runs == 1 else many))
+        state = "; ".join(parts)
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.time))
         rows.append({"job": job.job, "submitted": when, "name": job.name, "state": state, "folder": str(job.folder)})
     print_table(rows)
@@ -106,16 +112,18 @@ def show_all(jobs: Sequence[SubmittedJob], as_json: bool) -> int:
 
 
 def show(job: SubmittedJob, as_json: bool) -> int:
-    """Print everything about one job."""
+    """Print everything about one job and those that follow it."""
     statuses = query_status([job], os.environ)
     if as_json:
         records = [status.as_dict() for status in statuses]
-        print(json.dumps(records if job.runs > 1 else records[0], indent=2, ensure_ascii=False))
+        print(json.dumps(records if len(records) > 1 else records[0], indent=2, ensure_ascii=False))
     elif job.runs > 1:
-        print_table([sweep_row(status) for status in statuses])
-        print(f"\nsweep {job.folder}")
+        print_table([({"command": status.command} if job.then else {}) | sweep_row(status) for status in statuses])
+        print("", *(f"sweep {link.folder}" for link in job.links), sep="\n")
     else:
-        print_facts(statuses[0])
+        for place, status in enumerate(statuses):
+            print("\n" * bool(place), end="")
+            print_facts(status, len(statuses) > 1 or status.command != "fit")
     return next((status.exit_status for status in statuses if status.exit_status), 0)
 
 
@@ -134,7 +142,7 @@ def format_steps(status: RunStatus) -> str:
     return "" if step is None else f"{step}/{total}" if total else str(step)
 
 
-def print_facts(status: RunStatus) -> None:
+def print_facts(status: RunStatus, with_command: bool) -> None:
     """Print one fact per line."""
     progress, slurm = status.progress or RunProgress(""), status.slurm
     left = progress.seconds_left
@@ -142,6 +150,7 @@ def print_facts(status: RunStatus) -> None:
     attempts = [attempt for attempt in read_attempts(status.run)[-5:] if attempt.reason]
     facts = {
         "job": status.job,
+        "command": status.command if with_command else "",
         "state": status.state,
         "why": status.message,
         "nodes": slurm.nodes if slurm else "",
@@ -155,6 +164,7 @@ def print_facts(status: RunStatus) -> None:
         "speed": f"{progress.samples_per_second:g} samples/s" if progress.samples_per_second else "",
         "time left": f"{left:.0f} s" if left and status.is_active else "",
         **{name: f"{value:.5g}" for name, value in sorted(status.metrics.items()) if not name.startswith("rate/")},
+        "weights": (status.result and status.result.weights) or "",
         "folder": str(status.run.folder),
     }
     width = max(map(len, facts))
@@ -178,6 +188,11 @@ def print_table(rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(*(Text(row.get(name, "")) for name in columns))
     Console().print(table)
+
+
+def newest_link(job: SubmittedJob) -> SubmittedJob:
+    """Of a job and those that follow it, the one that has started last."""
+    return next((link for link in reversed(job.links) if any(run.newest_attempt for _, run in link.members)), job)
 
 
 def show_log(job: SubmittedJob, rank: int, tail: int | None, following: bool) -> int:
@@ -208,7 +223,7 @@ def show_log(job: SubmittedJob, rank: int, tail: int | None, following: bool) ->
 
 
 def cancel_job(job: SubmittedJob) -> int:
-    """Cancel a job.
+    """Cancel a job and those that follow it.
 
     Raises:
         UsageError: The job is over, or Slurm does not cancel it.
@@ -216,9 +231,11 @@ def cancel_job(job: SubmittedJob) -> int:
     statuses = query_status([job], os.environ)
     if not any(status.is_active for status in statuses):
         raise UsageError(f"job {job.job} has ended already: {statuses[0].state}.")
-    done = subprocess.run(["scancel", job.job], capture_output=True, text=True)
+    active = {status.job for status in statuses if status.is_active}
+    jobs = [link.job for link in job.links if active & {name for name, _ in link.members}]
+    done = subprocess.run(["scancel", *reversed(jobs)], capture_output=True, text=True)
     if done.returncode:
         raise UsageError(f"job {job.job}: scancel failed ({done.stderr.strip()})")
     mark_cancelled(statuses)
-    print(f"job {job.job} is cancelled", file=sys.stderr)
+    print(f"job {jobs[0]} is cancelled" if len(jobs) == 1 else f"jobs {', '.join(jobs)} are cancelled", file=sys.stderr)
     return 0

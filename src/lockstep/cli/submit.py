@@ -5,6 +5,7 @@
     {program} --nodes 4 --dry-run                                # everything but sbatch
     {program} --nodes 4 --profile a100 --plan                    # which strategies fit into GPU memory
     {program} --sweep model.lr=0.1,0.03 --sweep seed_everything=1,2      # four runs, one job array
+    {program} --nodes 4 --then test --then "export --part network"       # three jobs, each after the one before
 
 All other arguments go to the trainer: an optional command (fit, validate, test, predict), then keys of the config. Flags
 override the profile (--profile, or the variable LOCKSTEP_PROFILE).
@@ -13,6 +14,7 @@ override the profile (--profile, or the variable LOCKSTEP_PROFILE).
 import argparse
 import gc
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,14 +25,17 @@ from pathlib import Path
 from lockstep.cli import local
 from lockstep.cli.help import LaunchParser
 from lockstep.cli.hints import check_misplaced
-from lockstep.config import COMMANDS, parse_sweep, with_config
+from lockstep.config import COMMANDS, find_shipped, parse_sweep, with_config
 from lockstep.config.validation import shows_only
-from lockstep.core import LockstepError, UsageError, int_at_least
+from lockstep.core import CommandLineParser, LockstepError, UsageError, did_you_mean, int_at_least
 from lockstep.runs import Run
 from lockstep.slurm import Dependency, check_slurm_conf, follow
 from lockstep.slurm.submission import (
+    LINK_COMMANDS,
     PROFILE_FLAGS,
+    Chain,
     LaunchOptions,
+    Link,
     NodeRange,
     Profile,
     Submission,
@@ -47,21 +52,7 @@ from lockstep.slurm.submission import (
 def make_parser(program: str) -> argparse.ArgumentParser:
     """Build the parser of the launcher's own flags."""
     parser = LaunchParser(program, __doc__, lists_profiles=True)
-    resources = parser.add_argument_group("resources")
-    resources.add_argument(
-        "--nodes",
-        type=NodeRange.parse,
-        default=NodeRange(1, 1),
-        metavar="N[-M]",
-        help="nodes, or a range of them (default 1)",
-    )
-    resources.add_argument("--profile", metavar="NAME", help="name of a profile, or path of a file")
-    helps = {f.name: f.metadata["help"] for f in fields(Profile)}
-    for name, kind in PROFILE_FLAGS.items():
-        resources.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=helps[name])
-    resources.add_argument("--exclusive", action="store_true", default=None, help=helps["exclusive"])
-    for name in ("sbatch", "srun"):
-        resources.add_argument(f"--{name}", action="append", metavar="=ARGUMENT", help=helps[name])
+    add_resources(parser.add_argument_group("resources"))
     job = parser.add_argument_group("job")
     job.add_argument("--job-name", metavar="NAME", help="name of the job (default: run.name)")
     job.add_argument(
@@ -70,6 +61,14 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         default=[],
         metavar="JOB",
         help="start after these jobs or runs have finished successfully, or as Slurm writes it: afterany:12:13, singleton …",
+    )
+    job.add_argument(
+        "--then",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="what follows the training, as a job on one node after it: test, validate, predict, fit or export, with keys and "
+        "resources of its own in quotes (test --nodes 2); repeatable",
     )
     job.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,…", help="one run per value; repeatable")
     job.add_argument(
@@ -83,6 +82,60 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     checks.add_argument("--dry-run", action="store_true", help="like --check, and print the batch script and complete config")
     checks.add_argument("--plan", action="store_true", help="print the memory that the model needs and which strategies fit")
     return parser
+
+
+def add_resources(group: "argparse._ArgumentGroup | argparse.ArgumentParser") -> None:
+    """Add the flags that a link of a chain has too."""
+    group.add_argument(
+        "--nodes",
+        type=NodeRange.parse,
+        default=NodeRange(1, 1),
+        metavar="N[-M]",
+        help="nodes, or a range of them (default 1)",
+    )
+    group.add_argument("--profile", metavar="NAME", help="name of a profile, or path of a file")
+    helps = {f.name: f.metadata["help"] for f in fields(Profile)}
+    for name, kind in PROFILE_FLAGS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=helps[name])
+    group.add_argument("--exclusive", action="store_true", default=None, help=helps["exclusive"])
+    for name in ("sbatch", "srun"):
+        group.add_argument(f"--{name}", action="append", metavar="=ARGUMENT", help=helps[name])
+
+
+def parse_link(text: str, base: Profile) -> Link:
+    """Parse a value of ``--then``; resources that it does not name are those of ``base``, on one node.
+
+    Raises:
+        UsageError: It is not a command with keys and flags of resources.
+    """
+    parser = CommandLineParser(prog="--then", add_help=False, allow_abbrev=False)
+    add_resources(parser)
+    parser.add_argument("--job-name")
+    try:
+        words = shlex.split(text)
+        if not words or words[0] not in LINK_COMMANDS:
+            name = words[0] if words else ""
+            raise UsageError(f"{name!r} is not a command{did_you_mean(name, LINK_COMMANDS)}")
+        flags, keys = parser.parse_known_args(words[1:])
+        check_heterogeneous(words)
+        whole = vars(make_parser("--then").parse_args([]))
+        for name in (key.partition("=")[0] for key in keys):
+            if name.startswith("--") and name[2:].replace("-", "_") in whole:
+                raise UsageError(f"{name}: is not for one link; give it to the whole chain, before --then.")
+        if shown := next(filter(shows_only, keys), None):
+            raise UsageError(f"{shown} shows something and runs nothing; leave it out.")
+        if flags.profile:
+            base = load_profile(flags.profile, os.environ, profile_folders(os.environ, Path.cwd()))
+        return Link(text, words[0], tuple(find_shipped(keys)), flagged(base, flags), flags.nodes, flags.job_name)
+    except UsageError as error:
+        raise UsageError(f"--then {text!r}: {error.message}") from None
+    except ValueError as error:
+        raise UsageError(f"--then {text!r}: {error}; quote the link as the shell does.") from None
+
+
+def flagged(base: Profile, flags: argparse.Namespace) -> Profile:
+    """``base`` with the flags that were given."""
+    return apply_flags(base, {name: getattr(flags, name) for name in (*PROFILE_FLAGS, "exclusive", "sbatch", "srun")})
 
 
 def spread_jobs(arguments: Sequence[str]) -> list[str]:
@@ -135,31 +188,35 @@ def _submit(arguments: Sequence[str], program: str) -> int:
         reads_data=not flags.plan,
         resume=resume,
     )
-    profile = apply_flags(profile, {name: getattr(flags, name) for name in (*PROFILE_FLAGS, "exclusive", "sbatch", "srun")})
+    profile = flagged(profile, flags)
     names = [name.replace("_", "-") for name in (*vars(flags), "help")]
     try:
         submission = Submission.create(trainer_arguments, profile, options, os.environ, names)
     except UsageError:
         check_misplaced(trainer_arguments, names, local.make_parser)
         raise
+    chain = Chain.create(submission, [parse_link(text, profile) for text in flags.then], os.environ, names)
     if flags.plan:
         table, unknown = plan_memory(submission, os.environ)
-        if flags.sweep:
-            print("--plan covers only the first run of the sweep.")
+        if flags.sweep or flags.then:
+            print(f"--plan covers only the {'first run of the sweep' if flags.sweep else 'training'}.")
         print(unknown, file=sys.stderr, end="")
         print(table, end="")
         return 0
     has_slurm = shutil.which("sbatch") is not None
     if has_slurm or not flags.dry_run:
-        submission.check_with_slurm(os.environ)
+        chain.check_with_slurm(os.environ)
     if flags.dry_run or flags.check:
         config = resolve_config(submission, os.environ)
+        for own in chain.with_own_keys:
+            config += f"\n# {own.command}\n{resolve_config(own, os.environ)}"
         if flags.dry_run:
-            print(submission.preview(os.environ), config, sep="\n", end="")
+            print(chain.preview(os.environ), config, sep="\n", end="")
         if not has_slurm:
             print("Slurm is not installed here, so it did not check the resources.", file=sys.stderr)
         return 0
-    job = submission.submit(os.environ)
-    print(job.job, flush=True)
-    print(f"run folder {job.folder}", file=sys.stderr)
+    job = chain.submit(os.environ)
+    print(*(link.job for link in job.links), sep="\n", flush=True)
+    for link in job.links:
+        print(f"{f'{link.command}: ' if job.then else ''}run folder {link.folder}", file=sys.stderr)
     return follow(job, os.environ) if flags.follow else 0

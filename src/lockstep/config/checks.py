@@ -69,6 +69,7 @@ def check_start(
     env: Mapping[str, str],
     sweep: Mapping[str, Sequence[str]] | None = None,
     sees_data: bool = True,
+    has_checkpoint: bool = False,
 ) -> None:
     """Check what each way to start a run can know before it starts anything or makes a folder.
 
@@ -78,11 +79,13 @@ def check_start(
         env: Environment of the ranks.
         sweep: Keys and the values that they take in turn.
         sees_data: Whether this machine has the files that the ranks read.
+        has_checkpoint: Whether another job leaves the checkpoint before the ranks start.
 
     Raises:
         UsageError: The ranks would refuse the config.
     """
-    check_checkpoint_path(command, config["ckpt_path"], sweep or {})
+    if not has_checkpoint:
+        check_checkpoint_path(command, config["ckpt_path"], sweep or {})
     check_batch_size(config["data"], world_sizes if command == "fit" else ())  # the ranks may share others unevenly
     if sees_data and config["shared_filesystem"]:
         for root in (sweep or {}).get("data.root", [None]):

@@ -102,6 +102,7 @@ class RunResult(Record):
         test_error: Why the test after training failed; None if it did not.
         skipped_files: Number of data files that were skipped as corrupt.
         samples, predictions: Number of predicted samples, and their file.
+        weights: The file that ``export`` has written.
         name, start, end: Of the run: its name, when its first attempt started and its newest one ended, ISO 8601.
         host: Machine of rank zero.
         commit: Of the folder where the run was started.
@@ -125,6 +126,7 @@ class RunResult(Record):
     skipped_files: int | None = None
     samples: int | None = None
     predictions: str | None = None
+    weights: str | None = None
     name: str | None = None
     start: str | None = None
     end: str | None = None
@@ -257,6 +259,7 @@ class LaunchRecord(Record):
         slurm: Resources of the job that differ from the defaults.
         code: SHA-256 of the code snapshot; empty without one.
         paths: Where the ranks import from.
+        after: What had to happen to other jobs before it started, as sbatch has it.
         sweep: None if the run is not one of a sweep.
         time: Of the launch, ISO 8601.
     """
@@ -271,6 +274,7 @@ class LaunchRecord(Record):
     slurm: dict[str, str] | None = None
     code: str | None = None
     paths: list[str] | None = None
+    after: str | None = None
     sweep: SweepRun | None = None
     host: str = field(default_factory=platform.node)
     python: str = field(default_factory=platform.python_version)

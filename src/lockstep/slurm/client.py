@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -99,7 +100,7 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
     for line in answer.stdout.splitlines():
         job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, after, *_ = line.split("|")
         name = f"{array}_{task}" if task != "N/A" else job
-        after = "" if after == "(null)" else after
+        after = re.sub(r"\(\w+\)", "", after)  # (unfulfilled), (failed) or (null)
         states[name] = JobState(state, reason, start, elapsed, limit, nodes, exit_status(code), int(restarts), dependency=after)
     return states, ""
 

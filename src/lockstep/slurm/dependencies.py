@@ -131,9 +131,7 @@ def _parse_condition(part: str, text: str, env: Mapping[str, str]) -> Condition:
         if not colon:
             return Condition("afterok", (_find(part, text, env),))
         if _JOB.fullmatch(kind):
-            raise UsageError(
-                f"--after: {part!r} does not say when: write afterok:{part}, or --after {part.replace(':', ' ').strip()}."
-            )
+            raise UsageError(f"--after: {part!r} does not say when: write afterok:{part}, or separate the jobs by spaces.")
         raise UsageError(f"--after: {kind!r} in {text!r} is not a kind of dependency{did_you_mean(kind, KINDS)}")
     if kind == "singleton":
         if colon:

@@ -16,9 +16,21 @@ POLL_SECONDS = 2.0
 def follow(job: SubmittedJob, env: Mapping[str, str], rank: int = 0, seen: RunStatus | None = None) -> int:
     """Print the log of a rank until the job ends and return its exit status; Ctrl-C ends the following, not the job.
 
-    For a sweep, print one line whenever one of its runs changes; the exit status is that of the first that did not finish.
-    ``seen`` is a status of just now, whose log was printed already.
+    For a sweep, print one line whenever one of its runs changes; the exit status is that of the first that did not finish. The
+    jobs that follow it are followed in turn, until one does not finish. ``seen`` is a status of just now, whose log was printed
+    already.
     """
+    for place, link in enumerate(job.links):
+        if place:
+            print(f"job {link.job}: {link.command}", flush=True)
+        if status := _follow(link, env, rank, None if place else seen):
+            for later in job.links[place + 1 :] if status != 130 else ():
+                print(f"job {later.job}: {later.command} does not start, because job {link.job} has not finished.", flush=True)
+            return status
+    return 0
+
+
+def _follow(job: SubmittedJob, env: Mapping[str, str], rank: int, seen: RunStatus | None) -> int:
     logs = [_RankLog(job.members[0][1], rank, seen.attempt if seen else 0)] if job.runs == 1 else []
     printed: dict[str, tuple[str, str]] = {}
     asked = time.monotonic() if seen else 0.0

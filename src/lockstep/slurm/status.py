@@ -61,6 +61,7 @@ class RunStatus:
         state: One or a few words.
         message: One sentence; may be empty.
         slurm: Slurm's view; None if it has forgotten the job.
+        command: What the job does: fit, test, export …
     """
 
     job: str
@@ -71,6 +72,7 @@ class RunStatus:
     slurm: JobState | None
     progress: RunProgress | None
     result: RunResult | None
+    command: str = "fit"
 
     @property
     def is_active(self) -> bool:
@@ -99,6 +101,7 @@ class RunStatus:
         return {
             "job": self.job,
             "run": str(self.run.folder),
+            "command": self.command,
             "state": self.state,
             "exit_status": self.exit_status,
             "message": self.message,
@@ -120,7 +123,11 @@ def mark_cancelled(statuses: Iterable[RunStatus]) -> None:
 
 
 def query_status(jobs: Iterable[SubmittedJob], env: Mapping[str, str]) -> list[RunStatus]:
-    """Return the status of every run of these jobs, with one query to Slurm, and one to its accounting for forgotten jobs."""
+    """Return the status of every run of these jobs and of those that follow them.
+
+    Slurm is queried once, and its accounting once for the jobs that it has forgotten.
+    """
+    jobs = [link for job in jobs for link in job.links]
     members = [(id_, run, job) for job in jobs for id_, run in job.members]
     states, error = query_jobs({id_ for id_, _, job in members if not job.is_recycled}, env)
     unknown = {
@@ -129,7 +136,8 @@ def query_status(jobs: Iterable[SubmittedJob], env: Mapping[str, str]) -> list[R
     accounted, silence = query_accounting(unknown, env)
     states |= accounted
     return [
-        _run_status(id_, run, job, None if job.is_recycled else states.get(id_), error, silence) for id_, run, job in members
+        replace(_run_status(id_, run, job, None if job.is_recycled else states.get(id_), error, silence), command=job.command)
+        for id_, run, job in members
     ]
 
 
@@ -169,6 +177,9 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
     if owner is not None and owner.job not in (None, job):  # the newest attempt is that of another job
         evidence = replace(evidence, result=None, failure=None)
     ending = endings.classify_ending(evidence)
+    if ending.state == "gone" and not run.newest_attempt and (launch := LaunchRecord.read(run.launch)) and launch.after:
+        why = f"It never started: it was cancelled, or {launch.after} did not happen; Slurm has forgotten which."
+        ending = endings.Ending("cancelled", endings.TERMINAL_STATES["CANCELLED"][0], why)
     unsure = f" Accounting does not answer: {silence}" if silence and state is None and ending.state == "gone" else ""
     return RunStatus(job, run, ending.exit_status, ending.state, ending.reason + unsure, state, progress, result)
 

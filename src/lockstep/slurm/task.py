@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 ENTRY_POINT = "lockstep.trainer.node:Node"
 """What an agent runs, resolved by name so that the launcher does not import torch."""
 
+EXPORT_ENTRY_POINT = "lockstep.checkpoint.export:ExportNode"
+"""What the agent of an export runs instead."""
+
 _IMPORT_SECONDS = 600.0
 """Limit of the imports of an agent; from a cold shared file system they take minutes."""
 
@@ -32,7 +35,8 @@ class NodeTask:
     Attributes:
         folder: The run folder.
         slurm: Folder of the scripts and the output of the job.
-        arguments: Keys of the config; files in them are copies in the run folder.
+        command: fit, validate, test, predict or export.
+        arguments: Keys of the config; files in them are copies in the run folder. Of an export, those of ``lockstep export``.
         digest: SHA-256 of the code snapshot; empty without one.
         ranks: Ranks of each node.
         cpus: CPUs that each rank was promised; None if unknown.
@@ -65,7 +69,8 @@ class NodeTask:
         try:
             notes = self._check_environment(agents)
             with self._watch_imports(run, attempt, agents):
-                node = resolve_name(ENTRY_POINT)(self, agents, run, attempt, notes)
+                entry_point = EXPORT_ENTRY_POINT if self.command == "export" else ENTRY_POINT
+                node = resolve_name(entry_point)(self, agents, run, attempt, notes)
             status = node.run()
         except BaseException as error:
             mine = Failure.from_exception(error, self._first_rank(agents))

@@ -1,5 +1,6 @@
 """Submit a run to Slurm: profile, resource checks, batch script, sbatch."""
 
+from lockstep.slurm.submission.chain import LINK_COMMANDS, Chain, Link
 from lockstep.slurm.submission.options import LaunchOptions, NodeRange
 from lockstep.slurm.submission.preflight import plan_memory, resolve_config
 from lockstep.slurm.submission.profile import (

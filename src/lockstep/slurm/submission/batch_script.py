@@ -45,6 +45,8 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
         additional["reservation"] = profile.reservation
     if options.after:
         additional["kill-on-invalid-dep"] = "yes"
+    if options.is_held:
+        additional["hold"] = True
     for argument in profile.sbatch:
         name, equals, value = argument[2:].partition("=")
         additional[name] = value if equals else True

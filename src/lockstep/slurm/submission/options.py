@@ -52,6 +52,8 @@ class LaunchOptions:
         reads_data: Whether the run reads its data: not if only its memory is planned.
         array_parallelism: How many runs of a sweep may run at the same time.
         resume: A run to resume with its own code; None creates a new one.
+        follows: Folder of the run, or of the sweep, whose newest checkpoint it uses, as it starts after that; None without.
+        is_held: Whether it does not start before ``scontrol release``.
     """
 
     working_directory: Path
@@ -64,6 +66,8 @@ class LaunchOptions:
     snapshot: bool = True
     reads_data: bool = True
     resume: Run | None = None
+    follows: Path | None = None
+    is_held: bool = False
 
     def check(self, config: Mapping[str, Any], profile: Profile) -> None:
         """Raise UsageError if ``resume`` is impossible, or the config needs GPUs that are not requested."""

@@ -129,6 +129,13 @@ def submit_job(request: JobRequest, tasks: Sequence[NodeTask], env: MutableMappi
             del env[name]
 
 
+def release_job(job: str, env: Mapping[str, str]) -> None:
+    """Let a held job start; raise UsageError if Slurm does not."""
+    answer = _with_retries(lambda: query_slurm(["scontrol", "release", job], env))
+    if answer.returncode:
+        raise UsageError(f"job {job} cannot be released: {' '.join(answer.stderr.split())}")
+
+
 def _cancel_unconfirmed(request: JobRequest, env: Mapping[str, str]) -> None:
     """Cancel a job that Slurm queued although ``sbatch`` failed, and remove its files."""
     slurm = request.folder / "slurm"

@@ -1,6 +1,7 @@
 """A submission of one run or sweep: check it, show it, or send it to Slurm."""
 
 import logging
+import os
 import shlex
 import shutil
 import subprocess
@@ -45,6 +46,27 @@ _MIN_KEY_LENGTH = 20
 """Characters. W&B keys have 40 or more; a shorter one is a placeholder, which may be part of innocent words."""
 
 _PREVIEWED_RUNS = 10
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A queued job, its code, and what was created for it."""
+
+    job: SubmittedJob
+    code: CodePaths
+    created: Sequence[Run] = ()
+    new_folders: Sequence[Path] = ()
+
+    def undo(self, env: Mapping[str, str]) -> None:
+        """Cancel the job, if it was queued, and remove what was created for it."""
+        scripts = self.job.folder.glob("slurm/*_submission.sh") if self.created else ()
+        for job in {self.job.job, *(script.name.partition("_")[0] for script in scripts)} - {""}:
+            subprocess.run(["scancel", job], env=dict(env), capture_output=True)
+        for run in self.created:
+            shutil.rmtree(run.folder)
+        for folder in sorted(self.new_folders, key=lambda path: len(path.parts), reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -101,7 +123,8 @@ class Submission:
         profile.check_python()
         sizes = [number * profile.ranks for number in range(options.nodes.min, options.nodes.max + 1)]
         sees_data = options.reads_data and profile.container is None and profile.shared_filesystem
-        check_start(command, config, sizes, {**env, **profile.environment}, options.sweep, sees_data)
+        has_checkpoint = options.follows is not None
+        check_start(command, config, sizes, {**env, **profile.environment}, options.sweep, sees_data, has_checkpoint)
         options.check(config, profile)
         folder = options.resume.folder if options.resume else root / name / new_run_id()
         return cls(command, tuple(keys), config, profile, options, folder, sweep_points(options.sweep), secrets)
@@ -123,7 +146,12 @@ class Submission:
 
     def run_arguments(self, index: int = 0) -> list[str]:
         """Return all arguments of a run: the given ones, those that its job needs, and the values of the sweep."""
+        follows = self.options.follows and member_runs(self.options.follows, len(self.sweep_points))[index].folder
+        if self.command == "export":
+            return [str(follows), *self.arguments]
         added, deepspeed = [], self.config["deepspeed"]["config"]
+        if follows:
+            added.append(f"--ckpt_path={follows}")
         if deepspeed is not None and not self._has_argument("--deepspeed.config"):
             added.append(f"--deepspeed.config={deepspeed}")  # as an argument it is copied like other config files
         if self._is_sweep and not self.config["wandb"]["group"]:
@@ -146,31 +174,39 @@ class Submission:
         return "\n".join([script, *(line.replace("\n", "\n# ") for line in lines), ""])
 
     def submit(self, env: MutableMapping[str, str]) -> SubmittedJob:
-        """Create the run folders and queue the job; after a UsageError nothing is left behind."""
+        """Create the run folders, queue the job and register it; after a UsageError nothing is left behind."""
+        job = self.queue(env).job
+        register(job, env)
+        return job
+
+    def queue(self, env: MutableMapping[str, str], code: CodePaths | None = None) -> Queued:
+        """Create the run folders and queue the job; with ``code`` its code is that of the run that it follows."""
         if self.options.resume is not None:
-            return self._submit_resume(self.options.resume, env)
+            return self._queue_resume(self.options.resume, env)
         new_folders = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
         # Of two submissions that have drawn the same id, one draws again.
         first = Run.create(self.folder.parent.parent, self.folder.parent.name)
-        return replace(self, folder=first.folder)._submit_new(first, new_folders, env)
+        return replace(self, folder=first.folder)._queue_new(first, new_folders, code, env)
 
-    def _submit_new(self, first: Run, new_folders: Sequence[Path], env: MutableMapping[str, str]) -> SubmittedJob:
+    def _queue_new(
+        self, first: Run, new_folders: Sequence[Path], code: CodePaths | None, env: MutableMapping[str, str]
+    ) -> Queued:
         """Create the other folders of a sweep, and queue the job."""
         created = [first]
         try:
             for run in self._runs:
                 if run != first:
                     created.append(Run.create(run.folder.parent.parent, run.name, run.id))
-            code = self._code(env)
+            code = self._code(env) if code is None else self._share_code(code, env)
             job = submit_job(self._request(code), self._tasks(code), env)
         except BaseException as error:
-            self._roll_back(created, new_folders, env)
+            Queued(self._submitted("", env), self.live_code(env), created, new_folders).undo(env)
             if isinstance(error, OSError):
                 raise UsageError(f"The run folder {self.folder} cannot be written ({error}); nothing was queued.") from None
             raise
-        return self._register(job, env)
+        return Queued(self._submitted(job, env), code, created, new_folders)
 
-    def _submit_resume(self, run: Run, env: MutableMapping[str, str]) -> SubmittedJob:
+    def _queue_resume(self, run: Run, env: MutableMapping[str, str]) -> Queued:
         """Queue a job that resumes ``run`` with the code and in the folder that it was submitted with."""
         launch = LaunchRecord.read(run.launch)
         if launch is None or launch.paths is None or launch.folder is None:
@@ -179,25 +215,11 @@ class Submission:
         code = CodePaths(tuple(map(Path, launch.paths)), None, launch.code or "")
         task = self._task(run, self.arguments, code)
         options = replace(self.options, working_directory=Path(launch.folder))
-        return self._register(submit_job(replace(self._request(code), options=options), [task], env), env)
+        return Queued(self._submitted(submit_job(replace(self._request(code), options=options), [task], env), env), code)
 
-    def _roll_back(self, created: Sequence[Run], new_folders: Sequence[Path], env: Mapping[str, str]) -> None:
-        """Cancel the job, if it was queued, and remove what a failed submission has created."""
-        for script in self.folder.glob("slurm/*_submission.sh"):
-            subprocess.run(["scancel", script.name.partition("_")[0]], env=dict(env), capture_output=True)
-        for run in created:
-            shutil.rmtree(run.folder)
-        for folder in sorted(new_folders, key=lambda path: len(path.parts), reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-    def _register(self, job: str, env: Mapping[str, str]) -> SubmittedJob:
-        submitted = SubmittedJob(job, self.folder, self._job_name, len(self.sweep_points), env.get("SLURM_CONF", ""))
-        try:
-            register_job(submitted, env)
-        except OSError as error:
-            log.warning("job %s is queued, but %s will not list it: %s.", job, shell_command("jobs"), error)
-        return submitted
+    def _submitted(self, job: str, env: Mapping[str, str]) -> SubmittedJob:
+        conf = env.get("SLURM_CONF", "")
+        return SubmittedJob(job, self.folder, self.job_name, len(self.sweep_points), conf, command=self.command)
 
     def _has_argument(self, flag: str) -> bool:
         return any(argument.startswith(flag) for argument in self.arguments)
@@ -211,7 +233,8 @@ class Submission:
         return len(self.sweep_points) > 1
 
     @property
-    def _job_name(self) -> str:
+    def job_name(self) -> str:
+        """Name of the job."""
         return self.options.job_name or str(self.config["run"]["name"])
 
     def _code(self, env: Mapping[str, str]) -> CodePaths:
@@ -221,6 +244,15 @@ class Submission:
         here = self.options.working_directory
         code = snapshot.take_snapshot(here, self.folder, python_path(env), self.secrets, state_folder(env) / "snapshots")
         frozen_config.check_not_ignored(self.config, code, here, env)
+        return code
+
+    def _share_code(self, code: CodePaths, env: Mapping[str, str]) -> CodePaths:
+        """Link the snapshot of the run that this one follows into the run folder."""
+        if code.digest and (source := self.options.follows) is not None:
+            for name in ("code", "code.sha256"):
+                (self.folder / name).symlink_to(os.path.relpath(source / name, self.folder))
+        if code.project is not None:
+            frozen_config.check_not_ignored(self.config, code, self.options.working_directory, env)
         return code
 
     def _tasks(self, code: CodePaths) -> list[NodeTask]:
@@ -237,6 +269,7 @@ class Submission:
             slurm={key: str(value) for key, value in self.profile.non_default_values().items()},
             code=code.digest,
             paths=[str(path) for path in code.paths],
+            after=str(self.options.after) if self.options.after is not None else None,
         )
         tasks = []
         for index, run in enumerate(self._runs):
@@ -255,4 +288,12 @@ class Submission:
         return NodeTask(run.folder, slurm, self.command, arguments, code.digest, profile.ranks, profile.cpus)
 
     def _request(self, code: CodePaths) -> JobRequest:
-        return JobRequest(self._job_name, self.folder, code, self.profile, self.options, len(self.sweep_points))
+        return JobRequest(self.job_name, self.folder, code, self.profile, self.options, len(self.sweep_points))
+
+
+def register(job: SubmittedJob, env: Mapping[str, str]) -> None:
+    """Register a queued job; a full disk must not prevent a submission."""
+    try:
+        register_job(job, env)
+    except OSError as error:
+        log.warning("job %s is queued, but %s will not list it: %s.", job.job, shell_command("jobs"), error)
