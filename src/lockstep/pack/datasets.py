@@ -28,7 +28,7 @@ def make_dataset(path: str, keys: Sequence[str]) -> tuple[Any, Mapping[str, Any]
     try:
         config = parser.parse_args([f"--dataset={path}", *keys])
         described = config.dataset.as_dict()
-        return parser.instantiate_classes(config).dataset, described
+        return parser.instantiate(config).dataset, described
     except UsageError:
         raise
     except Exception as error:  # of someone else's class

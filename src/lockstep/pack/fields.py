@@ -18,7 +18,6 @@ _PLAIN = ("image", "img", "label")
 _SAME_KIND = {
     "cls": ("cls2", "index", "id", "count"),
     "txt": ("text", "cls", "json"),
-    "jpg": ("jpeg",),
     "bin": (
         "cls",
         "txt",
@@ -39,6 +38,8 @@ _SAME_KIND = {
     ),
 }
 """Other names that a value of a kind may have, as in WebDataset."""
+
+_IMAGES = ("jpg", "jpeg", "png", "npy")
 
 _MAGICS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png"}
 
@@ -61,6 +62,8 @@ def encode_sample(sample: Any, options: ImageOptions) -> dict[str, bytes]:
             name = kind if kind not in fields else f"{name}.{kind}"
         elif name in _PLAIN:
             name = kind
+        elif last in _IMAGES and kind in _IMAGES:  # encoded otherwise than the name says
+            name = f"{name[: -len(last)]}{kind}"
         elif last != kind and last not in _SAME_KIND.get(kind, ()):
             name = f"{name}.{kind}"
         if "/" in name or name in fields:

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torchvision.io import encode_jpeg, encode_png
+from torchcodec.encoders import JpegEncoder, PngEncoder
 from torchvision.transforms.v2 import functional
 
 from lockstep.data.packed import decode_pixels, encode_pixels
@@ -59,10 +58,7 @@ class ImageOptions:
         if self.raw:
             return "npy", encode_pixels(image.expand(3, -1, -1))
         if suffix == "png":
-            return suffix, _to_bytes(encode_png(image.contiguous()))
-        return suffix, _to_bytes(encode_jpeg(image.contiguous(), self.quality or DEFAULT_QUALITY))
-
-
-def _to_bytes(encoded: Tensor) -> bytes:
-    assert encoded.dtype == torch.uint8
-    return encoded.numpy().tobytes()
+            encoded = PngEncoder(image).to_tensor()
+        else:
+            encoded = JpegEncoder(image).to_tensor(quality=self.quality or DEFAULT_QUALITY)
+        return suffix, encoded.numpy().tobytes()

@@ -117,7 +117,6 @@ def _publish(writer: ShardWriter, plan: Mapping[str, Any], records: list[ShardRe
     folder = writer.folder
     shards = [ShardFile(record.name, record.bytes, None) for record in records]
     content = index_shards(folder, shards, writer.source.classes)
-    atomic_write(folder / INDEX_FILE, lambda temporary: temporary.write_bytes(content))
     manifest = {**plan, "left_out": writer.source.left_out, "shards": [asdict(record) for record in records]}
     work = folder / WORK_FOLDER  # which is removed with what a killed process leaves in it
     atomic_write(work / INDEX_FILE, lambda temporary: temporary.write_bytes(content))
