@@ -232,6 +232,18 @@ def test_a_sample_without_an_image_is_named(tmp_path: Path) -> None:
         Shards(root=tmp_path).load("train")
 
 
+def test_the_image_is_found_among_other_fields_or_named(tmp_path: Path) -> None:
+    others = {"0.mask.png": b"", "0.vector.npy": b"", "0.small.jpg": jpeg(9), "0.cls": b"0"}
+    write_tar(tmp_path / "train" / "a.tar", {"0.jpg": jpeg(200), **others})
+    write_tar(tmp_path / "val" / "a.tar", others)
+    assert Shards(root=tmp_path).load("train").read(0) == jpeg(200)
+    assert Shards(root=tmp_path, image="small.jpg").load("train").read(0) == jpeg(9)
+    with pytest.raises(UsageError, match=r"val/a\.tar: sample '0' has more than one image; name the field .* with data\.image"):
+        Shards(root=tmp_path).load("val")
+    with pytest.raises(UsageError, match=r"data\.image: no sample in .*val has jpg; they have mask\.png, vector\.npy"):
+        Shards(root=tmp_path, image="jpg").load("val")
+
+
 def test_stored_pixels_are_the_decoded_ones_and_stay_as_they_are(tmp_path: Path) -> None:
     write_folders(tmp_path / "src", 4, ["train"])
     for kind in ([], ["--raw"]):

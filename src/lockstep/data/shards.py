@@ -17,7 +17,7 @@ from lockstep.data.packed import Entry, ShardIndex, ShardReader, copy_folder, fi
 log = logging.getLogger(__name__)
 
 _MAX_CLASSES = 2**24
-_IMAGES = ("jpg", "jpeg", "png", "npy")
+_RANKS = 4
 
 
 class Shards(ImageFolder):
@@ -32,22 +32,25 @@ class Shards(ImageFolder):
     Args:
         copy_to: Folder on a disk of each node, to which one process of each node copies the shards while training already
             reads them; each is read there from when it has been copied and verified. What is copied stays for the next run.
+        image: Field of the image, where samples have several: ``png``, say; by default the one named jpg, jpeg or png, else
+            the one whose name ends so, else npy.
         **options: Arguments of ImageFolder.
 
     Raises:
         UsageError: See ``ImageFolder``.
     """
 
-    def __init__(self, copy_to: Path | None = None, **options: Any) -> None:
+    def __init__(self, copy_to: Path | None = None, image: str | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.copy_to = copy_to
+        self.copy_to, self.image = copy_to, image
 
     def _prepare_index(self, folder: Path, path: Path) -> None:
         """Write the index of the shards in ``folder``; if the run has one, check that its shards are still there."""
         if not path.exists():
-            publish_index(check_images(find_index(folder), folder).content, path, replace=not self.prepare_data_per_node)
+            publish_index(find_index(folder).content, path, replace=not self.prepare_data_per_node)
         known = ShardIndex.open(path)
         known.verify()
+        check_images(known, folder, self.image)
         if is_current(known, list_shards(folder)):
             return
         found = find_index(folder)
@@ -80,7 +83,8 @@ class Shards(ImageFolder):
         """
         index = self._index(split)
         copies = None if self.copy_to is None else copy_folder(self.copy_to, self.folders[split])
-        images = ShardImages(self.folders[split], index, transform, deterministic, copies)
+        reader = ShardReader(self.folders[split], index, copies)
+        images = ShardImages(reader, transform, deterministic, self.image)
         if index.class_names is None and split != "train" and self.folders["train"].is_dir():
             found, images.classes = len(images.classes), self.training_classes()
             if found > len(images.classes):
@@ -94,17 +98,17 @@ class Shards(ImageFolder):
         path = None if self.index_folder is None else self.index_folder / f"{split}.index"
         if path is not None and path.exists():
             return ShardIndex.open(path)
-        return check_images(find_index(self.folders[split]), self.folders[split])
+        return check_images(find_index(self.folders[split]), self.folders[split], self.image)
 
 
 class ShardImages(ImageFiles):
-    """The images of ``index``, whose shards are in ``folder``, or, if they have been copied, in ``copies``."""
+    """The images that ``reader`` reads; ``image`` as in ``Shards``."""
 
-    def __init__(
-        self, folder: Path, index: ShardIndex, transform: v2.Transform, deterministic: bool, copies: Path | None = None
-    ) -> None:
-        super().__init__(folder, index, transform, deterministic)
-        self.reader, self._own_transform = ShardReader(folder, index, copies), transform
+    def __init__(self, reader: ShardReader, transform: v2.Transform, deterministic: bool, image: str | None = None) -> None:
+        super().__init__(reader.folder, reader.index, transform, deterministic)
+        self.reader, self._own_transform = reader, transform
+        ranks = {name: _rank(name, image) for name in reader.index.fields}
+        self._ranks = {name: rank for name, rank in ranks.items() if rank is not None}
 
     def place(self, index: int) -> str:
         """Where an image is: shard and member."""
@@ -122,28 +126,36 @@ class ShardImages(ImageFiles):
         return content if self.transform is self._own_transform else content.clone()
 
     def _entry(self, index: int) -> Entry:
-        return next(entry for entry in self.reader.index.entries(index) if _is_image(entry.field))
+        images = (entry for entry in self.reader.index.entries(index) if entry.field in self._ranks)
+        return min(images, key=lambda entry: self._ranks[entry.field])
 
 
-def check_images(index: ShardIndex, folder: Path) -> ShardIndex:
-    """Return ``index``; UsageError if a sample has no image, more than one, or no label."""
-    images = [number for number, name in enumerate(index.fields) if _is_image(name)]
-    counts = index.count_fields(images)
+def check_images(index: ShardIndex, folder: Path, image: str | None) -> ShardIndex:
+    """Return ``index``; UsageError if a sample has no image, several that could be it, or no label."""
+    ranks = [_rank(name, image) for name in index.fields]
+    if image is not None and 0 not in ranks:
+        raise UsageError(f"data.image: no sample in {folder} has {image}; they have {', '.join(index.fields)}.")
+    images = np.zeros(len(index), np.int64)  # how many of the first rank that a sample has
+    for rank in range(_RANKS):
+        images = np.where(images, images, index.count_fields([number for number, own in enumerate(ranks) if own == rank]))
     for wrong, problem in (
-        (counts == 0, f"has no {', '.join(_IMAGES[:-1])} or {_IMAGES[-1]}"),
-        (counts > 1, "has more than one image"),
+        (images == 0, f"has no {image or 'jpg, jpeg, png or npy'}; for other data, write a DataModule with ShardDataset"),
+        (images > 1, "has more than one image; name the field of the one to take with data.image"),
         (index.labels < 0, "has no label: a number or a name in its cls, or as label in its json"),
         (index.labels >= _MAX_CLASSES, "has a label that is too high for the number of a class"),
     ):
         if wrong.any():
             number = int(np.argmax(wrong))
             shard = index.shards[next(iter(index.entries(number))).shard].name
-            raise UsageError(
-                f"data.root: {folder / shard}: sample {index.key(number)!r} {problem}; "
-                "for other data, write a DataModule with lockstep.data.ShardDataset."
-            )
+            raise UsageError(f"data.root: {folder / shard}: sample {index.key(number)!r} {problem}.")
     return index
 
 
-def _is_image(field: str) -> bool:
-    return field.rpartition(".")[2] in _IMAGES
+def _rank(field: str, image: str | None) -> int | None:
+    """The rank of a field among those that may be the image, from 0; None if it cannot be."""
+    if image is not None:
+        return 0 if field == image.lower() else None
+    before, _, kind = field.rpartition(".")
+    if kind in ("jpg", "jpeg", "png"):
+        return 1 if before else 0
+    return (3 if before else 2) if kind == "npy" else None
