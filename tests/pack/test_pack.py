@@ -255,8 +255,8 @@ def test_killed_before_any_file_is_published_a_second_call_writes_the_same_bytes
 
 
 def test_workers_end_with_a_killed_packing_which_a_second_call_completes(tmp_path: Path) -> None:
-    write_folders(tmp_path / "src", 60, ["train"])
-    arguments = [str(tmp_path / "src" / "train"), str(tmp_path / "out"), "--shard-size", "4", "--workers", "2"]
+    write_folders(tmp_path / "src", 240, ["train"])
+    arguments = [str(tmp_path / "src" / "train"), str(tmp_path / "out"), "--shard-size", "1", "--workers", "2"]
     process = get_context("fork").Process(target=main, args=(arguments,))
     process.start()
     while len(list((tmp_path / "out").glob("*.tar"))) < 3:
@@ -268,7 +268,7 @@ def test_workers_end_with_a_killed_packing_which_a_second_call_completes(tmp_pat
     while any((Path("/proc") / worker).exists() for worker in workers):  # else they would write beside the second call
         time.sleep(0.001)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
-    assert len(workers) == 2 and len(kept) < 15
+    assert len(workers) == 2 and len(kept) < 240
     assert main(arguments) == 0
     main([*arguments[:1], str(tmp_path / "whole"), *arguments[2:]])
     assert content(tmp_path / "out") == content(tmp_path / "whole")
