@@ -259,16 +259,16 @@ def test_workers_end_with_a_killed_packing_which_a_second_call_completes(tmp_pat
     arguments = [str(tmp_path / "src" / "train"), str(tmp_path / "out"), "--shard-size", "1", "--workers", "2"]
     process = get_context("fork").Process(target=main, args=(arguments,))
     process.start()
-    while len(list((tmp_path / "out").glob("*.tar"))) < 3:
+    children, workers = Path(f"/proc/{process.pid}/task/{process.pid}/children"), list[str]()
+    while len(list((tmp_path / "out").glob("*.tar"))) < 3 or len(workers) < 2:
+        workers = children.read_text().split()
         time.sleep(0.001)
-    assert process.pid is not None
-    workers = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
     process.kill()
     process.join()
     while any((Path("/proc") / worker).exists() for worker in workers):  # else they would write beside the second call
         time.sleep(0.001)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
-    assert len(workers) == 2 and len(kept) < 240
+    assert len(kept) < 240
     assert main(arguments) == 0
     main([*arguments[:1], str(tmp_path / "whole"), *arguments[2:]])
     assert content(tmp_path / "out") == content(tmp_path / "whole")
