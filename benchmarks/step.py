@@ -105,7 +105,7 @@ def make_loader(world: World, steps: int) -> DataLoader[Any]:
 def train_by_hand(world: World, network: str, steps: int) -> None:
     """Train with a loop as one writes it without a library."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # as in a script that does not import Lightning
-    device = local_devices(world, "auto")[world.local_rank]
+    device = local_devices(world, "auto", "auto", os.environ)[world.local_rank]
     init_process_group(world, device, timedelta(minutes=5))
     model = make_network(network).to(device)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
@@ -142,7 +142,7 @@ class StockClassifier(LightningModule):
 
 def train_with_lightning(world: World, network: str, steps: int) -> None:
     """Train with Lightning's own Trainer, strategy and logger."""
-    devices = local_devices(world, "auto")
+    devices = local_devices(world, "auto", "auto", os.environ)
     init_process_group(world, devices[world.local_rank], timedelta(minutes=5))
     strategy: Any = "auto"
     if world.size > 1:

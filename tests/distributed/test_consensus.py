@@ -1,10 +1,12 @@
 """Signals, the consensus on when to stop in forked ranks, and Lightning's own mechanisms disabled in a real run."""
 
 import os
+import pickle
 import signal
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,12 @@ from support.runs import SMALL, Launch
 
 from lockstep.core.world import World
 from lockstep.distributed.consensus import StopConsensus
-from lockstep.distributed.process_group import destroy_process_group, enable_flight_recorder, init_process_group
+from lockstep.distributed.process_group import (
+    destroy_process_group,
+    enable_flight_recorder,
+    init_process_group,
+    write_flight_record,
+)
 from lockstep.distributed.ranks import fork_ranks
 from lockstep.distributed.signals import SignalReceiver
 
@@ -80,3 +87,21 @@ def test_the_flight_recorder_is_enabled_and_keeps_variables_of_the_user(tmp_path
     enable_flight_recorder(tmp_path, env)
     trace = f"{tmp_path}/nccl-trace-"
     assert env == {"TORCH_FR_BUFFER_SIZE": "7", "TORCH_FR_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": trace}
+
+
+def test_a_rank_that_hangs_leaves_its_newest_collectives(tmp_path: Path) -> None:
+    def hang(world: World) -> dict[str, Any]:
+        enable_flight_recorder(tmp_path, os.environ)
+        init_process_group(world, torch.device("cpu"), timedelta(seconds=30))
+        torch.distributed.all_reduce(torch.ones(3))
+        write_flight_record(world, os.environ)
+        destroy_process_group()
+        record: dict[str, Any] = pickle.loads((tmp_path / f"nccl-trace-{world.rank}").read_bytes())
+        return record
+
+    for record in fork_ranks(hang, 1, 2):
+        (entry,) = record["entries"]
+        assert entry["profiling_name"] == "gloo:all_reduce" and entry["input_sizes"] == [[3]]
+        assert "hang" in [frame["name"] for frame in entry["frames"]]
+    write_flight_record(World(), {"TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "none")})  # without a process group
+    assert not (tmp_path / "none0").exists()

@@ -56,6 +56,10 @@ def files_of(folder: Path) -> list[Path]:
         ("--time 0", "time: '0' must be more than 0"),
         ("--ckpt_path /nope", "ckpt_path: /nope does not exist"),
         ("--trainer.accelerator gpu", "trainer.accelerator: 'gpu' needs GPUs; request some with --gpus-per-node."),
+        (
+            "--gpus-per-node 2 --ranks-per-node 4",
+            "ranks_per_node: 4 ranks need a GPU each, and gpus_per_node is 2; request as many GPUs as ranks, or use",
+        ),
         ("--nodes 0", "argument --nodes: 0 must be 1 or more"),
         ("--time soon", "time: 'soon' is not a time"),
         ("--partition nowhere", "Invalid partition name specified. Requested: 1 node of 1 rank; partitions are debug, short"),

@@ -212,6 +212,10 @@ def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.
             "trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.",
         ),
         (
+            ["--distributed.backend=gloo", "--trainer.accelerator=gpu"],
+            "distributed.backend: 'gloo' on GPUs is not for ZeRO, which needs nccl there; use strategy ddp.",
+        ),
+        (
             ["--model", "support.toy_model.TwoOptimizers", "--data", "support.toy_model.ToyData"],
             "model: TwoOptimizers has several optimizers or schedules, and ZeRO supports one; use strategy ddp.",
         ),

@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from lockstep import cli
 from lockstep.core.world import World
 from lockstep.distributed.process_group import destroy_process_group, init_process_group
 from lockstep.distributed.ranks import RankFailed, fork_ranks
-from lockstep.strategies import preload
+from lockstep.strategies import deepspeed_ops, preload
 from lockstep.strategies.deepspeed_nvme import private_folder
 from lockstep.strategies.deepspeed_ops import Op, load_ops
 from lockstep.trainer.session import main
@@ -202,6 +203,21 @@ def test_a_missing_compiler_is_reported_once(tmp_path: Path) -> None:
     )
     assert ", and c++ is missing on " in told[0]
     assert told[0].endswith("install it (apt-get install g++ libaio-dev), or use cpu.")
+
+
+def test_a_missing_nvcc_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would begin to compile, and end with a message about a path that is not a text."""
+    accelerator = SimpleNamespace(device_name=lambda: "cuda")
+    monkeypatch.setattr(importlib.import_module("deepspeed.accelerator"), "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(importlib.import_module("torch.utils.cpp_extension"), "CUDA_HOME", None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")
+    monkeypatch.setattr(deepspeed_ops, "_is_installed", lambda name: False)
+    for_gpus = importlib.import_module("deepspeed.ops.op_builder.fused_adam").FusedAdamBuilder
+    monkeypatch.setattr(importlib.import_module("deepspeed.ops.op_builder"), "FusedAdamBuilder", for_gpus)
+    monkeypatch.setattr(for_gpus, "load", lambda self, verbose: None)
+    found = deepspeed_ops._load(Op("FusedAdamBuilder", "model.optimizer", "deepspeed.ops.adam.FusedAdam", "use adamw or sgd"))
+    assert "op fused_adam, which is compiled at first use, and nvcc is missing on " in found
+    assert found.endswith(f"; install the CUDA toolkit {torch.version.cuda}, or use adamw or sgd.")
 
 
 @needs_compiler

@@ -53,10 +53,25 @@ def merge_async_io_sources(builder: Any, folder: Path) -> None:
     with_torch = [path for path in sources if path.parent.name == "py_lib"]
     merged = folder / "aio" / "py_lib" / "async_io.cpp"
     merged.write_text("".join(f'#include "{path.name}"\n' for path in with_torch))
-    includes = [str(folder.joinpath(*Path(name).parts[1:])) for name in builder.include_paths()]
+    own = [Path(name) for name in builder.include_paths()]
+    includes = [str(path if path.is_absolute() else folder.joinpath(*path.parts[1:])) for path in own]  # CUDA's is absolute
     names = [str(path) for path in (merged, *(path for path in sources if path not in with_torch))]
     patch("deepspeed", builder, "sources", lambda: names)
     patch("deepspeed", builder, "include_paths", lambda: includes)
+
+
+def needs_nvcc(builder: Any) -> bool:
+    """Whether an op cannot be compiled for lack of nvcc, which async_io needs too where there are GPUs."""
+    builders = import_module("deepspeed.ops.op_builder.builder")
+    if import_module("deepspeed.accelerator").get_accelerator().device_name() != "cuda":
+        return False
+    if not isinstance(builder, builders.CUDAOpBuilder):
+        return False
+    try:
+        builders.installed_cuda_version()
+    except builders.MissingCUDAException:
+        return True
+    return False
 
 
 def is_partitioned(parameter: Any) -> bool:

@@ -25,8 +25,8 @@ def cpus_near_gpus(env: Mapping[str, str]) -> list[set[int]]:
     try:
         count = ctypes.c_uint()
         nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count.value)))
-        found = [_cpus_near(nvml, name) for name in visible.split(",")]
+        visible = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count.value))))
+        found = [_cpus_near(nvml, name.strip()) for name in visible.split(",")]
     finally:
         nvml.nvmlShutdown()
     return found if all(found) else []

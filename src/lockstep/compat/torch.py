@@ -73,6 +73,20 @@ def peak_activations(tracker: MemTracker, device: torch.device) -> int:
     return sum(peak[private("torch", _MemRefType, kind)] for kind in ("ACT", "TEMP", "OTH"))
 
 
+def forked_after_cuda() -> bool:
+    """Whether this process was forked from one that has initialized CUDA, or has asked CUDA for its GPUs."""
+    return bool(private("torch", torch.cuda, "_is_in_bad_fork")())
+
+
+def flight_record() -> bytes:
+    """What the flight recorder knows of the newest collectives of this process, as ``torchfrtrace`` reads it; empty without."""
+    if not torch.distributed.is_initialized():
+        return b""
+    name = "_dump_nccl_trace" if torch.distributed.get_backend() == "nccl" else "_dump_fr_trace"
+    record: bytes = private("torch", torch._C._distributed_c10d, name)()
+    return record
+
+
 def apply_to_states(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
     """Replace every tensor of ``module``, such as the states of a torchmetrics ``Metric``, by ``function`` of it."""
     private("torch", module, "_apply")(function)

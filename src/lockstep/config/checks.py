@@ -169,6 +169,8 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
     if config["strategy"] == "deepspeed":
         if config["trainer"].get("gradient_clip_algorithm") == "value":
             raise UsageError("trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.")
+        if config["distributed"]["backend"] == "gloo" and config["trainer"].get("accelerator") in ("gpu", "cuda"):
+            raise UsageError("distributed.backend: 'gloo' on GPUs is not for ZeRO, which needs nccl there; use strategy ddp.")
         options = config["deepspeed"]
         paths = {name: Path(options[name]) for name in ("config", "nvme_path") if options[name]}
         deepspeed_config(DeepSpeedOptions(**{**options, **paths}))

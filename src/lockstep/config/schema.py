@@ -88,9 +88,12 @@ class DistributedOptions:
 
     Args:
         timeout_minutes: Time that a collective waits for all ranks before it fails.
+        backend: ``auto`` is nccl on GPUs and gloo on CPUs. With gloo and accelerator gpu, ranks may share a GPU, slowly: to
+            test several ranks where there is one; strategy ddp only.
     """
 
     timeout_minutes: int = 30
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
 
 
 @dataclass

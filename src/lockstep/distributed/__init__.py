@@ -5,6 +5,7 @@ from lockstep.distributed.channel import Channel
 from lockstep.distributed.consensus import StopConsensus, all_meet
 from lockstep.distributed.cpus import share_cpus
 from lockstep.distributed.debugger import breakpoints
+from lockstep.distributed.gpus import local_devices
 from lockstep.distributed.phases import STARTING_PHASES, PhaseBoard, phase_limits
 from lockstep.distributed.process_group import (
     WorldEnvironment,
@@ -15,9 +16,9 @@ from lockstep.distributed.process_group import (
     enable_flight_recorder,
     gather,
     init_process_group,
-    local_devices,
     new_group,
     scatter,
+    write_flight_record,
 )
 from lockstep.distributed.rank_group import set_process_name
 from lockstep.distributed.ranks import RankFailed, fork_ranks

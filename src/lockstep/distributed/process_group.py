@@ -1,4 +1,4 @@
-"""The process group: devices, rendezvous, and small collectives of Python objects."""
+"""The process group: rendezvous, and small collectives of Python objects."""
 
 import errno
 import logging
@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import socket
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from datetime import timedelta
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar
@@ -16,7 +16,8 @@ from lightning.fabric.plugins import ClusterEnvironment
 from torch.serialization import safe_globals
 
 from lockstep.compat.lightning import set_rank_zero
-from lockstep.core import LockstepError, RunError, SaveError, UsageError, World, count
+from lockstep.compat.torch import flight_record
+from lockstep.core import LockstepError, RunError, SaveError, UsageError, World, atomic_write
 from lockstep.runs import Run
 
 log = logging.getLogger(__name__)
@@ -70,37 +71,12 @@ class WorldEnvironment(ClusterEnvironment):
         return self._world.node_rank
 
 
-def local_devices(world: World, accelerator: str) -> list[torch.device]:
-    """The device of each rank of this node, by local rank; ``auto`` is GPUs if there is one for every rank, else the CPU.
+def init_process_group(
+    world: World, device: torch.device, timeout: timedelta, alone: bool = False, backend: str = "auto"
+) -> None:
+    """Start the process group; for a single process only if ``alone``.
 
-    Raises:
-        UsageError: There are fewer GPUs than ranks, or the accelerator is not supported.
-    """
-    visible = torch.cuda.device_count()
-    # A cluster that binds each task to one GPU numbers every one of them 0.
-    bound = visible == 1 and world.launcher in ("slurm", "submitit")
-    if accelerator == "auto":
-        accelerator = "gpu" if bound or visible >= world.local_size else "cpu"
-        if visible and accelerator == "cpu" and world.is_rank_zero:
-            log.warning(
-                "%s on this node, but visible: %s; training on the CPU", count(world.local_size, "rank"), count(visible, "GPU")
-            )
-    if accelerator == "cpu":
-        return [torch.device("cpu")] * world.local_size
-    if accelerator not in ("gpu", "cuda"):
-        raise UsageError(f"trainer.accelerator: {accelerator!r} is not valid; valid are auto, cpu, gpu and cuda.")
-    if not bound and visible < world.local_size:
-        raise UsageError(
-            f"{count(world.local_size, 'rank')} on this node, but visible: {count(visible, 'GPU')}; "
-            "use fewer ranks or --trainer.accelerator cpu."
-        )
-    return [torch.device("cuda", 0 if bound else index) for index in range(world.local_size)]
-
-
-def init_process_group(world: World, device: torch.device, timeout: timedelta, alone: bool = False) -> None:
-    """Start the process group: nccl on GPUs, gloo on CPUs; for a single process only if ``alone``.
-
-    A collective that has waited ``timeout`` for another rank fails.
+    A collective that has waited ``timeout`` for another rank fails. The ``backend`` auto is nccl on GPUs, gloo on CPUs.
     """
     set_rank_zero(world.rank)
     if world.size == 1 and not alone:
@@ -113,15 +89,17 @@ def init_process_group(world: World, device: torch.device, timeout: timedelta, a
         # node, and the last digit of a sum would depend on how the ranks are spread over nodes.
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
+    if backend == "auto":
+        backend = "nccl" if on_gpu else "gloo"
     store = _make_store(world, timeout)
     torch.distributed.init_process_group(
-        backend="nccl" if on_gpu else "gloo",
+        backend=backend,
         init_method=world.rendezvous if store is None else None,
         store=store,
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,
-        device_id=device if on_gpu else None,
+        device_id=device if backend == "nccl" else None,
     )
 
 
@@ -163,7 +141,7 @@ def listen(address: str, port: int, nodes: int) -> socket.socket:
 
 
 def enable_flight_recorder(folder: Path, env: MutableMapping[str, str]) -> None:
-    """Make NCCL record its latest collectives and write them to ``folder`` when one times out.
+    """Make NCCL and gloo record their latest collectives; NCCL writes them to ``folder`` when one times out.
 
     Call this before the process group starts. Variables that are already set in ``env`` keep their values. ``torchfrtrace``
     reads the files (https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html).
@@ -171,6 +149,16 @@ def enable_flight_recorder(folder: Path, env: MutableMapping[str, str]) -> None:
     defaults = {"BUFFER_SIZE": "2000", "DUMP_ON_TIMEOUT": "1", "DUMP_TEMP_FILE": str(folder / "nccl-trace-")}
     for name, value in defaults.items():
         env.setdefault(f"TORCH_FR_{name}", value)
+
+
+def write_flight_record(world: World, env: Mapping[str, str]) -> None:
+    """Write the latest collectives of this rank where ``enable_flight_recorder`` has told NCCL to.
+
+    The watchdog of a run ends a rank that hangs long before a collective times out.
+    """
+    prefix = env.get("TORCH_FR_DUMP_TEMP_FILE")
+    if prefix and (record := flight_record()):
+        atomic_write(Path(f"{prefix}{world.rank}"), lambda temporary: temporary.write_bytes(record))
 
 
 def destroy_process_group() -> None:

@@ -21,8 +21,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lockstep.core import SIGNAL_EXIT_STATUSES, Interrupted, Stopped, World
 from lockstep.distributed.memory_cgroup import MemoryWatch
 from lockstep.distributed.phases import PhaseBoard
@@ -113,7 +111,6 @@ class _RankMain:
             sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
         faulthandler.register(signal.SIGQUIT, stacks, all_threads=True)
         os.environ.update(world.environ())
-        _select_gpus(world)
         status = 1
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -332,13 +329,3 @@ def first_failure(outcomes: Iterable[RankOutcome]) -> Failure | None:
     """The failure of the rank that failed first, and not because of another one; None if no rank failed."""
     failed = [(not failure.is_cause, outcome.time, failure) for outcome in outcomes if (failure := outcome.failure) is not None]
     return min(failed, key=itemgetter(0, 1))[2] if failed else None
-
-
-def _select_gpus(world: World) -> None:
-    """Let a rank of a simulated node see the GPUs of that node only; none if there are fewer GPUs than ranks."""
-    if world.launcher == "local" and world.nodes > 1 and (count := torch.cuda.device_count()):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(index) for index in range(count)]
-        first = world.node_rank * world.local_size
-        own = names[first : first + world.local_size] if world.size <= count else []
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)

@@ -19,6 +19,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lockstep.core import World, atomic_write_json, read_json
+from lockstep.distributed import write_flight_record
 from lockstep.runs import Failure, Run, record_failure
 
 _SLOWDOWN_FACTOR = 10.0
@@ -133,6 +134,7 @@ class Watchdog(Callback):
         folder = self.run.attempt_folder(self.attempt)
         mine = StuckRank(self.world.rank, self._heartbeats)
         atomic_write_json(folder / f"stuck-{self.world.rank}.json", asdict(mine))
+        threading.Thread(target=write_flight_record, args=(self.world, os.environ), daemon=True).start()  # it may hang too
         time.sleep(_REPORT_SECONDS)
         self.record_stuck(silent)
 

@@ -26,7 +26,7 @@ import torch
 from jsonargparse import Namespace
 
 from lockstep.compat import patch, private
-from lockstep.compat.deepspeed import merge_async_io_sources
+from lockstep.compat.deepspeed import merge_async_io_sources, needs_nvcc
 from lockstep.config import check_offload
 from lockstep.core import UsageError, World, atomic_write_text
 from lockstep.distributed import all_gather
@@ -162,9 +162,10 @@ def _load(op: Op) -> str:
         name = builder.name
         if not _is_installed(name) and not _is_compiled(name):
             if missing := _missing_tool(builder):
+                how = f"the CUDA toolkit {torch.version.cuda}" if missing == "nvcc" else f"it (apt-get install {op.packages})"
                 return (
                     f"{op.reason} needs DeepSpeed's op {name}, which is compiled at first use, and {missing} is missing on "
-                    f"{platform.node()}; install it (apt-get install {op.packages}), or {op.remedy}."
+                    f"{platform.node()}; install {how}, or {op.remedy}."
                 )
             if not _library(name).exists():
                 log.info("compiling %s for this node, which takes minutes: %s needs it", name, op.reason)
@@ -195,4 +196,6 @@ def _missing_tool(builder: Any) -> str:
     for program in ("ninja", *(shlex.split(compiler)[0] for compiler in compilers)):
         if shutil.which(program) is None:
             return program
+    if needs_nvcc(builder):
+        return "nvcc"
     return "" if builder.is_compatible(verbose=False) or builder.name != "async_io" else "libaio"

@@ -85,19 +85,20 @@ class RunContext:
             UsageError: There are too few GPUs, or the run folder cannot be made.
         """
         parser, config = parsed
-        devices = local_devices(world, config.trainer.accelerator)
+        options = config.distributed
+        devices = local_devices(world, config.trainer.accelerator, options.backend, environ)
         device = devices[world.local_rank]
         if not torch.cuda.device_count():  # Lightning sets it: then each step of an optimizer loads NVML again
             environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-        if config.trainer.precision == "auto":
-            has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            config.trainer.precision = "bf16-mixed" if has_bf16 else "32-true"
         if run is not None:
             enable_flight_recorder(run.attempt_folder(attempt), environ)
             if world.is_rank_zero:
                 write_phase(run, attempt, "rendezvous")
-        timeout = timedelta(minutes=config.distributed.timeout_minutes)
-        init_process_group(world, device, timeout, alone=config.strategy == "deepspeed")
+        timeout = timedelta(minutes=options.timeout_minutes)
+        init_process_group(world, device, timeout, alone=config.strategy == "deepspeed", backend=options.backend)
+        if config.trainer.precision == "auto":  # equal on all ranks, also if their GPUs differ
+            has_bf16 = device.type == "cuda" and broadcast_from_rank_zero(lambda: _has_bf16(device), world)
+            config.trainer.precision = "bf16-mixed" if has_bf16 else "32-true"
         if config.seed_everything is True:
             config.seed_everything = broadcast_from_rank_zero(lambda: secrets.randbelow(2**32), world)
             if config.data is not None and "seed" in config.data.get("init_args", {}):
@@ -107,3 +108,8 @@ class RunContext:
                 lambda: Run.start(config.run.root, config.run.name, sys.argv, world.nodes, world.local_size), world
             )
         return cls(command, parser, config, world, devices, run, attempt, report_phase)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16: from compute capability 8.0, as in ``torch.cuda.is_bf16_supported``."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

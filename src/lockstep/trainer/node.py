@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lockstep.core import LockstepError, UsageError, World, count, setup_logging
+from lockstep.core import LockstepError, World, count, setup_logging
 from lockstep.distributed import Agent, Channel, Plan, phase_limits, share_cpus
 from lockstep.runs import Failure, Run, record_failure, write_failed_result
 from lockstep.slurm import NodeTask, restart_in_allocation
@@ -26,7 +26,7 @@ class Node:
         notes: Lines for the log of rank zero.
 
     Raises:
-        UsageError: The config is not valid, or a module of the user has initialized CUDA.
+        UsageError: The config is not valid.
     """
 
     def __init__(self, task: NodeTask, agents: World, run: Run, attempt: int, notes: list[str]) -> None:
@@ -35,11 +35,6 @@ class Node:
         self.options = self.parsed[1].run
         preload(self.parsed[1], agents.is_rank_zero)
         self.shares = share_cpus(task.ranks, os.environ)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            raise UsageError(
-                "A module that the config names initializes CUDA when it is imported, and a process that has done so cannot "
-                "start ranks; create tensors on the GPU in the LightningModule instead."
-            )
         copy_shards(task.command, self.parsed[1], agents)
 
     def run(self) -> int:

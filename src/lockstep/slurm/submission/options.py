@@ -70,7 +70,7 @@ class LaunchOptions:
     is_held: bool = False
 
     def check(self, config: Mapping[str, Any], profile: Profile) -> None:
-        """Raise UsageError if ``resume`` is impossible, or the config needs GPUs that are not requested."""
+        """Raise UsageError if ``resume`` is impossible, or the run needs GPUs that are not requested."""
         if self.resume and self.sweep:
             raise UsageError(f"--resume: {self.resume.folder} is a single run; it cannot be combined with --sweep.")
         if self.resume and (result := RunResult.read(self.resume.result)) and result.is_finished:
@@ -79,3 +79,9 @@ class LaunchOptions:
         has_gpus = profile.gpus_per_node or any("gpu" in argument for argument in profile.sbatch)
         if accelerator in ("gpu", "cuda") and not has_gpus:
             raise UsageError(f"trainer.accelerator: {accelerator!r} needs GPUs; request some with --gpus-per-node.")
+        shares = accelerator == "cpu" or config["distributed"]["backend"] == "gloo"
+        if 0 < profile.gpus_per_node < profile.ranks and not shares:
+            raise UsageError(
+                f"ranks_per_node: {profile.ranks} ranks need a GPU each, and gpus_per_node is {profile.gpus_per_node}; request "
+                "as many GPUs as ranks, or use --trainer.accelerator cpu."
+            )
