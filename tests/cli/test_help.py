@@ -56,6 +56,7 @@ LINES = {
     "python launch/jobs.py lo": "logs",
     "python launch/jobs.py logs --ra": "--rank",
     "python -m lockstep.cli plan --gpu-": "--gpu-memory",
+    "lockstep pack --shorter": "--shorter-side",
     "python setup.py inst": "",
 }
 

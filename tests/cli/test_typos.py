@@ -110,6 +110,11 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--strategy zero", "strategy: 'zero' is not valid: expected one of 'ddp', 'deepspeed'", None),
     ("--nodes 2 --data.batch_size 63", "the global batch size 63 is not divisible by 2 ranks; use 62 or 64", None),
     ("--config imagenet --data.root /nope", "data.root: /nope is not a folder here; give the one with train/ and val/", None),
+    (
+        "--config imagenet --data lockstep.data.Shards --data.root .",
+        "data.root: . has no .tar file in train/, val/, test/; lockstep pack makes them of folders of images",
+        None,
+    ),
     ("--config mnist --data.root mine.yaml/x", "data.root: mine.yaml/x does not exist, and", None),
     ("--run.name a/b", "run.name: 'a/b' must be letters, digits and . _ + = - only", None),
     ("--run.root mine.yaml/runs", "run.root: ", None),

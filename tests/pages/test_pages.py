@@ -77,7 +77,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with what the pages speak of: a run, README's module, a profile ``mine``, folders of images."""
+    """A folder with what the pages speak of: a run, README's module, a profile ``mine``, folders of images, and shards."""
     (tmp_path / "configs").symlink_to(REPO / "configs")
     run = tmp_path / "runs/digits/<id>"
     run.mkdir(parents=True, mode=0o700)
@@ -91,6 +91,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for split in ("train/cat", "val/cat", "test/cat"):
         for root in ("data/imagenet", "data/pets"):
             (tmp_path / root / split).mkdir(parents=True)
+    (tmp_path / "data/packed/train").mkdir(parents=True)
+    (tmp_path / "data/packed/train/000000.tar").touch()
     monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], "USER": "me"})
     monkeypatch.chdir(tmp_path)
     yield tmp_path

@@ -15,6 +15,7 @@ from lockstep.config import COMMANDS as TRAINER_COMMANDS
 from lockstep.config import SHARED_CLASSES, SHIPPED, describe_files
 from lockstep.config.validation import known_keys
 from lockstep.core import CommandLineParser
+from lockstep.pack.command import make_parser as make_pack_parser
 from lockstep.slurm.submission import LINK_COMMANDS
 
 _BASH_VALUES = """
@@ -68,8 +69,9 @@ def script(shell: str) -> str:
     commands = parser.add_subparsers()
     parents = {"local": local.make_parser("local"), "submit": submit.make_parser("submit")}
     parents |= {"plan": parents["submit"]}
+    known = {**parents, "pack": make_pack_parser("pack")}
     for name, (_, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, parents=[parents[name]] if name in parents else [], add_help=False)
+        command = commands.add_parser(name, help=text, parents=[known[name]] if name in known else [], add_help=False)
         if name in (*parents, "train"):
             _add_keys(command)
         elif name == "jobs":
@@ -79,7 +81,7 @@ def script(shell: str) -> str:
         elif name in ("export", "report", "sync"):
             _complete(command.add_argument("run"), shtab.DIRECTORY)
     for action in (action for command in commands.choices.values() for action in command._actions):
-        if action.metavar == "RUN":
+        if action.metavar in ("RUN", "SRC", "OUT"):
             _complete(action, shtab.DIRECTORY)
         elif "--then" in action.option_strings:
             _complete(action, {"bash": "_lockstep_links", "zsh": f"({' '.join(LINK_COMMANDS)})"})

@@ -112,7 +112,11 @@ def check_data_root(data: Any, root: str | None = None) -> None:
     arguments = data.get("init_args", {}) if isinstance(data, Mapping) else {}
     root = arguments.get("root") if root is None else root
     path = str(data and data.get("class_path"))
-    if not path.startswith("lockstep.data.") or not isinstance(root, str | Path) or os.path.isdir(root):
+    if not path.startswith("lockstep.data.") or not isinstance(root, str | Path):
+        return
+    if os.path.isdir(root):
+        if path == "lockstep.data.Shards":
+            _check_shards(Path(root), [str(arguments.get(split) or split) for split in ("train", "val", "test")])
         return
     elsewhere = "if only the nodes have it, set --shared_filesystem false"
     if path in _IMAGE_FILES and not arguments.get("archive"):
@@ -120,6 +124,18 @@ def check_data_root(data: Any, root: str | None = None) -> None:
     existing = next(folder for folder in Path(root).absolute().parents if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"data.root: {root} does not exist, and {existing} cannot be written to make it; {elsewhere}.")
+
+
+def _check_shards(root: Path, splits: Sequence[str]) -> None:
+    """Raise UsageError if no split has a shard, or one is not packed to its end."""
+    if not any(any((root / split).glob("*.tar*")) for split in splits):
+        raise UsageError(
+            f"data.root: {root} has no .tar file in {', '.join(f'{split}/' for split in splits)}; lockstep pack makes them of "
+            "folders of images, which lockstep.data.ImageFolder reads as they are."
+        )
+    for split in splits:
+        if (root / split / ".pack").exists():
+            raise UsageError(f"data.root: {root / split} is not packed to its end; run lockstep pack again, as before.")
 
 
 def check_trainer_classes(trainer: Mapping[str, Any]) -> None:

@@ -11,18 +11,10 @@ shards that are there and writes those that are missing, with the same bytes.
 import argparse
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.core import CommandLineParser, UsageError, count, int_at_least
-from lockstep.pack.datasets import make_dataset
-from lockstep.pack.images import DEFAULT_QUALITY, ImageOptions
-from lockstep.pack.packing import Packed, pack
-from lockstep.pack.progress import PackingLine
-from lockstep.pack.sources import DatasetSource, FolderSource, Source
-
-_SPLITS = ("train", "val", "test")
+from lockstep.core import CommandLineParser, UsageError, int_at_least
 
 
 def main(arguments: Sequence[str], program: str = "lockstep pack") -> int:
@@ -35,21 +27,11 @@ def main(arguments: Sequence[str], program: str = "lockstep pack") -> int:
     parser = make_parser(program)
     own, keys = _split_off_keys(arguments)
     options = parser.parse_args(own)
-    images = _image_options(options)
-    if (options.src is None) == (options.dataset is None):
-        raise UsageError("SRC: give a folder of images, or --dataset CLASS; one of them.")
-    if options.src is None:
-        dataset, described = make_dataset(options.dataset, keys)
-        sources: dict[Path, Source] = {options.out: DatasetSource(dataset, described)}
-    else:
-        if keys:
-            raise UsageError(f"{keys[0].partition('=')[0]}: belongs to --dataset, which is not given.")
-        sources = dict(_folder_sources(options.src, options.out))
+    _check(options, keys)
+    from lockstep.pack.run import run  # imports torch, which a mistake need not wait for
+
     try:
-        for folder, source in sources.items():
-            with PackingLine(folder) as line:
-                packed = pack(source, folder, images, options.shard_size, options.workers, line.show)
-            print(_describe(folder, packed))
+        run(options, keys)
     except KeyboardInterrupt:
         print("\nlockstep: interrupted; call again, and finished shards are kept.", file=sys.stderr)
         return 130
@@ -96,55 +78,17 @@ def _split_off_keys(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, keys
 
 
-def _image_options(options: argparse.Namespace) -> ImageOptions:
+def _check(options: argparse.Namespace, keys: Sequence[str]) -> None:
+    """Raise UsageError if arguments contradict each other, or the folders."""
     if options.quality is not None and options.quality > 100:
         raise UsageError(f"--quality: {options.quality} must be 100 or less.")
     if options.raw and options.quality is not None:
         raise UsageError("--raw: stores pixels, which have no --quality; give one of them.")
-    resizes = options.shorter_side is not None and not options.raw
-    return ImageOptions(options.shorter_side, options.quality or (DEFAULT_QUALITY if resizes else None), options.raw)
-
-
-def _folder_sources(src: Path, out: Path) -> Iterator[tuple[Path, Source]]:
-    """The folders to write, and what to write there."""
-    if not src.is_dir():
-        raise UsageError(f"SRC: {src} is not a folder.")
-    if out.resolve().is_relative_to(src.resolve()):
-        raise UsageError(f"OUT: {out} is in SRC; choose a folder elsewhere.")
-    folders = {entry.name for entry in src.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    splits = [name for name in _SPLITS if name in folders]
-    if not splits or (len(splits) == 1 and len(folders) > 1):  # train may be the name of a class
-        yield out, _folder_source(src)
-        return
-    found = {name: _folder_source(src / name) for name in splits}
-    (first, one), *others = found.items()
-    for name, source in others:
-        if different := sorted(set(source.classes or ()) ^ set(one.classes or ())):
-            raise UsageError(
-                f"SRC: {src / first} and {src / name} have different classes: {', '.join(different[:5])}"
-                f"{' …' if len(different) > 5 else ''} only in one of them."
-            )
-    for name in sorted(folders - set(splits)):
-        print(f"left out {src / name}: neither train, val nor test")
-    yield from ((out / name, source) for name, source in found.items())
-
-
-def _folder_source(folder: Path) -> FolderSource:
-    try:
-        return FolderSource(folder)
-    except UsageError as error:
-        raise UsageError(error.message.replace("data.root", "SRC", 1)) from None
-
-
-def _describe(folder: Path, packed: Packed) -> str:
-    """What is in a folder, and what was left out, by reason."""
-    whole = (
-        f"{folder}: {count(packed.samples, 'sample')} in {count(len(packed.records), 'shard')}, {packed.bytes / 1e6:,.1f} MB"
-    )
-    kept = len(packed.records) - packed.written
-    lines = [whole + (f"; {count(kept, 'shard')} kept, whose checksums are right" if kept else "")]
-    for reason, number in Counter(reason for _, reason in packed.left_out).most_common():
-        names = [name for name, why in packed.left_out if why == reason]
-        shown = f"{', '.join(names[:3])}{', …' if number > 3 else ''}"
-        lines.append(f"  left out {number:,}, {reason}: {shown}")
-    return "\n".join(lines)
+    if (options.src is None) == (options.dataset is None):
+        raise UsageError("SRC: give a folder of images, or --dataset CLASS; one of them.")
+    if options.dataset is None and keys:
+        raise UsageError(f"{keys[0].partition('=')[0]}: belongs to --dataset, which is not given.")
+    if options.src is not None and not options.src.is_dir():
+        raise UsageError(f"SRC: {options.src} is not a folder.")
+    if options.src is not None and options.out.resolve().is_relative_to(options.src.resolve()):
+        raise UsageError(f"OUT: {options.out} is in SRC; choose a folder elsewhere.")
