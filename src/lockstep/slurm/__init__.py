@@ -1,6 +1,21 @@
 """Jobs on Slurm: query and follow them, restart or requeue them, and run the task of one node."""
 
-from lockstep.slurm.client import RUNNING_JOBS, STATES_OF_JOB, check_slurm_conf, is_owner_alive, query_slurm
+from lockstep.slurm.client import (
+    QUEUED_SCRIPTS,
+    RUNNING_JOBS,
+    STATES_OF_JOB,
+    Partition,
+    check_slurm_conf,
+    is_owner_alive,
+    is_unanswered,
+    is_unknown_job,
+    lacks_nodes,
+    parse_node_states,
+    parse_rejection,
+    parse_scripts,
+    query_partitions,
+    query_slurm,
+)
 from lockstep.slurm.dependencies import Condition, Dependency
 from lockstep.slurm.follow import follow
 from lockstep.slurm.registry import SubmittedJob, find_job, member_runs, register_job, registered_jobs, state_folder

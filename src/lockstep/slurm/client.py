@@ -1,4 +1,7 @@
-"""The Slurm client: query squeue, and parse the answers."""
+"""The Slurm client: the questions to Slurm's commands, and the parsers of their answers in all versions.
+
+tests/slurm/golden has what the commands of each version print.
+"""
 
 import os
 import platform
@@ -9,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lockstep.core import UsageError
+from lockstep.core import UsageError, count
 from lockstep.runs import JobState, Owner
 
 RUNNING_JOBS = (
@@ -21,6 +24,28 @@ RUNNING_JOBS = (
 
 STATES_OF_JOB = ("squeue", "--all", "--array", "--states=all", "--noheader", "--Format=State")
 """The command that prints the state of each task of the job that ``--jobs`` names; it fails for an unknown one."""
+
+
+JOBS = (
+    *("squeue", "--all", "--array", "--states=all", "--noheader", "--me"),
+    "--Format="
+    + ",".join(
+        f"{name}:|"
+        for name in (
+            *("JobID", "ArrayJobID", "ArrayTaskID", "State", "Reason", "StartTime", "TimeUsed", "TimeLimit", "NodeList"),
+            *("exit_code", "RestartCnt", "Dependency"),
+        )
+    ),
+)
+"""The command that lists all jobs of the user for ``parse_jobs``. Without --jobs: it fails where Slurm has forgotten one."""
+
+QUEUED_SCRIPTS = ("squeue", "--me", "--noheader", "--Format=ArrayJobID:|,Command:|")
+"""The command that lists the user's jobs and their batch scripts for ``parse_scripts``."""
+
+PARTITIONS = ("sinfo", "--all", "--exact", "--noheader", "--format=%R|%P|%D|%c|%m|%G|%l|%T")
+"""The command that lists the nodes of each partition for ``parse_partitions``."""
+
+_NO_ANSWER = re.compile(r"(?i)unable to contact|connect failure|connection refused|timed out|zero bytes")
 
 
 def check_slurm_conf(env: Mapping[str, str]) -> None:
@@ -90,19 +115,10 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
         return {}, ""
     if not _has_command("squeue", env):
         return {}, "squeue is not installed here."
-    fields = "JobID,ArrayJobID,ArrayTaskID,State,Reason,StartTime,TimeUsed,TimeLimit,NodeList,exit_code,RestartCnt,Dependency"
-    format_ = fields.replace(",", ":|,") + ":|"
-    # Not --jobs: squeue fails as a whole where Slurm has forgotten one of them.
-    answer = query_slurm(["squeue", "--all", "--array", "--states=all", "--noheader", "--me", f"--Format={format_}"], env)
+    answer = query_slurm([*JOBS], env)
     if answer.returncode:
         return {}, answer.stderr.strip().splitlines()[-1].removeprefix("slurm_load_jobs error: ")
-    states: dict[str, JobState] = {}
-    for line in answer.stdout.splitlines():
-        job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, after, *_ = line.split("|")
-        name = f"{array}_{task}" if task != "N/A" else job
-        after = re.sub(r"\(\w+\)", "", after)  # (unfulfilled), (failed) or (null)
-        states[name] = JobState(state, reason, start, elapsed, limit, nodes, exit_status(code), int(restarts), dependency=after)
-    return states, ""
+    return parse_jobs(answer.stdout), ""
 
 
 def exit_status(code: str) -> int:
@@ -112,3 +128,88 @@ def exit_status(code: str) -> int:
         waited = os.waitstatus_to_exitcode(int(code)) if code.isdigit() else 0
         return waited if waited >= 0 else 128 - waited
     return int(status) or (128 + int(signal) if int(signal) else 0)
+
+
+def parse_jobs(text: str) -> dict[str, JobState]:
+    """Parse what squeue has printed for JOBS: the state of each job by its id, ``<array>_<task>`` for a run of a sweep."""
+    states: dict[str, JobState] = {}
+    for line in text.splitlines():
+        job, array, task, state, reason, start, elapsed, limit, nodes, code, restarts, after, *_ = line.split("|")
+        name = f"{array}_{task}" if task != "N/A" else job
+        after = re.sub(r"\(\w+\)", "", after)  # (unfulfilled), (failed) or (null)
+        states[name] = JobState(state, reason, start, elapsed, limit, nodes, exit_status(code), int(restarts), dependency=after)
+    return states
+
+
+def parse_scripts(text: str) -> dict[str, str]:
+    """Parse what squeue has printed for QUEUED_SCRIPTS: the path of the batch script of each job."""
+    return {job.strip(): script for job, script, *_ in (line.split("|") for line in text.splitlines())}
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Nodes of one kind in a partition, as ``sinfo`` prints them; where they differ, ``cpus`` and ``memory`` end with +."""
+
+    name: str
+    is_default: bool
+    nodes: str
+    cpus: str
+    memory: str
+    gres: str
+    time: str
+    state: str
+
+    @property
+    def gpus(self) -> int:
+        """GPUs per node."""
+        return sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", self.gres))
+
+    @property
+    def is_unavailable(self) -> bool:
+        """Whether its nodes take no jobs now."""
+        return re.match(r"down|drain|drng|maint|reserved|fail|unk|no_resp|power", self.state) is not None
+
+    def __str__(self) -> str:
+        gpus = self.gres if self.gres != "(null)" else "no GPUs"
+        return (
+            f"partition {self.name} has {count(int(self.nodes), 'node')}, each {self.cpus} CPUs, {self.memory} MB, {gpus}, "
+            f"and a time limit of {self.time}"
+        )
+
+
+def query_partitions(env: Mapping[str, str]) -> list[Partition]:
+    """Return all partitions, one entry per kind of node."""
+    return parse_partitions(query_slurm([*PARTITIONS], env).stdout)
+
+
+def parse_partitions(text: str) -> list[Partition]:
+    """Parse what sinfo has printed for PARTITIONS."""
+    return [
+        Partition(name, label.endswith("*"), *rest) for name, label, *rest in (line.split("|") for line in text.splitlines())
+    ]
+
+
+def parse_node_states(text: str) -> dict[str, str]:
+    """Parse ``scontrol --oneliner show node``: the state of each node in lower case, such as down+not_responding."""
+    return {name: state.lower() for name, state in re.findall(r"^NodeName=(\S+).*? State=(\S+)", text, re.MULTILINE)}
+
+
+def parse_rejection(output: str) -> str:
+    """Why ``sbatch`` has refused a job, in its own words."""
+    errors = re.findall(r"(?:sbatch: error: |allocation failure: |Batch job submission failed: )([^\n]+)", output)
+    return (errors[-1].rpartition("failed: ")[2] if errors else " ".join(output.split())).rstrip(".")
+
+
+def is_unanswered(error: str) -> bool:
+    """Whether a command has failed because slurmctld did not answer."""
+    return _NO_ANSWER.search(error) is not None
+
+
+def lacks_nodes(error: str) -> bool:
+    """Whether sbatch has refused a job because not enough nodes that are up can run it."""
+    return "node configuration is not available" in error
+
+
+def is_unknown_job(error: str) -> bool:
+    """Whether squeue has failed because Slurm does not know the job."""
+    return "Invalid job id" in error

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from lockstep.slurm import parse_node_states
 from lockstep.slurm.cluster import accounting
 from lockstep.slurm.cluster.cgroups import cgroup_conf, check_cgroups, is_limited, remove_cgroups, slurm_conf_values
 from lockstep.slurm.cluster.conf import (
@@ -151,8 +152,7 @@ class Cluster:
 
     def node_states(self, timeout: float = 20) -> dict[str, str]:
         """The state of each node, as Slurm calls it, in lower case: idle, allocated, down+not_responding, …"""
-        shown = self.command("scontrol", "--oneliner", "show", "node", timeout=timeout)
-        return {name: state.lower() for name, state in re.findall(r"^NodeName=(\S+).*? State=(\S+)", shown, re.MULTILINE)}
+        return parse_node_states(self.command("scontrol", "--oneliner", "show", "node", timeout=timeout))
 
     def processes(self) -> list[Process]:
         """All processes of this cluster, in the order in which to kill them."""

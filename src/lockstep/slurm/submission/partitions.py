@@ -1,46 +1,12 @@
 """The partitions of a cluster, and the explanation of why Slurm rejects a job there."""
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from lockstep.core import UsageError, count
-from lockstep.slurm import query_slurm
+from lockstep.slurm import Partition, parse_rejection
 from lockstep.slurm.submission.batch_script import JobRequest
 from lockstep.slurm.submission.profile import parse_minutes
-
-
-@dataclass(frozen=True)
-class Partition:
-    """Nodes of one kind in a partition, as ``sinfo`` prints them; where they differ, ``cpus`` and ``memory`` end with +."""
-
-    name: str
-    is_default: bool
-    nodes: str
-    cpus: str
-    memory: str
-    gres: str
-    time: str
-    state: str
-
-    @property
-    def gpus(self) -> int:
-        """GPUs per node."""
-        return sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", self.gres))
-
-    def __str__(self) -> str:
-        gpus = self.gres if self.gres != "(null)" else "no GPUs"
-        return (
-            f"partition {self.name} has {count(int(self.nodes), 'node')}, each {self.cpus} CPUs, {self.memory} MB, {gpus}, "
-            f"and a time limit of {self.time}"
-        )
-
-
-def query_partitions(env: Mapping[str, str]) -> list[Partition]:
-    """Return all partitions, one entry per kind of node."""
-    command = ["sinfo", "--all", "--exact", "--noheader", "--format=%R|%P|%D|%c|%m|%G|%l|%T"]
-    rows = query_slurm(command, env).stdout.splitlines()
-    return [Partition(name, label.endswith("*"), *rest) for name, label, *rest in (row.split("|") for row in rows)]
 
 
 def _requested(request: JobRequest, partitions: Sequence[Partition]) -> list[Partition]:
@@ -56,8 +22,7 @@ def fits_when_all_nodes_are_up(request: JobRequest, partitions: Sequence[Partiti
     suitable = [
         p for p in _requested(request, partitions) if int(p.cpus.rstrip("+")) >= cpus and p.gpus >= profile.gpus_per_node
     ]
-    unavailable = any(re.match(r"down|drain|drng|maint|reserved|fail|unk|no_resp|power", p.state) for p in suitable)
-    return unavailable and sum(int(p.nodes) for p in suitable) >= request.options.nodes.min
+    return any(p.is_unavailable for p in suitable) and sum(int(p.nodes) for p in suitable) >= request.options.nodes.min
 
 
 def check_time_limit(request: JobRequest, minutes: int, partitions: Sequence[Partition]) -> None:
@@ -69,8 +34,6 @@ def check_time_limit(request: JobRequest, minutes: int, partitions: Sequence[Par
 
 def explain_rejection(output: str, request: JobRequest, partitions: Sequence[Partition]) -> str:
     """Return a sentence with the error in ``output`` of ``sbatch``, the requested resources, and the available ones."""
-    errors = re.findall(r"(?:sbatch: error: |allocation failure: |Batch job submission failed: )([^\n]+)", output)
-    error = errors[-1].rpartition("failed: ")[2] if errors else " ".join(output.split())
     profile = request.profile
     plural = "" if request.options.nodes.max == 1 else "s"
     requested = [f"{request.options.nodes} node{plural} of {count(profile.ranks, 'rank')}"]
@@ -87,4 +50,4 @@ def explain_rejection(output: str, request: JobRequest, partitions: Sequence[Par
     if not available:
         names = dict.fromkeys(p.name for p in partitions)
         available = f"partitions are {', '.join(names)}" if names else "sinfo lists no partitions"
-    return f"Slurm rejects this job: {error.rstrip('.')}. Requested: {', '.join(requested)}; {available}."
+    return f"Slurm rejects this job: {parse_rejection(output)}. Requested: {', '.join(requested)}; {available}."

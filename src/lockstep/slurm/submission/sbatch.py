@@ -10,7 +10,20 @@ from contextlib import suppress
 from lockstep.compat.submitit import SUBMISSION_ERRORS
 from lockstep.core import UsageError, count
 from lockstep.runs import TERMINAL_STATES
-from lockstep.slurm import STATES_OF_JOB, Condition, Dependency, NodeTask, find_job, query_slurm
+from lockstep.slurm import (
+    QUEUED_SCRIPTS,
+    STATES_OF_JOB,
+    Condition,
+    Dependency,
+    NodeTask,
+    find_job,
+    is_unanswered,
+    is_unknown_job,
+    lacks_nodes,
+    parse_scripts,
+    query_partitions,
+    query_slurm,
+)
 from lockstep.slurm.submission import limits, partitions
 from lockstep.slurm.submission.batch_script import PASSED_PREFIX, JobRequest, batch_script, make_executor
 
@@ -44,13 +57,13 @@ def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
     if answer.returncode:
         limits.explain_policy(answer.stderr, request, env)
         # Unlike a submission, --test-only considers only nodes that are up: during maintenance it rejects jobs that can wait.
-        found, is_for_nodes = partitions.query_partitions(env), "node configuration is not available" in answer.stderr
-        if not (is_for_nodes and partitions.fits_when_all_nodes_are_up(request, found)):
+        found = query_partitions(env)
+        if not (lacks_nodes(answer.stderr) and partitions.fits_when_all_nodes_are_up(request, found)):
             raise UsageError(partitions.explain_rejection(answer.stderr, request, found))
     profile = request.profile
     flags = {argument[2:].partition("=")[0] for argument in profile.sbatch}
     if profile.minutes is not None and not profile.qos and not flags & {"qos", "partition", "time"}:
-        partitions.check_time_limit(request, profile.minutes, partitions.query_partitions(env))
+        partitions.check_time_limit(request, profile.minutes, query_partitions(env))
     for note in limits.check_limits(request, env):
         print(note, file=sys.stderr)
 
@@ -86,7 +99,7 @@ def _problem(condition: Condition, runs: int, env: Mapping[str, str]) -> str:
 def _states(job: str, env: Mapping[str, str]) -> set[str]:
     """The states of a job, or of the tasks of an array; empty if Slurm does not know it."""
     answer = _with_retries(lambda: query_slurm([*STATES_OF_JOB, f"--jobs={job}"], env))
-    if answer.returncode and "Invalid job id" not in answer.stderr:
+    if answer.returncode and not is_unknown_job(answer.stderr):
         raise UsageError(f"--after: Slurm does not say whether job {job} exists: {' '.join(answer.stderr.split())}")
     return set(answer.stdout.split())
 
@@ -121,7 +134,7 @@ def submit_job(request: JobRequest, tasks: Sequence[NodeTask], env: MutableMappi
                 return str(jobs[0].job_id).partition("_")[0]
             except SUBMISSION_ERRORS as error:
                 if not retries.wait_after(str(error)):
-                    found = partitions.query_partitions(env)
+                    found = query_partitions(env)
                     raise UsageError(partitions.explain_rejection(str(error), request, found)) from None
                 _cancel_unconfirmed(request, env)
     finally:
@@ -139,11 +152,10 @@ def release_job(job: str, env: Mapping[str, str]) -> None:
 def _cancel_unconfirmed(request: JobRequest, env: Mapping[str, str]) -> None:
     """Cancel a job that Slurm queued although ``sbatch`` failed, and remove its files."""
     slurm = request.folder / "slurm"
-    command = ["squeue", "--me", "--noheader", "--Format=ArrayJobID:|,Command:|"]
-    for line in _with_retries(lambda: query_slurm(command, env)).stdout.splitlines():
-        job, script, *_ = line.split("|")
+    answer = _with_retries(lambda: query_slurm([*QUEUED_SCRIPTS], env))
+    for job, script in parse_scripts(answer.stdout).items():
         if script.startswith(f"{slurm}/.submission_file"):
-            subprocess.run(["scancel", job.strip()], env=dict(env), capture_output=True)
+            subprocess.run(["scancel", job], env=dict(env), capture_output=True)
     for path in (*slurm.glob(".submission_file_*.sh"), *slurm.glob("*.pkl")):
         if not path.name.endswith("_submitted.pkl"):
             path.unlink()
@@ -160,8 +172,6 @@ def _with_retries(run: "Callable[[], subprocess.CompletedProcess[str]]") -> "sub
 class _Retries:
     """Retries of a command of Slurm while its controller does not answer."""
 
-    _NO_ANSWER = re.compile(r"(?i)unable to contact|connect failure|connection refused|timed out|zero bytes")
-
     def __init__(self) -> None:
         self._deadline = time.monotonic() + _RETRY_SECONDS
         self._has_retried = False
@@ -169,8 +179,8 @@ class _Retries:
     def wait_after(self, error: str) -> bool:
         """Return whether to retry a command that failed with ``error``, after waiting for a second."""
         # Right after its restart a controller does not know its nodes yet.
-        has_restarted = self._has_retried and "node configuration is not available" in error
-        if not (self._NO_ANSWER.search(error) or has_restarted) or time.monotonic() > self._deadline:
+        has_restarted = self._has_retried and lacks_nodes(error)
+        if not (is_unanswered(error) or has_restarted) or time.monotonic() > self._deadline:
             return False
         if not self._has_retried:
             print(f"Slurm does not answer; retrying for {_RETRY_SECONDS:.0f} s.", file=sys.stderr, flush=True)
