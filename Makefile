@@ -54,12 +54,13 @@ test: setup lint ## run ruff, mypy and all tests
 	@echo "== test: pytest"
 	$(PYTHON) -m pytest
 
+TESTS := tests/slurm
 ifdef SLURM
-test-slurm: ## run the tests that need Slurm; with SLURM=24.11 on that version, in a root of its Debian release (as root)
-	slurm/debian.sh $(SLURM) make test-slurm
+test-slurm: ## run the tests that need Slurm, or TESTS; with SLURM=24.11 on that version, in a root of its Debian release (as root)
+	slurm/debian.sh $(SLURM) make test-slurm TESTS='$(TESTS)'
 else
 test-slurm: setup slurm ops
-	LOCKSTEP_REQUIRE_SLURM=1 $(PYTHON) -m pytest tests/slurm
+	LOCKSTEP_REQUIRE_SLURM=1 $(PYTHON) -m pytest $(TESTS)
 endif
 
 lint: setup ## run ruff and mypy

@@ -45,7 +45,7 @@ def files_of(folder: Path) -> list[Path]:
         ("--sweep model.word", "--sweep: 'model.word' must have the form KEY=A,B"),
         ("--run.root /proc/runs", "run.root: the run folder /proc/runs/toy/"),
         ("--profile a10", "profile: 'a10' is not in "),
-        ("--after never", "--after: 'never' is not a job id"),
+        ("--after never", "--after: 'never' is neither a job id nor a run that lockstep has submitted here"),
         ("--after 999999", "--after: Slurm does not know job 999999"),
         ("--nodes four", "argument --nodes: 'four' is not a number of nodes; write 4, or 2-4; --help lists the flags."),
         ("--nodes 4-2", "argument --nodes: 4-2 must be 1 or more, the smaller number first"),
