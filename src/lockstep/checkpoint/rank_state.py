@@ -1,4 +1,4 @@
-"""Per-rank state that Lightning checkpoints omit: random numbers, metrics, and logged values that are not reduced yet.
+"""Per-rank state that Lightning checkpoints omit: random numbers, streams, metrics, logged values that are not reduced yet.
 
 The state consists of tensors and plain values, so that it loads with ``weights_only``.
 """
@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from lockstep.checkpoint.serialization import copy_to_cpu
 from lockstep.compat.lightning import capture_logged_values, restore_logged_values
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
+from lockstep.data.loading import stream_records
 from lockstep.strategies import DeepSpeed, ResumePoint
 
 
@@ -32,6 +33,7 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
         **capture_logged_values(trainer),
         "pruned": _pruned_parameters(module),
         "should_stop": trainer.should_stop,
+        "streams": stream_records(trainer),
     }
     state["gradients"] = dict(_accumulating_gradients(trainer))
     return state

@@ -22,6 +22,7 @@ import torch
 
 from lockstep.checkpoint.checksums import share_pieces, verify_pieces
 from lockstep.checkpoint.manifest import MANIFEST_FILE, Manifest, Progress
+from lockstep.checkpoint.serialization import allow_plain_classes
 from lockstep.core import UsageError, World
 from lockstep.data.loading import DataPosition, derive_seed
 from lockstep.distributed import all_gather, broadcast_from_rank_zero
@@ -72,7 +73,9 @@ class Checkpoint:
         )
 
     def _rank_state(self, rank: int) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(self.folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+        path = self.folder / f"rank-{rank}.pt"
+        allow_plain_classes(path)  # of a stream's state
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
 
     def weights(self) -> Iterator[tuple[str, Any]]:

@@ -37,6 +37,7 @@ for _owner, _names in (
     (_TrainingEpochLoop, ("_is_training_done", "_should_accumulate")),
     (_FitLoop, ("_can_stop_early",)),
     (_CheckpointConnector, ("dump_checkpoint",)),
+    (CombinedLoader, ("_state_dicts",)),
     (DeepSpeedStrategy, ("_format_config", "_init_deepspeed_distributed", "_init_optimizers")),
 ):
     for _name in _names:
@@ -77,6 +78,9 @@ class LightningCombinedLoader(CombinedLoader):
         self._iterator = iter(_SUPPORTED_MODES[self._mode]["iterator"](list(iterables), self._limits))
         if self._mode == "max_size_cycle":
             patch("lightning", self._iterator, "_consumed", list(consumed))
+
+    def _state_dicts(self) -> list[dict[str, Any]]:
+        return []  # those of rank zero alone, after a batch that is fetched ahead: each rank saves its own
 
     def combine_counts(self, counts: Sequence[int]) -> int:
         """The number of batches if the loaders have ``counts``."""

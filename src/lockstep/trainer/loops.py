@@ -157,7 +157,8 @@ class FitLoop(LightningFitLoop):
         assert isinstance(strategy, LockstepStrategy)
         with self._epoch_of_loading(self._loaded_epochs[0]):
             loaders = request()
-        return TrainingLoader(loaders, strategy.sharding, lambda: self.trainer.current_epoch, point.positions if point else ())
+        start = (point.positions, point.shared.get("streams", ())) if point else ()
+        return TrainingLoader(loaders, strategy.sharding, lambda: self.trainer.current_epoch, *start)
 
     def setup_data(self) -> None:
         super().setup_data()

@@ -3,7 +3,7 @@
 from lockstep.data.loading.sampling import DataPosition
 from lockstep.data.loading.seeding import SampleKey, derive_seed
 from lockstep.data.loading.sharding import DataSharding, ShardedLoader
-from lockstep.data.loading.training import TrainingLoader, current_batch
+from lockstep.data.loading.training import TrainingLoader, current_batch, stream_records
 
 __all__ = [
     "DataPosition",
@@ -13,4 +13,5 @@ __all__ = [
     "TrainingLoader",
     "current_batch",
     "derive_seed",
+    "stream_records",
 ]

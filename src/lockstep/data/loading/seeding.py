@@ -45,12 +45,29 @@ def _set_rng_state(state: tuple[Any, ...]) -> None:
     random.setstate(state[2])
 
 
+def pack_rng_state(state: tuple[Any, ...]) -> list[Any]:
+    """A ``RandomStream.state`` as tensors and plain values."""
+    own, (name, keys, *rest), (version, words, gauss) = state
+    return [own, [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest], [version, torch.tensor(words), gauss]]
+
+
 class RandomStream:
     """Random numbers of torch (CPU), numpy and random, apart from those of the process, in the blocks of ``active``."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._state: tuple[Any, ...] | None = None
+
+    @property
+    def state(self) -> tuple[Any, ...] | None:
+        """The state after the newest block; None before the first."""
+        return self._state
+
+    def restore(self, packed: list[Any]) -> None:
+        """Continue from a state that ``pack_rng_state`` has packed."""
+        own, (name, keys, *rest), (version, words, gauss) = packed
+        numpy_state = name, keys.numpy().astype(np.uint32), *rest
+        self._state = own, numpy_state, (version, tuple(words.tolist()), gauss)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -13,7 +13,9 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from lockstep.compat.torch import InternalsDataLoader, add_base_class
 from lockstep.core import World
 from lockstep.data.loading.sampling import GlobalBatchSampler
-from lockstep.data.loading.seeding import SeededCollate, SeededDataset
+from lockstep.data.loading.seeding import SeededCollate, SeededDataset, derive_seed
+from lockstep.data.loading.streams import StatefulLoader, is_stateful
+from lockstep.data.loading.uneven import EvenLoader, SharedEnd
 from lockstep.distributed import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,11 @@ class DataSharding:
     seed: int
     _warned: set[str] = field(default_factory=set, compare=False)
 
+    @functools.cached_property
+    def end(self) -> SharedEnd:
+        """Ends epochs on all ranks together."""
+        return SharedEnd(self.world)
+
     def shard(
         self,
         loader: Any,
@@ -64,8 +71,10 @@ class DataSharding:
     ) -> Any:
         """A copy of ``loader``, a ``ShardedLoader``, with this rank's samples only, in the run's order.
 
-        These are returned unchanged, with one warning if there are several ranks: a DataLoader of an IterableDataset, with
-        its own batch sampler or a DistributedSampler, or with ``batch_size=None``. So is any other object.
+        These keep their samples, with one warning if there are several ranks: a DataLoader of an IterableDataset, with its own
+        batch sampler or a DistributedSampler, or with ``batch_size=None``. In training, one whose IterableDataset has a
+        ``state_dict`` is a ``StatefulLoader``; in evaluation on several ranks it is an ``EvenLoader``. Any other object is
+        returned unchanged.
 
         Args:
             loader: A DataLoader, or anything else.
@@ -82,16 +91,41 @@ class DataSharding:
                 self._warned.add(reason)
                 remedy = f"it must give each of the {self.world.size} ranks different samples itself."
                 log.warning("%s is not sharded because it has %s: %s", name, reason, remedy)
-            return loader
+            return self._keep_samples(loader, is_training)
         assert isinstance(loader.batch_sampler, BatchSampler)
         sharded = add_base_class(loader, ShardedLoader)
         sharded.global_batches = GlobalBatchSampler(
             loader.batch_sampler, self.world, self.seed, is_training, keeps_last, epoch, name
         )
-        # A signal to a whole Slurm job must not kill the workers. Elsewhere they accept SIGTERM, with which torch ends them.
-        is_slurm = self.world.launcher in ("slurm", "submitit", "agent")
-        sharded.blocked_signals = STOP_SIGNALS if is_slurm else (signal.SIGINT,)
+        sharded.blocked_signals = self._blocked_signals
         return sharded
+
+    def _keep_samples(self, loader: DataLoader[Any], is_training: bool) -> DataLoader[Any]:
+        """``loader``, of which lockstep does not choose the samples, such that it resumes by its state or ends on all ranks."""
+        if is_training:
+            is_plain = type(loader).__iter__ is DataLoader.__iter__ and not is_stateful(loader)
+            if not is_plain or not isinstance(loader.dataset, IterableDataset) or not is_stateful(loader.dataset):
+                return loader
+            stream = add_base_class(loader, StatefulLoader)
+            stream.seed = derive_seed(self.seed, self.world.rank)
+            stream.place = torch.zeros(2, dtype=torch.int64, device="cpu").share_memory_()  # type: ignore[no-untyped-call]
+            stream.start_worker = functools.partial(_init_worker, loader.worker_init_fn, self._blocked_signals)
+            return stream
+        if not self.end.is_needed:
+            return loader
+        even = add_base_class(loader, EvenLoader)
+        even.end, even.what, even.length = self.end, "evaluation", None
+        try:
+            length = len(even)
+        except TypeError:
+            length = None
+        even.length = self.end.shortest(even.what, length)
+        return even
+
+    @property
+    def _blocked_signals(self) -> tuple[signal.Signals, ...]:
+        # A signal to a whole Slurm job must not kill the workers. Elsewhere they accept SIGTERM, with which torch ends them.
+        return STOP_SIGNALS if self.world.launcher in ("slurm", "submitit", "agent") else (signal.SIGINT,)
 
 
 def _init_worker(own: Callable[[int], None] | None, blocked: tuple[signal.Signals, ...], worker: int) -> None:

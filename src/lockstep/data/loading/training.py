@@ -1,8 +1,9 @@
 """The training data of a run: one loader or several, from any position in an epoch."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,6 +14,8 @@ from lockstep.data.loading.generators import reseed_generators
 from lockstep.data.loading.sampling import DataPosition
 from lockstep.data.loading.seeding import RandomStream, derive_seed
 from lockstep.data.loading.sharding import DataSharding, ShardedLoader
+from lockstep.data.loading.stream_passes import StreamPass, open_pass
+from lockstep.data.loading.streams import StreamMark, set_stream_epoch
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class TrainingBatch:
         positions: Position in each loader after the batch.
         weight: This rank's share of the samples times the number of ranks.
         samples: Samples of all ranks; None if a loader is not sharded.
+        marks: For each loader, how to return to the position of its stream; None for one without a state.
     """
 
     positions: tuple[DataPosition, ...]
     weight: float = 1.0
     samples: int | None = 0
+    marks: tuple[StreamMark | None, ...] = ()
 
 
 class LoaderPasses:
@@ -35,13 +40,16 @@ class LoaderPasses:
 
     Attributes:
         position: Position after the newest batch.
-        weight, samples: Those of the newest batch; see ``TrainingBatch``.
+        weight, samples, mark: Those of the newest batch; see ``TrainingBatch``.
     """
 
-    def __init__(self, loader: Any, position: DataPosition, sharding: DataSharding) -> None:
+    def __init__(
+        self, loader: Any, position: DataPosition, sharding: DataSharding, saved: Mapping[str, Any] | None = None
+    ) -> None:
         self.loader, self.position, self.sharding = loader, position, sharding
         self.weight, self.samples = 1.0, None if not isinstance(loader, ShardedLoader) else 0
-        self._is_first = True
+        self.mark: StreamMark | None = None
+        self._saved, self._is_first = saved, True
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -55,11 +63,18 @@ class LoaderPasses:
                 batches = iter(self.loader)
             return self._count_samples(batches, self.loader.global_batches.drawn_sizes)
         position, world = self.position, self.sharding.world
-        stream = RandomStream(derive_seed(self.sharding.seed, world.rank, position.epoch, position.cycle))
+        place = position.epoch, position.cycle
+        set_stream_epoch(self.loader, *place)
+        stream = RandomStream(derive_seed(self.sharding.seed, world.rank, *place))
         with stream.active():
-            reseed_generators(self.loader, derive_seed(self.sharding.seed, position.epoch, position.cycle), keep_seed=True)
-            batches = iter(self.loader)
-        return self._count_batches(batches, stream)
+            reseed_generators(self.loader, derive_seed(self.sharding.seed, *place), keep_seed=True)
+            marked = open_pass(self.loader, place, stream)
+            batches = iter(self.loader) if marked is None else iter(())
+        if marked is None:
+            return self._count_batches(batches, stream)
+        marked.go_to(position.used, self._saved)
+        self._saved, self.mark = None, marked.mark
+        return self._count_marked(marked)
 
     @property
     def plan(self) -> tuple[int, int] | None:
@@ -93,6 +108,22 @@ class LoaderPasses:
             self._advance(1)
             yield batch
 
+    def _count_marked(self, batches: StreamPass) -> Iterator[Any]:
+        """The batches of a stream that has a state."""
+        for batch, self.mark in batches:
+            self._advance(1)
+            yield batch
+        if self.mark is not None:
+            self.mark = replace(self.mark, has_ended=True)
+
+    def finish(self) -> None:
+        """Go to the saved position in a pass that is over, and to its end, if training has been there."""
+        if self._saved is not None:
+            has_ended, rest = self._saved["has_ended"], iter(self)
+            if has_ended:
+                for _ in rest:
+                    pass
+
     def _advance(self, used: int) -> None:
         self.position = DataPosition(self.position.epoch, self.position.cycle, self.position.used + used)
 
@@ -106,13 +137,20 @@ class TrainingLoader(LightningCombinedLoader):
         epoch: Returns the number of the epoch.
         start: Where iteration starts in the epoch of these positions, one for each loader; other epochs start at their
             first batch.
+        streams: What the checkpoint of ``start`` holds of each loader that has a state, see ``stream_records``.
 
     Raises:
-        UsageError: The loaders cannot be combined in training, or ``start`` is of other loaders.
+        UsageError: The loaders cannot be combined in training, or ``start`` is of other loaders, or of other ranks though a
+            stream has a state.
     """
 
     def __init__(
-        self, loaders: Any, sharding: DataSharding, epoch: Callable[[], int], start: Sequence[DataPosition] = ()
+        self,
+        loaders: Any,
+        sharding: DataSharding,
+        epoch: Callable[[], int],
+        start: Sequence[DataPosition] = (),
+        streams: Sequence[Mapping[str, Any] | None] = (),
     ) -> None:
         if (method := overridden_iteration(loaders)) is not None:
             raise UsageError(
@@ -123,7 +161,9 @@ class TrainingLoader(LightningCombinedLoader):
         super().__init__(*split_combination(loaders))
         self.sharding, self.epoch, self.start = sharding, epoch, tuple(start)
         self._passes: list[LoaderPasses] = []
-        self._batches: deque[TrainingBatch] = deque(maxlen=2)  # Lightning fetches one ahead if a loader has no length
+        self._batches: deque[TrainingBatch] = deque(maxlen=2)  # one may be fetched ahead
+        self._streams, self._has_resumed = list(streams), False
+        self._length: int | None = None  # on all ranks
         if self.mode == "sequential":
             raise UsageError(
                 "data: train_dataloader returns a CombinedLoader with mode 'sequential', which Lightning does not train with; "
@@ -134,19 +174,55 @@ class TrainingLoader(LightningCombinedLoader):
                 f"data: train_dataloader returns {len(self.flattened)} loaders, but the checkpoint was saved with "
                 f"{len(self.start)}; resume with the same loaders."
             )
+        for saved in filter(None, self._streams):
+            if saved["ranks"] != sharding.world.size:
+                raise UsageError(
+                    f"data: {saved['ranks']} ranks have saved the state of a stream, each of its own part, which "
+                    f"{sharding.world.size} ranks cannot share; resume with {saved['ranks']}, or start a new run with "
+                    "ckpt_path, whose streams begin again."
+                )
 
     def __iter__(self) -> "TrainingLoader":
         epoch = self.epoch()
         positions = [point if point.epoch == epoch else DataPosition(epoch) for point in self.start]
         positions = positions or [DataPosition(epoch)] * len(self.flattened)
+        is_resumed = bool(self.start) and self.start[0].epoch == epoch
+        saved = self._streams or [None] * len(self.flattened)
+        if not is_resumed:
+            for loader, point, stream in zip(self.flattened, self.start, saved, strict=False):
+                if not self._has_resumed:  # the checkpoint was saved at the end of an epoch
+                    LoaderPasses(loader, point, self.sharding, stream).finish()
+            saved, self._streams = [None] * len(saved), []
+        self._has_resumed = True
         self._passes = [
-            LoaderPasses(loader, position, self.sharding) for loader, position in zip(self.flattened, positions, strict=True)
+            LoaderPasses(loader, position, self.sharding, stream)
+            for loader, position, stream in zip(self.flattened, positions, saved, strict=True)
         ]
         self._check_weights()
         self._batches.clear()
-        self._batches.append(TrainingBatch(tuple(positions)))
         self.start_iteration(self._passes, [position.cycle > 0 for position in positions])
+        self._batches.append(TrainingBatch(tuple(positions), marks=tuple(passes.mark for passes in self._passes)))
+        if self._ends_together:
+            self._length = self.sharding.end.shortest(self._epoch_name, self._own_length())
         return self
+
+    @property
+    def _ends_together(self) -> bool:
+        """Whether ranks may have different numbers of batches, as no sampler of lockstep decides."""
+        return self.sharding.end.is_needed and not all(isinstance(loader, ShardedLoader) for loader in self.flattened)
+
+    @property
+    def _epoch_name(self) -> str:
+        return f"epoch {self.epoch() + 1} of training"
+
+    def _own_length(self) -> int | None:
+        try:
+            return super().__len__()
+        except (TypeError, NotImplementedError):
+            return None
+
+    def __len__(self) -> int:
+        return super().__len__() if self._length is None else self._length
 
     def _check_weights(self) -> None:
         """Raise UsageError if the ranks would need another weight for each loader."""
@@ -161,7 +237,7 @@ class TrainingLoader(LightningCombinedLoader):
                 )
 
     def __next__(self) -> Any:
-        batch = super().__next__()
+        batch = super().__next__() if not self._ends_together else self._next_on_all_ranks()
         samples = [passes.samples for passes in self._passes]
         total = None if None in samples else sum(filter(None, samples))
         weights = {passes.weight for passes in self._passes if passes.samples} or {1.0}
@@ -171,8 +247,29 @@ class TrainingLoader(LightningCombinedLoader):
                 f"{self.sharding.world.size} ranks cannot share with one weight for all; set drop_last=True."
             )
         (weight,) = weights
-        self._batches.append(TrainingBatch(tuple(passes.position for passes in self._passes), weight, total))
+        positions, marks = zip(*((passes.position, passes.mark) for passes in self._passes), strict=True)
+        self._batches.append(TrainingBatch(positions, weight, total, marks))
         return batch
+
+    def _next_on_all_ranks(self) -> Any:
+        """The next batch, if all ranks have one."""
+        used, batch = max(passes.position.used for passes in self._passes), None
+        with suppress(StopIteration):
+            batch = super().__next__()
+        if ended := self.sharding.end.ended_ranks(batch is None):
+            self.sharding.end.report(self._epoch_name, ended, used)
+            raise StopIteration
+        return batch
+
+    def stream_records(self, ahead: int) -> list[dict[str, Any] | None]:
+        """What a checkpoint after the batch of ``newest(ahead)`` holds of each loader that has a state."""
+        batch, ranks = self.newest(ahead), self.sharding.world.size
+        records: list[dict[str, Any] | None] = []
+        for passes, position, mark in zip(self._passes, batch.positions, batch.marks, strict=False):
+            if mark is not None and passes.position == position and passes.mark is not None:
+                mark = replace(mark, has_ended=passes.mark.has_ended)
+            records.append(None if mark is None else mark.record(ranks))
+        return records if any(records) else []
 
     def newest(self, ahead: int) -> TrainingBatch:
         """The batch that was delivered ``ahead`` batches before the newest one."""
@@ -191,3 +288,9 @@ def current_batch(trainer: Trainer) -> TrainingBatch | None:
     """The batch that ``trainer`` is training on or has trained on last; None without lockstep's loops."""
     loader, ahead = training_loader(trainer)
     return loader.newest(ahead) if isinstance(loader, TrainingLoader) else None
+
+
+def stream_records(trainer: Trainer) -> list[dict[str, Any] | None]:
+    """What a checkpoint holds of each loader of training that has a state; empty if none has."""
+    loader, ahead = training_loader(trainer)
+    return loader.stream_records(ahead) if isinstance(loader, TrainingLoader) else []

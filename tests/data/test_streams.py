@@ -1,0 +1,228 @@
+"""Streams resume by their own state: every position of every kind in this process and its workers, then runs of real ranks."""
+
+import random
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lockstep.core import UsageError, World
+from lockstep.data.loading.sampling import DataPosition
+from lockstep.data.loading.sharding import DataSharding
+from lockstep.data.loading.streams import fingerprint
+from lockstep.data.loading.training import TrainingLoader
+
+
+class Numbers(IterableDataset[Any]):
+    """Numbers with noise, each worker its part; its state is the place in the part.
+
+    Attributes:
+        read: Samples that this object has read.
+        loaded: States that it has loaded.
+    """
+
+    def __init__(self, samples: int = 22) -> None:
+        self.samples, self.place, self.epoch = samples, 0, 0
+        self.read = self.loaded = 0
+
+    def numbers(self) -> list[int]:
+        info = get_worker_info()
+        return list(range(self.samples))[0 if info is None else info.id :: 1 if info is None else info.num_workers]
+
+    def sample(self, number: int) -> Any:
+        self.read += 1
+        return number + 100 * self.epoch + torch.rand(()).item() + random.random() + np.random.rand()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        numbers = self.numbers()
+        while self.place < len(numbers):
+            self.place += 1
+            yield self.sample(numbers[self.place - 1])
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded += 1
+        self.place = state["place"]
+
+
+class Unfair(Numbers):
+    """The first worker has fewer samples than the others."""
+
+    def numbers(self) -> list[int]:
+        info = get_worker_info()
+        return super().numbers()[: 3 if info is not None and info.id == 0 else None]
+
+
+class Endless(Numbers):
+    """A stream that goes on in the next pass where this one ends."""
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.place += 1
+            yield self.sample(self.place)
+            if self.place % self.samples == 0:
+                return
+
+
+class Buffered(Numbers):
+    """Samples pass a buffer that its state does not hold."""
+
+    def __iter__(self) -> Iterator[Any]:
+        buffer: list[Any] = []
+        for sample in super().__iter__():
+            buffer.append(sample)
+            if len(buffer) > 5:
+                yield buffer.pop(len(buffer) * 7 // 11)
+        yield from buffer
+
+
+class Forgetful(Buffered):
+    """It cannot be copied either."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError
+
+
+class StatefulLoader:
+    """A loader with its place in a ``state_dict``, as torchdata's; it draws random numbers in this process."""
+
+    def __init__(self, batches: int = 7) -> None:
+        self.batches, self.place, self.start = batches, 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.start = self.start, 0
+        for number in range(start, self.batches):
+            self.place = number + 1
+            yield torch.rand(3) + number
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["place"]
+
+
+def load(loaders: Any, saved: Any = ((), ()), epoch: int = 3, world: World | None = None) -> TrainingLoader:
+    """The training data of an epoch, resumed from what ``epoch_of`` gives."""
+    sharding = DataSharding(world or World(), seed=3)
+    combined = TrainingLoader(loaders, sharding, lambda: epoch, *saved)
+    combined.flattened = [sharding.shard(loader, is_training=True, epoch=lambda: epoch) for loader in combined.flattened]
+    return combined
+
+
+def epoch_of(loader: TrainingLoader) -> list[tuple[str, Any]]:
+    """The batches of an epoch, and what a checkpoint after each holds, written and read."""
+    found = []
+    for batch, *_ in loader:
+        file = BytesIO()
+        torch.save(loader.stream_records(0), file)
+        file.seek(0)
+        found.append((str(batch), (loader.newest(0).positions, torch.load(file, weights_only=True))))
+    return found
+
+
+def batches_of(found: list[tuple[str, Any]]) -> list[str]:
+    return [batch for batch, _ in found]
+
+
+def streams() -> dict[str, Any]:
+    """Kinds of streams."""
+    return {
+        "dataset": DataLoader(Numbers(), batch_size=4),
+        "samples": DataLoader(Numbers(5), batch_size=None),
+        "drop_last": DataLoader(Numbers(), batch_size=4, drop_last=True),
+        "one batch": DataLoader(Numbers(3), batch_size=4),
+        "workers": DataLoader(Numbers(), batch_size=2, num_workers=2),
+        "persistent workers": DataLoader(Numbers(), batch_size=3, num_workers=2, persistent_workers=True),
+        "workers of different parts": DataLoader(Unfair(30), batch_size=2, num_workers=2),
+        "endless": DataLoader(Endless(), batch_size=4),
+        "buffer": DataLoader(Buffered(), batch_size=4),
+        "buffer, with workers": DataLoader(Buffered(), batch_size=3, num_workers=2),
+        "loader": StatefulLoader(),
+        "several": {"a": DataLoader(Numbers(), batch_size=4), "b": StatefulLoader(3), "c": DataLoader(Numbers(7))},
+    }
+
+
+@pytest.mark.parametrize("kind", streams())
+def test_every_stream_resumes_by_its_state(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    undisturbed = load(streams()[kind])
+    whole = epoch_of(undisturbed)
+    undisturbed.epoch = lambda: 4
+    following = batches_of(epoch_of(undisturbed))
+    torch.manual_seed(7)  # what the process draws meanwhile changes nothing
+    before = torch.get_rng_state()
+    every = 3 if "workers" in kind else 1
+    for done in range(0, len(whole), every):
+        saved = whole[done - 1][1] if done else ((DataPosition(3),) * len(whole[0][1][0]), [])
+        resumed = load(streams()[kind], saved)
+        found = epoch_of(resumed)
+        assert batches_of(found) == batches_of(whole[done:])
+        resumed.epoch = lambda: 4
+        assert batches_of(epoch_of(resumed)) == following
+    assert torch.equal(torch.get_rng_state(), before)
+    assert ("does not lead back to the same batch" in caplog.text) == ("buffer" in kind)
+
+
+@pytest.mark.parametrize("kind", ["endless", "loader"])
+def test_a_stream_resumes_in_and_after_an_epoch_that_is_not_its_first(kind: str) -> None:
+    undisturbed = load(streams()[kind])
+    epoch_of(undisturbed)
+    ended = undisturbed.newest(0).positions, undisturbed.stream_records(0)
+    undisturbed.epoch = lambda: 4
+    whole = epoch_of(undisturbed)
+    for done in range(1, len(whole) + 1):
+        assert batches_of(epoch_of(load(streams()[kind], whole[done - 1][1], 4))) == batches_of(whole[done:])
+    # A run that had ended with the epoch before goes on for another one.
+    assert batches_of(epoch_of(load(streams()[kind], ended, 4))) == batches_of(whole)
+
+
+def test_a_resume_reads_few_batches_again() -> None:
+    stream = Numbers(400)
+    saved = epoch_of(load(DataLoader(Numbers(400), batch_size=4)))[89][1]
+    resumed = load(DataLoader(stream, batch_size=4), saved)
+    next(iter(resumed))
+    assert stream.loaded == 1 and stream.read <= 4 * 20
+
+
+def test_a_state_that_leads_elsewhere_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    saved = epoch_of(load(DataLoader(Forgetful(), batch_size=4)))[3][1]
+    epoch_of(load(DataLoader(Forgetful(), batch_size=4), saved))
+    assert "Forgetful does not lead back to the same batch; the samples after this restart differ" in caplog.text
+    caplog.clear()
+    saved = epoch_of(load(StatefulLoader()))[3][1]
+    saved[1][0]["check"] += 1
+    epoch_of(load(StatefulLoader(), saved))
+    assert "StatefulLoader does not lead back to the same batch; the samples after this restart differ" in caplog.text
+    caplog.clear()
+    saved = epoch_of(load(DataLoader(Numbers(), batch_size=4)))[3][1]
+    epoch_of(load(DataLoader(Numbers(21), batch_size=4), saved))
+    assert not caplog.records
+    saved[1][0]["check"] += 1
+    epoch_of(load(DataLoader(Numbers(21), batch_size=4), saved))
+    assert "Numbers gives other samples when it is read again" in caplog.text
+
+
+def test_other_ranks_and_workers_are_refused() -> None:
+    saved = epoch_of(load(DataLoader(Numbers(), batch_size=4)))[2][1]
+    with pytest.raises(UsageError, match=r"^data: 1 ranks have saved the state of a stream, .* which 2 ranks cannot share; "):
+        load(DataLoader(Numbers(), batch_size=4), saved, world=World(0, 2))
+    with pytest.raises(UsageError, match=r"^data: num_workers=2 reads a stream that 1 workers read before, .* num_workers=1"):
+        epoch_of(load(DataLoader(Numbers(), batch_size=4, num_workers=2), saved))
+
+
+def test_a_fingerprint_covers_all_kinds_of_batches() -> None:
+    kinds: list[Any] = [torch.rand(3, 300), torch.rand(3, 300).bfloat16(), torch.zeros(0), torch.ones(2) > 0, "text", 3, None]
+    kinds += [{"a": torch.rand(2), "b": ["c"]}, {"a": torch.rand(2), "b": ["c"]}, (torch.tensor(1), 2), object(), np.ones(3)]
+    kinds += [np.zeros(3), torch.zeros(3, 300), torch.zeros(300, 3)]
+    assert len({fingerprint(kind) for kind in kinds}) == len(kinds)
+    assert [fingerprint(kind) for kind in kinds] == [fingerprint(kind) for kind in kinds]
