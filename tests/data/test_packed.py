@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -248,23 +249,20 @@ def test_stored_pixels_are_the_decoded_ones_and_stay_as_they_are(tmp_path: Path)
     write_folders(tmp_path / "src", 4, ["train"])
     for kind in ([], ["--raw"]):
         assert main([str(tmp_path / "src"), str(tmp_path / f"out{len(kind)}"), *kind, "--workers", "0"]) == 0
-    encoded, raw = (Shards(root=tmp_path / f"out{number}", size=8).load("train") for number in (0, 1))
+    encoded, raw = (Shards(root=tmp_path / f"out{number}", size=40).load("train") for number in (0, 1))
     for number in range(4):
         pair = []
         for data in (encoded, raw):
-            torch.manual_seed(number)
+            random.seed(number)
             pair.append(image_of(data, number))
         assert torch.equal(*pair)
-    raw.transform = Tensor.zero_  # it writes where a view of the shard would crash
-    assert image_of(raw, 1).sum() == 0
-    raw.transform = Tensor.clone
-    assert image_of(raw, 1).sum() > 0
+        pair[1].zero_()  # a view of the shard would crash
 
 
 def image_of(data: ImageFiles, index: int) -> Tensor:
     """The image of a sample."""
     sample = data[index]
-    assert isinstance(sample, tuple)
+    assert isinstance(sample, tuple) and isinstance(sample[0], Tensor)
     return sample[0]
 
 

@@ -55,10 +55,32 @@ _IMAGE_FILES = ("lockstep.data.ImageFolder", "lockstep.data.Shards")
 """DataModules that read files which are there already, unless they come in an archive."""
 
 
+def check_mixing(mixup: float, cutmix: float, drop_last: bool) -> None:
+    """Raise UsageError if samples cannot be mixed so."""
+    for key, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        if alpha < 0:
+            raise UsageError(f"data.{key}: {alpha} must be 0, which mixes nothing, or greater.")
+        if alpha and not drop_last:
+            raise UsageError(
+                f"data.{key}: {alpha} mixes pairs, and the last batch may end with half of one; set data.drop_last: true."
+            )
+
+
+def check_pairs(batch_size: int, ranks: int) -> None:
+    """Raise UsageError if a rank would have a part of a pair that is mixed."""
+    if share := batch_size // ranks % 2:
+        raise UsageError(
+            f"data.batch_size: {batch_size} gives each of {ranks} ranks an odd number of samples, but mixup and cutmix need "
+            f"pairs; use {batch_size + share * ranks}."
+        )
+
+
 def check_data(data: Mapping[str, Any] | None) -> None:
     """Raise UsageError if the data cannot be loaded safely; ``data`` is a class and its arguments."""
-    if data is not None and data.get("class_path") in _IMAGE_FILES:
-        arguments = data.get("init_args", {})
+    path, arguments = ("", {}) if data is None else (str(data.get("class_path")), data.get("init_args", {}))
+    if path.startswith("lockstep.data."):
+        check_mixing(arguments.get("mixup", 0), arguments.get("cutmix", 0), arguments.get("drop_last", True))
+    if path in _IMAGE_FILES:
         check_archive(arguments.get("archive"), arguments.get("archive_md5"))
 
 
@@ -105,6 +127,8 @@ def check_batch_size(data: Any, world_sizes: Iterable[int]) -> None:
         if below := size % ranks:
             near = " or ".join(str(number) for number in (size - below, size - below + ranks) if number)
             raise UsageError(f"data.batch_size: the global batch size {size} is not divisible by {ranks} ranks; use {near}.")
+        if data["init_args"].get("mixup") or data["init_args"].get("cutmix"):
+            check_pairs(size, ranks)
 
 
 def check_data_root(data: Any, root: str | None = None) -> None:

@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
+from lockstep.config import check_mixing, check_pairs
 from lockstep.core import UsageError
+from lockstep.data.augment import AugmentedSamples, Blends, Mixing, check_transforms, mix
 from lockstep.data.loading import derive_seed
 
 log = logging.getLogger(__name__)
@@ -44,9 +46,14 @@ class ImageData(LightningDataModule):
             works) and for data in memory, else the CPUs of this rank less one.
         drop_last: Drop the last, smaller batch of a training epoch.
         seed: Seed of the split; the run's seed by default.
+        transforms: Random transforms of a training image, such as ``torchvision.transforms.v2.RandAugment``, after its crop and
+            flip. They get uint8 (C, H, W), 0 to 255. What they draw depends on (seed, epoch, position) alone.
+        mixup: Alpha of MixUp, such as 0.2, and 0 for none. Neighbours in the shuffled batch are mixed; labels are then
+            probabilities, float32 (B, num_classes). The same samples are mixed alike on any number of ranks.
+        cutmix: Alpha of CutMix, such as 1.0, and 0 for none. With both, each pair takes one of them at random.
 
     Raises:
-        UsageError: A number is out of range, or both batch sizes are set.
+        UsageError: A number is out of range, both batch sizes are set, or ``transforms`` holds a transform of batches.
     """
 
     num_classes: int
@@ -63,6 +70,9 @@ class ImageData(LightningDataModule):
         num_workers: int | None = None,
         drop_last: bool = True,
         seed: int = 0,
+        transforms: list[nn.Module] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
     ) -> None:
         super().__init__()
         if batch_size is not None and batch_size_per_rank is not None:
@@ -77,6 +87,9 @@ class ImageData(LightningDataModule):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UsageError(f"data.{key}: {value} must be {least} or more.")
+        check_mixing(mixup, cutmix, drop_last)
+        check_transforms(transforms or [])
+        self.transforms, self.mixup, self.cutmix = transforms or [], mixup, cutmix
         self._datasets: dict[Split, Dataset[Any]] = {}
         self._normalization: tuple[Tensor, Tensor] | None = None
 
@@ -108,11 +121,17 @@ class ImageData(LightningDataModule):
         if stage == "fit" and self.batch_size_per_rank is not None:
             batch = self.global_batch_size
             log.info("%d samples on each of %d ranks: global batch size %d", self.batch_size_per_rank, self._world_size, batch)
+        if stage == "fit" and (self.mixup or self.cutmix):
+            check_pairs(self.global_batch_size, self._world_size)
 
     def _loader(self, split: Split) -> DataLoader[Any]:
-        workers = self._worker_count()
+        workers, dataset = self._worker_count(), self._datasets[split]
+        is_mixed = self.mixup or self.cutmix
+        if split == "train" and (self.transforms or is_mixed):
+            mixing = Mixing(self.mixup, self.cutmix, *self.image_shape[1:]) if is_mixed else None
+            dataset = AugmentedSamples(dataset, self.transforms, mixing)
         return DataLoader(
-            self._datasets[split],
+            dataset,
             batch_size=self.global_batch_size,
             shuffle=split == "train",
             drop_last=split == "train" and self.drop_last,
@@ -134,8 +153,12 @@ class ImageData(LightningDataModule):
         return max(1, (bound if bound < total else total // local_ranks) - 1)
 
     def collate(self, samples: Any) -> Any:
-        """The batch of a list of samples; a dataset with ``__getitems__`` may return the batch itself."""
-        return default_collate(samples) if isinstance(samples, list) else samples
+        """The batch of a list of samples: images, labels, and their ``Blends`` if they are mixed; or a batch, as it is."""
+        if not isinstance(samples, list):
+            return samples
+        images, labels, *drawn = map(list, zip(*samples, strict=True))
+        blends = [Blends.collate(drawn[0], range(len(samples)))] if drawn else []
+        return [stack_images(images), default_collate(labels), *blends]
 
     collate.deterministic = True  # type: ignore[attr-defined]  # it draws no random numbers
 
@@ -154,15 +177,33 @@ class ImageData(LightningDataModule):
     predict_dataloader = test_dataloader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Normalize uint8 images to float32: (image / 255 - mean) / std, per channel."""
-        images, labels = batch
-        if images.dtype != torch.uint8:
-            return batch
+        """Normalize uint8 images to float32, (image / 255 - mean) / std per channel, and mix pairs of a training batch."""
+        images, labels, *blends = batch
+        images = self._normalize(images) if images.dtype == torch.uint8 else images
+        return mix(images, labels, blends[0], self._outputs) if blends else (images, labels)
+
+    @property
+    def _outputs(self) -> int:
+        """Outputs of the model: the classes of the data, unless the model says that it has more."""
+        outputs = getattr(self.trainer.lightning_module, "num_classes", None) if self.trainer is not None else None
+        return max(self.num_classes, outputs) if isinstance(outputs, int) else self.num_classes
+
+    def _normalize(self, images: Tensor) -> Tensor:
         if self._normalization is None or self._normalization[0].device != images.device:
             mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
             self._normalization = mean, 1 / std
         mean, factor = self._normalization
-        return images.to(torch.float32).sub_(mean).mul_(factor), labels
+        return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(factor)
+
+
+def stack_images(images: list[Tensor]) -> Tensor:
+    """A batch (B, C, H, W) of ``images`` (C, H, W), in channels-last layout if the first one is."""
+    if not images[0].permute(1, 2, 0).is_contiguous():
+        batch: Tensor = default_collate(images)
+        return batch
+    # Copying each pixel to another place takes longer than decoding it; the device does it at once.
+    batch = default_collate([image.permute(1, 2, 0) for image in images])
+    return batch.permute(0, 3, 1, 2)
 
 
 class InMemoryImages(Dataset[Any]):

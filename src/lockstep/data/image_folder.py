@@ -10,15 +10,17 @@ from typing import Any, Literal
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 from torchvision.datasets.utils import download_and_extract_archive, extract_archive
-from torchvision.transforms import v2
 
 from lockstep.config import check_archive
 from lockstep.core import RunError, UsageError, World, count
-from lockstep.data.base import STAGE_SPLITS, ImageData, Split
+from lockstep.data.augment import Blends
+from lockstep.data.base import STAGE_SPLITS, ImageData, Split, stack_images
+from lockstep.data.decode import center_crop, random_crop
+from lockstep.data.encoded import Decoder, EncodedBatch, EncodedCrop, check_gpu_decoding
 from lockstep.data.file_index import FileIndex, class_names, printable, publish_index, scan
-from lockstep.data.packed import decode_pixels, explain
+from lockstep.data.packed import explain
 from lockstep.data.prepare import prepare_folder
 from lockstep.distributed import StopConsensus
 
@@ -29,8 +31,7 @@ class ImageFolder(ImageData):
     """JPEG and PNG files, grey or colour, of any size: ``<root>/train/<class>/*.jpg``, and likewise in ``val`` and ``test``.
 
     Training: a random crop of 8 % to 100 % of the image, resized to ``size`` × ``size`` and flipped at random. Evaluation: the
-    shorter side is resized to 8/7 of ``size``, then the center is cropped (Szegedy et al. 2015 and torchvision's reference
-    training).
+    square in the center, with 7/8 of the shorter side, resized (Szegedy et al. 2015 and torchvision's reference training).
 
     Args:
         root: Folder of the three splits.
@@ -39,6 +40,8 @@ class ImageFolder(ImageData):
         test: Its subfolder for testing.
         size: Height and width of an image in a batch, in pixels.
         augment: Crop and flip training images at random; else they are treated as in evaluation.
+        decode: Where JPEGs are decoded: ``cpu``, in the workers, or ``gpu``, a batch at once with nvJPEG, with the same crops.
+            Its pixels differ a little from those of a CPU.
         on_corrupt: If a file cannot be read or decoded, ``raise`` ends the run; ``skip`` leaves it out of its batch, logs its
             name and counts it in ``result.json``, and every other sample of the step weighs alike on any number of ranks. For
             that the ranks wait for each other at each batch. The run ends if all files of a batch are skipped on all ranks;
@@ -71,6 +74,7 @@ class ImageFolder(ImageData):
         test: str = "test",
         size: int = 224,
         augment: bool = True,
+        decode: Literal["cpu", "gpu"] = "cpu",
         on_corrupt: Literal["raise", "skip"] = "raise",
         archive: str | None = None,
         archive_md5: str | None = None,
@@ -84,7 +88,7 @@ class ImageFolder(ImageData):
         check_archive(archive, archive_md5)
         self.folders: dict[Split, Path] = {"train": self.root / train, "val": self.root / val, "test": self.root / test}
         self.size, self.augment, self.on_corrupt = size, augment, on_corrupt
-        self.archive, self.archive_md5 = archive, archive_md5
+        self.decode, self.archive, self.archive_md5 = decode, archive, archive_md5
         self.image_shape, self.mean, self.std = (3, size, size), mean, std
         self.skipped: set[str] = set()
         self.rank_weight: float | None = None
@@ -94,8 +98,9 @@ class ImageFolder(ImageData):
         """Unpack ``archive`` into ``root`` if ``root`` is missing, and list the files of the splits that the Trainer will read.
 
         Raises:
-            UsageError: A split is not complete, or files that the run has read are gone.
+            UsageError: A split is not complete, files that the run has read are gone, or the GPU cannot decode.
         """
+        self._check_decoding()
         if self.archive is not None:
             prepare_folder(self.root, self._unpack)
         if self.index_folder is not None and self.trainer is not None and self.trainer.state.fn is not None:
@@ -132,7 +137,12 @@ class ImageFolder(ImageData):
         extract_archive(self.archive, folder)
 
     def setup(self, stage: str) -> None:
-        """List the files of the splits that ``stage`` needs; UsageError if two splits have different classes."""
+        """List the files of the splits that ``stage`` needs.
+
+        Raises:
+            UsageError: Two splits have different classes, or the GPU cannot decode.
+        """
+        self._check_decoding()
         super().setup(stage)
         found = {split: files.classes for split, files in self._datasets.items() if isinstance(files, ImageFiles)}
         # The training set decides if it exists: a test set that lacks a class would number the other classes wrongly.
@@ -156,23 +166,32 @@ class ImageFolder(ImageData):
 
     def load(self, split: Split) -> "ImageFiles":
         """One split; no file is opened."""
-        if is_random := split == "train" and self.augment:
-            transform = v2.Compose([v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()])
-        else:
-            transform = v2.Compose([v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)])
-        return self.open_files(split, transform, deterministic=not is_random)
+        is_random = split == "train" and self.augment
+        decoder = Decoder(random_crop if is_random else center_crop, self.size, on_gpu=self.decode == "gpu")
+        return self.open_files(split, decoder, deterministic=not is_random)
 
-    def open_files(self, split: Split, transform: v2.Transform, deterministic: bool) -> "ImageFiles":
+    def open_files(self, split: Split, decoder: Decoder, deterministic: bool) -> "ImageFiles":
         """The files of one split, as the run's index lists them."""
         path = None if self.index_folder is None else self.index_folder / f"{split}.index"
         has_index = path is not None and path.exists()
         if path is not None and not has_index:
             log.warning("%s does not exist (is prepare_data overridden?): each process lists the files itself", path)
         index = FileIndex.open(path) if path is not None and has_index else FileIndex(scan(self.folders[split]))
-        return ImageFiles(self.folders[split], index, transform, deterministic)
+        return ImageFiles(self.folders[split], index, decoder, deterministic)
+
+    @property
+    def _decoding_device(self) -> torch.device:
+        assert self.trainer is not None
+        return self.trainer.strategy.root_device
+
+    def _check_decoding(self) -> None:
+        if self.decode == "gpu" and self.trainer is not None:
+            check_gpu_decoding(self._decoding_device)
 
     def collate(self, samples: Any) -> Any:
-        """Images, uint8 (B, 3, size, size), labels, int64 (B,), and the files that could not be decoded.
+        """Images, uint8 (B, 3, size, size), labels, int64 (B,), the files that could not be decoded, and ``Blends`` or None.
+
+        Images that the GPU decodes are an ``EncodedBatch``.
 
         Raises:
             RunError: A file could not be decoded and ``on_corrupt`` is ``raise``.
@@ -180,19 +199,29 @@ class ImageFolder(ImageData):
         corrupt = [sample for sample in samples if isinstance(sample, CorruptFile)]
         if corrupt and self.on_corrupt == "raise":
             raise RunError(corrupt[0].error)
-        decoded = [sample for sample in samples if not isinstance(sample, CorruptFile)]
+        decoded = {slot: sample for slot, sample in enumerate(samples) if not isinstance(sample, CorruptFile)}
         if not decoded:
-            return torch.zeros(0, *self.image_shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), corrupt
-        images, labels = default_collate(decoded)
-        return images, labels, corrupt
+            return torch.zeros(0, *self.image_shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), corrupt, None
+        images, labels, *drawn = map(list, zip(*decoded.values(), strict=True))
+        batch = EncodedBatch.collate(images) if self.decode == "gpu" else stack_images(images)
+        return batch, torch.tensor(labels), corrupt, Blends.collate(drawn[0], list(decoded)) if drawn else None
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Remove undecodable files from the batch, log and count them, and set the ``rank_weight`` of the rest.
+        """Decode what the GPU decodes, remove undecodable files, log and count them, and set the ``rank_weight`` of the rest.
 
         Raises:
-            RunError: A file could not be decoded in predict, or no file of the batch could on any rank.
+            RunError: A file could not be decoded in predict, or no file of the batch could on any rank; or the GPU could not
+                decode one and ``on_corrupt`` is ``raise``.
         """
-        images, labels, corrupt = batch
+        images, labels, corrupt, blends = batch
+        if isinstance(images, EncodedBatch):
+            images, errors = images.decode(self.size, self._decoding_device, self.transforms)
+            if errors:
+                corrupt = corrupt + [CorruptFile.damaged(*error) for error in errors.values()]
+                if self.on_corrupt == "raise":
+                    raise RunError(corrupt[-1].error)
+                kept = torch.tensor([number for number in range(len(labels)) if number not in errors], dtype=torch.int64)
+                images, labels, blends = images[kept], labels[kept], blends and blends.select(kept)
         if corrupt and self.trainer is not None and self.trainer.predicting:
             raise RunError(f"{corrupt[0].path} cannot be decoded, and predict skips no sample; replace the file or remove it.")
         for file in corrupt:
@@ -207,7 +236,8 @@ class ImageFolder(ImageData):
             assert self.trainer is not None
             if not len(labels) and not (self.trainer.training and _has_sync_batchnorm(self.trainer.lightning_module)):
                 images, labels = self._stand_in(max(2, len(corrupt)))  # batch norm cannot train on one sample
-        return images, labels
+                blends = None
+        return (images, labels) if blends is None else (images, labels, blends)
 
     def _stand_in(self, samples: int) -> tuple[Tensor, Tensor]:
         """Images of the shape and type of a batch, none of one colour, and labels; no file is needed."""
@@ -227,16 +257,22 @@ class CorruptFile:
     path: str
     error: str
 
+    @classmethod
+    def damaged(cls, path: str, error: Exception) -> "CorruptFile":
+        """A file that the decoder refuses with ``error``."""
+        return cls(path, f"{path} is not a complete JPEG or PNG ({explain(error)}); replace it, or set --data.on_corrupt skip.")
+
 
 class ImageFiles(Dataset[Any]):
     """The files of ``index``, whose names are relative to ``folder``.
 
-    A sample is ``transform`` of the decoded image, uint8 (3, H, W), and its label, or a ``CorruptFile``.
+    A sample is the crop that ``decoder`` takes, uint8 (3, size, size), or an ``EncodedCrop``, and its label; or a
+    ``CorruptFile``.
     """
 
-    def __init__(self, folder: Path, index: Any, transform: v2.Transform, deterministic: bool) -> None:
+    def __init__(self, folder: Path, index: Any, decoder: Decoder, deterministic: bool) -> None:
         self.folder, self.index, self.classes = folder, index, index.classes
-        self.transform, self.deterministic = transform, deterministic
+        self.decoder, self.deterministic = decoder, deterministic
 
     def __len__(self) -> int:
         return len(self.index)
@@ -261,19 +297,17 @@ class ImageFiles(Dataset[Any]):
 
     def read(self, index: int) -> bytes | Tensor:
         """The content of an image; as a tensor, uint8 (bytes,), if it is an array of pixels."""
-        return Path(self.place(index)).read_bytes()
+        with open(self.place(index), "rb", buffering=0) as file:
+            return file.read()
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | CorruptFile:
+    def __getitem__(self, index: int) -> tuple[Tensor | EncodedCrop, int] | CorruptFile:
         try:
-            image = decode_pixels(self.read(index))
+            return self.decoder(self.read(index), self.place, index), int(self.index.labels[index])
         except OSError as error:
             name = printable(self.place(index))
             return CorruptFile(name, f"{name} cannot be read ({error.strerror}); restore it, or set --data.on_corrupt skip.")
         except (RuntimeError, ValueError) as error:
-            name = printable(self.place(index))
-            message = f"{name} is not a complete JPEG or PNG ({explain(error)}); replace it, or set --data.on_corrupt skip."
-            return CorruptFile(name, message)
-        return self.transform(image), int(self.index.labels[index])
+            return CorruptFile.damaged(printable(self.place(index)), error)
 
 
 def _count(names: list[str]) -> str:

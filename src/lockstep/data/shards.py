@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torchvision.transforms import v2
 
 from lockstep.core import UsageError
 from lockstep.data.base import Split
+from lockstep.data.encoded import Decoder
 from lockstep.data.file_index import publish_index
 from lockstep.data.image_folder import ImageFiles, ImageFolder
 from lockstep.data.packed import Entry, ShardIndex, ShardReader, copy_folder, find_index, is_current, list_shards
@@ -75,7 +75,7 @@ class Shards(ImageFolder):
         """Names of the classes of the training set; where labels are numbers, these, up to the highest one."""
         return self._index("train").classes
 
-    def open_files(self, split: Split, transform: v2.Transform, deterministic: bool) -> "ShardImages":
+    def open_files(self, split: Split, decoder: Decoder, deterministic: bool) -> "ShardImages":
         """The shards of one split, as the run's index lists them.
 
         Raises:
@@ -84,7 +84,7 @@ class Shards(ImageFolder):
         index = self._index(split)
         copies = None if self.copy_to is None else copy_folder(self.copy_to, self.folders[split])
         reader = ShardReader(self.folders[split], index, copies)
-        images = ShardImages(reader, transform, deterministic, self.image)
+        images = ShardImages(reader, decoder, deterministic, self.image)
         if index.class_names is None and split != "train" and self.folders["train"].is_dir():
             found, images.classes = len(images.classes), self.training_classes()
             if found > len(images.classes):
@@ -104,9 +104,9 @@ class Shards(ImageFolder):
 class ShardImages(ImageFiles):
     """The images that ``reader`` reads; ``image`` as in ``Shards``."""
 
-    def __init__(self, reader: ShardReader, transform: v2.Transform, deterministic: bool, image: str | None = None) -> None:
-        super().__init__(reader.folder, reader.index, transform, deterministic)
-        self.reader, self._own_transform = reader, transform
+    def __init__(self, reader: ShardReader, decoder: Decoder, deterministic: bool, image: str | None = None) -> None:
+        super().__init__(reader.folder, reader.index, decoder, deterministic)
+        self.reader = reader
         ranks = {name: _rank(name, image) for name in reader.index.fields}
         self._ranks = {name: rank for name, rank in ranks.items() if rank is not None}
 
@@ -115,15 +115,9 @@ class ShardImages(ImageFiles):
         return self.reader.place(index, self._entry(index))
 
     def read(self, index: int) -> bytes | Tensor:
-        """The content of an image; as a tensor, uint8 (bytes,), if it is an array of pixels.
-
-        That tensor is in memory that cannot be written, unless someone has replaced the transform, which may write.
-        """
+        """The content of an image; as a tensor, uint8 (bytes,), which cannot be written, if it is an array of pixels."""
         entry = self._entry(index)
-        if not entry.field.endswith("npy"):
-            return self.reader.read(entry)
-        content = self.reader.view(entry)
-        return content if self.transform is self._own_transform else content.clone()
+        return self.reader.view(entry) if entry.field.endswith("npy") else self.reader.read(entry)
 
     def _entry(self, index: int) -> Entry:
         images = (entry for entry in self.reader.index.entries(index) if entry.field in self._ranks)

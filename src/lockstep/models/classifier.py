@@ -22,7 +22,7 @@ from lockstep.models.schedules import LearningRateSchedule, ScheduleName
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
-"""Images (B, C, H, W) and labels, int64 (B,)."""
+"""Images (B, C, H, W) and labels, int64 (B,), or with MixUp and CutMix their probabilities, float32 (B, num_classes)."""
 
 
 class ClassificationMetrics(nn.Module):
@@ -35,10 +35,14 @@ class ClassificationMetrics(nn.Module):
         self.loss, self.samples, self.correct = (SumMetric(nan_strategy="disable") for _ in range(3))
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss (), logits (B, num_classes) and labels (B,)."""
+        """Add a batch: its mean loss (), logits (B, num_classes) and labels (B,), or probabilities (B, num_classes).
+
+        The class of a mixed sample is the most probable one.
+        """
         samples = labels.shape[0]  # ``len`` takes five times as long
         add_to_sum(self.loss, loss.detach().float() * samples)
         add_to_sum(self.samples, samples)
+        labels = labels.argmax(1) if labels.ndim == 2 else labels
         add_to_sum(self.correct, (logits.detach().argmax(1) == labels).sum())
 
     def reduce_and_reset(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -64,7 +68,8 @@ class Classifier(LightningModule):
             images (B, C, H, W) and returns logits (B, num_classes).
         num_classes: Outputs of the network.
         network_args: Further arguments for a torchvision model, such as ``weights`` or ``dropout``.
-        criterion: Loss of logits (B, num_classes) and labels (B,), averaged over the batch; cross entropy by default.
+        criterion: Loss of logits (B, num_classes) and labels (B,), averaged over the batch; cross entropy by default. With
+            MixUp and CutMix, labels are probabilities (B, num_classes).
             For label smoothing: ``--model.criterion torch.nn.CrossEntropyLoss --model.criterion.label_smoothing 0.1``.
         optimizer: ``adamw``, ``sgd`` or the class path of an optimizer.
         lr: Learning rate after the warm-up; must be greater than 0.

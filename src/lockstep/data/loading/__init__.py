@@ -1,7 +1,7 @@
 """The order, the seeds and the shards of any DataLoader, from any position in an epoch."""
 
 from lockstep.data.loading.sampling import DataPosition
-from lockstep.data.loading.seeding import SampleKey, derive_seed
+from lockstep.data.loading.seeding import SampleKey, derive_seed, preserve_rng_state, seed_cpu
 from lockstep.data.loading.sharding import DataSharding, ShardedLoader
 from lockstep.data.loading.training import TrainingLoader, current_batch, stream_records
 
@@ -13,5 +13,7 @@ __all__ = [
     "TrainingLoader",
     "current_batch",
     "derive_seed",
+    "preserve_rng_state",
+    "seed_cpu",
     "stream_records",
 ]
