@@ -1,13 +1,17 @@
 """Streams resume by their own state: every position of every kind in this process and its workers, then runs of real ranks."""
 
+import io
+import logging
 import random
 from collections.abc import Iterator
+from datetime import timedelta
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lockstep.core import UsageError, World
@@ -15,6 +19,7 @@ from lockstep.data.loading.sampling import DataPosition
 from lockstep.data.loading.sharding import DataSharding
 from lockstep.data.loading.streams import fingerprint
 from lockstep.data.loading.training import TrainingLoader
+from lockstep.distributed import destroy_process_group, fork_ranks, init_process_group
 
 
 class Numbers(IterableDataset[Any]):
@@ -161,7 +166,7 @@ def test_every_stream_resumes_by_its_state(kind: str, caplog: pytest.LogCaptureF
     following = batches_of(epoch_of(undisturbed))
     torch.manual_seed(7)  # what the process draws meanwhile changes nothing
     before = torch.get_rng_state()
-    every = 3 if "workers" in kind else 1
+    every = 4 if "workers" in kind else 1
     for done in range(0, len(whole), every):
         saved = whole[done - 1][1] if done else ((DataPosition(3),) * len(whole[0][1][0]), [])
         resumed = load(streams()[kind], saved)
@@ -226,3 +231,57 @@ def test_a_fingerprint_covers_all_kinds_of_batches() -> None:
     kinds += [np.zeros(3), torch.zeros(3, 300), torch.zeros(300, 3)]
     assert len({fingerprint(kind) for kind in kinds}) == len(kinds)
     assert [fingerprint(kind) for kind in kinds] == [fingerprint(kind) for kind in kinds]
+
+
+class Part(IterableDataset[int]):
+    """Some numbers; ``length`` is what it says of their number."""
+
+    def __init__(self, samples: int, length: int | None = None) -> None:
+        self.samples, self.length = samples, length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.samples))
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError
+        return self.length
+
+
+def count(loader: Any) -> int:
+    """Batches that Lightning would fetch."""
+    batches, length, number = iter(loader), sized_len(loader), 0
+    while number != length and next(batches, None) is not None:
+        number += 1
+    return number
+
+
+def read_uneven(world: World) -> tuple[list[int], list[str]]:
+    """How many batches this rank gets of several loaders that are longer on other ranks, and what it logs."""
+    log, said = logging.getLogger("lockstep"), io.StringIO()
+    log.addHandler(logging.StreamHandler(said))
+    init_process_group(world, torch.device("cpu"), timedelta(minutes=1))
+    own = 7 - world.rank
+    parts = [Part(own), Part(own, own), Part(own, 7)]
+    sharding = DataSharding(world, 0)
+    loaders: list[Any] = [load(DataLoader(part, batch_size=None), world=world) for part in parts]
+    loaders += [sharding.shard(DataLoader(part, batch_size=None)) for part in parts]
+    counts = [count(loader) for loader in loaders]
+    counts.append(len(epoch_of(load({"even": plain(), "own": DataLoader(Part(own), batch_size=None)}, world=world))))
+    destroy_process_group()
+    return counts, said.getvalue().splitlines()
+
+
+def plain() -> DataLoader[Any]:
+    return DataLoader(range(6), batch_size=3)  # type: ignore[arg-type]
+
+
+def test_uneven_ranks_end_an_epoch_together() -> None:
+    (counts, said), *others = fork_ranks(read_uneven, nodes=1, ranks=3)
+    assert counts == [5, 5, 5, 5, 5, 5, 5] and others == [(counts, [])] * 2
+    ends = "data: {} ends after 5 batches on all ranks: rank 2 has no more, and ranks 0, 1 have more, which are left out"
+    differ = "data: ranks have different numbers of batches for {} (rank 0: 7, rank 1: 6, rank 2: 5); it ends after 5 on all"
+    training, evaluation = "epoch 4 of training", "evaluation"
+    expected = [differ.format(evaluation), ends.format(training), differ.format(training), ends.format(training)]
+    expected += [ends.format(evaluation), ends.format(evaluation), ends.format(training)]
+    assert [line.split("; give")[0].split(", the rest")[0] for line in said if "not sharded" not in line] == expected

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from support.runs import Outcome
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from foreign.base import BATCH_SIZE, SAMPLES, Points, Regression, Row, points
 from foreign.samplers import OWN_ORDER
@@ -65,7 +65,7 @@ class SeveralForValidation(Points):
 
 
 class Stream(IterableDataset[Any]):
-    """Numbered points, each rank its part; with ``remembers`` a ``state_dict``."""
+    """Numbered points, each rank its part."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
@@ -81,6 +81,58 @@ class Streamed(Points):
         trainer = self.trainer
         stream = Stream(trainer.global_rank, trainer.world_size)
         return DataLoader(stream, batch_size=BATCH_SIZE // trainer.world_size, num_workers=self.workers)
+
+
+class StatefulStream(Stream):
+    """Noisy points whose place is in a ``state_dict``; each worker of a rank has a part of its part."""
+
+    place = start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        own = range(self.rank + self.ranks * worker, SAMPLES, self.ranks * workers)
+        start, self.start = self.start, 0
+        for self.place in range(start + 1, len(own) + 1):
+            x, y = points()[own[self.place - 1]]
+            yield x + 0.1 * torch.rand(4), y
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["place"]
+
+
+class StatefullyStreamed(Streamed):
+    def train_dataloader(self) -> Any:
+        trainer = self.trainer
+        stream = StatefulStream(trainer.global_rank, trainer.world_size)
+        return DataLoader(stream, batch_size=BATCH_SIZE // trainer.world_size, num_workers=self.workers)
+
+
+class UnevenlyStreamed(Points):
+    """The last rank has a batch less than the others, to train and to validate."""
+
+    def train_dataloader(self) -> Any:
+        return self.stream()
+
+    def stream(self) -> Any:
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        batches = list(DataLoader(Stream(rank, ranks), batch_size=BATCH_SIZE // ranks))
+        return DataLoader(Replayed(batches[: 5 if 0 < rank == ranks - 1 else 6]), batch_size=None)
+
+    val_dataloader = stream
+
+
+class Replayed(IterableDataset[Any]):
+    """Some batches."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 class StatefulLoader:
@@ -255,7 +307,19 @@ ROWS = (
     ),
     Row("several loaders for validation", model=Several, data=SeveralForValidation),
     Row("an `IterableDataset`, sharded by its author", data=Streamed, per_rank="its author shares it out"),
-    Row("an `IterableDataset` with workers", "--data.workers 1", data=Streamed, per_rank="its author shares it out"),
+    Row(
+        "an `IterableDataset` with a `state_dict`, with workers",
+        "--data.workers 2",
+        data=StatefullyStreamed,
+        own_order="random numbers of a stream follow from seed, epoch, rank and batch",
+        per_rank="its author shares it out",
+        check=steps(12),
+    ),
+    Row(
+        "an `IterableDataset` with fewer batches on one rank",
+        data=UnevenlyStreamed,
+        per_rank="an epoch ends on all ranks with that of the shortest part",
+    ),
     Row("a loader with a `state_dict`", data=Stateful, logged_per_rank="each rank takes all batches"),
     Row("workers", "--data.workers 2"),
     Row("persistent workers", data=PersistentWorkers, own_order=OWN_ORDER),
