@@ -67,8 +67,9 @@ lint: setup ## run ruff and mypy
 	@echo "== lint: ruff, mypy"
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check . && $(VENV)/bin/mypy --no-error-summary
 
-bench: setup slurm ## benchmark a training step, a checkpoint, a submission and what grows with samples and files
+bench: setup slurm ## benchmark a training step, the input of images, a checkpoint, a submission and what grows with samples and files
 	$(PYTHON) benchmarks/step.py
+	$(PYTHON) benchmarks/input.py
 	$(PYTHON) benchmarks/checkpoint.py
 	$(PYTHON) benchmarks/growth.py
 	$(PYTHON) benchmarks/growth_checkpoint.py

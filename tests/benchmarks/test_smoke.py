@@ -8,12 +8,15 @@ import multiprocessing
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import agent
 import checkpoint
 import faults
 import growth
 import growth_checkpoint
+import input as input_pipeline
 import memory
 import pytest
 import step
@@ -68,6 +71,16 @@ def test_growth(capfd: pytest.CaptureFixture[str]) -> None:
         "hang report: any other rank",
     ):
         assert re.search(rf"\| {what} \| [\w+, ]+ \| {NUMBER} \| {NUMBER} \|", output), output
+
+
+def test_input(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = ("torchvision v2", "lockstep folders", "lockstep shards, 256, raw")
+    run_in_fork(input_pipeline.main, "--images", "128", "--rounds", "1", "--root", str(tmp_path), "--rows", "litdata", *rows)
+    output = capfd.readouterr().out
+    for name in ("tutorial", *rows):
+        assert re.search(rf"\| {name} \| {NUMBER} \| {NUMBER} \| {NUMBER} to {NUMBER} \|", output), output
+    assert find_spec("litdata") or "litdata is not installed, and its rows are left out: uv pip install litdata" in output
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory(capfd: pytest.CaptureFixture[str]) -> None:
