@@ -273,7 +273,7 @@ class RankGroup:
         failure = outcome.failure
         if failure is None or "killed by signal: Killed" not in failure.report or not self._memory.has_killed:
             return outcome
-        report = f"{failure.report.rstrip()} The kernel killed it: {self._memory}."
+        report = failure.report.rstrip(" .\n") + f". The kernel killed it: {self._memory}."
         return replace(outcome, failure=replace(failure, report=report, is_out_of_memory=True))
 
     def _hung_ranks(self) -> dict[int, RankOutcome]:

@@ -1,5 +1,6 @@
 """Jobs on Slurm: query and follow them, restart or requeue them, and run the task of one node."""
 
+from lockstep.slurm.accounting import accounted_states
 from lockstep.slurm.client import (
     QUEUED_SCRIPTS,
     RUNNING_JOBS,

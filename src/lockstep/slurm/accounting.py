@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lockstep.runs import JobState
@@ -30,11 +30,22 @@ def query_accounting(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, J
     Args:
         ids: Jobs that slurmctld does not know: one that accounting believes to run or wait has been lost with its end.
     """
-    if not ids or shutil.which("sacct", path=env.get("PATH")) is None:
+    found, error = _query(sorted({id_.partition("_")[0] for id_ in ids}), env)
+    return {id_: found[id_] for id_ in ids if id_ in found}, error
+
+
+def accounted_states(job: str, env: Mapping[str, str]) -> set[str]:
+    """How a job that slurmctld has forgotten has ended, or the tasks of an array; empty where accounting does not know it."""
+    found, _ = _query([job.partition("_")[0]], env)
+    return {state.state for id_, state in found.items() if f"{id_}_".startswith(f"{job}_")}
+
+
+def _query(jobs: Sequence[str], env: Mapping[str, str]) -> tuple[dict[str, JobState], str]:
+    """The jobs among these, arrays by their id, that have ended, and the error of sacct."""
+    if not jobs or shutil.which("sacct", path=env.get("PATH")) is None:
         return {}, ""
     states: dict[str, JobState] = {}
     env = {**env, "SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "0"}  # tasks of an array in full
-    jobs = sorted({id_.partition("_")[0] for id_ in ids})
     for first in range(0, len(jobs), _AT_ONCE):
         try:
             answer = query_slurm([*_COMMAND, f"--jobs={','.join(jobs[first : first + _AT_ONCE])}"], env, _SECONDS)
@@ -43,8 +54,7 @@ def query_accounting(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, J
         if answer.returncode:
             last = (answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"])[-1]
             return states, "" if _IS_OFF.search(answer.stderr) else last.removeprefix("sacct: error: ")
-        found = parse_accounting(answer.stdout)
-        states |= {id_: found[id_] for id_ in ids if id_ in found and found[id_].has_ended}
+        states |= {id_: state for id_, state in parse_accounting(answer.stdout).items() if state.has_ended}
     return states, ""
 
 

@@ -16,6 +16,7 @@ from lockstep.slurm import (
     Condition,
     Dependency,
     NodeTask,
+    accounted_states,
     find_job,
     is_unanswered,
     is_unknown_job,
@@ -101,7 +102,7 @@ def _states(job: str, env: Mapping[str, str]) -> set[str]:
     answer = _with_retries(lambda: query_slurm([*STATES_OF_JOB, f"--jobs={job}"], env))
     if answer.returncode and not is_unknown_job(answer.stderr):
         raise UsageError(f"--after: Slurm does not say whether job {job} exists: {' '.join(answer.stderr.split())}")
-    return set(answer.stdout.split())
+    return set(answer.stdout.split()) or accounted_states(job, env)
 
 
 def _missing_counterparts(job: str, runs: int, env: Mapping[str, str]) -> str:
