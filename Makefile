@@ -5,6 +5,7 @@ SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+ACCOUNTING_PACKAGES := slurmdbd mariadb-server-core
 OPS := g++ libaio-dev
 STAMP := $(VENV)/.made
 
@@ -32,10 +33,10 @@ define install
     $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends $(1); }; } >/dev/null; }
 endef
 
-slurm: ## install Slurm for the one-machine cluster, if missing (Debian, Ubuntu; as root or with sudo)
+slurm: ## install Slurm and its accounting for the one-machine cluster, if missing (Debian, Ubuntu; as root or with sudo)
 	@export PATH="$$PATH:/usr/local/sbin:/usr/sbin"; \
-	for program in slurmctld slurmd sbatch munged; do command -v $$program >/dev/null || missing=1; done; \
-	$(call install,$(SLURM_PACKAGES))
+	for program in slurmctld slurmd sbatch munged slurmdbd mariadbd; do command -v $$program >/dev/null || missing=1; done; \
+	$(call install,$(SLURM_PACKAGES) $(ACCOUNTING_PACKAGES))
 
 ops: ## install the compiler and library of DeepSpeed's CPU and NVMe ops, if missing (likewise)
 	@command -v c++ >/dev/null && [ -e /usr/include/libaio.h ] || missing=1; \

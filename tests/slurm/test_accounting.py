@@ -17,6 +17,7 @@ from lockstep.slurm import SubmittedJob, accounted_states, member_runs, query_st
 from lockstep.slurm.accounting import parse_accounting
 from lockstep.slurm.cluster import Cluster, ClusterError, binds_cpus
 from lockstep.slurm.cluster.cgroups import check_cgroups
+from lockstep.slurm.cluster.conf import check_programs
 from lockstep.slurm.status import RunStatus
 from lockstep.slurm.submission.batch_script import JobRequest
 from lockstep.slurm.submission.options import LaunchOptions, NodeRange
@@ -131,6 +132,12 @@ class Stubs:
 
 @pytest.fixture(scope="module")
 def stubs(slurm_is_here: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stubs]:
+    try:
+        check_programs(accounting=True)
+    except ClusterError as missing:
+        if os.environ.get("LOCKSTEP_REQUIRE_SLURM"):
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
     folder = tmp_path_factory.mktemp("a")
     try:
         check_cgroups(folder)
@@ -151,6 +158,14 @@ def stubs(slurm_is_here: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         cgroups=has_cgroups,
     ) as cluster:
         yield Stubs(cluster, folder / "runs", has_cgroups)
+
+
+def test_cgroups_that_cannot_be_had_are_refused(stubs: Stubs, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="this user can make none with a limit of memory below"):
+        check_cgroups(tmp_path / "c", root=tmp_path)
+    if stubs.has_cgroups:
+        with pytest.raises(ClusterError, match=f"the cluster in {stubs.cluster.folder} has them already"):
+            check_cgroups(tmp_path / "c")
 
 
 @pytest.fixture(scope="module")

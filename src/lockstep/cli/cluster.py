@@ -9,6 +9,7 @@ do not interfere. CPUs, GPUs and memory of a node are what you request; together
     {program} down                     stop the cluster and remove its folder
     {program} run -- squeue            start a cluster, run one command against it, stop it
 
+With --accounting it has a database, slurmdbd and an account; with --cgroups the kernel limits the memory of jobs.
 Any user may run it; jobs run as that user. It needs Slurm's programs and munge (`make slurm`).
 """
 
