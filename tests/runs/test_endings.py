@@ -18,6 +18,7 @@ OVER = "slurmstepd: error: Detected 1 oom_kill event in StepId=10.0. Some of the
 FINISHED, STOPPED = RunResult("finished"), RunResult("interrupted", reason="SIGUSR2", exit_status=140)
 CAUSE, LOST = Failure(1, 4, 1, "n2", "ValueError: no"), Failure(0, 4, 0, "n1", "RuntimeError: gloo", is_secondary=True)
 KILLED_RANK = Failure(2, 4, 2, "n3", "The process was killed by SIGKILL.", is_killed=True)
+HUNGRY = replace(KILLED_RANK, report="it had 2 GiB.", is_out_of_memory=True)
 SIGNALLED = Failure(2, 4, 2, "n3", "it was ended by SIGTERM.", 143)
 
 
@@ -57,6 +58,20 @@ def test_a_kill_from_outside_tells_nothing(text: str, failure: Failure | None, i
         (Evidence(None, KILLED_RANK, "", 1), "failed", 1, "rank 2 (node 2, n3): The process was killed by SIGKILL."),
         (Evidence(None, replace(KILLED_RANK, is_out_of_memory=True), "", 1), "out of memory", 6, "--mem"),
         (Evidence(None, KILLED_RANK, OVER, 1), "out of memory", 6, "oom_kill"),
+        (Evidence(None, HUNGRY, OVER, 1), "out of memory", 6, "--mem. rank 2 (node 2, n3): it had 2 GiB."),
+        (
+            Evidence(None, HUNGRY, OVER, 1, JobState("OUT_OF_MEMORY", memory="1.9G of 2G")),
+            "out of memory",
+            6,
+            "it had 2 GiB. Acc",
+        ),
+        (
+            Evidence(None, None, "", 1, JobState("OUT_OF_MEMORY", memory="1.9G of 2G")),
+            "out of memory",
+            6,
+            "has seen 1.9G of 2G.",
+        ),
+        (Evidence(None, None, "", 1, JobState("PREEMPTED")), "preempted", 7, "not requeued"),
         (Evidence(STOPPED, None, KILLED, 137), "interrupted", 140, "SIGUSR2"),
         (Evidence(None, LOST, KILLED, 1), "failed", 1, "the agent of n1: Killed"),
         (Evidence(None, SIGNALLED, "", 143), "interrupted", 143, "SIGTERM"),

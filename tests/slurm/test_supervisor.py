@@ -120,6 +120,14 @@ def test_preemptions_may_happen_as_often_as_slurm_likes(run: Run) -> None:
         assert end(run, "7_1", attempt, restarts=1) == REQUEUE
 
 
+def test_a_run_out_of_memory_is_given_up_although_its_memory_differs(run: Run) -> None:
+    for decision in (RESTART, 1):
+        attempt = begin(run, "7_0")
+        report = f"The process was killed by SIGKILL: the job is out of memory; its largest process had {attempt}.9 GiB."
+        record_failure(run, attempt, Failure(attempt, 4, 0, "", report, is_killed=True, is_out_of_memory=True))
+        assert end(run, "7_0", attempt, status=1) == decision
+
+
 @pytest.mark.parametrize("config", ["", "run:", "run: {max_restarts: many}", "run: ["])
 def test_a_damaged_config_lets_the_default_number_of_restarts(run: Run, config: str) -> None:
     run.config.write_text(config)
