@@ -18,6 +18,7 @@ from lockstep.slurm.accounting import parse_accounting
 from lockstep.slurm.cluster import Cluster, ClusterError, binds_cpus
 from lockstep.slurm.cluster.cgroups import check_cgroups
 from lockstep.slurm.cluster.conf import check_programs
+from lockstep.slurm.dependencies import Dependency
 from lockstep.slurm.status import RunStatus
 from lockstep.slurm.submission.batch_script import JobRequest
 from lockstep.slurm.submission.options import LaunchOptions, NodeRange
@@ -329,9 +330,9 @@ def test_a_job_may_wait_for_one_that_slurm_has_forgotten(stubs: Stubs, forgotten
     array = stubs.jobs["array.finished"].job
     assert accounted_states(array, stubs.env) == {"COMPLETED", "FAILED", "CANCELLED"}
     assert accounted_states(f"{array}_1", stubs.env) == {"FAILED"}
-    check_dependency(stubs.jobs["finished"].job, stubs.env)
+    check_dependency(Dependency.on("afterok", stubs.jobs["finished"].job), 1, stubs.env)
     with pytest.raises(UsageError, match=r"did not finish successfully \(FAILED\)"):
-        check_dependency(stubs.jobs["failed"].job, stubs.env)
+        check_dependency(Dependency.on("afterok", stubs.jobs["failed"].job), 1, stubs.env)
 
 
 def test_the_cluster_binds_tasks_and_leaves_nothing(stubs: Stubs) -> None:

@@ -16,6 +16,7 @@ from lockstep.slurm.client import (
     parse_scripts,
     query_partitions,
     query_slurm,
+    start_query,
 )
 from lockstep.slurm.dependencies import Condition, Dependency
 from lockstep.slurm.follow import follow

@@ -57,9 +57,17 @@ def check_slurm_conf(env: Mapping[str, str]) -> None:
 
 def query_slurm(command: list[str], env: Mapping[str, str], timeout: float | None = None) -> "subprocess.CompletedProcess[str]":
     """Run a Slurm command without a user's own defaults, such as SQUEUE_PARTITION, which would hide jobs or partitions."""
+    return subprocess.run(command, env=_without_defaults(env), capture_output=True, text=True, timeout=timeout)
+
+
+def start_query(command: list[str], env: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """Start a Slurm command as ``query_slurm`` does, to run beside another one; a context, which waits for its end."""
+    return subprocess.Popen(command, env=_without_defaults(env), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def _without_defaults(env: Mapping[str, str]) -> dict[str, str]:
     defaults = ("SQUEUE_", "SACCT_", "SINFO_", "SLURM_CLUSTERS")
-    clean = {name: value for name, value in env.items() if not name.startswith(defaults)}
-    return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=timeout)
+    return {name: value for name, value in env.items() if not name.startswith(defaults)}
 
 
 def _has_command(name: str, env: Mapping[str, str]) -> bool:

@@ -4,10 +4,9 @@ import os
 import pwd
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from lockstep.slurm import query_slurm
+from lockstep.slurm import query_slurm, start_query
 from lockstep.slurm.submission.profile import parse_minutes
 
 _NAMES = {
@@ -25,6 +24,9 @@ _QOS_LIMITS = {
     "GrpTRES": "grptres", "GrpJobs": "grpjobs", "GrpSubmitJobs": "grpsubmit",
 }  # fmt: skip
 """Limits of a QOS, and the field of ``sacctmgr show qos`` that has each."""
+
+SHOW_CONFIG = ["scontrol", "show", "config"]
+"""The command that prints slurm.conf, in milliseconds."""
 
 _ASSOC_MGR = ("scontrol", "--oneliner", "show", "assoc_mgr")
 _SACCTMGR = ("sacctmgr", "--noheader", "--parsable2", "show")
@@ -80,9 +82,8 @@ class Accounting:
     env: Mapping[str, str]
 
     @classmethod
-    def of_cluster(cls, env: Mapping[str, str]) -> "Accounting":
-        """Ask slurmctld."""
-        shown = query_slurm(["scontrol", "show", "config"], env).stdout
+    def parse(cls, shown: str, env: Mapping[str, str]) -> "Accounting":
+        """Build it from what SHOW_CONFIG has printed."""
         values = dict(re.findall(r"^(\w+) *= (\S+)", shown, re.MULTILINE))
         enforced = values.get("AccountingStorageEnforce", "none").split(",")
         return cls(values.get("ClusterName", ""), frozenset(enforced) - {"none"}, env)
@@ -106,7 +107,7 @@ class Accounting:
 
         Those of a QOS replace those of an association; of these the nearest holds, but for Grp…, where all do.
         """
-        own = self._own_record(account)
+        own = self._own_record(account, partition)
         if own is None:
             return []
         limits = self._qos_limits(own["Account"], qos, partition)
@@ -117,10 +118,12 @@ class Accounting:
             known |= {limit.key for limit in new if not limit.name.startswith("Grp")}
         return limits
 
-    def _own_record(self, account: str | None) -> dict[str, str] | None:
+    def _own_record(self, account: str | None, partition: str | None = None) -> dict[str, str] | None:
+        """The user's association with an account, or the default one: that for the partition, else that for all."""
         rows = self._records("flags=assoc", f"users={user_name()}")
         own = [row for row in rows if row["UserName"].partition("(")[0] == user_name()]
-        return next((row for row in own if (row["Account"] == account if account else row["DefAssoc"] == "Yes")), None)
+        own = [row for row in own if (row["Account"] == account if account else row["DefAssoc"] == "Yes")]
+        return next((row for wanted in (partition or "", "") for row in own if row["Partition"] == wanted), None)
 
     def _levels(self, own: dict[str, str]) -> Iterator[tuple[dict[str, str], str]]:
         """The records of the user, of the account, and of those above it."""
@@ -140,11 +143,11 @@ class Accounting:
     def _qos_limits(self, account: str, qos: str | None, partition: str | None) -> list[Limit]:
         """The limits of the QOS of the job and of its partition; where both have one the larger, as either may come first."""
         command = [*_SACCTMGR, "qos", f"format=name,{','.join(_QOS_LIMITS.values())}"]
-        with ThreadPoolExecutor() as threads:  # each command takes some time
-            rows = threads.submit(query_slurm, command, self.env)
+        with start_query(command, self.env) as query:  # the database takes a moment for each
             names = {qos or self._default_qos(account), self._partition_qos(partition)}
+            rows, _ = query.communicate()
         found: dict[tuple[str, str], Limit] = {}
-        for line in rows.result().stdout.splitlines():
+        for line in rows.splitlines():
             name, *values = line.split("|")
             if name not in names:
                 continue

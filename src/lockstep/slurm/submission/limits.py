@@ -1,7 +1,6 @@
 """Check a job against the limits of its account and QOS: Slurm queues one that exceeds most of them, and never starts it."""
 
 import re
-from collections.abc import Mapping
 
 from lockstep.core import UsageError, count, did_you_mean
 from lockstep.slurm.submission.associations import Accounting, Limit, chosen, user_name
@@ -14,13 +13,12 @@ _KEYS = {"node": ("nodes", "node"), "cpu": ("cpus_per_rank", "CPU"), "mem": ("me
 _OTHERWISE = "or choose another account or QOS"
 
 
-def check_limits(request: JobRequest, env: Mapping[str, str]) -> list[str]:
+def check_limits(request: JobRequest, accounting: Accounting) -> list[str]:
     """Return a sentence about each limit that makes this job wait for others; empty where no limits are enforced.
 
     Raises:
         UsageError: A limit would keep it waiting for ever.
     """
-    accounting = Accounting.of_cluster(env)
     if not accounting.enforced & {"limits", "safe", "all"}:
         return []
     notes = []
@@ -75,11 +73,11 @@ def _check_resource(limit: Limit, request: JobRequest) -> str:
     return ""
 
 
-def explain_policy(error: str, request: JobRequest, env: Mapping[str, str]) -> None:
+def explain_policy(error: str, request: JobRequest, accounting: Accounting) -> None:
     """Raise UsageError with a sentence about what sbatch has said, if it is about the account, the QOS or a limit."""
     if not re.search(r"(?i)invalid (account|qos)|accounting/QOS policy", error):
         return
-    (account, qos), user, accounting = _charged(request), user_name(), Accounting.of_cluster(env)
+    (account, qos), user = _charged(request), user_name()
     associations = accounting.associations()
     accounts = sorted({association.account for association in associations})
     if account is not None and accounts and account not in accounts:
@@ -96,7 +94,7 @@ def explain_policy(error: str, request: JobRequest, env: Mapping[str, str]) -> N
 
 def _explain_full(error: str, request: JobRequest, accounting: Accounting) -> None:
     """Raise UsageError with the limit that sbatch enforces."""
-    check_limits(request, accounting.env)
+    check_limits(request, accounting)
     for limit in accounting.limits(*_charged(request), request.profile.partition):
         if "Submit" in limit.name and limit.used + request.runs > limit.most:
             jobs = f"a sweep of {request.runs} runs" if request.runs > 1 else "another job"

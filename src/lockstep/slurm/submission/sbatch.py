@@ -24,8 +24,10 @@ from lockstep.slurm import (
     parse_scripts,
     query_partitions,
     query_slurm,
+    start_query,
 )
 from lockstep.slurm.submission import limits, partitions
+from lockstep.slurm.submission.associations import SHOW_CONFIG, Accounting
 from lockstep.slurm.submission.batch_script import PASSED_PREFIX, JobRequest, batch_script, make_executor
 
 _INHERITED_VARIABLES = re.compile(
@@ -54,9 +56,12 @@ def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
     """
     command, script = ["sbatch", "--test-only"], batch_script(request)
     env = {**env, "SBATCH_JOB_NAME": request.name}
-    answer = _with_retries(lambda: subprocess.run(command, input=script, env=env, capture_output=True, text=True))
+    with start_query(SHOW_CONFIG, env) as config:  # beside sbatch, which takes longer
+        answer = _with_retries(lambda: subprocess.run(command, input=script, env=env, capture_output=True, text=True))
+        shown = config.communicate()[0] or query_slurm(SHOW_CONFIG, env).stdout  # slurmctld may not have answered at first
+        accounting = Accounting.parse(shown, env)
     if answer.returncode:
-        limits.explain_policy(answer.stderr, request, env)
+        limits.explain_policy(answer.stderr, request, accounting)
         # Unlike a submission, --test-only considers only nodes that are up: during maintenance it rejects jobs that can wait.
         found = query_partitions(env)
         if not (lacks_nodes(answer.stderr) and partitions.fits_when_all_nodes_are_up(request, found)):
@@ -65,7 +70,7 @@ def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
     flags = {argument[2:].partition("=")[0] for argument in profile.sbatch}
     if profile.minutes is not None and not profile.qos and not flags & {"qos", "partition", "time"}:
         partitions.check_time_limit(request, profile.minutes, query_partitions(env))
-    for note in limits.check_limits(request, env):
+    for note in limits.check_limits(request, accounting):
         print(note, file=sys.stderr)
 
 
