@@ -52,6 +52,7 @@ LINES = {
     "python launch/local.py --model lock": "lockstep.models.Classifier",
     "python launch/local.py --resume sr": "src",
     "python launch/slurm.py --profile a1": "a100",
+    "python launch/slurm.py --then exp": "export",
     "python launch/slurm.py --nodes 2 --deepspeed.stage ": "1 2 3",
     "python launch/jobs.py lo": "logs",
     "python launch/jobs.py logs --ra": "--rank",
