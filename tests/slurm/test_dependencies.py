@@ -82,6 +82,9 @@ def test_a_damaged_dependency_is_one_sentence(env: dict[str, str], typed: str, m
         ("afterany:4", 1, "Slurm does not know job 4 (any more); leave it out if it ended as afterany:4 expects."),
         ("afterok:1?afterok:4", 1, "Slurm does not know job 4"),
         ("aftercorr:8", 3, ""),
+        ("aftercorr:9", 3, ""),
+        ("afterok:9", 1, "job 9 did not finish successfully (FAILED)"),
+        ("aftercorr:3", 3, "job 3 did not finish successfully (FAILED)"),
         ("aftercorr:8", 1, "aftercorr pairs the runs of two sweeps, and this is no sweep; use afterok"),
         ("aftercorr:8", 4, "and job 8 has only 3 runs for 4: this job would never start."),
         ("afterok:5", 1, "Slurm does not say whether job 5 exists: slurm_load_jobs error: Access denied"),
@@ -97,6 +100,7 @@ for argument; do case $argument in
   --jobs=1) echo COMPLETED ;;
   --jobs=2 | --jobs=8) printf 'RUNNING\\nPENDING\\n' ;;
   --jobs=3) echo FAILED ;;
+  --jobs=9) printf 'RUNNING\\nFAILED\\n' ;;
   --jobs=4) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1 ;;
   --jobs=5) echo 'slurm_load_jobs error: Access denied' >&2; exit 1 ;;
 esac; done

@@ -93,7 +93,7 @@ def _problem(condition: Condition, runs: int, env: Mapping[str, str]) -> str:
                 f"--after: Slurm does not know job {job} (any more); leave it out if it ended as {condition} expects."
             )
         failed = {state for state in states if state in TERMINAL_STATES and state != "COMPLETED"}
-        if failed and condition.kind in ("afterok", "aftercorr"):
+        if (failed and condition.kind == "afterok") or (failed == states and condition.kind == "aftercorr"):
             return f"job {job} did not finish successfully ({', '.join(sorted(failed))})"
         if states == {"COMPLETED"} and condition.kind == "afternotok":
             return f"job {job} has finished successfully"
