@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(150)
 
 
 def test_each_link_has_resources_keys_and_a_script_of_its_own(tmp_path: Path) -> None:
-    profile = Profile(time="60", ranks_per_node=2)
+    profile = Profile(time="60", ranks_per_node=2, nodelist="n1,n2,n3,n4", sbatch=("--hold", "--comment=x"))
     options = LaunchOptions(tmp_path, nodes=NodeRange(4, 4))
     training = Submission.create([*DIGITS, f"--run.root={tmp_path}", "--seed_everything=true"], profile, options, {})
     texts = ["validate", "test --nodes 2 --time 10 --data.batch_size 8", "export --part network --job-name out"]
@@ -36,6 +36,10 @@ def test_each_link_has_resources_keys_and_a_script_of_its_own(tmp_path: Path) ->
         ["#SBATCH --nodes=1", "#SBATCH --time=60"],
         ["#SBATCH --nodes=2", "#SBATCH --time=10"],
         ["#SBATCH --nodes=1", "#SBATCH --time=60"],
+    ]
+    assert [("--hold" in script, "--nodelist" in script, "--comment=x" in script) for script in scripts] == [
+        (True, True, True),
+        *[(False, False, True)] * 3,
     ]
     for script, before in zip(scripts[1:], ("FIT", "VALIDATE", "TEST"), strict=True):
         assert f"--dependency=afterok:{before}\n#SBATCH --kill-on-invalid-dep=yes" in script

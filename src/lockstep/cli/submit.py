@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from lockstep.cli import local
@@ -103,7 +103,7 @@ def add_resources(group: "argparse._ArgumentGroup | argparse.ArgumentParser") ->
 
 
 def parse_link(text: str, base: Profile) -> Link:
-    """Parse a value of ``--then``; resources that it does not name are those of ``base``, on one node.
+    """Parse a value of ``--then``; resources that it does not name are those of ``base``, on any one node, and not held.
 
     Raises:
         UsageError: It is not a command with keys and flags of resources.
@@ -124,6 +124,8 @@ def parse_link(text: str, base: Profile) -> Link:
                 raise UsageError(f"{name}: is not for one link; give it to the whole chain, before --then.")
         if shown := next(filter(shows_only, keys), None):
             raise UsageError(f"{shown} shows something and runs nothing; leave it out.")
+        # A list of nodes requests all of them, which are too many for one node.
+        base = replace(base, nodelist=None, sbatch=tuple(argument for argument in base.sbatch if argument != "--hold"))
         if flags.profile:
             base = load_profile(flags.profile, os.environ, profile_folders(os.environ, Path.cwd()))
         return Link(text, words[0], tuple(find_shipped(keys)), flagged(base, flags), flags.nodes, flags.job_name)
