@@ -183,7 +183,8 @@ def _ending_by_slurm(job: JobState, lost: LostTask | None, failure: Failure | No
         "PREEMPTED": "Slurm has preempted it, and has not requeued it.",
     }
     if job.reason == "DependencyNeverSatisfied":
-        return Ending(word, status, f"It waited for {job.dependency or 'another job'}, which cannot happen any more.")
+        never = f"It waited for {job.dependency}, which cannot happen any more."
+        return Ending(word, status, never if job.dependency else "The job that it waited for did not succeed.")
     return Ending(word, status, reasons.get(job.state, sentence))
 
 
