@@ -3,7 +3,7 @@
 #
 #     slurm/debian.sh 24.11 make test-slurm
 #
-# The root is made once, in ~/.cache/lockstep, by debootstrap (apt-get install debootstrap). It needs root, and about 10 GB.
+# The root is made once, in ~/.cache/lockstep, by debootstrap, which is installed if it is missing. It needs root, and about 10 GB.
 # The clone has the last commit, not what is uncommitted.
 set -euo pipefail
 
@@ -14,7 +14,8 @@ case ${1-} in
 esac
 shift
 [ "$(id -u)" = 0 ] || { echo "slurm/debian.sh: run it as root; it mounts and changes roots." >&2 && exit 2; }
-command -v debootstrap >/dev/null || { echo "slurm/debian.sh: install debootstrap (apt-get install debootstrap)." >&2 && exit 2; }
+command -v debootstrap >/dev/null || apt-get install -y -qq debootstrap >/dev/null ||
+  { echo "slurm/debian.sh: install debootstrap (apt-get install debootstrap)." >&2 && exit 2; }
 
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 root=${XDG_CACHE_HOME:-$HOME/.cache}/lockstep/debian-$release
