@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lockstep.cli import jobs, submit
 from lockstep.compat.submitit import load_task
 from lockstep.runs import LaunchRecord, Run, RunResult
 from lockstep.slurm import RunStatus, SubmittedJob, find_job, query_status, register_job, registered_jobs
-from lockstep.slurm.cluster import Cluster
+from lockstep.slurm.cluster import Cluster, ClusterError
 from lockstep.slurm.submission import Chain, LaunchOptions, NodeRange, Profile, Submission, submission
 
 pytestmark = pytest.mark.timeout(150)
@@ -145,9 +146,14 @@ def test_a_chain_waits_for_a_requeued_training_and_is_cancelled_as_one(chains: C
         ["command", "fit"], ["command", "test"], ["command", "export"],
     ]  # fmt: skip
     chains.cluster.command("scontrol", "requeue", fit.job)
-    wait_until(lambda: "PENDING" in chains.cluster.command("squeue", f"--jobs={fit.job}", "--format=%T"), 30, chains.queue)
-    chains.cluster.command("scontrol", "update", f"jobid={fit.job}", "StartTime=now")
-    run = start(fit, 2)
+    run = Run(fit.folder)
+
+    def restarted() -> bool:
+        with suppress(ClusterError):  # again and again: Slurm sets a later time once the job has stopped
+            chains.cluster.command("scontrol", "update", f"jobid={fit.job}", "StartTime=now")
+        return (run.folder / "2.started").exists()
+
+    wait_until(restarted, 60, chains.queue, interval=0.5)
     chains.wait(chain, "running", "waiting", "waiting")
     (run.folder / "2-finish").touch()
     start(test, 1)
