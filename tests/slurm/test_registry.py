@@ -129,3 +129,26 @@ def test_what_the_batch_script_tries_again_is_in_the_status(run: Run, tmp_path: 
     (run.folder / "slurm/7.retry").write_text("scontrol requeue fails; tried 3 of 60 times.\n")
     view = seen(run, {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"})
     assert (view.state, view.message) == ("running", "scontrol requeue fails; tried 3 of 60 times.")
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        (
+            "QOSMaxWallDurationPerJobLimit",
+            "It will never start: its QOS does not allow a job of this size or time limit (Slurm: Q",
+        ),
+        ("AssocMaxCpuPerJobLimit", "It will never start: its account does not allow a job of this size"),
+        ("AssocGrpNodeLimit", "It waits for jobs that count for a limit of its account to end (Slurm: AssocGrpNodeLimit)."),
+        ("QOSMaxCpuPerUserLimit", "It waits for jobs that count for a limit of its QOS to end"),
+        ("QOSMaxJobsPerUserLimit", "It waits for one of your jobs to end (limit of the QOS)."),
+        ("PartitionTimeLimit", "It will never start: it asks for more time than its partition gives"),
+        ("Priority", "It waits behind jobs of higher priority."),
+        ("QOSNotAllowed", "It waits for what Slurm calls QOSNotAllowed."),
+        ("Licenses", "It waits for what Slurm calls Licenses."),
+    ],
+)
+def test_what_a_job_waits_for_is_told(run: Run, tmp_path: Path, reason: str, message: str) -> None:
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '7|7|N/A|PENDING|{reason}|N/A|0:00|1:00||0|0|'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    assert seen(run, {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}).message.startswith(message)

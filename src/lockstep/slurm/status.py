@@ -4,6 +4,7 @@
 status in ``slurm/<job>.exit``, and whoever asks while Slurm still knows the job keeps the answer in ``slurm/<job>.ended.json``.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -49,6 +50,10 @@ _IMPOSSIBLE_REASONS = {
     "InvalidAccount": "its account is not valid",
     "InvalidQOS": "its QOS is not valid",
 }
+
+_LIMIT_REASON = re.compile(r"(?P<place>Assoc|QOS)(?:(?P<per_job>Max\w+Per(?:Job|Node)|Min)|Grp|Max)")
+_PLACES = {"Assoc": "account", "QOS": "QOS"}
+"""Reasons of limits, such as AssocMaxWallDurationPerJobLimit and QOSGrpCpuLimit, and where the limit is."""
 
 
 @dataclass(frozen=True)
@@ -187,13 +192,19 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
 def _pending_reason(state: JobState) -> str:
     waits = Dependency.of_squeue(state.dependency).describe() or "another job"
     impossible = {"DependencyNeverSatisfied": f"it waits for {waits}, which cannot happen any more", **_IMPOSSIBLE_REASONS}
+    limit = _LIMIT_REASON.match(state.reason)
+    if limit is not None and limit["per_job"]:
+        impossible[state.reason] = f"its {_PLACES[limit['place']]} does not allow a job of this size or time limit"
     if state.reason in impossible:
         return f"It will never start: {impossible[state.reason]} (Slurm: {state.reason}); cancel it."
     if state.reason == "Dependency":
         return f"It waits for {waits}."
     if state.reason == "None":
         return "Slurm has not scheduled it yet."
-    why = _PENDING_REASONS.get(state.reason.partition(",")[0].strip("()"), f"for what Slurm calls {state.reason}")
+    otherwise = f"for what Slurm calls {state.reason}"
+    if limit is not None:
+        otherwise = f"for jobs that count for a limit of its {_PLACES[limit['place']]} to end (Slurm: {state.reason})"
+    why = _PENDING_REASONS.get(state.reason.partition(",")[0].strip("()"), otherwise)
     return f"It waits {why}." + (f" Expected start: {state.start}." if state.start[:1].isdigit() else "")
 
 
