@@ -199,8 +199,13 @@ def test_any_map_style_dataset_is_packed_by_its_class(tmp_path: Path, capsys: py
     assert ShardDataset(tmp_path / "0").reader.index.classes == ["odd", "even"]
     with pytest.raises(RunError, match=r"None of 4 samples can be packed; the first, Pairs\[0\]: KeyError"):
         main([str(tmp_path / "none"), *pairs, "--dataset.broken=-2", "--shard-size", "4", "--workers", "1"])
-    with pytest.raises(UsageError, match=r"--dataset: .*Pairs cannot be made: .*lenght"):
+    with pytest.raises(UsageError, match=r"--dataset\.lenght: unknown argument of .*Pairs; did you mean 'dataset\.length'"):
         main([str(tmp_path / "no"), "--dataset", f"{__name__}.Pairs", "--dataset.lenght", "6"])
+    for name, message in (("nope.Pairs", "cannot be imported"), (f"{__name__}.Pears", "has no class 'Pears'; did you mean")):
+        with pytest.raises(UsageError, match=f"--dataset: .*{message}"):
+            main([str(tmp_path / "no"), "--dataset", name])
+    with pytest.raises(UsageError, match=r"Pairs cannot be made \(.*dataset\.length"):
+        main([str(tmp_path / "no"), "--dataset", f"{__name__}.Pairs"])
 
 
 def test_values_are_named_by_their_kind() -> None:

@@ -3,12 +3,12 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import jsonargparse
-from torch.utils.data import Dataset
 
-from lockstep.core import UsageError
+from lockstep.core import UsageError, did_you_mean
 
 
 def make_dataset(path: str, keys: Sequence[str]) -> tuple[Any, Mapping[str, Any]]:
@@ -21,15 +21,33 @@ def make_dataset(path: str, keys: Sequence[str]) -> tuple[Any, Mapping[str, Any]
     Raises:
         UsageError: The class cannot be imported or made, or an argument is wrong.
     """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    known = parser.add_class_arguments(_find_class(path), "dataset")
+    for key in keys:
+        name = key.partition("=")[0].removeprefix("--")
+        if not any(f"{name}.".startswith(f"{own}.") for own in known):
+            raise UsageError(f"--{name}: unknown argument of {path}{did_you_mean(name, known)}")
+    try:
+        config = parser.parse_args(list(keys))
+        dataset = parser.instantiate(config).dataset
+    except Exception as error:  # of someone else's class
+        raise UsageError(f"--dataset: {path} cannot be made ({' '.join(str(error).split())}).") from error
+    return dataset, {"class_path": path, "init_args": config.dataset.as_dict() if known else {}}
+
+
+def _find_class(path: str) -> type[Any]:
+    """Import a class, also from the working folder."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m does; the command lockstep does not
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Dataset, "dataset", required=True)
+    module, _, name = path.rpartition(".")
     try:
-        config = parser.parse_args([f"--dataset={path}", *keys])
-        described = config.dataset.as_dict()
-        return parser.instantiate(config).dataset, described
-    except UsageError:
-        raise
-    except Exception as error:  # of someone else's class
-        raise UsageError(f"--dataset: {path} cannot be made: {' '.join(str(error).split())}") from error
+        names = vars(import_module(module))
+    except (ImportError, ValueError) as error:
+        raise UsageError(
+            f"--dataset: {path} cannot be imported ({error}); give a class by its module, as in mine.Data."
+        ) from None
+    classes = [each for each, value in names.items() if isinstance(value, type)]
+    if name not in classes:
+        raise UsageError(f"--dataset: {module} has no class {name!r}{did_you_mean(name, classes)}")
+    found: type[Any] = names[name]
+    return found

@@ -93,7 +93,11 @@ def pack(
 
 def _plan(writer: ShardWriter) -> dict[str, Any]:
     """All that decides the bytes of the shards."""
-    libraries = {name: version(name) for name in ("torch", "torchvision", "torchcodec")} if writer.options.encodes else {}
+    libraries = (
+        {name: version(name) for name in ("torch", "torchvision", "torchcodec")}
+        if writer.options.encodes or writer.source.encodes
+        else {}
+    )
     return {
         "format": _FORMAT,
         "source": dict(writer.source.description),

@@ -33,8 +33,10 @@ class Source(Protocol):
         description: What tells it from other sources; packings of sources with different ones are not mixed.
         classes: Names of the classes, if they are known.
         left_out: Names of what is not a sample, and why.
+        encodes: Whether it encodes its samples, whatever the options are.
     """
 
+    encodes: bool
     description: Mapping[str, Any]
     classes: list[str] | None
     left_out: list[tuple[str, str]]
@@ -51,6 +53,8 @@ class FolderSource:
     Raises:
         UsageError: The folder cannot be read, has no classes, or a class has no image.
     """
+
+    encodes = False
 
     def __init__(self, folder: Path) -> None:
         found: FoundImages = list_images(folder)
@@ -97,6 +101,7 @@ class DatasetSource:
     dataset: Any
     arguments: Mapping[str, Any]
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    encodes: bool = True
 
     def __post_init__(self) -> None:
         name = type(self.dataset).__name__
