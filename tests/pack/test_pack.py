@@ -260,23 +260,42 @@ def test_killed_before_any_file_is_published_a_second_call_writes_the_same_bytes
     assert publication > 8  # plan, 2 records and shards, index and manifest, in two steps
 
 
+def is_running(process: str) -> bool:
+    """Whether a process exists and is not a zombie."""
+    status = Path("/proc") / process / "status"
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+class Gated(Dataset[Any]):
+    """Numbers; those from 20 on wait until ``gate`` exists."""
+
+    def __init__(self, gate: str) -> None:
+        self.gate = Path(gate)
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> int:
+        while index >= 20 and not self.gate.exists():
+            time.sleep(0.1)
+        return index
+
+
 def test_workers_end_with_a_killed_packing_which_a_second_call_completes(tmp_path: Path) -> None:
-    write_folders(tmp_path / "src", 240, ["train"])
-    arguments = [str(tmp_path / "src" / "train"), str(tmp_path / "out"), "--shard-size", "1", "--workers", "2"]
-    process = get_context("fork").Process(target=main, args=(arguments,))
+    dataset = ["--dataset", f"{__name__}.Gated", f"--dataset.gate={tmp_path}/gate", "--shard-size", "4", "--workers", "2"]
+    process = get_context("fork").Process(target=main, args=([str(tmp_path / "out"), *dataset],))
     process.start()
-    children, workers = Path(f"/proc/{process.pid}/task/{process.pid}/children"), list[str]()
-    while len(list((tmp_path / "out").glob("*.tar"))) < 3 or len(workers) < 2:
-        workers = children.read_text().split()
-        time.sleep(0.001)
+    while len(list((tmp_path / "out").glob("*.tar"))) < 5:
+        time.sleep(0.01)
+    assert process.pid is not None
+    workers = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
     process.kill()
     process.join()
-    while any((Path("/proc") / worker).exists() for worker in workers):  # else they would write beside the second call
-        time.sleep(0.001)
+    (tmp_path / "gate").touch()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
-    assert len(kept) < 240
-    assert main(arguments) == 0
-    main([*arguments[:1], str(tmp_path / "whole"), *arguments[2:]])
+    assert main([str(tmp_path / "out"), *dataset]) == 0
+    assert (len(workers), len(kept)) == (2, 5) and not any(map(is_running, workers))
+    main([str(tmp_path / "whole"), *dataset])
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == changed for path, changed in kept.items())
 
