@@ -7,7 +7,9 @@ import os
 import pickle
 import random
 import tarfile
+import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from lockstep.core import UsageError
 from lockstep.core.errors import RunError
 from lockstep.data import ShardDataset, Shards
-from lockstep.data.image_folder import ImageFiles
+from lockstep.data.image_folder import CorruptFile, ImageFiles
 from lockstep.data.packed import scan
 from lockstep.data.packed.index import ShardIndex
 from lockstep.pack.command import main
@@ -113,6 +115,25 @@ def test_a_folder_that_cannot_be_written_is_indexed_in_memory(tmp_path: Path) ->
     data = ShardDataset(tmp_path, decode=False)
     assert pickle.loads(pickle.dumps(data))[4]["cls"] == b"1"
     assert not (tmp_path / "shards.index").exists()
+
+
+def test_processes_that_start_together_make_the_index_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "a.tar", samples())
+    index_shards, made = scan.index_shards, tmp_path / "made"
+
+    def slow(*arguments: Any) -> bytes:
+        with made.open("a") as file:
+            file.write("x")
+        time.sleep(0.2)
+        return index_shards(*arguments)
+
+    monkeypatch.setattr(scan, "index_shards", slow)
+    processes = [get_context("fork").Process(target=ShardDataset, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert ([process.exitcode for process in processes], made.read_text()) == ([0, 0, 0], "x")
 
 
 def cut(path: Path, size: int) -> None:
@@ -264,6 +285,15 @@ def image_of(data: ImageFiles, index: int) -> Tensor:
     sample = data[index]
     assert isinstance(sample, tuple) and isinstance(sample[0], Tensor)
     return sample[0]
+
+
+def test_a_damaged_image_is_named_with_its_shard(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train" / "a.tar", {"0.jpg": jpeg()[:200], "0.cls": b"0", "1.npy": b"no array", "1.cls": b"0"})
+    files = Shards(root=tmp_path).load("train")
+    for number, name in enumerate(("0.jpg", "1.npy")):
+        sample = files[number]
+        assert isinstance(sample, CorruptFile) and sample.path == f"{tmp_path}/train/a.tar: {name}"
+        assert f"a.tar: {name} is not a complete JPEG or PNG (" in sample.error
 
 
 def test_index_of_lockstep_names_its_classes(tmp_path: Path) -> None:

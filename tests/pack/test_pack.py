@@ -126,7 +126,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)
-def test_two_packings_are_not_mixed_and_mistakes_are_named(src: Path, tmp_path: Path, change: list[str], message: str) -> None:
+def test_two_packings_are_not_mixed_and_mistakes_are_named(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: list[str], message: str
+) -> None:
     out, flags = tmp_path / "out", change if change[0].startswith("--") else []
     base = ["--shard-size", "5", "--workers", "0"]
     main([str(src), str(out), *base])
@@ -140,6 +142,7 @@ def test_two_packings_are_not_mixed_and_mistakes_are_named(src: Path, tmp_path: 
             write_tar(tmp_path / "other" / "train" / "a.tar", {})
             out = tmp_path / "other"
         case "busy":
+            monkeypatch.setattr(packing, "_LOCK_SECONDS", 0.01)
             lock = packing.locked(out / "train")
             lock.__enter__()
         case "inside":

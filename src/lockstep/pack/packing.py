@@ -16,6 +16,7 @@ from lockstep.pack.workers import Totals, Workers
 
 _PLAN_FILE = "plan.json"
 _FORMAT = 1
+_LOCK_SECONDS = 2.0  # the workers of a killed call hold its lock until they end too
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def pack(
     work = folder / WORK_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, wait=False):
+        with locked(folder, _LOCK_SECONDS):
             manifest = _read(folder / MANIFEST_FILE)
             _check_same(plan, manifest or _read(work / _PLAN_FILE), folder)
             known = _known(writer, manifest)

@@ -1,11 +1,11 @@
 """Pack what the options of the command say, and say what was packed."""
 
 import argparse
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lockstep.core import UsageError, count
+from lockstep.data.packed import MANIFEST_FILE
 from lockstep.pack.datasets import make_dataset
 from lockstep.pack.images import DEFAULT_QUALITY, ImageOptions
 from lockstep.pack.packing import Packed, pack
@@ -13,6 +13,7 @@ from lockstep.pack.progress import PackingLine
 from lockstep.pack.sources import DatasetSource, FolderSource, Source
 
 _SPLITS = ("train", "val", "test")
+_MOST_REASONS = 10
 
 
 def run(options: argparse.Namespace, keys: Sequence[str]) -> None:
@@ -73,8 +74,11 @@ def _describe(folder: Path, packed: Packed) -> str:
     )
     kept = len(packed.records) - packed.written
     lines = [whole + (f"; {count(kept, 'shard')} kept, whose checksums are right" if kept else "")]
-    for reason, number in Counter(reason for _, reason in packed.left_out).most_common():
-        names = [name for name, why in packed.left_out if why == reason]
-        shown = f"{', '.join(names[:3])}{', …' if number > 3 else ''}"
-        lines.append(f"  left out {number:,}, {reason}: {shown}")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in packed.left_out:
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))[:_MOST_REASONS]:
+        lines.append(f"  left out {len(names):,}, {reason}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+    if packed.left_out:
+        lines.append(f"  all {len(packed.left_out):,} that are left out: {folder / MANIFEST_FILE}")
     return "\n".join(lines)

@@ -106,6 +106,9 @@ def _work_in_process(
     work: Work[T], numbers: Sequence[int], following: Any, results: Any, counts: Any, slot: int, parent: int
 ) -> None:
     """Take numbers until none is left; put results, or the first error, into ``results``."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker writes beside the ones of another call
+    if os.getppid() != parent:
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
@@ -113,8 +116,6 @@ def _work_in_process(
     def packed(size: int) -> None:
         counts[slot] += 1
         counts[slot + 1] += size
-        if os.getppid() != parent:  # it was killed, and nobody waits for the rest
-            os._exit(1)
 
     while True:
         with following.get_lock():

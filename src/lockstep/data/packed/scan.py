@@ -198,18 +198,21 @@ class _Labels:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+def locked(folder: Path, wait_seconds: float | None = None) -> Iterator[None]:
     """Let no other process index ``folder`` or pack into it.
 
+    Args:
+        wait_seconds: How long to wait for one that does; None: until it ends.
+
     Raises:
-        UsageError: Another process does that, and this one does not ``wait``.
+        UsageError: Another process does that, and has not ended.
         OSError, NotImplementedError: The folder cannot be written, or its file system has no locks.
     """
     lock = FileLock(folder / f".{INDEX_FILE}.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait_seconds or 0)
     except Timeout:
-        if not wait:
+        if wait_seconds is not None:
             raise UsageError(f"{folder}: another process is packing into it, or indexes it; wait for it to end.") from None
         log.info("waiting for another process to index %s", folder)
         lock.acquire()
