@@ -302,6 +302,12 @@ def test_index_of_lockstep_names_its_classes(tmp_path: Path) -> None:
     first = (tmp_path / "out" / "shards.index").read_bytes()
     (tmp_path / "out" / "shards.index").unlink()
     assert ShardDataset(tmp_path / "out").reader.index.classes == ["cat", "dog"]
+    (tmp_path / "out" / "000000.tar").rename(tmp_path / "out" / "other.tar")
+    with pytest.raises(UsageError, match=r"out/000000\.tar was packed, and is missing; copy it again"):
+        ShardDataset(tmp_path / "out")
+    (tmp_path / "out" / "pack.json").write_text('{"shards": [1]}')
+    with pytest.raises(UsageError, match=r"out/pack\.json is damaged; copy it again, or remove it"):
+        ShardDataset(tmp_path / "out")
     header = json.loads((tmp_path / "out" / "shards.index").read_bytes().partition(b"\n")[0])
     assert header["sha256"] == json.loads(first.partition(b"\n")[0])["sha256"]
     assert isinstance(ShardIndex(first), ShardIndex)

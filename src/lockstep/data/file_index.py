@@ -132,7 +132,7 @@ class FoundImages:
     Attributes:
         files: Names and labels of the images, in order.
         classes: Names of the classes.
-        others: Names of the files that are not images; hidden ones do not count.
+        others: Names of the files that are not images, or in no class; hidden ones do not count.
         changed: See ``index_content``.
     """
 
@@ -160,7 +160,8 @@ def list_images(folder: Path) -> FoundImages:
         if not images:
             raise UsageError(f"data.root: class folder {printable(folder / name)} holds no {', '.join(_SUFFIXES)} file.")
         files += [(image, label) for image in images]
-    return FoundImages(files, classes, sorted(walk.others), walk.changed)
+    loose = [entry.name for entry in _visible(folder) if not entry.is_dir()]
+    return FoundImages(files, classes, sorted([*loose, *walk.others]), walk.changed)
 
 
 def index_content(files: Iterable[tuple[str, int]], classes: list[str], folder: Path, changed: Mapping[str, int]) -> bytes:

@@ -16,7 +16,7 @@ from lockstep.data.packed import Entry, ShardIndex, ShardReader, copy_folder, fi
 
 log = logging.getLogger(__name__)
 
-_MAX_CLASSES = 2**24
+_MAX_CLASSES = 2**20
 _RANKS = 4
 
 
@@ -132,11 +132,12 @@ def check_images(index: ShardIndex, folder: Path, image: str | None) -> ShardInd
     images = np.zeros(len(index), np.int64)  # how many of the first rank that a sample has
     for rank in range(_RANKS):
         images = np.where(images, images, index.count_fields([number for number, own in enumerate(ranks) if own == rank]))
+    highest = _MAX_CLASSES if index.class_names is None else len(index.class_names)
     for wrong, problem in (
         (images == 0, f"has no {image or 'jpg, jpeg, png or npy'}; for other data, write a DataModule with ShardDataset"),
         (images > 1, "has more than one image; name the field of the one to take with data.image"),
         (index.labels < 0, "has no label: a number or a name in its cls, or as label in its json"),
-        (index.labels >= _MAX_CLASSES, "has a label that is too high for the number of a class"),
+        (index.labels >= highest, "has a label that is too high for the number of a class"),
     ):
         if wrong.any():
             number = int(np.argmax(wrong))

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lockstep.core import UsageError, atomic_write, atomic_write_json, fsync, read_json
-from lockstep.data.packed import INDEX_FILE, MANIFEST_FILE, WORK_FOLDER, ShardFile, index_shards, locked
+from lockstep.core import RunError, UsageError, atomic_write, atomic_write_json, fsync, read_json
+from lockstep.data.packed import INDEX_FILE, MANIFEST_FILE, WORK_FOLDER, ShardFile, ShardIndex, index_shards, locked
 from lockstep.pack.images import ImageOptions
 from lockstep.pack.shard import ShardRecord, ShardWriter
 from lockstep.pack.sources import Source
@@ -76,7 +76,7 @@ def pack(
             checks = Workers(workers, lambda totals: show("checking", totals, 0))
             intact = checks.run(lambda number, packed: writer.is_intact(known[number]), sorted(known)) if known else {}
             missing = [number for number in range(writer.shards) if not intact.get(number)]
-            if missing or not manifest or not (folder / INDEX_FILE).exists():
+            if missing or not manifest or not _has_index(folder, known):
                 work.mkdir(exist_ok=True)
                 atomic_write_json(work / _PLAN_FILE, plan)
                 samples = sum(len(writer.samples_of(number)) for number in missing)
@@ -87,18 +87,14 @@ def pack(
                 shutil.rmtree(work)
             records = [known[number] for number in range(writer.shards)]
             return Packed(records, _left_out(writer, records), len(missing))
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or "its file system has no locks"
-        raise UsageError(f"OUT: {folder} cannot be written ({reason}); choose another folder.") from error
+    except OSError as error:
+        raise UsageError(f"OUT: {folder} cannot be written ({error.strerror}); choose another folder.") from error
 
 
 def _plan(writer: ShardWriter) -> dict[str, Any]:
     """All that decides the bytes of the shards."""
-    libraries = (
-        {name: version(name) for name in ("torch", "torchvision", "torchcodec")}
-        if writer.options.encodes or writer.source.encodes
-        else {}
-    )
+    encodes = writer.options.encodes or writer.source.encodes
+    libraries = {name: version(name) for name in ("torch", "torchvision", "torchcodec")} if encodes else {}
     return {
         "format": _FORMAT,
         "source": dict(writer.source.description),
@@ -117,11 +113,24 @@ def _known(writer: ShardWriter, manifest: Mapping[str, Any]) -> dict[int, ShardR
     return {number: record for number, record in records.items() if record is not None and number < writer.shards}
 
 
+def _has_index(folder: Path, known: Mapping[int, ShardRecord]) -> bool:
+    """Whether the index in ``folder`` is intact, and of these shards."""
+    try:
+        index = ShardIndex.open(folder / INDEX_FILE)
+        index.verify()
+    except (OSError, RunError):
+        return False
+    return index.shards == [_shard_file(known[number]) for number in sorted(known)]
+
+
+def _shard_file(record: ShardRecord) -> ShardFile:
+    return ShardFile(record.name, record.bytes, None)
+
+
 def _publish(writer: ShardWriter, plan: Mapping[str, Any], records: list[ShardRecord]) -> None:
     """Write the index, then the manifest."""
     folder = writer.folder
-    shards = [ShardFile(record.name, record.bytes, None) for record in records]
-    content = index_shards(folder, shards, writer.source.classes)
+    content = index_shards(folder, list(map(_shard_file, records)), writer.source.classes)
     manifest = {**plan, "left_out": writer.source.left_out, "shards": [asdict(record) for record in records]}
     work = folder / WORK_FOLDER  # which is removed with what a killed process leaves in it
     atomic_write(work / INDEX_FILE, lambda temporary: temporary.write_bytes(content))

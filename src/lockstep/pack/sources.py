@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lockstep.core import UsageError
-from lockstep.data import FoundImages, list_images
+from lockstep.data import FoundImages, list_images, printable
 from lockstep.data.packed import explain
 from lockstep.pack.fields import encode_sample
 from lockstep.pack.images import ImageOptions
@@ -59,13 +59,13 @@ class FolderSource:
     def __init__(self, folder: Path) -> None:
         found: FoundImages = list_images(folder)
         self._folder, self._files = folder, found.files
-        self.classes: list[str] | None = [_printable(name) for name in found.classes]
-        self.left_out = [(_printable(name), "not a .jpg, .jpeg or .png file") for name in found.others]
+        self.classes: list[str] | None = [printable(name) for name in found.classes]
+        self.left_out = [(printable(name), "not a .jpg, .jpeg or .png file of a class") for name in found.others]
         names = hashlib.sha256()
         for name, label in found.files:
             names.update(os.fsencode(name) + b"\0%d\n" % label)
         self.description: Mapping[str, Any] = {
-            "folder": _printable(os.path.realpath(folder)),
+            "folder": printable(os.path.realpath(folder)),
             "images": len(found.files),
             "names_sha256": names.hexdigest(),
         }
@@ -80,9 +80,9 @@ class FolderSource:
         try:
             field_name, content = options.store_file(Path(self._folder, name).read_bytes(), suffix)
         except OSError as error:
-            raise LeftOut(_printable(name), f"cannot be read ({error.strerror})") from error
+            raise LeftOut(printable(name), f"cannot be read ({error.strerror})") from error
         except (RuntimeError, ValueError) as error:
-            raise LeftOut(_printable(name), f"cannot be decoded ({explain(error)})") from error
+            raise LeftOut(printable(name), f"cannot be decoded ({explain(error)})") from error
         return {field_name: content, "cls": b"%d" % label}
 
 
@@ -125,7 +125,3 @@ class DatasetSource:
             return encode_sample(self.dataset[index], options)
         except Exception as error:  # of someone else's class
             raise LeftOut(f"{self._name}[{index}]", f"{type(error).__name__}: {explain(error)}") from error
-
-
-def _printable(name: str) -> str:
-    return os.fsencode(name).decode(errors="backslashreplace")

@@ -16,6 +16,8 @@ import torch
 
 from lockstep.core import LockstepError, RunError
 
+_AGAIN = "call again, and finished shards are kept."
+
 T = TypeVar("T")
 
 Work = Callable[[int, Callable[[int], None]], T]
@@ -81,9 +83,7 @@ class Workers:
                     raise error
                 found[number] = result
             if dead and len(found) < pieces:
-                raise RunError(
-                    f"A worker ended with {_ending(dead[0].exitcode or 0)}; call again, and finished shards are kept."
-                )
+                raise RunError(f"A worker ended with {_ending(dead[0].exitcode or 0)}; {_AGAIN}")
             self.show(Totals(sum(counts[::2]), sum(counts[1::2]), len(found)))
             time.sleep(0.05)
         return found
@@ -132,9 +132,6 @@ def _work_in_process(
         except Exception:
             traceback.print_exc()
             os._exit(1)
-
-
-_AGAIN = "call again, and finished shards are kept."
 
 
 def _ending(status: int) -> str:

@@ -5,6 +5,7 @@ import logging
 import mmap
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 INDEX_FILE, MANIFEST_FILE, WORK_FOLDER = "shards.index", "pack.json", ".pack"
 """Names in a folder of shards: the index; what ``lockstep pack`` knows of its shards, and where it works until it has ended."""
 
+_LOG_SECONDS = 30.0
 _MAX_LABEL = 2**31 - 1
 
 
@@ -101,8 +103,16 @@ def list_shards(folder: Path) -> list[ShardFile]:
 def index_folder(folder: Path) -> bytes:
     """The content of the ``ShardIndex`` of all shards in ``folder``; see ``find_index`` for its errors."""
     shards = list_shards(folder)
+    packed, classes = _packed(folder)
+    sizes = {shard.name: shard.size for shard in shards}
+    for name, size in packed.items():  # an incomplete copy would be a smaller data set
+        if sizes.get(name) != size:
+            problem = "has another size than when it was packed" if name in sizes else "was packed, and is missing"
+            raise UsageError(
+                f"data.root: {folder / name} {problem}; copy it again. To use the others without it, remove {MANIFEST_FILE}."
+            )
     log.info("indexing %s in %s", count(len(shards), "shard"), folder)
-    return index_shards(folder, shards, _packed_classes(folder))
+    return index_shards(folder, shards, classes)
 
 
 def index_shards(folder: Path, shards: list[ShardFile], classes: list[str] | None) -> bytes:
@@ -114,8 +124,11 @@ def index_shards(folder: Path, shards: list[ShardFile], classes: list[str] | Non
     Raises:
         UsageError: A shard is compressed, truncated or damaged, or cannot be read.
     """
-    builder, labels = IndexBuilder(), _Labels()
-    for shard in shards:
+    builder, labels, next_line = IndexBuilder(), _Labels(), time.monotonic() + _LOG_SECONDS
+    for number, shard in enumerate(shards):
+        if time.monotonic() > next_line:
+            log.info("indexed %d of %d shards in %s", number, len(shards), folder)
+            next_line += _LOG_SECONDS
         path = folder / shard.name
         try:
             with path.open("rb") as file:
@@ -131,13 +144,13 @@ def index_shards(folder: Path, shards: list[ShardFile], classes: list[str] | Non
     return builder.content(*labels.numbered(classes))
 
 
-def _packed_classes(folder: Path) -> list[str] | None:
-    """Names of the classes, if ``lockstep pack`` has written the shards in ``folder``."""
+def _packed(folder: Path) -> tuple[dict[str, int], list[str] | None]:
+    """The shards in ``folder`` that ``lockstep pack`` has written, with their sizes, and the names of the classes."""
     try:
-        classes: list[str] | None = read_json(folder / MANIFEST_FILE).get("classes")
-        return classes
-    except (OSError, ValueError, AttributeError):
-        return None
+        manifest = read_json(folder / MANIFEST_FILE)
+        return {record["name"]: record["bytes"] for record in manifest.get("shards", [])}, manifest.get("classes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"data.root: {folder / MANIFEST_FILE} is damaged; copy it again, or remove it.") from error
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -184,7 +197,7 @@ class _Labels:
                 label = record.get("label", record.get("cls"))
             except (ValueError, AttributeError):
                 pass
-        known = isinstance(label, str) or (isinstance(label, int) and 0 <= label <= _MAX_LABEL)
+        known = isinstance(label, str) or (type(label) is int and 0 <= label <= _MAX_LABEL)
         self._found.append(label if known else None)
 
     def numbered(self, classes: list[str] | None) -> tuple[list[int], list[str] | None]:
@@ -206,7 +219,8 @@ def locked(folder: Path, wait_seconds: float | None = None) -> Iterator[None]:
 
     Raises:
         UsageError: Another process does that, and has not ended.
-        OSError, NotImplementedError: The folder cannot be written, or its file system has no locks.
+        OSError: The folder cannot be written.
+        NotImplementedError: Its file system has no locks, and this one waits until the other ends.
     """
     lock = FileLock(folder / f".{INDEX_FILE}.lock")
     try:
@@ -216,6 +230,10 @@ def locked(folder: Path, wait_seconds: float | None = None) -> Iterator[None]:
             raise UsageError(f"{folder}: another process is packing into it, or indexes it; wait for it to end.") from None
         log.info("waiting for another process to index %s", folder)
         lock.acquire()
+    except NotImplementedError:
+        if wait_seconds is None:
+            raise
+        log.warning("the file system of %s has no locks: do not pack into it twice at the same time", folder)
     try:
         yield
     finally:
