@@ -63,15 +63,15 @@ def make_files(folder: Path, images: int) -> None:
 
 
 def _jpeg(seed: int, height: int = 375, width: int = 500) -> bytes:
-    """A JPEG of noise whose amplitude falls with the frequency, as that of photographs."""
+    """A JPEG of noise whose amplitude falls with the frequency, so that it needs as many bytes as photographs, also resized."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]) + 1 / width
     waves = rng.standard_normal((4, height, width)) + 1j * rng.standard_normal((4, height, width))
-    noise = np.fft.ifft2(waves * frequency**-1.25).real
+    noise = np.fft.ifft2(waves * frequency**-1.6).real
     noise /= noise.std(axis=(1, 2), keepdims=True)
     pixels = (noise[:1] + 0.35 * noise[1:]) * 55 + 120
     file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(file, "JPEG", quality=78)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(file, "JPEG", quality=92)
     return file.getvalue()
 
 

@@ -116,6 +116,12 @@ def test_what_cannot_be_mixed_is_refused(options: dict[str, Any], message: str) 
             check_batch_size(config, [1])
 
 
+def test_null_mixes_nothing() -> None:
+    options: dict[str, Any] = {"mixup": None, "cutmix": None}
+    check_data({"class_path": "lockstep.data.Digits", "init_args": options})
+    assert Digits(**options).mixup == 0
+
+
 def test_accuracy_counts_the_most_probable_class_of_a_mixed_sample() -> None:
     metrics = ClassificationMetrics()
     metrics.update(torch.tensor(0.5), torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.tensor([[0.3, 0.7], [0.4, 0.6]]))

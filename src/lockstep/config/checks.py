@@ -79,7 +79,7 @@ def check_data(data: Mapping[str, Any] | None) -> None:
     """Raise UsageError if the data cannot be loaded safely; ``data`` is a class and its arguments."""
     path, arguments = ("", {}) if data is None else (str(data.get("class_path")), data.get("init_args", {}))
     if path.startswith("lockstep.data."):
-        check_mixing(arguments.get("mixup", 0), arguments.get("cutmix", 0), arguments.get("drop_last", True))
+        check_mixing(arguments.get("mixup") or 0, arguments.get("cutmix") or 0, arguments.get("drop_last", True))
     if path in _IMAGE_FILES:
         check_archive(arguments.get("archive"), arguments.get("archive_md5"))
 

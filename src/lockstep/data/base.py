@@ -87,6 +87,7 @@ class ImageData(LightningDataModule):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UsageError(f"data.{key}: {value} must be {least} or more.")
+        mixup, cutmix = mixup or 0.0, cutmix or 0.0  # a config may say null
         check_mixing(mixup, cutmix, drop_last)
         check_transforms(transforms or [])
         self.transforms, self.mixup, self.cutmix = transforms or [], mixup, cutmix
