@@ -40,4 +40,8 @@ def test_several_optimizers(launch: Launch, tmp_path: Path, limits: tuple[str, .
     # A line for each epoch, with what the module logs, also at the end of the epoch, which Lightning logs last.
     text = (run.folder / "logs/2/node-0/0.log").read_text()
     names = ("loss_epoch", "loss_step", "mean", "most")
-    assert re.search(r"epoch 2/(2|20)  " + "  ".join(rf"train/{name} \S+" for name in names) + "$", text, re.MULTILINE)
+    assert re.search(
+        r"epoch 2/(2|20)  " + "  ".join(rf"train/{name} \S+" for name in names) + r"  \d+% waiting for data$",
+        text,
+        re.MULTILINE,
+    )

@@ -6,6 +6,7 @@ Lightning's sense or a ``dataloader_iter`` needs; with one of these, Lightning's
 
 import functools
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -133,9 +134,11 @@ class LightningEpochLoop(_TrainingEpochLoop):
 
     Attributes:
         validation_due: With ``val_check_interval`` as a time: whether a validation follows the newest step, on all ranks.
+        copy_seconds: Total seconds in which the host has moved batches to the device.
     """
 
     validation_due = False
+    copy_seconds = 0.0
     _results: _Results
 
     def __init__(self, trainer: Trainer, min_steps: int | None = None, max_steps: int = -1) -> None:
@@ -185,7 +188,9 @@ class LightningEpochLoop(_TrainingEpochLoop):
         batch_idx = self.batch_idx + 1
         progress.is_last_batch = fetcher.done
         batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+        begin = time.perf_counter()
         batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        self.copy_seconds += time.perf_counter() - begin
         progress.increment_ready()
         self._begin_batch(batch)
         output: Any = None

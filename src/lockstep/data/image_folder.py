@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -268,7 +269,12 @@ class ImageFiles(Dataset[Any]):
 
     A sample is the crop that ``decoder`` takes, uint8 (3, size, size), or an ``EncodedCrop``, and its label; or a
     ``CorruptFile``.
+
+    Attributes:
+        read_seconds: Time spent so far to read files.
     """
+
+    read_seconds = 0.0
 
     def __init__(self, folder: Path, index: Any, decoder: Decoder, deterministic: bool) -> None:
         self.folder, self.index, self.classes = folder, index, index.classes
@@ -301,8 +307,11 @@ class ImageFiles(Dataset[Any]):
             return file.read()
 
     def __getitem__(self, index: int) -> tuple[Tensor | EncodedCrop, int] | CorruptFile:
+        begin = time.perf_counter()
         try:
-            return self.decoder(self.read(index), self.place, index), int(self.index.labels[index])
+            content = self.read(index)
+            self.read_seconds += time.perf_counter() - begin
+            return self.decoder(content, self.place, index), int(self.index.labels[index])
         except OSError as error:
             name = printable(self.place(index))
             return CorruptFile(name, f"{name} cannot be read ({error.strerror}); restore it, or set --data.on_corrupt skip.")

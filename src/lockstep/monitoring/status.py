@@ -83,7 +83,7 @@ class StatusReporter(Callback):
             return
         since, self._logged_row = self._logged_row, logger.metrics.row_count
         shown = [name for name in _shown_metrics(trainer) if logger.metrics.logged_in[name] > since]
-        log.info("%s", "  ".join([place, *_format_metrics(trainer, shown)]))
+        log.info("%s", "  ".join([place, *_format_metrics(trainer, shown), *self._format_wait()]))
 
     def report(self, trainer: Trainer, state: str) -> None:
         """Write ``status.json`` and a log line now."""
@@ -119,7 +119,13 @@ class StatusReporter(Callback):
             "" if left is None else f"{format_seconds(left)} left",
             f"{speed:.0f} samples/s" if speed else "",
             *_format_metrics(trainer, [name for name in _shown_metrics(trainer) if not name.startswith("val")]),
+            *self._format_wait(),
         ]
+
+    def _format_wait(self) -> list[str]:
+        """The share of the time that training waits for data, if it is known."""
+        share = self.throughput.data_wait
+        return [] if share is None else [f"{share:.0%} waiting for data"]
 
     def format_step(self, trainer: Trainer) -> str:
         """The step of how many, where that is known."""

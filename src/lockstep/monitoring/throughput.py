@@ -1,5 +1,6 @@
 """Throughput, waiting time for data, learning rate and gradient norm."""
 
+import logging
 import time
 from typing import Any
 
@@ -12,11 +13,16 @@ from torch.optim import Optimizer
 
 from lockstep.compat.lightning import is_accumulating
 from lockstep.compat.lightning_epoch import is_log_step
-from lockstep.data.loading import current_batch
+from lockstep.data.loading import current_batch, preparation_times
+from lockstep.monitoring.data_wait import DataWaitAdvisor, InputTimes
+
+log = logging.getLogger(__name__)
 
 
 class ThroughputMonitor(Callback):
     """Logs speed, share of time spent waiting for data, learning rate and gradient norm at every logged step.
+
+    While the share stays above a tenth for a minute, a line on rank zero says what is short.
 
     ``rate/samples_per_second`` counts the samples of all ranks. ``rate/step_ms`` is the time of a step of all optimizers, and
     ``rate/data_wait`` (0 to 1) the part of it in which the host waited for the next batch. They cover the steps since they
@@ -24,11 +30,14 @@ class ThroughputMonitor(Callback):
     ``optim/grad_norm`` the total 2-norm of the gradient before clipping.
 
     Attributes:
-        samples_per_second: The latest value; 0 before the first.
+        samples_per_second, data_wait: The latest values; 0 and None before the first.
     """
 
     def __init__(self) -> None:
         self.samples_per_second = 0.0
+        self.data_wait: float | None = None
+        self._advisor = DataWaitAdvisor()
+        self._times_before = InputTimes()
         self._grad_norm: Tensor | None = None
         self._started_at = 0.0  # 0 while the clock is stopped
         self._samples = self._steps = 0
@@ -64,10 +73,13 @@ class ThroughputMonitor(Callback):
         elapsed = max(self._elapsed, 1e-9)
         waited = trainer.fit_loop.epoch_loop.data_wait_seconds - self._waited_before
         self.samples_per_second = self._samples / elapsed
+        self.data_wait = min(1.0, waited / elapsed)
+        if trainer.is_global_zero:
+            self._advise(trainer, elapsed, waited)
         values: dict[str, Any] = {
             "rate/samples_per_second": self.samples_per_second,
             "rate/step_ms": 1000 * elapsed / self._steps,
-            "rate/data_wait": min(1.0, waited / elapsed),
+            "rate/data_wait": self.data_wait,
         }
         if trainer.optimizers and trainer.optimizers[0].param_groups:
             values["optim/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
@@ -80,6 +92,14 @@ class ThroughputMonitor(Callback):
         self._elapsed = 0.0
         self._waited_before += waited
         self._grad_norm = None
+
+    def _advise(self, trainer: Trainer, elapsed: float, waited: float) -> None:
+        loop, workers, prepared = trainer.fit_loop.epoch_loop, *preparation_times(trainer)
+        now, before = InputTimes(0.0, 0.0, loop.copy_seconds, *prepared), self._times_before
+        self._times_before = now
+        grown = (now.copied - before.copied, now.busy - before.busy, now.read - before.read, now.samples - before.samples)
+        if (line := self._advisor.update(InputTimes(elapsed, waited, *grown), workers)) is not None:
+            log.warning("%s", line)
 
 
 def _global_sample_count(trainer: Trainer, batch: Any) -> int:

@@ -3,7 +3,7 @@
 from lockstep.data.loading.sampling import DataPosition
 from lockstep.data.loading.seeding import SampleKey, derive_seed, preserve_rng_state, seed_cpu
 from lockstep.data.loading.sharding import DataSharding, ShardedLoader
-from lockstep.data.loading.training import TrainingLoader, current_batch, stream_records
+from lockstep.data.loading.training import TrainingLoader, current_batch, preparation_times, stream_records
 
 __all__ = [
     "DataPosition",
@@ -13,6 +13,7 @@ __all__ = [
     "TrainingLoader",
     "current_batch",
     "derive_seed",
+    "preparation_times",
     "preserve_rng_state",
     "seed_cpu",
     "stream_records",

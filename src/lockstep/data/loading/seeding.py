@@ -1,13 +1,15 @@
 """Seeds derived from (seed, epoch, position), so that a sample does not depend on the process that prepares it."""
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, get_worker_info
 
 from lockstep.data.loading.generators import derive_seed, reseed_generators
 
@@ -89,13 +91,28 @@ class SeededDataset(Dataset[Any]):
     Only the workers of a loader see it. Reading restores the random state of the process. If the dataset has
     ``__getitems__``, as in a plain DataLoader only that is called: for one sample at a time, or for all samples together if its
     attribute ``deterministic`` is true or it returns something else than a list.
+
+    Args:
+        times: For each worker, float64 (workers, 3) in shared memory: seconds spent here, those of them to read files, and
+            samples. A dataset counts the seconds that it reads in its attribute ``read_seconds``.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset, self.batch_seed = dataset, 0
+    def __init__(self, dataset: Dataset[Any], times: NDArray[np.float64] | None = None) -> None:
+        self.dataset, self.batch_seed, self._times = dataset, 0, times
 
     def __getitems__(self, keys: list[SampleKey]) -> Any:
         """The samples of ``keys``, in that order."""
+        if self._times is None:
+            return self._samples(keys)
+        begin, read = time.perf_counter(), getattr(self.dataset, "read_seconds", 0.0)
+        try:
+            return self._samples(keys)
+        finally:
+            info = get_worker_info()
+            own = self._times[0 if info is None else info.id]
+            own += (time.perf_counter() - begin, getattr(self.dataset, "read_seconds", 0.0) - read, len(keys))
+
+    def _samples(self, keys: list[SampleKey]) -> Any:
         self.batch_seed = derive_seed(*keys[0][:2], 0) if keys else 0
         indices = [index for *_, index in keys]
         if getattr(self.dataset, "deterministic", False):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, default_collate, get_worker_info
 
 from lockstep.compat.torch import InternalsDataLoader, add_base_class
@@ -30,12 +31,23 @@ class ShardedLoader(InternalsDataLoader):
 
     global_batches: GlobalBatchSampler
     blocked_signals: tuple[signal.Signals, ...]
+    _times: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.global_batches)
 
+    @property
+    def preparation_times(self) -> tuple[float, float, float]:
+        """Seconds in which workers prepared samples, those of them to read files, and samples; all so far."""
+        busy, read, samples = (0.0, 0.0, 0.0) if self._times is None else self._times.sum(0).tolist()
+        return busy, read, samples
+
     def internals(self) -> dict[str, Any]:
-        dataset = SeededDataset(self.dataset)
+        if self._times is None or len(self._times) < self.num_workers:
+            times = torch.zeros(max(1, self.num_workers), 3, dtype=torch.float64, device="cpu")
+            vars(self)["_times"] = times.share_memory_()  # type: ignore[no-untyped-call]
+        assert self._times is not None
+        dataset = SeededDataset(self.dataset, self._times.numpy())
         is_plain = self.collate_fn is default_collate or getattr(self.collate_fn, "deterministic", False)
         return {
             "dataset": dataset,

@@ -294,3 +294,12 @@ def stream_records(trainer: Trainer) -> list[dict[str, Any] | None]:
     """What a checkpoint holds of each loader of training that has a state; empty if none has."""
     loader, ahead = training_loader(trainer)
     return loader.stream_records(ahead) if isinstance(loader, TrainingLoader) else []
+
+
+def preparation_times(trainer: Trainer) -> tuple[int, tuple[float, float, float]]:
+    """Workers of the training loaders of this rank, and the sums of their ``ShardedLoader.preparation_times``."""
+    loader, _ = training_loader(trainer)
+    found = [] if loader is None else loader.flattened
+    sums = [each.preparation_times for each in found if isinstance(each, ShardedLoader)] or [(0.0, 0.0, 0.0)]
+    busy, read, samples = map(sum, zip(*sums, strict=True))
+    return sum(getattr(each, "num_workers", 0) for each in found), (busy, read, samples)
