@@ -132,6 +132,18 @@ class LightningFitLoop(_FitLoop):
         for name in ("_combined_loader", "_data_fetcher"):
             private("lightning", self, name)
 
+    @property
+    def _data_fetcher(self) -> Any:
+        return vars(self)["_fetcher"]
+
+    @_data_fetcher.setter
+    def _data_fetcher(self, fetcher: Any) -> None:
+        vars(self)["_fetcher"] = None if fetcher is None else self.choose_fetcher(fetcher)
+
+    def choose_fetcher(self, fetcher: Any) -> Any:
+        """The fetcher of the batches of ``_combined_loader``, instead of Lightning's ``fetcher``."""
+        return fetcher
+
     def combine_loaders(self, request: Callable[[], Any]) -> CombinedLoader:
         """The loader of training; ``request`` returns what ``train_dataloader`` returns."""
         return CombinedLoader(*split_combination(request()))

@@ -240,6 +240,8 @@ class ImageFolder(ImageData):
                 blends = None
         return (images, labels) if blends is None else (images, labels, blends)
 
+    on_before_batch_transfer.takes_device_batches = True  # type: ignore[attr-defined]
+
     def _stand_in(self, samples: int) -> tuple[Tensor, Tensor]:
         """Images of the shape and type of a batch, none of one colour, and labels; no file is needed."""
         shape = (samples, *self.image_shape)

@@ -32,6 +32,7 @@ from lockstep.data.loading import TrainingLoader
 from lockstep.distributed import StopConsensus
 from lockstep.monitoring import run_logger
 from lockstep.strategies import LockstepStrategy, ResumePoint
+from lockstep.trainer.feeding import choose_fetcher
 
 
 class EpochLoop(LightningEpochLoop):
@@ -159,6 +160,10 @@ class FitLoop(LightningFitLoop):
             loaders = request()
         start = (point.positions, point.shared.get("streams", ())) if point else ()
         return TrainingLoader(loaders, strategy.sharding, lambda: self.trainer.current_epoch, *start)
+
+    def choose_fetcher(self, fetcher: Any) -> Any:
+        loader, _ = training_loader(self.trainer)
+        return fetcher if loader is None else choose_fetcher(fetcher, self.trainer, loader.flattened)
 
     def setup_data(self) -> None:
         super().setup_data()

@@ -163,7 +163,8 @@ class TrainingSession:
         if isinstance(objects.data, ImageFolder):
             objects.data.index_folder = context.run.folder / "data"
         set_optimizer(objects.model, config)
-        sharding = DataSharding(context.world, config.seed_everything)
+        pins = any(device.type == "cuda" for device in context.devices)
+        sharding = DataSharding(context.world, config.seed_everything, pins)
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)
         check_trainer_objects(objects.trainer, strategy)
         content = load_yaml(self._config_text)

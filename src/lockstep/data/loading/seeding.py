@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from lockstep.data.loading.generators import derive_seed, reseed_generators
@@ -97,7 +97,7 @@ class SeededDataset(Dataset[Any]):
             samples. A dataset counts the seconds that it reads in its attribute ``read_seconds``.
     """
 
-    def __init__(self, dataset: Dataset[Any], times: NDArray[np.float64] | None = None) -> None:
+    def __init__(self, dataset: Dataset[Any], times: Tensor | None = None) -> None:
         self.dataset, self.batch_seed, self._times = dataset, 0, times
 
     def __getitems__(self, keys: list[SampleKey]) -> Any:
@@ -109,7 +109,7 @@ class SeededDataset(Dataset[Any]):
             return self._samples(keys)
         finally:
             info = get_worker_info()
-            own = self._times[0 if info is None else info.id]
+            own = self._times.numpy()[0 if info is None else info.id]
             own += (time.perf_counter() - begin, getattr(self.dataset, "read_seconds", 0.0) - read, len(keys))
 
     def _samples(self, keys: list[SampleKey]) -> Any:

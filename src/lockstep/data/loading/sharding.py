@@ -31,6 +31,7 @@ class ShardedLoader(InternalsDataLoader):
 
     global_batches: GlobalBatchSampler
     blocked_signals: tuple[signal.Signals, ...]
+    pins: bool
     _times: Tensor | None = None
 
     def __len__(self) -> int:
@@ -47,12 +48,13 @@ class ShardedLoader(InternalsDataLoader):
             times = torch.zeros(max(1, self.num_workers), 3, dtype=torch.float64, device="cpu")
             vars(self)["_times"] = times.share_memory_()  # type: ignore[no-untyped-call]
         assert self._times is not None
-        dataset = SeededDataset(self.dataset, self._times.numpy())
+        dataset = SeededDataset(self.dataset, self._times)
         is_plain = self.collate_fn is default_collate or getattr(self.collate_fn, "deterministic", False)
         return {
             "dataset": dataset,
             "collate_fn": self.collate_fn if is_plain else SeededCollate(self.collate_fn, dataset),
             "batch_sampler": self.global_batches,
+            "pin_memory": self.pin_memory or (self.pins and self.num_workers > 0),
             # Without it, each epoch would draw the seed of the workers from the generator that drives dropout.
             "generator": self.generator or torch.Generator(),
             "worker_init_fn": functools.partial(_init_worker, self.worker_init_fn, self.blocked_signals),
@@ -61,10 +63,15 @@ class ShardedLoader(InternalsDataLoader):
 
 @dataclass(frozen=True)
 class DataSharding:
-    """Shards the DataLoaders of a run."""
+    """Shards the DataLoaders of a run.
+
+    Attributes:
+        pins: Whether workers give batches in pinned memory, from which they are copied to a GPU while it computes.
+    """
 
     world: World
     seed: int
+    pins: bool = False
     _warned: set[str] = field(default_factory=set, compare=False)
 
     @functools.cached_property
@@ -109,7 +116,7 @@ class DataSharding:
         sharded.global_batches = GlobalBatchSampler(
             loader.batch_sampler, self.world, self.seed, is_training, keeps_last, epoch, name
         )
-        sharded.blocked_signals = self._blocked_signals
+        sharded.blocked_signals, sharded.pins = self._blocked_signals, self.pins
         return sharded
 
     def _keep_samples(self, loader: DataLoader[Any], is_training: bool) -> DataLoader[Any]:
