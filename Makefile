@@ -1,6 +1,6 @@
 # Every target may be repeated, and is fast when there is nothing to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup slurm ops demo test test-slurm lint readme docs pages pictures bench faults lock clean
+.PHONY: help setup slurm ops demo test test-slurm gpu gpu-wheels lint readme docs pages pictures bench faults lock clean
 SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -65,6 +65,14 @@ else
 test-slurm: setup slurm ops
 	LOCKSTEP_REQUIRE_SLURM=1 $(PYTHON) -m pytest $(if $(filter smoke,$(TESTS)),$(SMOKE),$(TESTS))
 endif
+
+WHEELS :=
+gpu: ## run what only a GPU can show, and write build/gpu.md; WHEELS=folder installs from there; without a GPU, list it
+	@WHEELS="$(WHEELS)" tests/gpu/run.sh $(if $(ROWS),--rows $(ROWS))
+
+gpu-wheels: ## fill the folder WHEELS for make gpu on a machine without a network
+	@[ -n "$(WHEELS)" ] || { echo "gpu-wheels: name a folder: make gpu-wheels WHEELS=/path/to/wheels" >&2; exit 2; }
+	@tests/gpu/wheels.sh "$(WHEELS)"
 
 lint: setup ## run ruff and mypy
 	@echo "== lint: ruff, mypy"
