@@ -28,11 +28,10 @@ from lockstep.compat.lightning import (
 )
 from lockstep.compat.lightning_epoch import DataFetcher, LightningEpochLoop
 from lockstep.compat.lightning_hooks import call_hooks_fast
-from lockstep.data.loading import TrainingLoader
+from lockstep.data.loading import TrainingLoader, choose_fetcher
 from lockstep.distributed import StopConsensus
 from lockstep.monitoring import run_logger
 from lockstep.strategies import LockstepStrategy, ResumePoint
-from lockstep.trainer.feeding import choose_fetcher
 
 
 class EpochLoop(LightningEpochLoop):

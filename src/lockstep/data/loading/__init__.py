@@ -1,5 +1,6 @@
 """The order, the seeds and the shards of any DataLoader, from any position in an epoch."""
 
+from lockstep.data.loading.feeding import choose_fetcher
 from lockstep.data.loading.sampling import DataPosition
 from lockstep.data.loading.seeding import SampleKey, derive_seed, preserve_rng_state, seed_cpu
 from lockstep.data.loading.sharding import DataSharding, ShardedLoader
@@ -11,6 +12,7 @@ __all__ = [
     "SampleKey",
     "ShardedLoader",
     "TrainingLoader",
+    "choose_fetcher",
     "current_batch",
     "derive_seed",
     "preparation_times",

@@ -14,8 +14,8 @@ from support.toy_model import ToyData
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lockstep.trainer import feeding
-from lockstep.trainer.feeding import DeviceFeeder, FeedingFetcher
+from lockstep.data.loading import feeding
+from lockstep.data.loading.feeding import DeviceFeeder, FeedingFetcher
 
 
 class FakeStream:
