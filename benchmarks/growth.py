@@ -22,10 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torchvision.io import decode_image, write_jpeg
+from torchvision.transforms import v2
 
 from lockstep.core import World, atomic_write_json
 from lockstep.data.file_index import FileIndex, index_content, publish_index, scan
+from lockstep.data.image_folder import ImageFiles
+from lockstep.data.loading import DataSharding
 from lockstep.data.loading.sampling import DataPosition, GlobalBatchSampler
 from lockstep.monitoring.csv_logger import METRICS_ROW, CsvMetricsLogger
 from lockstep.monitoring.watchdog import Watchdog
@@ -37,6 +41,7 @@ from lockstep.trainer.prediction_parts import Part, PartWriter, merge_parts
 _MOST = 10**7  # samples that the usual ways may hold: 1e8 take a minute and 4 GB
 _MOST_FILES = 10**5  # files that are made on disk
 _BATCH = 256
+_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of an epoch
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,63 @@ GROUPS = {
 }
 
 
+class OneImage(ImageFiles):
+    """The files of an index, all of which are one small image on the disk."""
+
+    def __init__(self, folder: Path, index: FileIndex, image: Path) -> None:
+        super().__init__(folder, index, v2.Identity(), deterministic=False)
+        self.image = str(image)
+
+    def _sample(self, index: int) -> tuple[str, int]:
+        return self.image, super()._sample(index)[1]
+
+
+class OneImageOfList(Dataset[Any]):
+    """Likewise, with a list of names and labels, as torchvision keeps them."""
+
+    def __init__(self, names: list[tuple[str, int]], image: Path) -> None:
+        self.names, self.image = names, str(image)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Any:
+        _name, label = self.names[index]
+        return decode_image(self.image), label
+
+
+def print_workers(files: int, workers: int) -> None:
+    """Print the memory that the workers of a loader have for themselves, all of them together, during an epoch."""
+    print(f"\n| loader | size | images/s | {' | '.join(f'MB after {share:.0%}' for share in _SHARES)} |")
+    print(f"|---|---|---|{'---|' * len(_SHARES)}")
+    with tempfile.TemporaryDirectory() as name:
+        folder, image = Path(name, "train"), Path(name, "image.jpg")
+        names = [(f"n{number % 1000:08d}/n{number % 1000:08d}_{number:08d}.JPEG", number % 1000) for number in range(files)]
+        write_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8), str(image))
+        folder.mkdir()
+        classes = sorted({name.partition("/")[0] for name, _ in names})
+        publish_index(index_content(sorted(names), classes, folder, {}), Path(name, "index"), replace=True)
+        for what, dataset in (
+            ("lockstep, image folder", OneImage(folder, FileIndex.open(Path(name, "index")), image)),
+            ("usual way, a list of names", OneImageOfList(names, image)),
+        ):
+            plain: Any = DataLoader(dataset, batch_size=_BATCH, shuffle=True, num_workers=workers)
+            loader = DataSharding(World(), 0).shard(plain) if isinstance(dataset, OneImage) else plain
+            marks = [max(1, int(share * len(loader))) for share in _SHARES]
+            began, found = time.perf_counter(), []
+            for number, _ in enumerate(loader, start=1):
+                found += [_children_memory()] * marks.count(number)
+            speed = files / (time.perf_counter() - began)
+            memory = " | ".join(f"{1024 * kilobytes / 1e6:,.0f}" for kilobytes in found)
+            print(f"| {what} | {files:.0e} files, {workers} workers | {speed:,.0f} | {memory} |", flush=True)
+
+
+def _children_memory() -> int:
+    """KiB that the children of this process have for themselves."""
+    text = Path("/proc/self/task", str(os.getpid()), "children").read_text()
+    return sum(_kilobytes("smaps_rollup", "Private_Dirty", number) for number in text.split())
+
+
 def measure_memory(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds and MB of ``work``, at its peak."""
     before, peak, is_done = _memory(), [0], threading.Event()
@@ -233,18 +295,22 @@ def _memory() -> tuple[int, int]:
     return _kilobytes("status", "RssAnon"), _kilobytes("smaps_rollup", "Private_Dirty")
 
 
-def _kilobytes(file: str, field: str) -> int:
-    lines = Path("/proc/self", file).read_text().splitlines()
+def _kilobytes(file: str, field: str, process: str = "self") -> int:
+    lines = Path("/proc", process, file).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--groups", nargs="+", choices=[*GROUPS, "workers"], default=[*GROUPS, "workers"])
+    parser.add_argument("--workers", type=int, default=8, help="of a loader over at most a million files")
     parser.add_argument("--largest", type=int, default=10**9, help="samples and files of the largest rows")
     options = parser.parse_args(arguments)
-    print_table("MB", (row for group in options.groups for row in GROUPS[group](options.largest)), measure_memory)
+    groups = [group for group in options.groups if group in GROUPS]
+    print_table("MB", (row for group in groups for row in GROUPS[group](options.largest)), measure_memory)
+    if "workers" in options.groups:
+        print_workers(min(options.largest, 10**6), options.workers)
     return 0
 
 

@@ -20,6 +20,7 @@ import input as input_pipeline
 import memory
 import pytest
 import step
+import streams
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -60,7 +61,10 @@ def test_growth_of_checkpoints(capfd: pytest.CaptureFixture[str]) -> None:
 def test_growth(capfd: pytest.CaptureFixture[str]) -> None:
     run_in_fork(growth.main, "--largest", "10000", "--groups", "index", "predict", "jobs", "snapshot", "metrics", "hang")
     run_in_fork(growth.main, "--largest", "1000000", "--groups", "order")
+    run_in_fork(growth.main, "--largest", "1000", "--groups", "workers", "--workers", "1")
     output = capfd.readouterr().out
+    for what in ("lockstep, image folder", "usual way, a list of names"):
+        assert re.search(rf"\| {what} \| 1e\+03 files, 1 workers \| {NUMBER} \|( {NUMBER} \|){{5}}", output), output
     for what in (
         "order: first batch after a resume",
         "image index: open, on each rank",
@@ -81,6 +85,13 @@ def test_input(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert re.search(rf"\| {name} \| {NUMBER} \| {NUMBER} \| {NUMBER} to {NUMBER} \|", output), output
     assert find_spec("litdata") or "litdata is not installed, and its rows are left out: uv pip install litdata" in output
     assert not list(tmp_path.iterdir())
+
+
+def test_streams(capfd: pytest.CaptureFixture[str]) -> None:
+    run_in_fork(streams.main, "--samples", "100", "--positions", "2")
+    rows = capfd.readouterr().out.splitlines()[2:]  # the libraries need not be here
+    assert len(rows) >= len(streams.LIBRARIES)
+    assert all(re.search(r"\| (not installed|(\d+) of \2) \|", row) for row in rows), rows
 
 
 def test_memory(capfd: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,7 @@ class TrainingLoader(LightningCombinedLoader):
         self._batches: deque[TrainingBatch] = deque(maxlen=2)  # one may be fetched ahead
         self._streams, self._has_resumed = list(streams), False
         self._length: int | None = None  # on all ranks
+        self._ends_together = False  # whether ranks may have different numbers of batches: no sampler of lockstep decides
         if self.mode == "sequential":
             raise UsageError(
                 "data: train_dataloader returns a CombinedLoader with mode 'sequential', which Lightning does not train with; "
@@ -202,14 +203,12 @@ class TrainingLoader(LightningCombinedLoader):
         self._batches.clear()
         self.start_iteration(self._passes, [position.cycle > 0 for position in positions])
         self._batches.append(TrainingBatch(tuple(positions), marks=tuple(passes.mark for passes in self._passes)))
+        self._ends_together = self.sharding.end.is_needed and not all(
+            isinstance(loader, ShardedLoader) for loader in self.flattened
+        )
         if self._ends_together:
             self._length = self.sharding.end.shortest(self._epoch_name, self._own_length())
         return self
-
-    @property
-    def _ends_together(self) -> bool:
-        """Whether ranks may have different numbers of batches, as no sampler of lockstep decides."""
-        return self.sharding.end.is_needed and not all(isinstance(loader, ShardedLoader) for loader in self.flattened)
 
     @property
     def _epoch_name(self) -> str:
@@ -247,7 +246,8 @@ class TrainingLoader(LightningCombinedLoader):
                 f"{self.sharding.world.size} ranks cannot share with one weight for all; set drop_last=True."
             )
         (weight,) = weights
-        positions, marks = zip(*((passes.position, passes.mark) for passes in self._passes), strict=True)
+        positions = tuple(passes.position for passes in self._passes)
+        marks = tuple(passes.mark for passes in self._passes) if total is None else ()
         self._batches.append(TrainingBatch(positions, weight, total, marks))
         return batch
 
