@@ -62,7 +62,7 @@ def start_database(folder: Path) -> None:
     env = {"PATH": search_path()}
     if not data.exists():
         (data / "mysql").mkdir(parents=True)
-        # slurmdbd makes its database itself, but not through libmariadb 11.8.9: after a connection that fails, it has no columns.
+        # slurmdbd makes its database itself, but libmariadb 11.8.9 allows no columns after a connection that has failed.
         tables = "use mysql;\n" + _system_tables(env) + "\ncreate database slurm;\n"
         made = subprocess.run([*command, "--bootstrap"], input=tables, env=env, cwd=part, capture_output=True, text=True)
         if made.returncode or "ERROR:" in made.stderr:
