@@ -13,6 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from lockstep.slurm.accounting import _COMMAND as ACCOUNTED
 from lockstep.slurm.client import JOBS, PARTITIONS, QUEUED_SCRIPTS, RUNNING_JOBS, STATES_OF_JOB
 from lockstep.slurm.cluster import Cluster
 from support.runs import REPO
@@ -69,7 +70,7 @@ OPTIONS = (
 def record() -> None:
     """Run the scenario, and write what the commands print at each of its moments."""
     with Cluster.up(
-        FOLDER, nodes=4, cpus=8, gpus=4, memory=64000, partitions=list(PARTITION_LINES), options=list(OPTIONS)
+        FOLDER, nodes=4, cpus=8, gpus=4, memory=64000, partitions=PARTITION_LINES, options=OPTIONS, accounting=True
     ) as cluster:
         env = os.environ | cluster.env
         version = re.search(r"\d+\.\d+", cluster.command("sbatch", "--version"))
@@ -120,6 +121,9 @@ def record() -> None:
         wait_for("timeout", "TIMEOUT")
         time.sleep(8)  # until nothing is completing any more
         write("squeue-jobs-ended", *JOBS)
+        write("sacct", "env", "SLURM_TIME_FORMAT=%s", "SLURM_BITSTR_LEN=0", *ACCOUNTED, f"--jobs={','.join(ids.values())}")
+        write("scontrol-partition", "scontrol", "--oneliner", "show", "partition")
+        write("scontrol-config", "bash", "-c", "scontrol show config | grep -E '^(ClusterName|AccountingStorageEnforce) '")
         for name in ("timeout", "preempted", "task-killed", "task-exited", "task-missing", "node-failed", "cancelled"):
             write(f"output-{name}", "cat", f"{FOLDER}/{name}.out")
         cluster.lose("slurmctld")
