@@ -1,7 +1,8 @@
 """Run rows one after another, each in a process of its own with its own time limit, and write a Markdown table as it goes.
 
-Importing it needs no torch. A row is a function of a ``Place``; it prints what it does to its log, and returns lines of the
-table. A row that fails, hangs or crashes is a line of the table too, with the end of its log.
+Importing it needs no torch. A row is a function of a ``Place``; it prints what it does to its log, and yields lines of the
+table, which are kept if it does not come to its end. A row that fails, hangs or crashes is a line of the table too, with the
+end of its log.
 """
 
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -59,7 +60,7 @@ class Row:
     name: str
     title: str
     seconds: int
-    run: Callable[[Place], list[Line]]
+    run: Callable[[Place], Iterable[Line]]
 
 
 @dataclass
@@ -119,19 +120,24 @@ class Suite:
         process = get_context("fork").Process(target=_run_in_process, args=(row, place, log, sender))
         process.start()
         sender.close()
-        lines: list[Line] | None = None
-        wait([receiver, process.sentinel], seconds)  # what it has started may hold the pipe open after a crash
+        lines, is_over = list[Line](), False
         with suppress(EOFError):
-            lines = receiver.recv() if receiver.poll() else None
+            while not is_over and (left := begin + seconds - time.monotonic()) > 0:
+                wait([receiver, process.sentinel], left)  # what it has started may hold the pipe open after a crash
+                if not receiver.poll():
+                    break
+                line = receiver.recv()
+                is_over = line is None
+                lines += [] if is_over else [line]
         took = time.monotonic() - begin
         _kill_group(process.pid or 0)
         process.join()
         receiver.close()
-        if lines is not None:
-            text = "" if all(line.is_right is not False for line in lines) else _end_of(log)
-            return Outcome(row, took, lines, text)
-        how = f"not finished after {seconds:.0f} s" if took >= seconds else f"ended with exit status {process.exitcode}"
-        return Outcome(row, took, [Line(row.title, how, False)], _end_of(log))
+        if not is_over:
+            how = f"not finished after {seconds:.0f} s" if took >= seconds else f"ended with exit status {process.exitcode}"
+            lines.append(Line(row.title, how, False))
+        is_right = all(line.is_right is not False for line in lines)
+        return Outcome(row, took, lines, "" if is_right else _end_of(log))
 
     def _write(self) -> None:
         """Write the table as far as it is known."""
@@ -166,11 +172,14 @@ def _run_in_process(row: Row, place: Place, log: Path, sender: Connection) -> No
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
     os.chdir(place.folder)
     try:
-        sender.send(row.run(place))
+        for line in row.run(place):
+            print(line, flush=True)
+            sender.send(line)
     except BaseException as error:
         traceback.print_exc()
         said = " ".join(str(error).split())[:200]
-        sender.send([Line(row.title, f"{type(error).__name__}: {said}", False)])
+        sender.send(Line(row.title, f"{type(error).__name__}: {said}", False))
+    sender.send(None)
     sys.stdout.flush()
     os._exit(0)
 

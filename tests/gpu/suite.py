@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import import_module, metadata
 from pathlib import Path
@@ -22,10 +22,10 @@ from gpu.harness import Line, Place, Row, Suite
 REPO = Path(__file__).parents[2]
 
 
-def run_function(place: Place, name: str) -> list[Line]:
+def run_function(place: Place, name: str) -> Iterable[Line]:
     """Call the row function ``module.function``; importing it takes seconds, so that only a row that runs does."""
     module, _, function = name.partition(".")
-    lines: list[Line] = getattr(import_module(f"gpu.{module}"), function)(place)
+    lines: Iterable[Line] = getattr(import_module(f"gpu.{module}"), function)(place)
     return lines
 
 
@@ -39,7 +39,7 @@ ROWS = (
     _row("resume", "bit-equal resume after SIGKILL", 90, "training.resuming"),
     _row("share", "two ranks that share the GPU over gloo, and a kill of one", 75, "training.sharing"),
     _row("zero", "ZeRO 1 to 3, offload, and resume", 100, "training.zero"),
-    _row("steps", "ResNet-50 and ViT-B/16 against hand-written loops", 100, "speed.steps"),
+    _row("steps", "ResNet-50 and ViT-B/16 against hand-written loops", 120, "speed.steps"),
     _row("plan", "lockstep plan against max_memory_allocated", 60, "speed.plan"),
     _row("images", "images from files and shards, decoded on CPUs and by the GPU", 80, "speed.images"),
     _row("hang", "the watchdog and a rank that is stopped", 45, "training.hang"),

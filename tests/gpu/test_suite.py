@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,9 @@ def test_without_a_gpu_the_rows_are_listed() -> None:
     assert all(row.name in listed.stdout and f"{row.seconds:3} s" in listed.stdout for row in ROWS)
 
 
-def right(place: Place) -> list[Line]:
-    return [Line("a | b", f"on {place.device} in {Path.cwd().name}", True), Line("speed", "3 images/s")]
+def right(place: Place) -> Iterator[Line]:
+    yield Line("a | b", f"on {place.device} in {Path.cwd().name}", True)
+    yield Line("speed", "3 images/s")
 
 
 def fails(place: Place) -> list[Line]:
@@ -46,11 +48,11 @@ def fails(place: Place) -> list[Line]:
     raise ValueError("what went\nwrong")
 
 
-def hangs(place: Place) -> list[Line]:
+def hangs(place: Place) -> Iterator[Line]:
+    yield Line("before it hangs", "done", True)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (place.folder / "pid").write_text(str(child.pid))
     time.sleep(60)
-    return []
 
 
 def crashes(place: Place) -> list[Line]:
@@ -74,7 +76,7 @@ def test_a_row_that_fails_hangs_or_crashes_is_reported_and_stops_no_other(tmp_pa
     text = suite.table.read_text()
     assert text.startswith("A rehearsal.\n\n| what | result | as expected | s |\n|---|---|---|---|\n")
     for line in (
-        "| a row that hangs | not finished after 1 s | **no** | 1 |",
+        "| before it hangs | done | yes | 1 |\n| a row that hangs | not finished after 1 s | **no** |  |",
         "| a row that fails | ValueError: what went wrong | **no** | 0 |",
         "| a row that crashes | ended with exit status 7 | **no** | 0 |",
         "| a \\| b | on cpu in right | yes | 0 |\n| speed | 3 images/s |  |  |",

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +17,8 @@ SHARE = ("--ranks", "2", "--distributed.backend", "gloo")
 """Two ranks; on a GPU they share it."""
 
 
-def precisions(place: Place) -> list[Line]:
+def precisions(place: Place) -> Iterator[Line]:
     """Each precision, with fused AdamW and channels-last filters."""
-    lines = []
     for precision, dtype, fused in (
         ("32-true", "float32", True),
         ("bf16-mixed", "float32", True),
@@ -35,60 +35,59 @@ def precisions(place: Place) -> list[Line]:
             and found["pinned"] == (not place.is_rehearsal)
         )
         text = f"loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else f"exit status {run.status}"
-        lines.append(Line(f"train in {precision}, channels-last", f"{text}; {json.dumps(found)}", is_right))
+        yield Line(f"train in {precision}, channels-last", f"{text}; {json.dumps(found)}", is_right)
     run, _ = inspected(place, "auto", *DIGITS)
     chosen = (run.folder / "config.yaml").read_text() if run.status == 0 else ""
     expected = "32-true" if place.is_rehearsal else "bf16-mixed"
-    lines.append(Line("precision auto", f"is {expected}", f"precision: {expected}" in chosen))
-    return lines
+    yield Line("precision auto", f"is {expected}", f"precision: {expected}" in chosen)
 
 
-def compiled(place: Place) -> list[Line]:
+def compiled(place: Place) -> Iterator[Line]:
     """``model.compile``, and a restart of a compiled run."""
     arguments = (*DIGITS, "--model.compile", "true", "--trainer.precision", "bf16-mixed")
-    return [killed_and_resumed(place, "torch.compile in bf16-mixed", *arguments, exact=False)]
+    yield killed_and_resumed(place, "torch.compile in bf16-mixed", *arguments, exact=False)
 
 
-def resuming(place: Place) -> list[Line]:
+def resuming(place: Place) -> Iterator[Line]:
     """Bit-equal resume with deterministic kernels; what is not exact is measured."""
-    lines = [killed_and_resumed(place, "resume, deterministic, 32-true", *DIGITS, *EXACT)]
+    yield killed_and_resumed(place, "resume, deterministic, 32-true", *DIGITS, *EXACT)
     mixed = ("--trainer.deterministic", "true", "--trainer.precision", "bf16-mixed", "--model.channels_last", "true")
-    lines.append(killed_and_resumed(place, "resume, deterministic, bf16-mixed, channels-last", *DIGITS, *mixed))
-    lines.append(killed_and_resumed(place, "resume, default kernels", *DIGITS, exact=False))
+    yield killed_and_resumed(place, "resume, deterministic, bf16-mixed, channels-last", *DIGITS, *mixed)
+    yield killed_and_resumed(place, "resume, default kernels", *DIGITS, exact=False)
     if not place.is_rehearsal:
         network = ("--model.network", "resnet18", "--data", "lockstep.data.Synthetic", "--data.shape", "[3,64,64]")
         size = ("--data.classes", "10", "--data.train_samples", "1280", "--data.val_samples", "64")
         resnet = (*DIGITS[2:], "--model", "lockstep.models.Classifier", *network, *size)
-        lines.append(killed_and_resumed(place, "resume, deterministic, ResNet-18, bf16-mixed", *resnet, *mixed))
-    return lines
+        yield killed_and_resumed(place, "resume, deterministic, ResNet-18, bf16-mixed", *resnet, *mixed)
 
 
-def sharing(place: Place) -> list[Line]:
+def sharing(place: Place) -> Iterator[Line]:
     """Two ranks over gloo that share the GPU: the losses of one rank, and a kill of rank 1."""
-    lines = [killed_and_resumed(place, "two ranks share the GPU over gloo", *DIGITS, *FLAT, *EXACT, *SHARE, rank=1)]
+    yield killed_and_resumed(place, "two ranks share the GPU over gloo", *DIGITS, *FLAT, *EXACT, *SHARE, rank=1)
     one = launch(place, *DIGITS, *FLAT, *EXACT)
     two = launch(place, *DIGITS, *FLAT, *EXACT, *SHARE)
     if one.status or two.status:
-        return [*lines, Line("losses of one and two ranks", f"exit statuses {one.status} and {two.status}", False)]
+        yield Line("losses of one and two ranks", f"exit statuses {one.status} and {two.status}", False)
+        return
     pairs = zip(one.series("train/loss"), two.series("train/loss"), strict=True)
     largest = max(abs(first - second) for first, second in pairs)
-    return [*lines, Line("losses of one and two ranks", f"differ by up to {largest:.2g}", largest < 1e-3)]
+    yield Line("losses of one and two ranks", f"differ by up to {largest:.2g}", largest < 1e-3)
 
 
-def hang(place: Place) -> list[Line]:
+def hang(place: Place) -> Iterator[Line]:
     """One of two ranks is stopped: the watchdog names it, and the flight recorder's files are there."""
     arguments = (*DIGITS, *FLAT, *SHARE, "--run.hang_timeout_seconds", "3")
     run = launch(place, *arguments, *fault(place.folder / "stopped", "SIGSTOP", step=5, rank=1))
     said = json.loads((run.folder / "logs/1/failure.json").read_text()) if run.status else {}
     traces = sorted(path.name for path in run.folder.glob("logs/1/nccl-trace-*"))
     is_right = said.get("rank") == 1 and traces == ["nccl-trace-0"]
-    return [Line("watchdog, a rank that is stopped", f"rank {said.get('rank')} is named; traces: {traces}", is_right)]
+    yield Line("watchdog, a rank that is stopped", f"rank {said.get('rank')} is named; traces: {traces}", is_right)
 
 
-def process_group(place: Place) -> list[Line]:
+def process_group(place: Place) -> Iterator[Line]:
     """The process group as a run starts it, with one rank: NCCL bound to its device, and a gloo group beside it."""
     found = in_fork(lambda: _exercise_process_group(place), 90)
-    return [Line(f"{'gloo' if place.is_rehearsal else 'NCCL'} with one rank, and gloo beside it", *found)]
+    yield Line(f"{'gloo' if place.is_rehearsal else 'NCCL'} with one rank, and gloo beside it", *found)
 
 
 def _exercise_process_group(place: Place) -> tuple[str, bool]:
@@ -121,11 +120,12 @@ def _exercise_process_group(place: Place) -> tuple[str, bool]:
     return f"collectives {', '.join(names)}", is_right
 
 
-def timed_out(place: Place) -> list[Line]:
+def timed_out(place: Place) -> Iterator[Line]:
     """A collective behind a kernel that takes a minute: NCCL's watchdog writes the flight recorder's file and ends the rank."""
     name = "NCCL time-out"
     if place.is_rehearsal:
-        return [Line(name, "needs a GPU")]
+        yield Line(name, "needs a GPU")
+        return
     from multiprocessing import get_context
 
     process = get_context("fork").Process(target=_wait_behind_a_kernel, args=(place,))
@@ -138,9 +138,10 @@ def timed_out(place: Place) -> list[Line]:
     process.kill()
     process.join()
     if not file.exists():
-        return [Line(name, f"no trace after {took:.0f} s; exit status {status}", False)]
+        yield Line(name, f"no trace after {took:.0f} s; exit status {status}", False)
+        return
     entries = pickle.loads(file.read_bytes())["entries"]
-    return [Line(name, f"trace with {len(entries)} collectives after {took:.0f} s; exit status {status}", bool(entries))]
+    yield Line(name, f"trace with {len(entries)} collectives after {took:.0f} s; exit status {status}", bool(entries))
 
 
 def _wait_behind_a_kernel(place: Place) -> None:
@@ -172,21 +173,19 @@ ZERO = {
 }
 
 
-def zero(place: Place) -> list[Line]:
+def zero(place: Place) -> Iterator[Line]:
     """ZeRO 1 to 3 and offload, over NCCL with one rank: the losses of a plain run, and for stage 3 a kill."""
     base = (*DIGITS, *FLAT, "--trainer.precision", "32-true")
     plain = launch(place, *base)
-    lines = []
     for name, options in ZERO.items():
         run, found = inspected(place, name.replace(" ", "-"), *base, "--strategy", "deepspeed", *options)
         if run.status or plain.status:
-            lines.append(Line(name, f"exit statuses: {run.status}, of the plain run {plain.status}", False))
+            yield Line(name, f"exit statuses: {run.status}, of the plain run {plain.status}", False)
             continue
         pairs = zip(run.series("train/loss"), plain.series("train/loss"), strict=True)
         largest = max(abs(first - second) for first, second in pairs)
         text = f"losses differ from a plain run by up to {largest:.2g}; {difference(run, plain)}; peak {found['peak']:,} B"
-        lines.append(Line(name, text, largest < 1e-3))
-    lines.append(killed_and_resumed(place, "resume, ZeRO 3", *base, "--strategy", "deepspeed", *ZERO["ZeRO 3"], *EXACT[:2]))
+        yield Line(name, text, largest < 1e-3)
+    yield killed_and_resumed(place, "resume, ZeRO 3", *base, "--strategy", "deepspeed", *ZERO["ZeRO 3"], *EXACT[:2])
     mixed = ("--trainer.precision", "bf16-mixed", "--strategy", "deepspeed")
-    lines.append(killed_and_resumed(place, "resume, ZeRO 2, bf16-mixed", *DIGITS, *FLAT, *mixed, *ZERO["ZeRO 2"], exact=False))
-    return lines
+    yield killed_and_resumed(place, "resume, ZeRO 2, bf16-mixed", *DIGITS, *FLAT, *mixed, *ZERO["ZeRO 2"], exact=False)
