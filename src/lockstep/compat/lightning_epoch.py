@@ -21,7 +21,7 @@ from lockstep.compat.lightning_hooks import calls_hooks_fast
 
 with private_imports("lightning"):
     from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
-    from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
+    from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
     from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
     from lightning.pytorch.trainer import call
@@ -63,56 +63,6 @@ def cache_batch_hooks(trainer: Trainer) -> None:
     selector = private("lightning", private("lightning", trainer, "_data_connector"), "_datahook_selector")
     find = functools.partial(_DataHookSelector.get_instance, selector)
     patch("lightning", selector, "get_instance", functools.cache(find))
-
-
-class AheadFetcher(DataFetcher):
-    """Fetches one batch ahead of the one that is trained on, also from loaders that have a length.
-
-    Attributes:
-        batches: What is fetched but not trained on yet.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.batches: list[Any] = []
-
-    def __iter__(self) -> "AheadFetcher":
-        super().__iter__()
-        self._fetch()
-        self.done = not self.batches
-        return self
-
-    def __next__(self) -> Any:
-        if not self.batches:
-            self.done = True
-            raise StopIteration
-        sent, number, loader = self.batches.pop(0)
-        self._fetch()
-        self.done = not self.batches
-        return self.receive(sent), number, loader
-
-    def _fetch(self) -> None:
-        if self.length is None or self.fetched < self.length:
-            with suppress(StopIteration):
-                batch, number, loader = super().__next__()
-                self.batches.append((self.send(batch), number, loader))
-
-    def reset(self) -> None:
-        super().reset()
-        self.batches = []
-
-    def send(self, batch: Any) -> Any:
-        """Called with each batch as soon as it is fetched."""
-        raise NotImplementedError
-
-    def receive(self, sent: Any) -> Any:
-        """The batch to train on, of what ``send`` has returned."""
-        raise NotImplementedError
-
-
-def is_plain_fetcher(fetcher: Any) -> bool:
-    """Whether the loop, and not the module, takes the batches from ``fetcher``."""
-    return type(fetcher) is _PrefetchDataFetcher
 
 
 class _Results(_ResultCollection):

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lockstep.compat.lightning_epoch import AheadFetcher, is_plain_fetcher
+from lockstep.compat.lightning_fetchers import AheadFetcher, is_plain_fetcher
 from lockstep.compat.torch import tree_leaves, tree_map_only
 
 log = logging.getLogger(__name__)
