@@ -9,6 +9,7 @@ from support.golden_slurm import GOLDEN, JOBS_OF_SCENARIO
 
 from lockstep.runs import Evidence, classify_ending, endings
 from lockstep.slurm import dependencies
+from lockstep.slurm.accounting import parse_accounting
 from lockstep.slurm.client import (
     is_unanswered,
     is_unknown_job,
@@ -20,9 +21,12 @@ from lockstep.slurm.client import (
     parse_running_jobs,
     parse_scripts,
 )
+from lockstep.slurm.submission.associations import Accounting
 from lockstep.slurm.submission.batch_script import _SUPERVISED_SRUN
 
 VERSIONS = ("22.05", "24.11")
+ACCOUNTED = ("22.05",)
+"""Those whose accounting is recorded."""
 NAMES = {str(number): name for number, name in enumerate(JOBS_OF_SCENARIO, 1)}
 
 
@@ -103,6 +107,32 @@ def test_the_states_of_all_jobs(printed: Printed) -> None:
     shown = parse_jobs(printed("squeue-jobs-ended"))["1"]
     assert (shown.limit, shown.nodes) == ("1:00", "n1") and re.fullmatch(r"2\d{3}-\d\d-\d\dT[\d:]{8}", shown.start)
     assert re.fullmatch(r"1:\d\d", shown.elapsed)
+
+
+@pytest.mark.parametrize("version", ACCOUNTED)
+def test_the_states_that_accounting_has(version: str) -> None:
+    printed = Printed(version)
+    found = named(parse_accounting(printed("sacct")))
+    assert {name: (job.state, job.restarts) for name, job in found.items()} == {
+        **dict.fromkeys(("held", "dependency", "never", "array_3"), ("PENDING", 0)),
+        **dict.fromkeys(("running", "array_1", "array_2"), ("RUNNING", 0)),
+        **dict.fromkeys(("requeued", "preempted"), ("RUNNING", 1)),
+        **dict.fromkeys(("completed", "preempting"), ("COMPLETED", 0)),
+        **dict.fromkeys(("failed", "killed", "task-killed", "task-exited", "task-missing", "array_0"), ("FAILED", 0)),
+        **dict.fromkeys(("completing", "cancelled", "never-cancelled"), ("CANCELLED", 0)),
+        **{"timeout": ("TIMEOUT", 0), "node-failed": ("NODE_FAIL", 0)},
+    }
+    assert [name for name, job in found.items() if job.reason == "DependencyNeverSatisfied"] == ["never-cancelled"]
+    assert {name: found[name].exit_status for name in ("failed", "killed", "task-exited", "task-missing", "array_0")} == {
+        **{"failed": 3, "killed": 137, "task-exited": 7, "task-missing": 2, "array_0": 1}
+    }
+    assert found["timeout"].limit == "00:01:00" and found["node-failed"].nodes == "n3"
+
+
+@pytest.mark.parametrize("version", ACCOUNTED)
+def test_what_slurmctld_says_about_accounting(version: str) -> None:
+    accounting = Accounting.parse(Printed(version)("scontrol-config"), {})
+    assert accounting.enforced == {"associations", "limits", "qos"} and accounting.cluster.startswith("lockstep-")
 
 
 def test_running_jobs(printed: Printed) -> None:

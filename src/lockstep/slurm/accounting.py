@@ -96,7 +96,8 @@ def parse_accounting(text: str) -> dict[str, JobState]:
             if found and found[-1].job == main:
                 found[-1].add_step(step, state.partition(" ")[0], memory)
             continue
-        if state == "CANCELLED" and reason == "Dependency":  # by Slurm itself; else it names the user
+        # By Slurm itself, or else the state names the user; None, if it could not be met from the beginning.
+        if state == "CANCELLED" and nodes == "None assigned" and reason in ("Dependency", "None"):
             reason = "DependencyNeverSatisfied"
         began = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(int(start))) if start.isdigit() else ""
         view = JobState(state.partition(" ")[0], reason, began, elapsed, limit, nodes, exit_status(code))
