@@ -20,6 +20,7 @@ import input as input_pipeline
 import memory
 import pytest
 import step
+import step_setup
 import streams
 
 pytestmark = pytest.mark.timeout(150)
@@ -104,6 +105,18 @@ def test_step(capfd: pytest.CaptureFixture[str]) -> None:
     output = capfd.readouterr().out
     for name in step.TRAINERS:
         assert_row(output, "tiny MLP", re.escape(name), NUMBER, NUMBER, NUMBER)
+
+
+def test_step_of_a_network_for_imagenet(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a smaller network, as the test has no GPU; the images are on the device all the same."""
+    monkeypatch.setitem(step_setup.NETWORKS, "ResNet-50", ("shufflenet_v2_x0_5", {}))
+    monkeypatch.setattr(step, "WARM_UP", 1)
+    options = ("--batch-size", "2", "--precision", "bf16-mixed", "--channels-last", "--accelerator", "cpu", "--ranks", "1")
+    names = list(step.TRAINERS)[:3]
+    run_in_fork(step.main, "--rounds", "1", "--steps", "3", "--networks", "ResNet-50", *options, "--trainers", *names)
+    output = capfd.readouterr().out
+    for name in names:
+        assert_row(output, "ResNet-50", re.escape(name), NUMBER, NUMBER, NUMBER)
 
 
 def test_agent(capfd: pytest.CaptureFixture[str]) -> None:
