@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from support.forks import run_forked
 from torch import nn
 
@@ -17,13 +20,16 @@ from lockstep.checkpoint.serialization import copy_to_cpu
 from lockstep.checkpoint.weight_sums import weight_sums
 from lockstep.cli import local
 from lockstep.compat.torch import fake_tensors
+from lockstep.config import DDPOptions
+from lockstep.core import World
+from lockstep.data.loading import DataSharding
 from lockstep.data.synthetic import Synthetic
 from lockstep.models.classifier import ClassificationMetrics, Classifier
 from lockstep.models.networks import ConvNet
 from lockstep.models.optimizers import make_optimizer, parameter_groups
 from lockstep.monitoring.classifier_media import count_predictions
 from lockstep.monitoring.nan_guard import NanGuard
-from lockstep.strategies.ddp import SingleDevice
+from lockstep.strategies.ddp import DDP, SingleDevice
 from lockstep.strategies.stand_in import without_weight
 
 GPU = torch.device("cuda", 0)
@@ -92,6 +98,17 @@ def test_an_optimizer_that_is_restored_from_the_cpu_steps_on_the_device(fake_gpu
         for key in ("exp_avg", "exp_avg_sq"):
             assert state[key].device == GPU and state[key].stride() == parameter.stride()
     restored.step()
+
+
+def test_the_device_is_idle_while_ddp_wraps_the_module_in_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last optimizer step may still write to the weights that rank zero sends, if it is wrapped again in training."""
+    calls: list[str] = []
+    monkeypatch.setattr(DDPStrategy, "configure_ddp", lambda self: calls.append("wrap"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(f"wait for {device}"))
+    strategy = DDP([GPU], DataSharding(World(), 1), DDPOptions(), timedelta(minutes=1))
+    strategy._lightning_module = LightningModule()
+    strategy.configure_ddp()
+    assert calls == ["wait for cuda:0", "wrap", "wait for cuda:0"]
 
 
 def run_and_watch(arguments: Sequence[str]) -> int:

@@ -151,11 +151,22 @@ class DDP(LockstepStrategy, DDPStrategy):
     def configure_ddp(self) -> None:
         if self.root_device.type == "cpu":
             run_sync_batchnorm_on_cpu(self.module)
+        self._wait_for_device()
         super().configure_ddp()
+        self._wait_for_device()
         self._reduced = [name for name, p in self.module.named_parameters() if p.requires_grad]
         if (name := self.options.gradient_compression) != "none":  # not ``ddp_comm_hook=``, which Lightning ignores on CPUs
             assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(None, getattr(default_hooks, f"{name}_compress_hook"))
+
+    def _wait_for_device(self) -> None:
+        """Wait for all streams: Lightning wraps the module in a stream of its own, where rank zero's weights are sent.
+
+        When it is wrapped again during training, the last optimizer step may still write to them, and the next forward pass
+        would read them too early.
+        """
+        if self.root_device.type == "cuda":
+            torch.cuda.synchronize(self.root_device)
 
 
 def _record_ready_order(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
