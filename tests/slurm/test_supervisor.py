@@ -7,7 +7,7 @@ import pytest
 
 from lockstep.core import UsageError
 from lockstep.distributed import allocation_end_time
-from lockstep.runs import Failure, Owner, Run, RunResult, read_attempts, record_failure
+from lockstep.runs import Failure, Owner, Run, RunResult, read_attempts, record_failure, write_failed_result
 from lockstep.slurm.client import RUNNING_JOBS, is_owner_alive, parse_running_jobs, query_jobs
 from lockstep.slurm.restart_policy import REQUEUE, RESTART
 from lockstep.slurm.restarts import AlreadyFinished, SlurmView, UnknownOwner, finish, start
@@ -144,6 +144,21 @@ def test_a_job_that_slurm_requeues_after_its_end_starts_no_attempt(run: Run) -> 
     with pytest.raises(AlreadyFinished):
         begin(run, "7_0", restarts=2)
     assert run.newest_attempt == 1
+
+
+def test_a_finished_run_that_cannot_be_resumed_stays_finished_but_its_job_fails(run: Run) -> None:
+    RunResult("finished", attempts=begin(run, "5_0")).write(run.result)
+    end(run, "5_0", 1, status=0)
+    attempt = begin(run, "7_0", seen=1)
+    write_failed_result(run, attempt, record_failure(run, attempt, Failure(0, 1, 0, "", "ValueError: once")))
+    assert end(run, "7_0", attempt, status=1) == RESTART
+    attempt = begin(run, "7_0")
+    write_failed_result(run, attempt, record_failure(run, attempt, Failure(0, 1, 0, "", "size mismatch", is_permanent=True)))
+    assert end(run, "7_0", attempt, status=1) == 1
+    assert RunResult.read(run.result) == RunResult("finished", attempts=1)
+    assert [attempt.reason for attempt in read_attempts(run)] == ["", "ValueError: once", "size mismatch"]
+    with pytest.raises(AlreadyFinished):
+        begin(run, "5_0")
 
 
 def test_a_job_that_slurm_has_ended_is_not_restarted(run: Run) -> None:

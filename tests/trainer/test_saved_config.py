@@ -1,6 +1,7 @@
 """The saved config parses to the config that was trained: what is written, what is refused, then runs that resume."""
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from support.faults import fault
-from support.runs import Launch, assert_same_run, resume_run
+from support.runs import SMALL, Launch, assert_same_run, resume_run
 from support.toy_model import ToyModel
 from torch import nn
 
@@ -186,3 +187,24 @@ def test_a_run_resumes_from_its_folder_alone(
     resumed = resume_run(launch, broken)
     assert resumed.status == 0, capfd.readouterr().err
     assert_same_run(resumed, whole)
+
+
+def test_a_resumed_run_keeps_its_config_and_result_until_it_trains(launch: Launch, tmp_path: Path) -> None:
+    run = launch("--ranks", "2", *SMALL, "--trainer.max_epochs", "1")
+    config, result = run.folder / "config.yaml", run.folder / "result.json"
+    before = config.read_text(), result.read_text()
+    longer = ("--trainer.max_epochs", "2")
+    for wrong in (
+        ("--model.network", "lockstep.models.MLP", "--model.network.hidden", "[8]"),
+        (*longer, *fault(tmp_path / "1", "SIGKILL", hook="on_train_start", rank=0)),
+        (*longer, *fault(tmp_path / "2", "raise", hook="on_train_start", rank=1)),
+        ("--ranks", "1", *longer, *fault(tmp_path / "3", "raise", hook="on_train_start")),
+    ):
+        assert resume_run(launch, run, *wrong).status != 0
+        assert (config.read_text(), result.read_text()) == before
+        assert json.loads((run.folder / "status.json").read_text())["status"] == "finished"
+    assert resume_run(launch, run, *longer, *fault(tmp_path / "4", "SIGTERM", step=25)).status == 143
+    assert load_yaml(config.read_text())["trainer"]["max_epochs"] == 2 and run.result["status"] == "interrupted"
+    assert (run.folder / "logs" / "1" / "result.json").read_text() == before[1]
+    assert resume_run(launch, run).status == 0
+    assert run.result["global_step"] == 40

@@ -139,6 +139,9 @@ def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
     result = RunResult.read(run.result)
     if (failure.is_interruption and result is not None) or run.is_superseded(attempt):
         return
+    if run.finished_before(attempt) is not None:
+        update_status(run, "finished")
+        return
     status = "interrupted" if failure.is_interruption else "failed"
     result = describe_run(run, result or RunResult(status, world_size=failure.world_size, attempts=attempt))
     replace(result, status=status, reason=failure.reason, exit_status=failure.exit_status).write(run.result)

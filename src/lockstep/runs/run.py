@@ -181,6 +181,22 @@ class Run:
         """Who claimed an attempt; None if it is unknown."""
         return Owner.read(self.claim(attempt))
 
+    def result_of(self, attempt: int) -> RunResult | None:
+        """The result of this attempt; None if it has left none."""
+        result = RunResult.read(self.result)
+        return result if result is not None and result.attempts == attempt else None
+
+    def finished_before(self, attempt: int) -> RunResult | None:
+        """The result of an earlier attempt that has finished, as long as ``attempt`` has not set it aside."""
+        result = RunResult.read(self.result)
+        return result if result is not None and result.is_finished and result.attempts < attempt else None
+
+    def is_finished_by(self, job: str) -> bool:
+        """Whether an attempt of this Slurm job has finished the run."""
+        result = RunResult.read(self.result)
+        owner = self.owner_of(result.attempts) if result is not None and result.is_finished else None
+        return owner is not None and owner.job == job
+
     def living_owner(self, is_alive: Callable[[Owner], bool | None]) -> Owner | None:
         """The owner, if it still runs; ``is_alive`` is that of ``claim_attempt``."""
         held = Owner.read(self.owner)

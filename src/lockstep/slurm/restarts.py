@@ -68,8 +68,8 @@ def start(run: Run, slurm: Path, view: SlurmView, env: Mapping[str, str]) -> int
         UsageError: Another job has the run.
         AlreadyFinished: An earlier attempt of this job has finished it.
     """
-    result, recorded = RunResult.read(run.result), attempts.read_attempts(run)
-    if result is not None and result.is_finished and recorded and recorded[-1].job == env["LOCKSTEP_JOB"]:
+    job = env["LOCKSTEP_JOB"]
+    if run.is_finished_by(job) and job in {attempt.job for attempt in attempts.read_attempts(run)}:
         raise AlreadyFinished
     number = run.claim_attempt(view.me, lambda owner: view.is_alive(owner, env))
     output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
@@ -85,7 +85,7 @@ def finish(run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str
         return status or 1
     attempt, decision, why = _decide(run, slurm, status, view, env)
     _record(run, attempt)
-    return _give_up(run, status, why) if decision == _GIVE_UP else decision
+    return _give_up(run, attempt.attempt, status, why) if decision == _GIVE_UP else decision
 
 
 def restart_in_allocation(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> int | None:
@@ -126,9 +126,8 @@ def _decide(
 ) -> tuple[attempts.Attempt, str | int, str]:
     """The record of the newest attempt; what follows: an exit status, RESTART, REQUEUE or _GIVE_UP; and why it gives up."""
     number, mine = _newest_own_attempt(run, view, env), view.my_job
-    result, failure = RunResult.read(run.result), read_first_failure(run, number)
-    if result is not None and result.attempts != number and not result.is_finished:
-        result = None  # that of the attempt before
+    is_finished = run.is_finished_by(env["LOCKSTEP_JOB"])  # perhaps by an attempt before, whose end nobody has recorded
+    result, failure = RunResult.read(run.result) if is_finished else run.result_of(number), read_first_failure(run, number)
     ending = endings.classify_ending(endings.Evidence(result, failure, run.output(slurm, env["LOCKSTEP_JOB"]), status))
     start, progress = AttemptStart.read(run.start_record(number)), RunProgress.read(run.status)
     attempt = attempts.Attempt(
@@ -158,11 +157,12 @@ def _decide(
     return attempt, REQUEUE if is_over else RESTART, ""
 
 
-def _give_up(run: Run, status: int, why: str) -> int:
-    """Record that no attempt follows, and return the exit status of the job."""
-    if why:
+def _give_up(run: Run, attempt: int, status: int, why: str) -> int:
+    """Record that no attempt follows this one, and return the exit status of the job."""
+    was_finished = run.finished_before(attempt) is not None
+    if why and not was_finished:
         replace(RunResult.read(run.result) or RunResult("failed"), status="failed", reason=why, exit_status=status or 1).write(
             run.result
         )
-    update_status(run, "failed")
+    update_status(run, "finished" if was_finished else "failed")
     return status or 1

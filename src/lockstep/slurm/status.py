@@ -180,7 +180,10 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
     evidence = endings.Evidence(result, failure, output, status, state, was_cancelled, state is None)
     owner = Owner.read(run.owner)
     if owner is not None and owner.job not in (None, job):  # the newest attempt is that of another job
-        evidence = replace(evidence, result=None, failure=None)
+        # Its supervisor ends a job with 0 only where the run has finished, which another job may train on since.
+        evidence = replace(evidence, result=RunResult("finished") if status == 0 else None, failure=None)
+    elif not run.is_finished_by(job):
+        evidence = replace(evidence, result=run.result_of(run.newest_attempt))
     ending = endings.classify_ending(evidence)
     if ending.state == "gone" and not run.newest_attempt and (launch := LaunchRecord.read(run.launch)) and launch.after:
         why = f"It never started: it was cancelled, or {launch.after} did not happen; Slurm has forgotten which."

@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from lockstep.core import Interrupted, RunError, World, count, setup_logging, use_writable_caches
-from lockstep.runs import Failure, Run, RunResult, failure, report_phase, verify_snapshot
+from lockstep.runs import Failure, Run, failure, report_phase, verify_snapshot
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,7 @@ class NodeTask:
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        result = RunResult.read(run.result)
-        if result is not None and result.is_finished:
+        if run.is_finished_by(os.environ["LOCKSTEP_JOB"]):
             log.info("the run is finished already: %s", run.folder)
             return
         status = 1

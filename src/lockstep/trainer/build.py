@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from collections.abc import Mapping
 from os import environ
 from typing import Any
 
@@ -39,6 +38,7 @@ from lockstep.strategies import AnyStrategy, DeepSpeed
 from lockstep.trainer.activation_checkpointing import ActivationCheckpointing
 from lockstep.trainer.context import RunContext
 from lockstep.trainer.loops import replace_loops
+from lockstep.trainer.saved_config import AttemptConfig
 
 
 def check_trainer_objects(arguments: Namespace, strategy: AnyStrategy) -> None:
@@ -61,14 +61,13 @@ def build_trainer(
     logger: RunLogger,
     stopwatch: Stopwatch,
     signals: SignalReceiver,
-    content: Mapping[str, Any],
+    attempt_config: AttemptConfig,
 ) -> tuple[Trainer, CheckpointCallback]:
     """Build the Trainer of a run, and its callback that saves: the config's arguments, and what lockstep adds to every run.
 
     Args:
         arguments: The ``trainer`` part of the config, with callbacks, loggers and the like instantiated.
         logger: lockstep's own; those of the config follow.
-        content: The content of ``config.yaml``, on rank zero.
 
     Raises:
         UsageError: Lightning refuses the arguments.
@@ -99,7 +98,8 @@ def build_trainer(
         status,
         checkpoints,
         restored,
-        HyperParameters(content),
+        HyperParameters(attempt_config.content),
+        attempt_config,
         ActivationCheckpointing(config.activation_checkpointing),
         watchdog,
         ClassifierMedia(config.wandb.mode != "disabled"),

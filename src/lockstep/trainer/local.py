@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lockstep.config import split_command
 from lockstep.core import Interrupted, World, clear_line, setup_logging, shell_command
 from lockstep.distributed import PhaseBoard, RankFailed, fork_ranks, phase_limits
-from lockstep.runs import Owner, Run, RunResult, record_earlier_attempts, record_failure, write_failed_result
+from lockstep.runs import Owner, Run, record_earlier_attempts, record_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
 from lockstep.trainer.config_parser import parse_config
 from lockstep.trainer.preload import copy_shards, preload
@@ -57,9 +57,7 @@ def run_locally(
         )
     except RankFailed as failed:
         clear_line(sys.stderr)  # a killed rank has left its progress there
-        result, failure = RunResult.read(run.result), failed.failure
-        if result is not None and result.attempts != attempt:  # that of an attempt before
-            result = None
+        result, failure = run.result_of(attempt), failed.failure
         if result is None or result.status != "interrupted":
             # The watchdog of a rank may have recorded that another one hangs.
             failure = record_failure(run, attempt, failure)
@@ -75,7 +73,7 @@ def run_locally(
             who = f"rank {failure.rank} of {failure.world_size} {failure.place}"
             report, logs = failure.report.rstrip(), run.attempt_folder(attempt)
             log.error("%s failed first; the other ranks were ended.\n%s\nlogs: %s\n%s", who, report, logs, to_resume)
-        result = RunResult.read(run.result)
+        result = run.result_of(attempt)
         return 0 if result is not None and result.is_finished else failure.exit_status
     except (KeyboardInterrupt, Interrupted) as interrupted:
         clear_line(sys.stderr)  # with the ^C of the terminal

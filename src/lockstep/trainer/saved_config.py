@@ -1,4 +1,4 @@
-"""Write a parsed config as YAML that parses to the same config again."""
+"""Write a parsed config as YAML that parses to the same config again, and decide when it becomes that of the run."""
 
 import re
 import warnings
@@ -9,14 +9,60 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import Callback
 
 from lockstep.config import load_yaml
-from lockstep.core import UsageError
+from lockstep.core import UsageError, atomic_write_text
+from lockstep.trainer.context import RunContext
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))
 
 _PLACEHOLDER = "Unable to serialize instance "
 """What jsonargparse writes, with a warning, in place of a value that it cannot write."""
+
+
+class AttemptConfig(Callback):
+    """Writes ``config.yaml`` on rank zero: for a new run at once, for one that resumes before the first batch.
+
+    By then the checkpoint and the data are loaded, so a flag with which they cannot be does not stay in the run. Until then a
+    result that says "finished" remains, and stays true.
+
+    Attributes:
+        content: The content of the file, on rank zero.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self.content: dict[str, Any] = {}
+        self._context, self._text, self._is_adopted = context, "", not context.world.is_rank_zero
+
+    def begin(self) -> None:
+        """Dump the config, and write it where the run has none yet.
+
+        Raises:
+            UsageError: It cannot be written so that it parses to the same config.
+            Superseded: A newer attempt has claimed the run.
+        """
+        if self._context.world.is_rank_zero:
+            self._context.ownership.check_now()
+            self._text = dump_config(self._context.parser, self._context.config)
+            self.content = load_yaml(self._text)
+            if not self._context.run.config.exists():
+                self.adopt()
+
+    def adopt(self) -> None:
+        """Make this the config of the run, and set aside the result of an earlier attempt that had finished the run."""
+        if self._is_adopted:
+            return
+        run = self._context.run
+        self._context.ownership.check_now()
+        if not run.config.exists() or run.config.read_text() != self._text:  # a restart changes nothing
+            atomic_write_text(run.config, self._text)
+        if (result := run.finished_before(self._context.attempt)) is not None:
+            run.result.replace(run.attempt_folder(result.attempts) / run.result.name)
+        self._is_adopted = True
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.adopt()
 
 
 def dump_config(parser: ArgumentParser, config: Namespace) -> str:

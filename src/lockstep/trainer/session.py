@@ -24,7 +24,7 @@ from lockstep.checkpoint import (
     latest_checkpoint,
     read_checkpoint,
 )
-from lockstep.config import check_start, find_shipped, load_yaml, split_command
+from lockstep.config import check_start, find_shipped, split_command
 from lockstep.config.validation import shows_only, validate_arguments
 from lockstep.core import (
     FinalTestError,
@@ -35,7 +35,6 @@ from lockstep.core import (
     Superseded,
     UsageError,
     World,
-    atomic_write_text,
     setup_logging,
 )
 from lockstep.data import ImageFolder
@@ -66,7 +65,7 @@ from lockstep.trainer.errors import normalize_error
 from lockstep.trainer.loops import FitLoop
 from lockstep.trainer.predictions import run_prediction
 from lockstep.trainer.preload import copy_shards
-from lockstep.trainer.saved_config import dump_config
+from lockstep.trainer.saved_config import AttemptConfig
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class TrainingSession:
         self.trainer: Trainer | None = None
         self.checkpoints: CheckpointCallback | None = None
         self.logger: RunLogger | None = None
-        self._config_text = "{}"  # on rank zero, config.yaml
+        self.config = AttemptConfig(context)
 
     def run(self) -> RunResult:
         """Run the command together with all other ranks, and write ``result.json`` on rank zero.
@@ -97,13 +96,11 @@ class TrainingSession:
         context = self.context
         setup_logging(context.world, context.run.log(context.attempt))
         try:
-            if context.world.is_rank_zero:
-                context.ownership.check_now()
-                self._config_text = dump_config(context.parser, context.config)
-                atomic_write_text(context.run.config, self._config_text)
+            self.config.begin()
             debugger = breakpoints(context.world, context.one_rank_command, lambda: stop_watchdog(self.trainer))
             with touches_claim(context.run, context.attempt) if context.world.is_rank_zero else nullcontext(), debugger:
                 result = self._execute()
+            self.config.adopt()
             if context.world.is_rank_zero:
                 context.ownership.check_now()
         except BaseException as error:
@@ -147,7 +144,8 @@ class TrainingSession:
             if self.logger is not None:
                 with closing(self.logger.metrics):
                     if not context.run.is_superseded(context.attempt):
-                        self.logger.close(0 if is_finished else 1, is_preempted)
+                        was_finished = context.run.finished_before(context.attempt) is not None
+                        self.logger.close(0 if is_finished or was_finished else 1, is_preempted)
 
     def _train(self, nvme_folder: Path | None) -> RunResult:
         """Build the objects of the config, run the command, and collect the result."""
@@ -167,10 +165,10 @@ class TrainingSession:
         sharding = DataSharding(context.world, config.seed_everything, pins)
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)
         check_trainer_objects(objects.trainer, strategy)
-        content = load_yaml(self._config_text)
+        content = self.config.content
         self.logger = start_run_logger(context.run, config.wandb, content, context.world, self.global_step, context.ownership)
         self.trainer, self.checkpoints = build_trainer(
-            context, objects.trainer, strategy, self.logger, self.stopwatch, self.signals, content
+            context, objects.trainer, strategy, self.logger, self.stopwatch, self.signals, self.config
         )
         if isinstance(checkpoint, Checkpoint) and context.command == "fit":
             self._resume(strategy, checkpoint, is_same_run)
@@ -230,6 +228,7 @@ class TrainingSession:
     ) -> dict[str, Any]:
         """Fit and test; return what the result says about both."""
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        self.config.adopt()  # where nothing was left to train
         sha256 = self._saved_weights_sha256()
         metrics, test_error = dict(trainer.logged_metrics), None
         can_test = is_overridden("test_step", module) and is_overridden("test_dataloader", data or module)
@@ -308,8 +307,10 @@ class TrainingSession:
             ending = classify_ending(Evidence(result, failure))
             result = replace(result, status=ending.state, reason=ending.reason, exit_status=ending.exit_status)
         try:
-            result.write(run.result)
-            update_status(run, result.status)
+            is_kept = not result.is_finished and run.finished_before(self.context.attempt) is not None
+            if not is_kept:
+                result.write(run.result)
+            update_status(run, "finished" if is_kept else result.status)
             if result.is_finished:
                 run.trained_result(self.context.attempt).unlink(missing_ok=True)
         except OSError as error:  # a full disk must not turn a stop into a crash
