@@ -307,8 +307,7 @@ class TrainingSession:
             ending = classify_ending(Evidence(result, failure))
             result = replace(result, status=ending.state, reason=ending.reason, exit_status=ending.exit_status)
         try:
-            is_kept = not result.is_finished and run.finished_before(self.context.attempt) is not None
-            if not is_kept:
+            if not (is_kept := not result.is_finished and run.finished_before(self.context.attempt) is not None):
                 result.write(run.result)
             update_status(run, "finished" if is_kept else result.status)
             if result.is_finished:
