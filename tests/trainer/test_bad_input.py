@@ -79,7 +79,7 @@ def folder_run(root: Path, *more: str) -> list[str]:
             ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=much"],
             "trainer.callbacks.decay: 'much' is not valid: expected float.",
         ),
-        (["--trainer.profiler", "simpel"], "trainer: "),
+        (["--trainer.callbacks+=TQDMProgressBar", "--trainer.callbacks+=RichProgressBar"], "trainer: "),
         (["--trainer.accelerator", "gpuu"], "trainer.accelerator: 'gpuu'"),
         (["tset"], "'tset' is not a command; did you mean 'test'"),
         (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),

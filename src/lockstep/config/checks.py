@@ -8,7 +8,7 @@ from typing import Any
 
 from lockstep.config.deepspeed import deepspeed_config, missing_nvme_folder
 from lockstep.config.schema import REFUSED_TRAINER_CLASSES, DeepSpeedOptions
-from lockstep.core import WANDB_KEY_ADVICE, UsageError, is_secret, wandb_api_key
+from lockstep.core import WANDB_KEY_ADVICE, UsageError, did_you_mean, is_secret, wandb_api_key
 
 
 def check_ranges(config: Mapping[str, Any]) -> None:
@@ -18,13 +18,68 @@ def check_ranges(config: Mapping[str, Any]) -> None:
         raise UsageError(f"seed_everything: {seed} must be 0 or more, and less than 2**32; or true, which draws a seed.")
     if best is None or best < 1:
         raise UsageError(f"checkpoint.save_top_k: {best} must be 1 or more.")
-    for key in ("timeout_seconds", "min_mb_per_second"):
-        if (value := config["checkpoint"][key]) is None or value <= 0:
-            raise UsageError(f"checkpoint.{key}: {value} must be greater than 0.")
-    for key, minimum in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
-        value = config["trainer"].get(key)
-        if isinstance(value, int | float) and value < minimum:
-            raise UsageError(f"trainer.{key}: {value} must be {minimum} or more.")
+    for key in _POSITIVE:
+        if (value := _value(config, key)) is None or value <= 0:
+            raise UsageError(f"{key}: {value} must be greater than 0.")
+    for key, minimum in _MINIMA.items():
+        value = _value(config, key)
+        if isinstance(value, int | float) and not value >= minimum:
+            meaning = f", or {minimum}, which sets no limit" if minimum < 0 else ""
+            raise UsageError(f"{key}: {value} must be {max(minimum, 0)} or more{meaning}.")
+    _check_trainer_values(config["trainer"])
+
+
+_POSITIVE = (
+    *("checkpoint.timeout_seconds", "checkpoint.min_mb_per_second"),
+    *("run.hang_timeout_seconds", "distributed.timeout_minutes", "ddp.bucket_cap_mb", "deepspeed.reduce_bucket_size"),
+)
+
+_MINIMA = {
+    **{f"trainer.{key}": -1 for key in ("max_epochs", "max_steps", "num_sanity_val_steps")},
+    **{f"trainer.{key}": 0 for key in ("gradient_clip_val", "log_every_n_steps", "fast_dev_run")},
+    **{f"trainer.{key}": 0 for key in ("overfit_batches", "reload_dataloaders_every_n_epochs")},
+    **{f"trainer.{key}": 1 for key in ("accumulate_grad_batches", "check_val_every_n_epoch")},
+    **{"checkpoint.every_n_steps": 1, "checkpoint.every_n_minutes": 0, "checkpoint.keep_last": 1, "run.max_restarts": 0},
+}
+"""Keys whose numbers have a minimum; -1 is for no limit."""
+
+_SHARES = ("train_batches", "val_batches", "test_batches", "predict_batches")
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    group, _, name = key.partition(".")
+    return config[group].get(name)
+
+
+def _check_trainer_values(trainer: Mapping[str, Any]) -> None:
+    """Raise UsageError for a value that Lightning's Trainer refuses when it is made, or divides by."""
+    for key in ("overfit_batches", "val_check_interval", *(f"limit_{share}" for share in _SHARES)):
+        value = trainer.get(key)
+        if isinstance(value, int | float) and not (0 <= value <= 1 or (value > 1 and value % 1 == 0)):
+            raise UsageError(f"trainer.{key}: {value} must be a fraction from 0.0 to 1.0, or a whole number of batches.")
+    interval = trainer.get("val_check_interval")
+    if interval == 0 and isinstance(interval, int):
+        raise UsageError("trainer.val_check_interval: 0 must be 1 or more; without validation: --trainer.limit_val_batches 0.")
+    if isinstance(interval, float) and trainer.get("check_val_every_n_epoch", 1) is None:
+        raise UsageError(
+            f"trainer.val_check_interval: {interval} is a fraction of an epoch, which check_val_every_n_epoch: null does not "
+            "count; give a whole number of batches."
+        )
+    for key in ("val_check_interval", "max_time"):
+        if isinstance(text := trainer.get(key), str) and not re.fullmatch(r"\s*\d+:\d+:\d+:\d+\s*", text):
+            raise UsageError(f"trainer.{key}: {text!r} is not a time; write days, hours, minutes and seconds: 00:12:00:00.")
+    for key, valid in _WORDS.items():
+        word = trainer.get(key)
+        if isinstance(word, str) and word.isidentifier() and word.lower() == word and word not in valid:
+            raise UsageError(f"trainer.{key}: {word!r} is not valid{did_you_mean(word, valid)}")
+
+
+_WORDS = {
+    "accelerator": ("auto", "cpu", "gpu", "cuda"),
+    "gradient_clip_algorithm": ("norm", "value"),
+    "profiler": ("simple", "advanced", "pytorch", "xla"),
+}
+"""The words that some keys of Lightning's Trainer accept, beside classes, which have a dot or a capital letter."""
 
 
 def check_secrets(value: Any, key: str = "") -> None:
@@ -79,6 +134,9 @@ def check_data(data: Mapping[str, Any] | None) -> None:
     """Raise UsageError if the data cannot be loaded safely; ``data`` is a class and its arguments."""
     path, arguments = ("", {}) if data is None else (str(data.get("class_path")), data.get("init_args", {}))
     if path.startswith("lockstep.data."):
+        for key, least in (("batch_size", 1), ("batch_size_per_rank", 1), ("num_workers", 0)):
+            if isinstance(value := arguments.get(key), int) and value < least:
+                raise UsageError(f"data.{key}: {value} must be {least} or more.")
         check_mixing(arguments.get("mixup") or 0, arguments.get("cutmix") or 0, arguments.get("drop_last", True))
     if path in _IMAGE_FILES:
         check_archive(arguments.get("archive"), arguments.get("archive_md5"))
@@ -121,8 +179,6 @@ def check_batch_size(data: Any, world_sizes: Iterable[int]) -> None:
     size = data.get("init_args", {}).get("batch_size") if isinstance(data, Mapping) else None
     if not str(data and data.get("class_path")).startswith("lockstep.data.") or not isinstance(size, int):
         return
-    if size < 1:
-        raise UsageError(f"data.batch_size: {size} must be 1 or more.")
     for ranks in world_sizes:
         if below := size % ranks:
             near = " or ".join(str(number) for number in (size - below, size - below + ranks) if number)
