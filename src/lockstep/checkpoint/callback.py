@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lockstep.checkpoint.manifest import Progress
+from lockstep.checkpoint.monitor import check_monitor
 from lockstep.checkpoint.rank_state import capture_state
 from lockstep.checkpoint.reader import MODEL_FILE, Checkpoint, published_checkpoints
 from lockstep.checkpoint.serialization import check_loadable, check_states
@@ -63,7 +64,7 @@ class CheckpointCallback(Callback):
         self._resumed: Progress | None = None
         self._scores_file = self.run.checkpoints / "scores.json"
         self._allocation_end = allocation_end_time()
-        self._ends = False
+        self._ends = self._has_validated = False
         self._end_step = _NEVER  # after which training ends, as far as this rank knows
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -245,18 +246,19 @@ class CheckpointCallback(Callback):
         monitor, is_saved = self.options.monitor, trainer.global_step == self._saved_step and self.writer is not None
         if monitor is None or not trainer.is_global_zero or not is_saved:
             return
+        assert self.writer is not None
         value = trainer.callback_metrics.get(monitor)
         if value is None:
-            names = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            log.warning("checkpoint.monitor: %r is not logged, so this checkpoint has no score; logged: %s.", monitor, names)
+            if not self._has_validated:
+                check_monitor(monitor, trainer, pl_module)
         elif math.isfinite(value):
-            assert self.writer is not None
             self.writer.scores[trainer.global_step] = float(value)
             self.ownership.check_now()
             try:
                 atomic_write_json(self._scores_file, {str(step): score for step, score in self.writer.scores.items()})
             except OSError as error:
                 log.warning("%s could not be written (%s)", self._scores_file, error.strerror)
+        self._has_validated = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._consensus is not None:

@@ -1,0 +1,44 @@
+"""A metric that should rank checkpoints and is not logged: misspelt or late, in this process; then a run of two ranks."""
+
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+from support.runs import SMALL, Launch
+
+from lockstep.checkpoint.monitor import check_monitor
+from lockstep.core import RunError
+
+
+class Late(Callback):
+    """Logs a metric of each tenth epoch."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch % 10 == 9:
+            for name in ("val", "test"):
+                pl_module.log(f"{name}/fid", 1.0)
+
+
+class Own(LightningModule):
+    def on_train_epoch_end(self) -> None:
+        self.log("summary", 1.0)
+
+
+@pytest.mark.parametrize(("name", "is_late"), [("val/fid", True), ("summary_epoch", True), ("val/fix ", False)])
+def test_a_metric_that_may_come_later_only_warns(caplog: pytest.LogCaptureFixture, name: str, is_late: bool) -> None:
+    name = name.strip()  # the misspelt ones must not be in this file
+    settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(accelerator="cpu", callbacks=[Late()], enable_checkpointing=False, **settings)
+    if is_late:
+        check_monitor(name, trainer, Own())
+        assert f"checkpoint.monitor: '{name}' is not logged yet" in caplog.text
+    else:
+        with pytest.raises(RunError, match=f"checkpoint.monitor: '{name}' is not logged"):
+            check_monitor(name, trainer, Own())
+
+
+def test_a_misspelt_metric_ends_the_run_at_its_first_validation(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+    run = launch("--ranks", "2", *SMALL, "--checkpoint.monitor", "val_acc")
+    assert run.status == 1 and len(list(run.folder.glob("checkpoints/step-*"))) == 1
+    sentence = "lockstep: checkpoint.monitor: 'val_acc' is not logged; did you mean 'val/accuracy'? Resume with --checkpoint."
+    assert sentence in capfd.readouterr().err
