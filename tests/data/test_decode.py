@@ -205,6 +205,12 @@ def test_decoding_on_the_gpu_is_refused_without_one() -> None:
         check_gpu_decoding(CPU)
 
 
+def test_a_batch_without_jpegs_needs_no_gpu(tmp_path: Path) -> None:
+    data = ImageFolder(tmp_path, size=24, decode="gpu")
+    images, labels, *_ = data.collate([(torch.zeros(3, 24, 24, dtype=torch.uint8), 1)] * 3)  # as lockstep plan makes one
+    assert isinstance(images, Tensor) and images.shape == (3, 3, 24, 24) and labels.tolist() == [1, 1, 1]
+
+
 def test_a_truncated_jpeg_is_found_before_the_gpu_has_it(tmp_path: Path) -> None:
     write_folder(tmp_path)
     broken = tmp_path / "train" / "cat" / "0.jpg"

@@ -204,7 +204,8 @@ class ImageFolder(ImageData):
         if not decoded:
             return torch.zeros(0, *self.image_shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), corrupt, None
         images, labels, *drawn = map(list, zip(*decoded.values(), strict=True))
-        batch = EncodedBatch.collate(images) if self.decode == "gpu" else stack_images(images)
+        is_encoded = any(isinstance(image, EncodedCrop) for image in images)
+        batch = EncodedBatch.collate(images) if is_encoded else stack_images(images)
         return batch, torch.tensor(labels), corrupt, Blends.collate(drawn[0], list(decoded)) if drawn else None
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
