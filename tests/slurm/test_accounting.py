@@ -46,8 +46,10 @@ SACCT = """\
 8.0|101|OUT_OF_MEMORY||101|00:00:04||n3|0:125|49.50M|
 8.1|105|COMPLETED||105|00:00:04||n3|0:0|30M|
 9|100|RUNNING|None|101|00:00:09|UNLIMITED|n3|0:0||50M
+13|100|CANCELLED|None|None|00:00:00|Partition_Limit|None assigned|0:0||4G
+14|100|CANCELLED by 0|None|None|00:00:00|Partition_Limit|None assigned|0:0||4G
 """
-"""What sacct of Slurm 22.05 has printed; the steps of 7 and 8, and 9, are put together from others."""
+"""What sacct of Slurm 22.05 has printed, and 24.11 (13 and 14); the steps of 7 and 8, and 9, are put together from others."""
 
 
 def test_the_newest_incarnation_of_each_job_and_each_run_of_an_array_is_read() -> None:
@@ -64,9 +66,10 @@ def test_the_newest_incarnation_of_each_job_and_each_run_of_an_array_is_read() -
         "7": ("OUT_OF_MEMORY", 0, 6),
         "8": ("COMPLETED", 0, 0),
         "9": ("RUNNING", 0, 0),
-        "12": ("CANCELLED", 0, 0),
+        **dict.fromkeys(("12", "13", "14"), ("CANCELLED", 0, 0)),
     }
-    assert states["7"].memory == "49.50M of 50M" and states["12"].reason == "DependencyNeverSatisfied"
+    assert states["7"].memory == "49.50M of 50M"
+    assert [job for job, state in states.items() if state.reason == "DependencyNeverSatisfied"] == ["12", "13"]
 
 
 SQUEUE = "#!/bin/sh\nexit 0\n"
