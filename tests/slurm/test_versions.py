@@ -25,8 +25,6 @@ from lockstep.slurm.submission.associations import Accounting
 from lockstep.slurm.submission.batch_script import _SUPERVISED_SRUN
 
 VERSIONS = ("22.05", "24.11")
-ACCOUNTED = ("22.05",)
-"""Those whose accounting is recorded."""
 NAMES = {str(number): name for number, name in enumerate(JOBS_OF_SCENARIO, 1)}
 
 
@@ -109,9 +107,7 @@ def test_the_states_of_all_jobs(printed: Printed) -> None:
     assert re.fullmatch(r"1:\d\d", shown.elapsed)
 
 
-@pytest.mark.parametrize("version", ACCOUNTED)
-def test_the_states_that_accounting_has(version: str) -> None:
-    printed = Printed(version)
+def test_the_states_that_accounting_has(printed: Printed) -> None:
     found = named(parse_accounting(printed("sacct")))
     assert {name: (job.state, job.restarts) for name, job in found.items()} == {
         **dict.fromkeys(("held", "dependency", "never", "array_3"), ("PENDING", 0)),
@@ -129,9 +125,8 @@ def test_the_states_that_accounting_has(version: str) -> None:
     assert found["timeout"].limit == "00:01:00" and found["node-failed"].nodes == "n3"
 
 
-@pytest.mark.parametrize("version", ACCOUNTED)
-def test_what_slurmctld_says_about_accounting(version: str) -> None:
-    accounting = Accounting.parse(Printed(version)("scontrol-config"), {})
+def test_what_slurmctld_says_about_accounting(printed: Printed) -> None:
+    accounting = Accounting.parse(printed("scontrol-config"), {})
     assert accounting.enforced == {"associations", "limits", "qos"} and accounting.cluster.startswith("lockstep-")
 
 
