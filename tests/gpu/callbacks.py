@@ -37,6 +37,7 @@ class Inspector(Callback):
             "fused": bool(trainer.optimizers[0].param_groups[0].get("fused")),
             "step": str(states[0]["step"].device.type) if states and "step" in states[0] else "",
             "pinned": bool(getattr(getattr(trainer.fit_loop._combined_loader, "flattened", [None])[0], "pin_memory", False)),
+            "fetcher": type(trainer.fit_loop._data_fetcher).__name__,
             "peak": torch.cuda.max_memory_allocated() if on_gpu else 0,
         }
         self.file.write_text(json.dumps(found))

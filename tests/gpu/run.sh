@@ -21,11 +21,12 @@ if [ -n "${WHEELS:-}" ]; then
     > build/gpu-requirements.txt
   if [ ! -e build/gpu-venv/.made ]; then
     echo "== gpu: installing from $WHEELS into build/gpu-venv"
+    rm -rf build/gpu-venv
     if command -v uv >/dev/null; then
-      uv venv --quiet --clear --python "$base" build/gpu-venv
+      uv venv --quiet --python "$base" build/gpu-venv
       uv pip install --quiet --offline --no-index --find-links "$WHEELS" --python $python -r build/gpu-requirements.txt
     else
-      "$base" -m venv --clear build/gpu-venv
+      "$base" -m venv build/gpu-venv
       $python -m pip install --quiet --no-index --find-links "$WHEELS" -r build/gpu-requirements.txt
     fi
     touch build/gpu-venv/.made

@@ -37,6 +37,7 @@ ROWS = (
     _row("precision", "train in each precision, channels-last, fused AdamW, pinned memory", 60, "training.precisions"),
     _row("nccl", "NCCL with one rank, and gloo beside it", 40, "training.process_group"),
     _row("resume", "bit-equal resume after SIGKILL", 90, "training.resuming"),
+    _row("feed", "batches from workers, pinned memory and side stream", 40, "training.feeding"),
     _row("share", "two ranks that share the GPU over gloo, and a kill of one", 75, "training.sharing"),
     _row("zero", "ZeRO 1 to 3, offload, and resume", 100, "training.zero"),
     _row("steps", "ResNet-50 and ViT-B/16 against hand-written loops", 120, "speed.steps"),

@@ -61,6 +61,19 @@ def resuming(place: Place) -> Iterator[Line]:
         yield killed_and_resumed(place, "resume, deterministic, ResNet-18, bf16-mixed", *resnet, *mixed)
 
 
+def feeding(place: Place) -> Iterator[Line]:
+    """Batches of workers, from pinned memory and, where lockstep does that, on a side stream: the same weights."""
+    arguments = (*DIGITS, *EXACT)
+    plain = launch(place, *arguments)
+    fed, found = inspected(place, "fed", *arguments, "--data.num_workers", "2")
+    if plain.status or fed.status:
+        yield Line("batches from workers", f"exit statuses {plain.status} and {fed.status}", False)
+        return
+    same = difference(fed, plain)
+    text = f"{found['fetcher']}, {'pinned' if found['pinned'] else 'not pinned'}; weights of a run without workers: {same}"
+    yield Line("batches from workers", text, same == "equal bit for bit")
+
+
 def sharing(place: Place) -> Iterator[Line]:
     """Two ranks over gloo that share the GPU: the losses of one rank, and a kill of rank 1."""
     yield killed_and_resumed(place, "two ranks share the GPU over gloo", *DIGITS, *FLAT, *EXACT, *SHARE, rank=1)
