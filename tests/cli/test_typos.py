@@ -62,7 +62,11 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--then export --then export", "", "--then: two exports write weights.safetensors; give one of them another file"),
     ("--sweep model.lr=1,2 --then 'export --out /tmp/x'", "", "--out: /tmp/x: all runs of the sweep would write it"),
     ("--trainer.enable_checkpointing false --then test", "", "trainer.enable_checkpointing: false leaves no checkpoint for"),
-    ("predict --ckpt_path mine.yaml --then test", "", "--then: predict leaves no checkpoint for test; begin with a training"),
+    (
+        "predict --config digits --ckpt_path mine.yaml --then test",
+        "",
+        "--then: predict leaves no checkpoint for test; begin with a training",
+    ),
     ("--sweep lr=0.1,0.2", f"--sweep: {SUBMIT_ONLY}", "lr (value 0.1): unknown key; did you mean 'model.lr'?"),
     ("--sweep model.lr", f"--sweep: {SUBMIT_ONLY}", "--sweep: 'model.lr' must have the form KEY=A,B,…"),
     ("-n 4", "'-n' is not a key: keys begin with --", None),
@@ -83,6 +87,11 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("trainer.max_epochs=3", "'trainer.max_epochs=3' has no dashes; keys begin with them: --trainer.max_epochs=3", None),
     ("fit model.lr=3", "'model.lr=3' has no dashes; keys begin with them: --model.lr=3", None),
     ("test", "ckpt_path: must be set to test: a checkpoint, or a run folder; --ckpt_path runs/NAME/ID", None),
+    (
+        "test --ckpt_path mine.yaml",
+        "ckpt_path: mine.yaml is not in a run folder, whose config it would have; give one by",
+        None,
+    ),
     ("test --ckpt_path /nope", "ckpt_path: /nope does not exist; give a checkpoint or a run folder", None),
     # keys
     ("--model.learning_rate 0.1", "unknown argument of lockstep.models.Classifier; did you mean 'model.lr'?", None),

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError
 from support.configs import DIGITS, said, written
 from support.runs import REPO
 
+from lockstep.config import with_config
 from lockstep.config.validation.lookup import SourceIndex
 from lockstep.config.validation.validate import ConfigValidator, validate_arguments
 from lockstep.core.errors import UsageError
@@ -376,3 +377,30 @@ def test_a_secret_is_refused_without_showing_it(arguments: list[str]) -> None:
     assert "hidden" not in message
     with pytest.raises(UsageError, match="looks like a secret"):
         validate_arguments(list(DIGITS), sweep={"wandb.notes": ["a", "x://me:pw@host"]})
+
+
+def test_an_evaluation_has_the_config_of_the_run_of_its_checkpoint(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run in runs:
+        (run / "checkpoints" / "step-00000040").mkdir(parents=True)
+        (run / "config.yaml").touch()
+    one, two = (str(run / "config.yaml") for run in runs)
+    checkpoint = runs[0] / "checkpoints" / "step-00000040"
+    (checkpoint / "model.ckpt").touch()
+    for place in (runs[0], checkpoint, checkpoint / "model.ckpt"):
+        for given in (["--ckpt_path", str(place)], [f"--ckpt_path={runs[1]}", f"--ckpt_path={place}"]):
+            assert with_config(["test", *given], default=None) == ["test", "--config", one, *given]
+    given = ["predict", f"--ckpt_path={checkpoint}", "--config", "mine.yaml"]
+    assert with_config(given) == given
+    assert with_config([f"--ckpt_path={checkpoint}"], default=None) == [f"--ckpt_path={checkpoint}"]  # fit
+    assert with_config(["test"], checkpoints=[str(checkpoint), str(runs[0])])[2] == one
+    with pytest.raises(UsageError, match="the checkpoints are not of one run"):
+        with_config(["test"], checkpoints=[str(checkpoint), str(runs[1])])
+    foreign = runs[1] / "checkpoints" / "epoch=1.ckpt"  # beside the config.yaml of LightningCLI
+    foreign.touch()
+    with pytest.raises(
+        UsageError, match=r"epoch=1.ckpt is not in a run folder, whose config it would have; give one by --conf"
+    ):
+        with_config(["validate", "--ckpt_path", str(foreign)])
+    own = ["validate", "--ckpt_path", str(foreign), "--model=mine.Net"]
+    assert two not in with_config(own) and with_config(own, default=None) == own

@@ -60,8 +60,8 @@ def test_training_from_the_saved_config_gives_the_same_run(launch: Launch) -> No
     assert saved[0]["model"]["init_args"]["lr"] == 0.004
 
 
-def test_validate_and_test_a_checkpoint(launch: Launch) -> None:
-    trained = launch(*SMALL)
+def test_validate_and_test_a_checkpoint_with_the_config_of_its_run(launch: Launch) -> None:
+    trained = launch(*SMALL, "--model.network.widths", "[8,16]")
     newest = str(trained.newest.model)
     for where in (newest, str(trained.newest.folder), str(trained.folder)):
         tested = launch("test", "--ckpt_path", where)

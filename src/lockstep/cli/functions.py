@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.cli.child import EndedCommand, run_command
-from lockstep.config import with_config
+from lockstep.config import run_config, with_config
 from lockstep.config.validation import shows_only, validate_arguments
 from lockstep.core import SIGNAL_EXIT_STATUSES, LockstepError, RunError, UsageError, python_path
 from lockstep.runs import Owner, Run, RunResult
@@ -193,8 +193,8 @@ def _folder(run: Place) -> Path:
 
 def _evaluate(command: str, run: Place, configs: Sequence[Config], ranks: int | None, nodes: int | None) -> FinishedRun:
     place = _folder(run).absolute()
-    own = [Run(folder).config for folder in (place, *place.parents[:3]) if Run(folder).config.is_file()]
-    keys = [*_arguments([*own[:1], *configs]), f"--ckpt_path={place}"]
+    own = run_config(place)
+    keys = [*_arguments([*([own] if own is not None else []), *configs]), f"--ckpt_path={place}"]
     return _run_locally(command, keys, ranks, nodes, None)
 
 

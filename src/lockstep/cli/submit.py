@@ -172,7 +172,9 @@ def _submit(arguments: Sequence[str], program: str) -> int:
     flags, trainer_arguments = parser.parse_known_args(spread_jobs(arguments))
     check_slurm_conf(os.environ)
     resume = Run.open(flags.resume) if flags.resume else None
-    trainer_arguments = with_config(trainer_arguments, str(resume.config) if resume is not None else None)
+    sweep = parse_sweep(flags.sweep)
+    saved = str(resume.config) if resume is not None else None
+    trainer_arguments = with_config(trainer_arguments, saved, checkpoints=sweep.get("ckpt_path", ()))
     if any(shows_only(argument) for argument in trainer_arguments):
         return subprocess.run([sys.executable, "-m", "lockstep.cli", "train", *trainer_arguments]).returncode
     if ignored := [name for name in scrub_environment(os.environ) if name.startswith("SBATCH_")]:
@@ -184,7 +186,7 @@ def _submit(arguments: Sequence[str], program: str) -> int:
         nodes=flags.nodes,
         job_name=flags.job_name,
         after=Dependency.parse(flags.after, os.environ) if flags.after else None,
-        sweep=parse_sweep(flags.sweep),
+        sweep=sweep,
         array_parallelism=flags.array_parallelism,
         snapshot=not flags.no_snapshot,
         reads_data=not flags.plan,

@@ -5,18 +5,62 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from lockstep.config.schema import COMMANDS
+from lockstep.core import UsageError
+
 SHIPPED = Path(__file__).resolve().parent / "files"
 
 DEFAULT = "digits"
 
 
-def with_config(arguments: Sequence[str], resumed: str | None = None) -> list[str]:
-    """What ``find_shipped`` returns, with the config of a ``resumed`` run; without that and any other, with the default one."""
+def with_config(
+    arguments: Sequence[str],
+    resumed: str | None = None,
+    default: str | None = DEFAULT,
+    checkpoints: Sequence[str] = (),
+) -> list[str]:
+    """What ``find_shipped`` returns, with a config if it has none.
+
+    Args:
+        resumed: The config of a run to resume, which comes before any other.
+        default: The shipped config of a command that no run gives one; None for none.
+        checkpoints: What is evaluated if ``arguments`` have no ``--ckpt_path``: the values of a sweep.
+
+    Raises:
+        UsageError: A checkpoint is to be evaluated that is in no run folder.
+    """
     found = find_shipped(arguments)
     if resumed is None and any(argument == "--config" or argument.startswith("--config=") for argument in found):
         return found
     at = 1 if found and not found[0].startswith("-") else 0
-    return [*found[:at], "--config", resumed or str(_shipped(DEFAULT)), *found[at:]]
+    is_evaluation = at == 1 and found[0] in COMMANDS and found[0] != "fit"
+    config = resumed or (_config_of_run(found, checkpoints) if is_evaluation else None) or (default and _shipped(default))
+    return [*found[:at], "--config", str(config), *found[at:]] if config else found
+
+
+def run_config(place: Path) -> Path | None:
+    """``config.yaml`` of the run whose folder ``place`` is, or that ``place`` is a checkpoint of; None if it is neither."""
+    found = re.fullmatch(r"(.+)/checkpoints/step-[^/]+(/[^/]+)?", str(place.absolute()))
+    config = (Path(found[1]) if found else place.absolute()) / "config.yaml"
+    return config if config.is_file() else None
+
+
+def _config_of_run(arguments: Sequence[str], swept: Sequence[str]) -> Path | None:
+    """The config of the run that is evaluated; None if no checkpoint is there, or ``arguments`` say what the model is."""
+    given, flag = list(swept), ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if flag == "--ckpt_path" or (equals and name == "--ckpt_path"):
+            given = [argument if flag == "--ckpt_path" else value]
+        flag = argument
+    places = [Path(place) for place in given if Path(place).exists()]
+    configs = {run_config(place) for place in places}
+    if len(configs) > 1:
+        raise UsageError("ckpt_path: the checkpoints are not of one run, whose config they would have; give one by --config.")
+    config = next(iter(configs), None)
+    if places and config is None and not any(re.match(r"--model(=|$)", argument) for argument in arguments):
+        raise UsageError(f"ckpt_path: {places[0]} is not in a run folder, whose config it would have; give one by --config.")
+    return config
 
 
 def find_shipped(arguments: Sequence[str]) -> list[str]:
