@@ -88,7 +88,7 @@ def test_the_launch_record_names_version_and_commit_of_lockstep(tmp_path: Path) 
     launch = LaunchRecord.read(run.launch)
     assert launch is not None and launch.lockstep == lockstep_state()
     assert launch.lockstep.version == __version__ and len(launch.lockstep.commit or "") == 40
-    assert launch.interpreter == sys.executable
+    assert launch.interpreter == sys.executable and launch.folder == str(Path.cwd())
 
 
 def test_local_attempts_are_recorded_by_the_next_one_with_their_reasons(tmp_path: Path) -> None:

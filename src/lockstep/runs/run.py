@@ -105,7 +105,7 @@ class Run:
         """Create a run, write its launch record, and claim its first attempt."""
         run = cls.create(root, name)
         typed, git = typed_command(command, sys.orig_argv), git_state(Path.cwd())
-        LaunchRecord(typed, nodes, ranks, git, lockstep_state(), sys.executable).write(run.launch)
+        LaunchRecord(typed, nodes, ranks, git, lockstep_state(), sys.executable, str(Path.cwd())).write(run.launch)
         return run, run.claim_attempt(Owner.this_process())
 
     @classmethod
