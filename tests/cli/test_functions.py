@@ -101,7 +101,7 @@ def test_submit_has_the_flags_of_the_command() -> None:
     ]
     with pytest.raises(Recorded) as raised:
         lockstep.submit(then=["test --nodes 2", "export"], after=[12, "runs/x"])
-    assert raised.value.args[0][3:] == ["--then=test --nodes 2", "--then=export", "--after=12", "--after=runs/x"]
+    assert raised.value.args[0][2:] == ["--then=test --nodes 2", "--then=export", "--after=12", "--after=runs/x"]
     with pytest.raises(lockstep.UsageError, match=r"dry_run: shows something .* lockstep submit --dry-run"):
         lockstep.submit(dry_run=True)
 

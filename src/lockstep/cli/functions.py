@@ -96,7 +96,7 @@ def predict(run: Place, *configs: Config, ranks: int | None = None, nodes: int |
 def submit(
     *configs: Config,
     command: str = "fit",
-    nodes: int | str = 1,
+    nodes: int | str | None = None,
     profile: str | None = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
     then: Sequence[str] = (),
@@ -107,7 +107,7 @@ def submit(
     Args:
         configs: What to train; the shipped config ``digits`` by default.
         command: fit, validate, test or predict.
-        nodes: Number of nodes, or a range such as ``2-4``.
+        nodes: Number of nodes, or a range such as ``2-4``; 1 by default, or as many as the run to resume had.
         profile: Name or file of a profile.
         sweep: Keys of the config and the values of each: one run for each combination.
         then: What follows the training, each as a job after the one before: ``["test", "export --part network"]``; the jobs are
@@ -117,7 +117,7 @@ def submit(
     Raises:
         UsageError: A key, value, file or flag is wrong, or Slurm does not take the job.
     """
-    arguments = [f"--nodes={nodes}", *([f"--profile={profile}"] if profile is not None else [])]
+    arguments = [f"--{name}={value}" for name, value in (("nodes", nodes), ("profile", profile)) if value is not None]
     for key, values in (sweep or {}).items():
         arguments.append(f"--sweep={key}={','.join(_sweep_text(key, value) for value in values)}")
     arguments += [f"--then={link}" for link in ([then] if isinstance(then, str) else then)]

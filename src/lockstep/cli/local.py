@@ -27,10 +27,10 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     parser = LaunchParser(program, __doc__)
     resources, run = parser.add_argument_group("resources"), parser.add_argument_group("run")
     resources.add_argument(
-        "--nodes", type=int_at_least(1), help="simulated nodes (default 1; with --resume, as in the last attempt)"
+        "--nodes", type=int_at_least(1), help="simulated nodes (default 1; with --resume, as the run was started)"
     )
     resources.add_argument(
-        "--ranks", type=int_at_least(1), help="ranks on each node (default 1; with --resume, as in the last attempt)"
+        "--ranks", type=int_at_least(1), help="ranks on each node (default 1; with --resume, as the run was started)"
     )
     run.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder, with its own config")
     return parser

@@ -28,7 +28,7 @@ from lockstep.cli.hints import check_misplaced
 from lockstep.config import COMMANDS, find_shipped, parse_sweep, with_config
 from lockstep.config.validation import shows_only
 from lockstep.core import CommandLineParser, LockstepError, UsageError, did_you_mean, int_at_least
-from lockstep.runs import Run
+from lockstep.runs import LaunchRecord, Run
 from lockstep.slurm import Dependency, check_slurm_conf, follow
 from lockstep.slurm.submission import (
     LINK_COMMANDS,
@@ -41,11 +41,14 @@ from lockstep.slurm.submission import (
     Submission,
     apply_flags,
     check_heterogeneous,
+    describe_resources,
     load_profile,
     plan_memory,
     profile_folders,
     resolve_config,
     scrub_environment,
+    submitted_nodes,
+    submitted_profile,
 )
 
 
@@ -89,9 +92,8 @@ def add_resources(group: "argparse._ArgumentGroup | argparse.ArgumentParser") ->
     group.add_argument(
         "--nodes",
         type=NodeRange.parse,
-        default=NodeRange(1, 1),
         metavar="N[-M]",
-        help="nodes, or a range of them (default 1)",
+        help="nodes, or a range of them (default 1; with --resume all resources are as in the submission of the run)",
     )
     group.add_argument("--profile", metavar="NAME", help="name of a profile, or path of a file")
     helps = {f.name: f.metadata["help"] for f in fields(Profile)}
@@ -128,7 +130,9 @@ def parse_link(text: str, base: Profile) -> Link:
         base = replace(base, nodelist=None, sbatch=tuple(argument for argument in base.sbatch if argument != "--hold"))
         if flags.profile:
             base = load_profile(flags.profile, os.environ, profile_folders(os.environ, Path.cwd()))
-        return Link(text, words[0], tuple(find_shipped(keys)), flagged(base, flags), flags.nodes, flags.job_name)
+        return Link(
+            text, words[0], tuple(find_shipped(keys)), flagged(base, flags), flags.nodes or NodeRange(1, 1), flags.job_name
+        )
     except UsageError as error:
         raise UsageError(f"--then {text!r}: {error.message}") from None
     except ValueError as error:
@@ -138,6 +142,34 @@ def parse_link(text: str, base: Profile) -> Link:
 def flagged(base: Profile, flags: argparse.Namespace) -> Profile:
     """``base`` with the flags that were given."""
     return apply_flags(base, {name: getattr(flags, name) for name in (*PROFILE_FLAGS, "exclusive", "sbatch", "srun")})
+
+
+def named_profile(flags: argparse.Namespace) -> str | None:
+    """The name of the profile, or the absolute path of its file; None without one."""
+    name = flags.profile or os.environ.get("LOCKSTEP_PROFILE") or None
+    is_file = name is not None and ("/" in name or name.endswith(".yaml"))
+    return str(Path(name).expanduser().absolute()) if name is not None and is_file else name
+
+
+def resources(flags: argparse.Namespace, resume: Run | None) -> tuple[Profile, NodeRange]:
+    """The resources that the flags ask for; for the rest, those that the run to ``resume`` was submitted with, which it says.
+
+    Raises:
+        UsageError: A profile or a value is wrong, or the record of the run.
+    """
+    launch = LaunchRecord.read(resume.launch) if resume is not None else None
+    if resume is None or launch is None or launch.slurm is None:
+        profile = load_profile(flags.profile, os.environ, profile_folders(os.environ, Path.cwd()))
+        return flagged(profile, flags), flags.nodes or NodeRange(1, 1)
+    nodes = flags.nodes or submitted_nodes(launch)
+    if flags.profile:
+        profile = load_profile(flags.profile, os.environ, profile_folders(os.environ, Path.cwd()))
+    else:
+        folders = profile_folders(os.environ, Path(launch.folder or Path.cwd()))
+        profile = submitted_profile(resume, launch, vars(flags), folders)
+    profile = flagged(profile, flags)
+    print(f"resources, from the flags and the submission of the run: {describe_resources(nodes, profile)}", file=sys.stderr)
+    return profile, nodes
 
 
 def spread_jobs(arguments: Sequence[str]) -> list[str]:
@@ -179,11 +211,11 @@ def _submit(arguments: Sequence[str], program: str) -> int:
         return subprocess.run([sys.executable, "-m", "lockstep.cli", "train", *trainer_arguments]).returncode
     if ignored := [name for name in scrub_environment(os.environ) if name.startswith("SBATCH_")]:
         print(f"ignored: {', '.join(ignored)}; put them into a profile.", file=sys.stderr)
-    profile = load_profile(flags.profile, os.environ, profile_folders(os.environ, Path.cwd()))
+    profile, nodes = resources(flags, resume)
     options = LaunchOptions(
         working_directory=Path.cwd(),
         command_line=[*program.split(), *arguments],
-        nodes=flags.nodes,
+        nodes=nodes,
         job_name=flags.job_name,
         after=Dependency.parse(flags.after, os.environ) if flags.after else None,
         sweep=sweep,
@@ -191,8 +223,8 @@ def _submit(arguments: Sequence[str], program: str) -> int:
         snapshot=not flags.no_snapshot,
         reads_data=not flags.plan,
         resume=resume,
+        profile=named_profile(flags),
     )
-    profile = flagged(profile, flags)
     names = [name.replace("_", "-") for name in (*vars(flags), "help")]
     try:
         submission = Submission.create(trainer_arguments, profile, options, os.environ, names)

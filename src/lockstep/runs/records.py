@@ -256,7 +256,8 @@ class LaunchRecord(Record):
         nodes: Number of nodes, or a range such as 2-4.
         git: Of the folder where it was typed; None outside a checkout.
         lockstep: Which lockstep it was; ``interpreter`` the Python that ran it.
-        slurm: Resources of the job that differ from the defaults.
+        profile: Name or file of the profile of the job.
+        slurm: Resources of the job that differ from the defaults; of the environment only the names.
         code: SHA-256 of the code snapshot; empty without one.
         paths: Where the ranks import from.
         after: What had to happen to other jobs before it started, as sbatch has it.
@@ -271,7 +272,8 @@ class LaunchRecord(Record):
     lockstep: SoftwareState | None = None
     interpreter: str | None = None
     folder: str | None = None
-    slurm: dict[str, str] | None = None
+    profile: str | None = None
+    slurm: dict[str, Any] | None = None
     code: str | None = None
     paths: list[str] | None = None
     after: str | None = None

@@ -11,5 +11,6 @@ from lockstep.slurm.submission.profile import (
     load_profile,
     profile_folders,
 )
+from lockstep.slurm.submission.resumption import describe_resources, submitted_nodes, submitted_profile
 from lockstep.slurm.submission.sbatch import scrub_environment
 from lockstep.slurm.submission.submission import Submission

@@ -54,6 +54,7 @@ class LaunchOptions:
         resume: A run to resume with its own code; None creates a new one.
         follows: Folder of the run, or of the sweep, whose newest checkpoint it uses, as it starts after that; None without.
         is_held: Whether it does not start before ``scontrol release``.
+        profile: Name or file of the profile, for the record.
     """
 
     working_directory: Path
@@ -68,6 +69,7 @@ class LaunchOptions:
     resume: Run | None = None
     follows: Path | None = None
     is_held: bool = False
+    profile: str | None = None
 
     def check(self, config: Mapping[str, Any], profile: Profile) -> None:
         """Raise UsageError if ``resume`` is impossible, or the run needs GPUs that are not requested."""
