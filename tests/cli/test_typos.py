@@ -27,6 +27,8 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--dryrun", "dryrun: unknown key", "dryrun: unknown key; did you mean 'dry-run'"),
     ("--ranks 2", "", f"--ranks: {LOCAL_ONLY}use --ranks-per-node here"),
     ("--ranks-per-node 2", "--ranks-per-node: is a flag of lockstep submit; use --ranks here", ""),
+    ("--ranks 100000", "--ranks: 100000 would be 100000 processes on ", f"--ranks: {LOCAL_ONLY}use --ranks-per-node here"),
+    ("--nodes 5000 --ranks 20", "--ranks: 20 on each of 5000 nodes would be 100000 processes on ", f"--ranks: {LOCAL_ONLY}"),
     ("--nodes two", "--nodes: invalid int value: 'two'", "--nodes: 'two' is not a number of nodes; write 4, or 2-4"),
     ("--nodes 0", "--nodes: 0 must be 1 or more", None),
     (

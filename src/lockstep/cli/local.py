@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lockstep.cli.help import LaunchParser
 from lockstep.cli.hints import check_misplaced
-from lockstep.config import check_nvme_path, check_run_root, check_start, with_config
+from lockstep.config import check_nvme_path, check_ranks, check_run_root, check_start, with_config
 from lockstep.config.validation import shows_only, validate_arguments
 from lockstep.core import LockstepError, UsageError, int_at_least, python_path, use_writable_caches
 from lockstep.runs import LaunchRecord, Run
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
         nodes = options.nodes or (launched.max_nodes if launched is not None else 1)
         ranks = options.ranks or (launched.ranks_per_node if launched is not None else 1)
         if not any(map(shows_only, rest)):
+            check_ranks(nodes, ranks, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
             check_start(rest[0] if at else "fit", config, [nodes * ranks], os.environ)
             check_nvme_path(config)
             if resume is None:

@@ -10,6 +10,7 @@ from lockstep.config.checks import (
     check_nvme_path,
     check_pairs,
     check_ranges,
+    check_ranks,
     check_run_root,
     check_secrets,
     check_start,

@@ -174,6 +174,21 @@ def check_start(
     check_wandb_key(config, env)
 
 
+_RANKS_PER_CPU = 8
+"""A test may share a CPU among a few ranks; more of them start for minutes and hardly train."""
+
+
+def check_ranks(nodes: int, ranks: int, cpus: int) -> None:
+    """Raise UsageError if this machine, with that many ``cpus``, has far too few for ``nodes`` × ``ranks`` processes."""
+    if nodes * ranks > _RANKS_PER_CPU * cpus:
+        flag, count = ("--ranks", ranks) if ranks > 1 else ("--nodes", nodes)
+        each = f" on each of {nodes} nodes" if ranks > 1 and nodes > 1 else ""
+        raise UsageError(
+            f"{flag}: {count}{each} would be {nodes * ranks} processes on {cpus} CPUs of this machine, which hardly advance; "
+            f"use at most {_RANKS_PER_CPU * cpus} in all."
+        )
+
+
 def check_batch_size(data: Any, world_sizes: Iterable[int]) -> None:
     """Raise UsageError if the global batch of a shared DataModule cannot be divided by a number of ranks."""
     size = data.get("init_args", {}).get("batch_size") if isinstance(data, Mapping) else None
