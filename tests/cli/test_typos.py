@@ -152,6 +152,12 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--config mnist --data.root mine.yaml/x", "data.root: mine.yaml/x does not exist, and", None),
     ("--run.name a/b", "run.name: 'a/b' must be letters, digits and . _ + = - only", None),
     ("--run.root mine.yaml/runs", "run.root: ", None),
+    ("--run.root=~/mine.yaml/runs", " cannot be written", None),
+    ("--run '{root: ~/mine.yaml/runs}'", " cannot be written", None),
+    ("--config mnist --data.root=~/mine.yaml/x", "/mine.yaml/x does not exist, and", None),
+    ("--config=~/gone.yaml", "/gone.yaml does not exist", None),
+    ("--sweep data.root=~/mine.yaml/a,b --config mnist", f"--sweep: {SUBMIT_ONLY}", "/mine.yaml/a does not exist, and"),
+    ("--python '~/nope'", f"--python: {SUBMIT_ONLY}", "/nope is not a program here"),
     ("--run.root open/runs", "run.root: others can write to", None),
     ("--wandb.mode onlin", "wandb.mode: 'onlin' is not valid: expected one of 'auto', 'online'", None),
 ]
@@ -183,6 +189,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "open").chmod(0o777)
     (tmp_path / "mine.yaml").write_text("partition: a\ntime: 24:00:00\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 

@@ -8,6 +8,8 @@ import yaml
 from support.runs import REPO, Launch
 
 from lockstep.config import with_config
+from lockstep.config.validation import validate_arguments
+from lockstep.core import CommandLineParser
 from lockstep.core.errors import UsageError
 from lockstep.data.base import ImageData
 from lockstep.trainer.config_parser import parse_config
@@ -64,6 +66,24 @@ def test_flags_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> No
     files = ["--config", str(REPO / "configs/digits.yaml"), "--config", str(later)]
     _, config = parse_config([*files, "--trainer.max_epochs", "9"])
     assert (config.trainer.max_epochs, config.trainer.accumulate_grad_batches, config.model.init_args.lr) == (9, 2, 0.5)
+
+
+def test_the_home_folder_is_the_same_before_and_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = {"run.root": "~/runs", "ckpt_path": "~/x", "deepspeed.nvme_path": "~/nvme", "deepspeed.config": "~/zero.json"}
+    data = {"class_path": "lockstep.data.Shards", "init_args": {"root": "~/data", "copy_to": "~/copy", "archive": "~/a.tar"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(keys | {"data": data, "wandb.notes": "~/kept"}))
+    arguments = with_config(["--config", "digits", "--config=~/mine.yaml"])
+    static, (_, parsed) = validate_arguments(arguments), parse_config(arguments)
+    for config in (static, parsed):
+        paths = [config["run"]["root"], config["deepspeed"]["nvme_path"], config["deepspeed"]["config"]]
+        paths += [config["data"]["init_args"][name] for name in ("root", "copy_to", "archive")]
+        names = ["runs", "nvme", "zero.json", "data", "copy", "a.tar"]
+        assert [str(path) for path in paths] == [f"{tmp_path}/{name}" for name in names]
+        assert (config["ckpt_path"], config["wandb"]["notes"]) == (f"{tmp_path}/x", "~/kept")
+    flags = CommandLineParser()
+    flags.add_argument_group("one").add_argument("--resume", type=Path)
+    assert flags.parse_args(["--resume=~/runs/x"]).resume == tmp_path / "runs/x"
 
 
 def test_the_seed_reaches_the_split() -> None:

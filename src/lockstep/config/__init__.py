@@ -17,6 +17,7 @@ from lockstep.config.checks import (
     check_trainer_classes,
 )
 from lockstep.config.deepspeed import check_offload, deepspeed_config, missing_nvme_folder
+from lockstep.config.home import expand_home
 from lockstep.config.schema import (
     COMMANDS,
     FULL_PRECISIONS,

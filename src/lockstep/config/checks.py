@@ -205,7 +205,7 @@ def check_batch_size(data: Any, world_sizes: Iterable[int]) -> None:
 def check_data_root(data: Any, root: str | None = None) -> None:
     """Raise UsageError if the folder of a shared DataModule, or another ``root``, neither exists nor can be made."""
     arguments = data.get("init_args", {}) if isinstance(data, Mapping) else {}
-    root = arguments.get("root") if root is None else root
+    root = arguments.get("root") if root is None else os.path.expanduser(root)
     path = str(data and data.get("class_path"))
     if not path.startswith("lockstep.data.") or not isinstance(root, str | Path):
         return
@@ -269,7 +269,7 @@ def check_checkpoint_path(command: str, path: str | None, sweep: Mapping[str, Se
     """Raise UsageError if a checkpoint does not exist, or is not set although ``command`` needs one."""
     paths = sweep.get("ckpt_path", [] if path is None else [path])
     for given in paths:
-        if not Path(given).exists():
+        if not Path(given).expanduser().exists():
             raise UsageError(f"ckpt_path: {given} does not exist; give a checkpoint or a run folder.")
     if command != "fit" and not paths:
         raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder; --ckpt_path runs/NAME/ID.")

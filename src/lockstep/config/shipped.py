@@ -64,11 +64,12 @@ def _config_of_run(arguments: Sequence[str], swept: Sequence[str]) -> Path | Non
 
 
 def find_shipped(arguments: Sequence[str]) -> list[str]:
-    """``arguments`` with paths for the names of shipped configs; a file of that name comes first."""
+    """``arguments`` with paths for the names of shipped configs, a file of that name coming first, and for ``~/mine.yaml``."""
     found, is_value = list[str](), False
     for argument in arguments:
         name = argument if is_value else argument.removeprefix("--config=")
-        if (is_value or name != argument) and (path := _shipped(name)) is not None:
+        path = _shipped(name) or (Path(name).expanduser() if name.startswith("~/") else None)
+        if (is_value or name != argument) and path is not None:
             argument = str(path) if is_value else f"--config={path}"
         is_value = argument == "--config" and not is_value
         found.append(argument)

@@ -7,13 +7,17 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lockstep.core.errors import UsageError
 
 
 class CommandLineParser(argparse.ArgumentParser):
-    """An argparse parser that raises UsageError instead of printing its usage."""
+    """An argparse parser that raises UsageError instead of printing its usage, and expands ``~`` in arguments of type Path."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, lambda text: Path(text).expanduser())
 
     def error(self, message: str) -> NoReturn:
         dashes = any(f"{flag}: expected one" in message for flag in ("sbatch", "srun"))

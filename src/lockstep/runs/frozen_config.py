@@ -1,5 +1,6 @@
 """Copies of the config files of a submission, and the check that its modules are in the snapshot."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class ConfigFreezer:
             takes_file = name in ("--config", "--deepspeed.config") or (
                 name.startswith("--") and "." not in name and re.search(r"\.(ya?ml|json)$", value)
             )
+            value = os.path.expanduser(value)
             if takes_file and Path(value).is_file():
                 argument = f"{name}={self._copy(value)}" if equals else str(self._copy(value))
             frozen.append(argument)

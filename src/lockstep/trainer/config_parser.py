@@ -28,6 +28,7 @@ from lockstep.config import (
     SHARED_CLASSES,
     Options,
     Precision,
+    expand_home,
     select_section,
     split_keys,
 )
@@ -92,6 +93,7 @@ def parse_config(arguments: Sequence[str], command: str = "fit") -> tuple[Argume
         config = parser.parse_args(arguments)
     except ArgumentError as error:
         raise UsageError(explain_parse_error(str(error))) from None
+    expand_home(vars(config))
     precision = config.trainer.precision
     config.trainer.precision = FULL_PRECISIONS.get(str(precision), precision)
     if is_shown:

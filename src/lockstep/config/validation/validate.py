@@ -20,6 +20,7 @@ from lockstep.config import (
     check_ranges,
     check_secrets,
     check_trainer_classes,
+    expand_home,
     messages,
     read_config_file,
     select_section,
@@ -266,6 +267,7 @@ class ConfigValidator:
         for path in filter(None, self.content["activation_checkpointing"]):
             self._values.class_signature(path, "activation_checkpointing")
         self._check_optimizer()
+        expand_home(self.content)
         check_data(self.content["data"])
         check_ranges(self.content)
         check_secrets(self.content)

@@ -242,7 +242,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         return int(value)
     if "\n" in str(value):
         raise UsageError(f"{key}: {value!r} must be a text of one line.")
-    return _convert_text(key, value)
+    text = _convert_text(key, value)
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 def _convert_text(key: str, value: Any) -> str:
