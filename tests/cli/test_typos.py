@@ -83,6 +83,13 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
         "config: mine.yaml is a profile, which describes a cluster; give it to lockstep submit by --profile",
         "",
     ),
+    (
+        "--config '{partition: x, run: {name: y}}'",
+        "belongs in a profile, which describes a cluster; move it there, or use -",
+        None,
+    ),
+    ("--config '{setup: x, run: {name: y}}'", "belongs in a profile, which describes a cluster; move it there.", None),
+    ("--config '{nodes: 2, seed_everything: 3}'", "is a flag and not a key of a config; remove it, and use --nodes.", None),
     ("--config digit", "config: digit does not exist; did you mean 'digits'?", None),
     ("--config", "config: needs a value: --config VALUE", None),
     ("fti", "'fti' is not a command; did you mean 'fit'?", None),
@@ -170,7 +177,9 @@ DOORS: dict[str, Callable[[list[str]], int]] = {
     "lockstep train": lambda words: cli.main(["train", *with_config(words)]),
 }
 
-OF_LAUNCHERS = re.compile("--(nodes|ranks|profile|after|resume|python|mem|time|sweep|then|folow|dryrun)|a100.yaml|mine.yaml$")
+OF_LAUNCHERS = re.compile(
+    "--config .{(part|setup|nodes)|--(nodes|ranks|profile|after|resume|python|mem|time|sweep|then|folow|dryrun)|a100.yaml|mine.yaml$"
+)
 """What ``lockstep train`` does not know: flags, which are those of torchrun or srun there, and profiles."""
 
 CASES = [

@@ -1,12 +1,13 @@
 """What was meant by arguments that a launcher refuses: a flag of the other launcher, or a profile instead of a config."""
 
 import argparse
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from lockstep.config import SHIPPED, read_config_file
+from lockstep.config import SHIPPED, Options, read_config_file
 from lockstep.core import UsageError
 
 _OF_BOTH = {"ranks": "ranks-per-node", "ranks-per-node": "ranks"}
@@ -29,9 +30,24 @@ def check_misplaced(arguments: Sequence[str], flags: Collection[str], other: Cal
             instead = f"use --{_OF_BOTH[flag]} here" if flag in _OF_BOTH else "leave it out here"
             raise UsageError(f"--{flag}: is a flag of {program}; {instead}.")
     for source in _config_files(arguments):
-        if _is_profile(source):
+        if not (content := _content(source)) and Path(source).exists():
+            continue
+        if _is_profile(source, content):
             use = f"--profile {source if Path(source).exists() else Path(source).stem}"
             raise UsageError(f"config: {source} is a profile, which describes a cluster; give it to lockstep submit by {use}.")
+        # It may not be the first mistake, but the config cannot be used with it.
+        for key in sorted(key for key in content if isinstance(key, str) and key not in _CONFIG_KEYS):
+            flag, place = key.replace("_", "-"), f"{key} (value {content[key]}): in {source}, "
+            has_flag = flag in others or flag in flags
+            if key in _profile_keys():
+                instead = f", or use --{flag} of lockstep submit" if has_flag else ""
+                raise UsageError(f"{place}belongs in a profile, which describes a cluster; move it there{instead}.")
+            if has_flag:
+                of = f" of {program}" if flag in others else ""
+                raise UsageError(f"{place}is a flag and not a key of a config; remove it, and use --{flag}{of}.")
+
+
+_CONFIG_KEYS = {field.name for field in fields(Options)}
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[str]:
@@ -39,14 +55,22 @@ def _config_files(arguments: Sequence[str]) -> Iterator[str]:
     yield from (argument.partition("=")[2] for argument in arguments if argument.startswith("--config="))
 
 
-def _is_profile(source: str) -> bool:
+def _content(source: str) -> dict[Any, Any]:
+    """What a config file, or YAML in its place, has; empty if it cannot be read."""
+    try:
+        return read_config_file(source)
+    except UsageError:
+        return {}
+
+
+def _is_profile(source: str, content: Mapping[Any, Any]) -> bool:
     """Whether a file has keys of a profile only, or, if it does not exist, has the name of a shipped profile."""
-    if not Path(source).exists():
+    if not content:
         return (SHIPPED / "cluster" / f"{Path(source).stem}.yaml").exists()
+    return content.keys() <= _profile_keys()
+
+
+def _profile_keys() -> set[str]:
     from lockstep.slurm.submission import Profile  # imports submitit, which a local run does not need
 
-    try:
-        keys = read_config_file(source).keys()
-    except UsageError:
-        return False
-    return bool(keys) and keys <= {field.name for field in fields(Profile)}
+    return {field.name for field in fields(Profile)}
