@@ -42,7 +42,7 @@ def test_progress_and_ctrl_c_with_one_rank_at_80_columns(tmp_path: Path, parser_
     assert terminal.wait() == 130
     lines = terminal.screen()
     assert re.fullmatch(r"\d\d:\d\d:\d\d epoch 1/60  train/loss 1\.\d+  train/accuracy 0\.\d+  val/loss 1\.\d+", lines[0])
-    assert re.fullmatch(r" {9}val/accuracy 0\.\d+", lines[1])
+    assert re.fullmatch(r" {9}val/accuracy 0\.\d+  \d+% waiting for data", lines[1])
     assert "epoch 2/60" in lines[2]
     assert "stopped by Ctrl-C after step" in "".join(lines[4:])
     shown = re.findall(r"\r(epoch .*?)\x1b\[K\r", terminal.raw)

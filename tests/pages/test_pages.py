@@ -160,7 +160,7 @@ FLAGS = r"`(--(?:model|trainer|wandb|data|shared|run|checkpoint)[^`<]*[ =][^`<]*
 
 @pytest.mark.parametrize("flags", sorted(set(re.findall(FLAGS, DOCS))))
 def test_flags_in_the_text_are_accepted(flags: str, project: Path) -> None:
-    images = any(key in flags for key in ("--data.on_corrupt", "--data.archive", "--data.decode"))
+    images = any(key in flags for key in ("--data.on_corrupt", "--data.archive", "--data.decode", "--data.root"))
     arguments = ["--config", str(REPO / "configs/imagenet.yaml")] if images else [*DIGITS]
     assert said([*arguments, *shlex.split(flags.replace("…", ""))], project) == ""
 
