@@ -1,13 +1,13 @@
 """A metric that should rank checkpoints and is not logged: misspelt or late, in this process; then a run of two ranks."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from support.runs import SMALL, Launch
 
 from lockstep.checkpoint.monitor import check_monitor
-from lockstep.core import RunError
 
 
 class Late(Callback):
@@ -24,17 +24,14 @@ class Own(LightningModule):
         self.log("summary", 1.0)
 
 
-@pytest.mark.parametrize(("name", "is_late"), [("val/fid", True), ("summary_epoch", True), ("val/fix ", False)])
-def test_a_metric_that_may_come_later_only_warns(caplog: pytest.LogCaptureFixture, name: str, is_late: bool) -> None:
-    name = name.strip()  # the misspelt ones must not be in this file
+@pytest.mark.parametrize("name", ["val/fid", "summary_epoch", "accuracy of another module"])
+def test_a_metric_that_may_come_later_only_warns(caplog: pytest.LogCaptureFixture, name: str) -> None:
     settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = Trainer(accelerator="cpu", callbacks=[Late()], enable_checkpointing=False, **settings)
-    if is_late:
+    logged = {"val/fix": 1.0, "summery": 1.0}
+    with mock.patch.object(Trainer, "callback_metrics", logged):
         check_monitor(name, trainer, Own())
-        assert f"checkpoint.monitor: '{name}' is not logged yet" in caplog.text
-    else:
-        with pytest.raises(RunError, match=f"checkpoint.monitor: '{name}' is not logged"):
-            check_monitor(name, trainer, Own())
+    assert f"checkpoint.monitor: '{name}' is not logged yet" in caplog.text
 
 
 def test_a_misspelt_metric_ends_the_run_at_its_first_validation(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:

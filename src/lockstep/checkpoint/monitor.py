@@ -20,13 +20,14 @@ _OTHERS = ("lockstep", "lightning", "lightning_utilities", "torch", "builtins", 
 def check_monitor(name: str, trainer: Trainer, module: LightningModule) -> None:
     """Raise RunError if ``name``, which the first validation has not logged, is certainly misspelt; else log a warning.
 
-    Misspelt is what is near to a metric that is logged; another name may come from a config for another module. A metric that is
-    not logged by every validation, such as one of each tenth epoch, has its name, or what follows an
-    f-string's braces, in the source of the module or of a callback.
+    Misspelt is what is near to a metric that is logged; another name may come from a config for another module. A metric
+    that is not logged by every validation, such as one of each tenth epoch, has its name, or what follows an f-string's
+    braces, in the source of the module or of a callback.
     """
     logged = sorted(trainer.callback_metrics)
     suggestion = did_you_mean(name, logged)
-    if "did you mean" in suggestion and not _may_log(re.sub("_(epoch|step)$", "", name), [module, *trainer.callbacks]):  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if "did you mean" in suggestion and not _may_log(re.sub("_(epoch|step)$", "", name), [module, *callbacks]):
         raise RunError(
             f"checkpoint.monitor: {name!r} is not logged{suggestion} Resume with --checkpoint.monitor and one of them, "
             "or null, which keeps only the newest checkpoints."
