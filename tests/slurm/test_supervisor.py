@@ -156,6 +156,7 @@ def test_a_finished_run_that_cannot_be_resumed_stays_finished_but_its_job_fails(
     write_failed_result(run, attempt, record_failure(run, attempt, Failure(0, 1, 0, "", "size mismatch", is_permanent=True)))
     assert end(run, "7_0", attempt, status=1) == 1
     assert RunResult.read(run.result) == RunResult("finished", attempts=1)
+    assert (run.is_finished_by("5_0"), run.is_finished_by("7_0")) == (True, False)
     assert [attempt.reason for attempt in read_attempts(run)] == ["", "ValueError: once", "size mismatch"]
     with pytest.raises(AlreadyFinished):
         begin(run, "5_0")

@@ -206,6 +206,8 @@ def _run_locally(command: str, keys: list[str], ranks: int | None, nodes: int | 
     ended = run_command(["local", command, *given, *keys])
     newest = sorted(Path(config["root"], str(config["name"])).absolute().glob("*"), reverse=True)
     run = _claimed_run([resume.folder] if resume is not None else newest, ended.process)
+    if run is None and not ended.status:
+        run = resume  # which is finished, so that nothing was done
     result = RunResult.read(run.result) if run is not None else None
     if run is None or result is None or ended.status:
         raise _error(ended, run, result)

@@ -19,7 +19,7 @@ from lockstep.cli.hints import check_misplaced
 from lockstep.config import check_nvme_path, check_ranks, check_run_root, check_start, with_config
 from lockstep.config.validation import shows_only, validate_arguments
 from lockstep.core import LockstepError, UsageError, int_at_least, python_path, use_writable_caches
-from lockstep.runs import LaunchRecord, Run
+from lockstep.runs import LaunchRecord, Run, nothing_left
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -57,7 +57,11 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
         ranks = options.ranks or (launched.ranks_per_node if launched is not None else 1)
         if not any(map(shows_only, rest)):
             check_ranks(nodes, ranks, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-            check_start(rest[0] if at else "fit", config, [nodes * ranks], os.environ)
+            command = rest[0] if at else "fit"
+            if resume is not None and command == "fit" and (why := nothing_left(resume, config)):
+                print(f"lockstep: {why}", file=sys.stderr)
+                return 0
+            check_start(command, config, [nodes * ranks], os.environ)
             check_nvme_path(config)
             if resume is None:
                 root, name = Path(config["run"]["root"]).absolute(), str(config["run"]["name"])

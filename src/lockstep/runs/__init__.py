@@ -11,6 +11,7 @@ from lockstep.runs.failure import (
     write_failed_result,
     write_trained_result,
 )
+from lockstep.runs.finished import nothing_left
 from lockstep.runs.metrics import METRICS_ROW, read_metrics
 from lockstep.runs.origin import git_state, lockstep_state, typed_command
 from lockstep.runs.ownership import OWNER_SECONDS, Ownership, touches_claim

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.core import UsageError
-from lockstep.runs import Run, RunResult
+from lockstep.runs import Run, nothing_left
 from lockstep.slurm import Dependency
 from lockstep.slurm.submission.profile import Profile
 
@@ -72,11 +72,11 @@ class LaunchOptions:
     profile: str | None = None
 
     def check(self, config: Mapping[str, Any], profile: Profile) -> None:
-        """Raise UsageError if ``resume`` is impossible, or the run needs GPUs that are not requested."""
+        """Raise UsageError if there is nothing to ``resume``, or the run needs GPUs that are not requested."""
         if self.resume and self.sweep:
             raise UsageError(f"--resume: {self.resume.folder} is a single run; it cannot be combined with --sweep.")
-        if self.resume and (result := RunResult.read(self.resume.result)) and result.is_finished:
-            raise UsageError(f"--resume: {self.resume.folder} is finished.")
+        if self.resume and (why := nothing_left(self.resume, config)):
+            raise UsageError(f"--resume: {why}")
         accelerator = config["trainer"].get("accelerator")
         has_gpus = profile.gpus_per_node or any("gpu" in argument for argument in profile.sbatch)
         if accelerator in ("gpu", "cuda") and not has_gpus:

@@ -1,0 +1,35 @@
+"""Whether a finished run that is to be resumed has anything left to do."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lockstep.config.validation import validate_arguments
+from lockstep.core import count
+from lockstep.runs.records import RunResult
+from lockstep.runs.run import Run
+
+
+def nothing_left(run: Run, config: Mapping[str, Any]) -> str | None:
+    """Why there is nothing to do for a run with this ``config``, in one sentence; None if it has to train, or to test.
+
+    That is so if it has finished, its final test too, and the config does not let it train on: it is that of the run, or its
+    limits are reached.
+
+    Raises:
+        UsageError: ``config.yaml`` of the run is damaged.
+    """
+    result = RunResult.read(run.result)
+    if result is None or not result.is_finished or result.test_error is not None or result.command != "fit":
+        return None
+    done = {"max_steps": result.global_step, "max_epochs": result.epochs}
+    limits = {f"trainer.{key}": config["trainer"].get(key) for key in done}
+    reached = [
+        key
+        for (key, limit), number in zip(limits.items(), done.values(), strict=True)
+        if isinstance(limit, int) and number is not None and 0 <= limit <= number
+    ]
+    if not reached and config != validate_arguments(["--config", str(run.config)]):
+        return None
+    more = f"raise {' and '.join(f'{key} ({limits[key]})' for key in reached)}" if reached else "change what has ended it"
+    what = f"{count(result.global_step or 0, 'step')}, {count(result.epochs or 0, 'epoch')}"
+    return f"{run.folder} is finished ({what}), so there is nothing to do; to train on, {more}."
