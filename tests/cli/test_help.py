@@ -7,7 +7,7 @@ import pytest
 from support.runs import REPO
 from support.terminal import Terminal
 
-from lockstep.cli import jobs, local, submit
+from lockstep.cli import jobs, local, plan, submit
 from lockstep.cli.completion import script
 from lockstep.config import SHIPPED, describe_files
 
@@ -24,6 +24,14 @@ def test_help_is_in_groups_and_lists_the_configs(columns: int, monkeypatch: pyte
     end = text[text.index("show only, about") : text.index("completion of")]
     assert max(map(len, end.splitlines())) < columns
     assert "resources:" in local.make_parser("lockstep local").format_help()
+
+
+def test_the_help_of_plan_has_nothing_that_submits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plan.main(["--help"])
+    text = capsys.readouterr().out
+    assert "usage: lockstep plan" in text and "memory that a model needs" in text and "--ranks-per-node" in text
+    assert not any(word in text for word in ("Submit a run", "job id", "--sweep", "--follow", "--dry-run", "--after"))
 
 
 def test_each_shipped_file_begins_with_a_sentence() -> None:

@@ -75,7 +75,7 @@ def test_what_slurm_did_is_known_after_it_has_forgotten_it(run: Run, env: dict[s
 
 def test_a_finished_run_is_finished(run: Run, env: dict[str, str]) -> None:
     ended(run, 0)
-    atomic_write_json(run.result, {"status": "finished"})
+    atomic_write_json(run.result, {"status": "finished", "attempts": 1})
     assert (seen(run, env).exit_status, seen(run, env).state) == (0, "finished")
 
 

@@ -52,9 +52,9 @@ from lockstep.slurm.submission import (
 )
 
 
-def make_parser(program: str) -> argparse.ArgumentParser:
-    """Build the parser of the launcher's own flags."""
-    parser = LaunchParser(program, __doc__, lists_profiles=True)
+def make_parser(program: str, plan_help: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser of the launcher's own flags; ``plan_help`` replaces the help of what only a submission needs."""
+    parser = LaunchParser(program, plan_help or __doc__, lists_profiles=True)
     add_resources(parser.add_argument_group("resources"))
     job = parser.add_argument_group("job")
     job.add_argument("--job-name", metavar="NAME", help="name of the job (default: run.name)")
@@ -84,6 +84,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     checks.add_argument("--check", action="store_true", help="check the config with torch, and the resources with Slurm")
     checks.add_argument("--dry-run", action="store_true", help="like --check, and print the batch script and complete config")
     checks.add_argument("--plan", action="store_true", help="print the memory that the model needs and which strategies fit")
+    for action in [*job._group_actions, *checks._group_actions] if plan_help else []:
+        action.help = argparse.SUPPRESS
     return parser
 
 
@@ -187,10 +189,10 @@ def spread_jobs(arguments: Sequence[str]) -> list[str]:
     return spread
 
 
-def main(arguments: Sequence[str], program: str = "lockstep submit") -> int:
+def main(arguments: Sequence[str], program: str = "lockstep submit", plan_help: str | None = None) -> int:
     """Submit the run; return 0, the exit status of an error (2: usage), or with --follow that of the run (see ``jobs``)."""
     try:
-        return _submit(arguments, program)
+        return _submit(arguments, program, plan_help)
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
@@ -198,8 +200,8 @@ def main(arguments: Sequence[str], program: str = "lockstep submit") -> int:
         gc.freeze()  # a last garbage collection would take a tenth of the process's time
 
 
-def _submit(arguments: Sequence[str], program: str) -> int:
-    parser = make_parser(program)
+def _submit(arguments: Sequence[str], program: str, plan_help: str | None = None) -> int:
+    parser = make_parser(program, plan_help)
     check_heterogeneous(arguments)
     flags, trainer_arguments = parser.parse_known_args(spread_jobs(arguments))
     check_slurm_conf(os.environ)
