@@ -178,13 +178,8 @@ DOORS: dict[str, Callable[[list[str]], int]] = {
 }
 
 OF_LAUNCHERS = re.compile(
-<<<<<<< HEAD
-    "--config .{(part|setup|nodes)|--(nodes|ranks|profile|after|resume|python|mem|time|sweep|then|folow|dryrun)|"
-    "a100.yaml|mine.yaml$"
-=======
     "--config .{(part|setup|nodes)|--(nodes|ranks|profile|after|resume|python|mem|time|sweep|then|folow|dryrun)"
     "|a100.yaml|mine.yaml$"
->>>>>>> bdfb10d (The help of lockstep plan says what it does, without what only a submission needs)
 )
 """What ``lockstep train`` does not know: flags, which are those of torchrun or srun there, and profiles."""
 
