@@ -2,16 +2,24 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.runs import SMALL, Launch
 
+from lockstep.config import SHIPPED, check_run_root, check_start
+from lockstep.config.validation import validate_arguments
 from lockstep.core.errors import UsageError
 from lockstep.data.digits import Digits
+from lockstep.data.downloaded import MNIST
 from lockstep.data.prepare import prepare_folder
+from lockstep.runs import Run
 
 
 def test_a_folder_is_prepared_once(tmp_path: Path) -> None:
@@ -103,3 +111,40 @@ def test_prepare_data_runs_once_per_job_or_node_and_setup_on_every_rank(
     assert sorted(rank for call, rank, _ in recorded if call == "prepare") == prepared_by
     assert sorted(rank for call, rank, _ in recorded if call == "setup") == ["0", "1", "2", "3"]
     assert len({pid for _, _, pid in recorded}) == 4
+
+
+@pytest.fixture
+def unreadable() -> Iterator[Path]:
+    """A folder in one that this process may not search."""
+    above = Path(tempfile.mkdtemp())  # not in pytest's, which only root may search
+    above.chmod(0o755)
+    closed = above / "closed"
+    (closed / "data").mkdir(parents=True)
+    closed.chmod(0)
+    if is_root := os.getuid() == 0:  # which may read everything
+        os.setresuid(65534, 65534, 0)
+    yield closed / "data"
+    if is_root:
+        os.setresuid(0, 0, 0)
+    closed.chmod(0o700)
+    shutil.rmtree(above)
+
+
+def test_a_folder_that_cannot_be_read_is_one_sentence(unreadable: Path) -> None:
+    config = validate_arguments(["--config", str(SHIPPED / "digits.yaml")])
+
+    def start(command: str, root: Path, **keys: Any) -> None:
+        data = {"class_path": "lockstep.data.MNIST", "init_args": {"root": root}}
+        check_start(command, {**config, "data": data, **keys}, [], {})
+
+    checks: list[tuple[Callable[[], object], str]] = [
+        (lambda: start("fit", unreadable), "data.root: .* cannot be written"),
+        (lambda: start("fit", unreadable.parent), "data.root: .*closed cannot be read; its permissions do not allow it"),
+        (lambda: start("test", unreadable, ckpt_path=str(unreadable)), "ckpt_path: .* does not exist"),
+        (lambda: check_run_root(unreadable, "x"), "run.root: .* cannot be written"),
+        (lambda: Run.open(unreadable), "is not a run folder"),
+        (lambda: MNIST(root=unreadable).prepare_data(), "data.root: .* could not be prepared .*Permission denied"),
+    ]
+    for check, said in checks:
+        with pytest.raises(UsageError, match=said):
+            check()

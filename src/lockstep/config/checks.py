@@ -209,14 +209,16 @@ def check_data_root(data: Any, root: str | None = None) -> None:
     path = str(data and data.get("class_path"))
     if not path.startswith("lockstep.data.") or not isinstance(root, str | Path):
         return
-    if os.path.isdir(root):
+    if os.path.isdir(root):  # unlike Path.is_dir, it is false where a folder above cannot be searched
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise UsageError(f"data.root: {root} cannot be read; its permissions do not allow it.")
         if path == "lockstep.data.Shards":
             _check_shards(Path(root), [str(arguments.get(split) or split) for split in ("train", "val", "test")])
         return
     elsewhere = "if only the nodes have it, set --shared_filesystem false"
     if path in _IMAGE_FILES and not arguments.get("archive"):
         raise UsageError(f"data.root: {root} is not a folder here; give the one with train/ and val/, or, {elsewhere}.")
-    existing = next(folder for folder in Path(root).absolute().parents if folder.exists())
+    existing = next(folder for folder in Path(root).absolute().parents if os.path.exists(folder))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"data.root: {root} does not exist, and {existing} cannot be written to make it; {elsewhere}.")
 
@@ -260,7 +262,7 @@ def check_characters(root: Path, here: Path) -> None:
 
 def check_run_root(root: Path, name: str) -> None:
     """Raise UsageError if the run folder cannot be written."""
-    existing = next(folder for folder in (root / name, *(root / name).parents) if folder.exists())
+    existing = next(folder for folder in (root / name, *(root / name).parents) if os.path.exists(folder))
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"run.root: {existing} cannot be written; choose another folder with --run.root.")
 
@@ -269,7 +271,7 @@ def check_checkpoint_path(command: str, path: str | None, sweep: Mapping[str, Se
     """Raise UsageError if a checkpoint does not exist, or is not set although ``command`` needs one."""
     paths = sweep.get("ckpt_path", [] if path is None else [path])
     for given in paths:
-        if not Path(given).expanduser().exists():
+        if not os.path.exists(os.path.expanduser(given)):
             raise UsageError(f"ckpt_path: {given} does not exist; give a checkpoint or a run folder.")
     if command != "fit" and not paths:
         raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder; --ckpt_path runs/NAME/ID.")

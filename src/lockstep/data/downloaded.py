@@ -49,6 +49,8 @@ class DownloadedData(ImageData):
         """One split, read from its files."""
         try:
             images, labels = self.tensors(self.source(self.folder, train=split != "test"))
+        except PermissionError as error:
+            raise UsageError(f"data.root: {error.filename} cannot be read; its permissions do not allow it.") from error
         except (OSError, RuntimeError) as error:
             raise UsageError(
                 f"data.root: {self.folder} is damaged ({error}); remove the folder, and it is downloaded again."

@@ -1,6 +1,7 @@
 """Prepare a data folder atomically, once, even if several jobs try at the same time or one is killed."""
 
 import logging
+import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -25,7 +26,7 @@ def prepare_folder(target: Path, fill: Callable[[Path], None], elsewhere: str = 
     Raises:
         UsageError: The folder cannot be written, or the download failed.
     """
-    if target.exists():
+    if os.path.exists(target):
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ def prepare_folder(target: Path, fill: Callable[[Path], None], elsewhere: str = 
             log.info("waiting for another job to prepare %s", target)
             held = lock.acquire()
         with held:
-            if not target.exists():
+            if not os.path.exists(target):
                 _fill_and_publish(target, fill)
     # torchvision raises a RuntimeError if no mirror answers or a checksum is wrong.
     except (OSError, RuntimeError) as error:

@@ -118,7 +118,7 @@ class Run:
     def open(cls, folder: Path) -> "Run":
         """Return the run in ``folder``; raise UsageError if that is not a run folder, or others could replace what is in it."""
         run = cls(folder.absolute())
-        if not run.config.is_file():
+        if not os.path.isfile(run.config):
             raise UsageError(f"{folder} is not a run folder: it has no config.yaml.")
         _check_private(run.folder.resolve(), "move the run to a folder of your own")
         return run
@@ -280,7 +280,9 @@ def _check_private(folder: Path, otherwise: str) -> None:
 
     Folders that do not exist are left out.
     """
-    places = [(number, place) for number, place in enumerate((folder.absolute(), *folder.absolute().parents)) if place.exists()]
+    places = [
+        (number, place) for number, place in enumerate((folder.absolute(), *folder.absolute().parents)) if os.path.exists(place)
+    ]
     for number, place in places:
         if number < 3 and os.geteuid() and (owner := place.stat().st_uid) not in (os.geteuid(), 0):
             raise UsageError(
