@@ -130,14 +130,14 @@ def _merge(folder: Path) -> None:
 
 
 def job_rows(largest: int) -> Iterator[Row]:
-    """``jobs.py list`` finds its 20 jobs, and all, among those that were ever submitted."""
+    """``lockstep jobs list`` finds its 20 jobs, and all, among those that were ever submitted."""
     for jobs in _sizes(10**2, min(largest, 10**4)):
         with tempfile.TemporaryDirectory() as home:
             for number in range(jobs):
                 register_job(SubmittedJob(str(number), Path(home), "run", 1, ""), {"HOME": home})
             for what, newest in (("newest 20", 20), ("all", None)):
                 find = partial(registered_jobs, {"HOME": home}, newest)
-                yield Row(f"jobs.py list: {what}", f"{jobs:.0e} jobs ever", find)
+                yield Row(f"lockstep jobs list: {what}", f"{jobs:.0e} jobs ever", find)
 
 
 def snapshot_rows(largest: int) -> Iterator[Row]:

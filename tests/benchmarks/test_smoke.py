@@ -70,7 +70,7 @@ def test_growth(capfd: pytest.CaptureFixture[str]) -> None:
         "order: first batch after a resume",
         "image index: open, on each rank",
         "predict: merge rows of 1 kB",
-        "jobs.py list: all",
+        "lockstep jobs list: all",
         "snapshot: verify, on each node",
         "resume metrics.csv: any other rank",
         "hang report: any other rank",
