@@ -244,7 +244,8 @@ def print_workers(files: int, workers: int) -> None:
             marks = [max(1, int(share * len(loader))) for share in _SHARES]
             began, found = time.perf_counter(), []
             for number, _ in enumerate(loader, start=1):
-                found += [_children_memory()] * marks.count(number)
+                if number in marks:
+                    found += [_children_memory()] * marks.count(number)
             speed = files / (time.perf_counter() - began)
             memory = " | ".join(f"{1024 * kilobytes / 1e6:,.0f}" for kilobytes in found)
             print(f"| {what} | {files:.0e} files, {workers} workers | {speed:,.0f} | {memory} |", flush=True)
