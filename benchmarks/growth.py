@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from torchvision.io import decode_image, write_jpeg
-from torchvision.transforms import v2
 
 from lockstep.core import World, atomic_write_json
+from lockstep.data.decode import center_crop
+from lockstep.data.encoded import Decoder
 from lockstep.data.file_index import FileIndex, index_content, publish_index, scan
 from lockstep.data.image_folder import ImageFiles
 from lockstep.data.loading import DataSharding
@@ -200,14 +201,14 @@ class OneImage(ImageFiles):
     """The files of an index, all of which are one small image on the disk; it is decoded for some of them, to save time."""
 
     def __init__(self, folder: Path, index: FileIndex, image: Path) -> None:
-        super().__init__(folder, index, v2.Identity(), deterministic=True)
+        super().__init__(folder, index, Decoder(center_crop, 8), deterministic=True)
         self.image, self.blank = str(image), torch.zeros(3, 8, 8, dtype=torch.uint8)
 
-    def _sample(self, index: int) -> tuple[str, int]:
-        return self.image, super()._sample(index)[1]
+    def place(self, index: int) -> str:
+        return self.image
 
     def __getitem__(self, index: int) -> Any:
-        return super().__getitem__(index) if index % _DECODED == 0 else (self.blank, self._sample(index)[1])
+        return super().__getitem__(index) if index % _DECODED == 0 else (self.blank, int(self.index.labels[index]))
 
 
 class OneImageOfList(Dataset[Any]):
