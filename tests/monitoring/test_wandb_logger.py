@@ -83,6 +83,16 @@ def test_online_without_a_key_is_offline_in_a_job(tmp_path: Path, caplog: pytest
     assert logger.close(0)
 
 
+def test_the_config_of_a_resumed_run_is_shown_once_it_trains_with_it(tmp_path: Path) -> None:
+    run, _ = Run.start(tmp_path, "run", ["test"], 1, 1)
+    options = WandbOptions(mode="offline")
+    logger = start_run_logger(run, options, {"lr": 2}, World(), lambda: 0, Ownership(run, 1), shown={"lr": 1})
+    assert logger.run is not None and logger.run.config["lr"] == 1
+    logger.show_config({"lr": 2})
+    assert logger.close(0)
+    assert '"lr": 2' in str(read_records(run.folder)).replace("'", '"')
+
+
 def log_and_die(run: Run) -> None:
     """Log rows of user code as before the publication of a checkpoint; then kill W&B's service and this process at once."""
     logger = start_run_logger(run, WandbOptions(mode="offline"), {}, World(), lambda: 0, Ownership(run, 1))

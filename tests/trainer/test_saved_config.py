@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from support.faults import fault
 from support.runs import SMALL, Launch, assert_same_run, resume_run
 from support.toy_model import ToyModel
+from support.wandb_reader import read_records
 from torch import nn
 
 from lockstep.config import load_yaml
@@ -195,7 +197,7 @@ def test_a_resumed_run_keeps_its_config_and_result_until_it_trains(launch: Launc
     before = config.read_text(), result.read_text()
     longer = ("--trainer.max_epochs", "2")
     for wrong in (
-        ("--model.network", "lockstep.models.MLP", "--model.network.hidden", "[8]"),
+        (*longer, "--model.network", "lockstep.models.MLP", "--model.network.hidden", "[8]"),
         (*longer, *fault(tmp_path / "1", "SIGKILL", hook="on_train_start", rank=0)),
         (*longer, *fault(tmp_path / "2", "raise", hook="on_train_start", rank=1)),
         ("--ranks", "1", *longer, *fault(tmp_path / "3", "raise", hook="on_train_start")),
@@ -203,8 +205,11 @@ def test_a_resumed_run_keeps_its_config_and_result_until_it_trains(launch: Launc
         assert resume_run(launch, run, *wrong).status != 0
         assert (config.read_text(), result.read_text()) == before
         assert json.loads((run.folder / "status.json").read_text())["status"] == "finished"
-    assert resume_run(launch, run, *longer, *fault(tmp_path / "4", "SIGTERM", step=25)).status == 143
+    offline = ("--wandb.mode", "offline")
+    assert resume_run(launch, run, *longer, *offline, *fault(tmp_path / "4", "SIGTERM", step=25)).status == 143
+    shown = re.findall(r'"max_epochs": (\d)', str(read_records(run.folder)).replace("'", '"'))
+    assert list(dict.fromkeys(shown)) == ["1", "2"]  # W&B shows a config once the run trains with it
     assert load_yaml(config.read_text())["trainer"]["max_epochs"] == 2 and run.result["status"] == "interrupted"
     assert (run.folder / "logs" / "1" / "result.json").read_text() == before[1]
-    assert resume_run(launch, run).status == 0
+    assert resume_run(launch, run, "--wandb.mode", "disabled").status == 0
     assert run.result["global_step"] == 40

@@ -6,6 +6,7 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,13 @@ class RunLogger(WandbLogger):
             params = vars(params) if isinstance(params, Namespace) else params
             new = {name: value for name, value in params.items() if name not in self._client.config}
             self._guard(partial(super().log_hyperparams, new))
+
+    def show_config(self, config: Mapping[str, Any]) -> None:
+        """Replace the config that W&B shows."""
+        if self._client is not None:
+            self._client = replace(self._client, config={**self._client.config, **config})
+        if (run := self.run) is not None:
+            self._guard(lambda: run.config.update(dict(config), allow_val_change=True))  # type: ignore[no-untyped-call]
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -294,10 +302,12 @@ def start_run_logger(
     world: World,
     step: Callable[[], int],
     ownership: Ownership,
+    shown: Mapping[str, Any] | None = None,
 ) -> RunLogger:
     """Make the logger of a run, and start W&B on rank zero unless it is disabled.
 
-    W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` is that of ``RunLogger``.
+    W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` is that of ``RunLogger``. The config
+    that is ``shown`` may be another one until the run trains with ``config``.
     """
     mode = wandb_mode(options, os.environ)
     metrics = CsvMetricsLogger(run.metrics, step, ownership.check_now, world.is_rank_zero)
@@ -320,5 +330,5 @@ def start_run_logger(
         "slurm": {name: os.environ[name] for name in _SLURM_VARIABLES if name in os.environ},
         "versions": {"lockstep": __version__} | {name: version(name) for name in ("torch", "torchvision", "lightning")},
     }
-    client = WandbClient(run, options, {**config, "lockstep": facts}, mode == "online")
+    client = WandbClient(run, options, {**(shown or config), "lockstep": facts}, mode == "online")
     return RunLogger(metrics, client, step, options.project, ownership.check, board)

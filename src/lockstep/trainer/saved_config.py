@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from lockstep.config import load_yaml
 from lockstep.core import UsageError, atomic_write_text
+from lockstep.monitoring import run_logger
 from lockstep.trainer.context import RunContext
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))
@@ -29,10 +30,12 @@ class AttemptConfig(Callback):
 
     Attributes:
         content: The content of the file, on rank zero.
+        saved: That of the file which it will replace; empty for a new run.
     """
 
     def __init__(self, context: RunContext) -> None:
         self.content: dict[str, Any] = {}
+        self.saved: dict[str, Any] = {}
         self._context, self._text, self._is_adopted = context, "", not context.world.is_rank_zero
 
     def begin(self) -> None:
@@ -46,7 +49,9 @@ class AttemptConfig(Callback):
             self._context.ownership.check_now()
             self._text = dump_config(self._context.parser, self._context.config)
             self.content = load_yaml(self._text)
-            if not self._context.run.config.exists():
+            try:
+                self.saved = dict(load_yaml(self._context.run.config.read_text()))
+            except (OSError, TypeError, ValueError, yaml.YAMLError):  # there is none, or it is damaged
                 self.adopt()
 
     def adopt(self) -> None:
@@ -55,14 +60,18 @@ class AttemptConfig(Callback):
             return
         run = self._context.run
         self._context.ownership.check_now()
-        if not run.config.exists() or run.config.read_text() != self._text:  # a restart changes nothing
+        if self.content != self.saved:  # as a restart does not change it
             atomic_write_text(run.config, self._text)
         if (result := run.finished_before(self._context.attempt)) is not None:
             run.result.replace(run.attempt_folder(result.attempts) / run.result.name)
         self._is_adopted = True
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self._is_adopted:
+            return
         self.adopt()
+        if self.saved not in ({}, self.content) and (logger := run_logger(trainer)) is not None:
+            logger.show_config(self.content)
 
 
 def dump_config(parser: ArgumentParser, config: Namespace) -> str:

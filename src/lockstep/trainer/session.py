@@ -144,8 +144,7 @@ class TrainingSession:
             if self.logger is not None:
                 with closing(self.logger.metrics):
                     if not context.run.is_superseded(context.attempt):
-                        was_finished = context.run.finished_before(context.attempt) is not None
-                        self.logger.close(0 if is_finished or was_finished else 1, is_preempted)
+                        self.logger.close(0 if is_finished or context.run.finished_before(context.attempt) else 1, is_preempted)
 
     def _train(self, nvme_folder: Path | None) -> RunResult:
         """Build the objects of the config, run the command, and collect the result."""
@@ -165,8 +164,10 @@ class TrainingSession:
         sharding = DataSharding(context.world, config.seed_everything, pins)
         strategy = make_strategy(config, context.devices, sharding, nvme_folder)
         check_trainer_objects(objects.trainer, strategy)
-        content = self.config.content
-        self.logger = start_run_logger(context.run, config.wandb, content, context.world, self.global_step, context.ownership)
+        content, saved = self.config.content, self.config.saved
+        self.logger = start_run_logger(
+            context.run, config.wandb, content, context.world, self.global_step, context.ownership, saved
+        )
         self.trainer, self.checkpoints = build_trainer(
             context, objects.trainer, strategy, self.logger, self.stopwatch, self.signals, self.config
         )
@@ -228,7 +229,6 @@ class TrainingSession:
     ) -> dict[str, Any]:
         """Fit and test; return what the result says about both."""
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        self.config.adopt()  # where nothing was left to train
         sha256 = self._saved_weights_sha256()
         metrics, test_error = dict(trainer.logged_metrics), None
         can_test = is_overridden("test_step", module) and is_overridden("test_dataloader", data or module)
