@@ -67,5 +67,11 @@ def test_a_resumed_run_has_the_resources_of_its_submission_where_no_flag_says_ot
     LaunchRecord("", 1, 1, slurm={"time": "never"}).write(run.launch)
     with pytest.raises(UsageError, match=r"--resume: .*launch.yaml: time: 'never' is not a time; .* Or say with --profile"):
         resources(run)
+    LaunchRecord("", "many", 1, slurm={}).write(run.launch)
+    with pytest.raises(UsageError, match=r"launch.yaml: nodes: 'many' is not a number of nodes; .*; say with --nodes how many"):
+        resources(run)
+    run.launch.write_text("command: x\nnodes: 1\nranks_per_node: 1\nslurm: [1]\n")
+    with pytest.raises(UsageError, match=r"launch.yaml is damaged: slurm: \[1\]; say with --profile"):
+        resources(run)
     LaunchRecord("", 1, 1).write(run.launch)  # of a local run, which submit refuses to resume
     assert resources(run, "--profile", "one-machine")[1] == NodeRange(1, 1)

@@ -163,7 +163,7 @@ def resources(flags: argparse.Namespace, resume: Run | None) -> tuple[Profile, N
     if resume is None or launch is None or launch.slurm is None:
         profile = load_profile(flags.profile, os.environ, profile_folders(os.environ, Path.cwd()))
         return flagged(profile, flags), flags.nodes or NodeRange(1, 1)
-    nodes = flags.nodes or submitted_nodes(launch)
+    nodes = flags.nodes or submitted_nodes(resume, launch)
     if flags.profile:
         profile = load_profile(flags.profile, os.environ, profile_folders(os.environ, Path.cwd()))
     else:

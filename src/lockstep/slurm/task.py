@@ -61,7 +61,7 @@ class NodeTask:
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        if run.is_finished_by(os.environ["LOCKSTEP_JOB"]):
+        if run.is_finished_by(os.environ.get("LOCKSTEP_JOB", "")):
             log.info("the run is finished already: %s", run.folder)
             return
         status = 1

@@ -1,5 +1,6 @@
 """The resources of a run that is resumed: those that it was submitted with, where no flag says otherwise."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ _PLACES = {"nodelist", "exclude"}
 """A flag of one of them replaces both: together they may leave no node."""
 
 
-def submitted_nodes(launch: LaunchRecord) -> NodeRange:
-    """The number of nodes that a run was submitted with."""
-    low, _, high = str(launch.nodes).partition("-")
-    return NodeRange(int(low), int(high or low))
+def submitted_nodes(run: Run, launch: LaunchRecord) -> NodeRange:
+    """The number of nodes that ``run`` was submitted with; raise UsageError if the record is damaged."""
+    try:
+        return NodeRange.parse(str(launch.nodes))
+    except ArgumentTypeError as error:
+        raise UsageError(f"--resume: {run.launch}: nodes: {error}; say with --nodes how many.") from None
 
 
 def submitted_profile(run: Run, launch: LaunchRecord, flags: Mapping[str, Any], folders: Sequence[Path]) -> Profile:
@@ -29,9 +32,10 @@ def submitted_profile(run: Run, launch: LaunchRecord, flags: Mapping[str, Any], 
     Raises:
         UsageError: The record is damaged, or the profile is gone whose environment the run had.
     """
-    values = dict(launch.slurm or {})
     otherwise = "say with --profile and other flags which resources the run needs"
-    if names := values.pop("environment", ()):
+    if not isinstance(values := launch.slurm or {}, dict):
+        raise UsageError(f"--resume: {run.launch} is damaged: slurm: {values!r}; {otherwise}.")
+    if names := values.get("environment"):
         try:
             known = load_profile(launch.profile, {}, folders).environment
         except UsageError:
@@ -39,11 +43,11 @@ def submitted_profile(run: Run, launch: LaunchRecord, flags: Mapping[str, Any], 
         if gone := [name for name in names if name not in known]:
             source = launch.profile or "its profile"
             raise UsageError(f"--resume: {gone[0]} of the run's environment is not in {source} any more; {otherwise}.")
-        values["environment"] = {name: known[name] for name in names}
+        values = values | {"environment": {name: known[name] for name in names}}
     if any(flags.get(name) is not None for name in _PLACES):
         values = {name: value for name, value in values.items() if name not in _PLACES}
     if "sbatch" in values:
-        values["sbatch"] = [argument for argument in values["sbatch"] if argument != "--hold"]
+        values = values | {"sbatch": [argument for argument in values["sbatch"] if argument != "--hold"]}
     try:
         return apply_flags(Profile(), values)
     except UsageError as error:
