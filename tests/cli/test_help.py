@@ -1,13 +1,15 @@
 """Help and completion, without torch; completion in a real bash."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support.runs import REPO
 from support.terminal import Terminal
 
-from lockstep.cli import jobs, local, plan, submit
+from lockstep.cli import completion, jobs, local, plan, submit
 from lockstep.cli.completion import script
 from lockstep.config import SHIPPED, describe_files
 
@@ -39,6 +41,14 @@ def test_each_shipped_file_begins_with_a_sentence() -> None:
         for name, sentence in describe_files(folder).items():
             assert len(sentence) > 20 and sentence.endswith("."), name
     assert describe_files()["imagenet"].endswith("et al. 2017: SGD, 5 epochs of warm-up, label smoothing.")
+
+
+def test_a_closed_pipe_ends_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert completion.main(["bash"]) == 0
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,7 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--then 'test --time 24:00'", "", "--then 'test --time 24:00': time: '24:00' is ambiguous"),
     ('--then "test \'x"', "", "No closing quotation; quote the link as the shell does."),
     ("--then 'export --prt x'", "", "'--prt' is not an argument of export; did you mean '--part'"),
+    ("--then 'export --out w.pt'", "", "--out: w.pt: an export is in the safetensors format; name it w.safetensors."),
     ("--then 'export --nodes 2'", "", "--nodes: 2: an export runs on one node; leave it out."),
     ("--then 'export --out /nope/x'", "", "--out: /nope is not a folder here; make it first."),
     ("--then export --then export", "", "--then: two exports write weights.safetensors; give one of them another file"),
@@ -110,6 +111,8 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--batch_size 32", "batch_size (value 32): unknown key; did you mean 'data.batch_size'?", None),
     ("--trainer.max_epoch 4", "trainer.max_epoch (value 4): unknown key; did you mean 'trainer.max_epochs'", None),
     ("--trainer.devices 2", "trainer.devices (value 2): cannot be set in a config; use the launcher's flag --ranks", None),
+    ("--trainer.gpus 2", "trainer.gpus (value 2): cannot be set in a config; use the launcher's flag --ranks", None),
+    ("--data.root x", "data.root (value x): unknown argument of lockstep.data.Digits; valid are data.augment, ", None),
     ("--checkpoint.every_n_step", "checkpoint.every_n_step: unknown key; did you mean 'checkpoint.every_n_steps'", None),
     # values
     (
@@ -219,6 +222,20 @@ def test_a_typo_is_one_sentence_and_leaves_nothing(
     assert said.startswith("lockstep: ") and said.count("\n") == 1, said
     assert expected in said
     assert sorted(path.name for path in here.iterdir()) == ["mine.yaml", "open"]
+
+
+def test_a_command_for_several_ranks_points_to_local(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--ranks=2"]) == 2
+    assert "--ranks: is a flag of lockstep local, which starts several ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [("w.pt", "name it w.safetensors"), ("gone/w.safetensors", "--out: gone is not a folder here; make it first.")],
+)
+def test_where_an_export_is_written(here: Path, capsys: pytest.CaptureFixture[str], out: str, said: str) -> None:
+    assert cli.main(["export", ".", "--out", out]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("door", [["launch/local.py"], ["launch/slurm.py"], ["-m", "lockstep.cli", "local"]], ids=" ".join)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from lockstep.core import World
 from lockstep.runs.endings import Evidence, JobState, classify_ending, killed_task
 from lockstep.runs.failure import Failure
 from lockstep.runs.records import RunResult
@@ -85,3 +86,18 @@ def test_a_kill_from_outside_tells_nothing(text: str, failure: Failure | None, i
 def test_the_strongest_evidence_decides(evidence: Evidence, state: str, exit_status: int, reason: str) -> None:
     ending = classify_ending(evidence)
     assert (ending.state, ending.exit_status) == (state, exit_status) and reason in ending.reason
+
+
+def test_the_reason_is_the_whole_message_of_the_last_exception() -> None:
+    try:
+        try:
+            raise KeyError("first")
+        except KeyError:
+            raise RuntimeError("Error(s) in loading state_dict for Net:\n\tsize mismatch for weight: " + "9" * 400) from None
+    except RuntimeError as error:
+        reason = Failure.from_exception(error, World()).reason
+    assert reason.startswith("RuntimeError: Error(s) in loading state_dict for Net: size mismatch for weight: 999")
+    assert len(reason) == 301 and reason.endswith("9…")
+    worker = "Caught ValueError in DataLoader worker.\nOriginal Traceback (most recent call last):\n  File x\nValueError: b"
+    assert Failure.from_exception(RuntimeError(worker), World()).reason == "ValueError: b"
+    assert Failure.from_report("It hangs:\n  in x\nits stack is above.", World(1, 2)).reason.endswith(": its stack is above.")

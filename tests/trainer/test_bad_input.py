@@ -390,3 +390,4 @@ def test_an_exception_of_a_user_class_keeps_its_traceback(
     assert said.count("ArithmeticError: a user's mistake") == 1
     assert 'raise ArithmeticError("a user' in said
     assert said.count("Traceback") == 1
+    assert "logs: " in said[said.index("ArithmeticError") :] and "to resume: " in said.splitlines()[-1]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from lockstep.checkpoint.reader import Checkpoint, find_checkpoint
 from lockstep.checkpoint.serialization import load_weights
+from lockstep.config import check_export_format
 from lockstep.core import CommandLineParser, LockstepError, UsageError, World, atomic_write, setup_logging
 from lockstep.runs import Run, RunResult, describe_run
 from lockstep.slurm import NodeTask
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 def export_weights(place: Path, out: Path, part: str | None = None) -> int:
     """Write the weights and buffers at ``place`` to ``out`` in the safetensors format; return the number of their elements."""
+    check_export_format(out)
+    if not out.parent.is_dir():
+        raise UsageError(f"--out: {out.parent} is not a folder here; make it first.")
     found = find_checkpoint(place, "RUN")
     model = found.model if isinstance(found, Checkpoint) else found
     try:

@@ -5,6 +5,8 @@ eval "$({program} bash)"     # in ~/.bashrc: for lockstep, launch/*.py, and pyth
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +60,10 @@ def main(arguments: Sequence[str], program: str = "lockstep completion") -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shell", choices=("bash", "zsh"))
-    print(script(parser.parse_args(arguments).shell))
+    try:
+        print(script(parser.parse_args(arguments).shell), flush=True)
+    except BrokenPipeError:  # … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -161,9 +161,10 @@ def print_facts(status: RunStatus, with_command: bool) -> None:
         "warning": progress.warning if status.is_active else "",
         "lost": f"{lost:.0f} s" if lost else "",
         "step": format_steps(status),
+        "epoch": str(progress.epoch + 1) if status.is_active and progress.status == "training" else "",
         "speed": f"{progress.samples_per_second:g} samples/s" if progress.samples_per_second else "",
         "time left": f"{left:.0f} s" if left and status.is_active else "",
-        **{name: f"{value:.5g}" for name, value in sorted(status.metrics.items()) if not name.startswith("rate/")},
+        **{name: f"{value:.5g}" for name, value in sorted(status.metrics.items()) if not name.startswith(("rate/", "epoch"))},
         "weights": (status.result and status.result.weights) or "",
         "folder": str(status.run.folder),
     }

@@ -1,11 +1,12 @@
 """The config of a run: keys, YAML files, command-line arguments, sweeps, cross-field checks and error messages."""
 
 from lockstep.config import messages
-from lockstep.config.arguments import MissingValue, select_section, split_command, split_keys
+from lockstep.config.arguments import MissingValue, check_not_local, select_section, split_command, split_keys
 from lockstep.config.checks import (
     check_archive,
     check_characters,
     check_data,
+    check_export_format,
     check_mixing,
     check_nvme_path,
     check_pairs,

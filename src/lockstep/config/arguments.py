@@ -30,6 +30,16 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return arguments[0], list(arguments[1:])
 
 
+def check_not_local(arguments: Sequence[str]) -> None:
+    """Raise UsageError if arguments of a single rank have a flag of ``lockstep local``."""
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        if flag in ("--ranks", "--nodes", "--resume"):
+            raise UsageError(
+                f"{flag}: is a flag of lockstep local, which starts several ranks and resumes; train is one rank of torchrun "
+                "or srun, whose flags say how many there are."
+            )
+
+
 def split_keys(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """Return pairs of a key, without its dashes, and its value; raise UsageError for anything else."""
     pairs, rest = [], list(arguments)

@@ -106,6 +106,12 @@ def check_archive(archive: str | None, md5: str | None) -> None:
         )
 
 
+def check_export_format(out: Path) -> None:
+    """Raise UsageError if ``out`` has the name of a file that torch.load reads."""
+    if out.suffix in (".pt", ".pth", ".ckpt", ".bin"):
+        raise UsageError(f"--out: {out}: an export is in the safetensors format; name it {out.stem}.safetensors.")
+
+
 _IMAGE_FILES = ("lockstep.data.ImageFolder", "lockstep.data.Shards")
 """DataModules that read files which are there already, unless they come in an archive."""
 

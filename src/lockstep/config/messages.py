@@ -1,6 +1,7 @@
 """Error messages about a config: one sentence with the key, its value, the cause and the remedy."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from lockstep.config.schema import RESERVED_TRAINER_KEYS
 from lockstep.core import did_you_mean
@@ -20,15 +21,22 @@ def suggest_key(key: str, valid: Sequence[str], rest: str = "") -> str:
     last = key.rpartition(".")[2]
     wanted = _OTHER_NAMES.get(last.lower(), last)
     same = sorted({name for name in valid if name == wanted or name.endswith(f".{wanted}")}) if not rest else []
-    return f"; did you mean {' or '.join(map(repr, same[:3]))}?" if same else did_you_mean(key, valid, rest)
+    if same:
+        return f"; did you mean {' or '.join(map(repr, same[:3]))}?"
+    # Names of one group are alike by its name alone: data.root and data.drop_last.
+    group = key[: -len(last)]
+    alike = [name for name in valid if not name.startswith(group) or get_close_matches(last, [name[len(group) :]])]
+    hint = did_you_mean(key, alike if group else valid, rest)
+    return hint if hint.endswith("?") else did_you_mean("", valid)
 
 
 def unknown_key(key: str, value: object, valid: Sequence[str], owner: str = "") -> str:
     """Message about a key that does not exist, or is not an argument of the class ``owner``; an empty value is left out."""
     given = f" (value {value})" if value != "" else ""
     first, _, rest = key.partition(".")
-    if first == "trainer" and rest in RESERVED_TRAINER_KEYS:
-        return f"{key}{given}: cannot be set in a config; {RESERVED_TRAINER_KEYS[rest]}."
+    name = {"gpus": "devices", "num_processes": "devices"}.get(rest, rest)  # of Lightning 1
+    if first == "trainer" and name in RESERVED_TRAINER_KEYS:
+        return f"{key}{given}: cannot be set in a config; {RESERVED_TRAINER_KEYS[name]}."
     if owner:
         return f"{key}{given}: unknown argument of {owner}{suggest_key(key, valid)}"
     groups = {name.partition(".")[0] for name in valid}

@@ -50,7 +50,7 @@ def local_devices(world: World, accelerator: str, backend: str, env: MutableMapp
     if not bound and visible < world.local_size and not (visible and backend == "gloo"):
         raise UsageError(
             f"{count(world.local_size, 'rank')} on this node, but visible: {count(visible, 'GPU')}; "
-            "use fewer ranks or --trainer.accelerator cpu."
+            f"{'use fewer ranks or ' if world.local_size > 1 and visible else 'use '}--trainer.accelerator cpu."
         )
     return [torch.device("cuda", 0 if bound else index % visible) for index in range(world.local_size)]
 

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 from pathlib import Path
 
 from lockstep.core import SIGNAL_EXIT_STATUSES, FinalTestError, Interrupted, LockstepError, World
@@ -19,6 +20,9 @@ from lockstep.runs.run import Run, describe_run, update_status
 
 _CAUSE_TIMEOUT_SECONDS = 5.0
 """How long a rank that lost its peers waits for the rank that knows the cause."""
+
+_REASON_LENGTH = 300
+"""Characters of a reason; an exception of torch may name each weight."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,11 @@ class Failure(Record):
 
     @property
     def reason(self) -> str:
-        """One line: the rank, and the last line of its report."""
-        last = self.report.strip().splitlines()[-1]
+        """One line: the rank, and the whole message of its exception, shortened, or the last line of its report."""
+        _, is_traceback, end = self.report.strip().rpartition("Traceback (most recent call last):\n")
+        message = list(dropwhile(lambda line: line.startswith("  "), end.splitlines())) if is_traceback else []
+        last = " ".join(" ".join(message or end.splitlines()[-1:]).split())
+        last = last if len(last) <= _REASON_LENGTH else f"{last[:_REASON_LENGTH]}…"
         return last if self.world_size == 1 else f"rank {self.rank} {self.place}: {last}"
 
     @property

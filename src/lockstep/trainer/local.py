@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lockstep.config import split_command
-from lockstep.core import Interrupted, World, clear_line, setup_logging, shell_command
+from lockstep.core import Interrupted, LockstepError, World, clear_line, setup_logging, shell_command
 from lockstep.distributed import PhaseBoard, RankFailed, fork_ranks, phase_limits
 from lockstep.runs import Owner, Run, record_earlier_attempts, record_failure, write_failed_result
 from lockstep.slurm import is_owner_alive
@@ -44,7 +44,13 @@ def run_locally(
     try:
         copy_shards(command, parsed[1], World())
         if nodes * ranks == 1:
-            train(command, parsed, World(), run, attempt)
+            try:
+                train(command, parsed, World(), run, attempt)
+            except LockstepError:
+                raise
+            except Exception as error:
+                error.add_note(f"logs: {run.attempt_folder(attempt)}\n{to_resume}")  # the traceback ends with it
+                raise
             return 0
         preload(parsed[1])
         board = PhaseBoard(nodes * ranks, phase_limits(parsed[1].run.hang_timeout_seconds))

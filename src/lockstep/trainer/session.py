@@ -24,7 +24,7 @@ from lockstep.checkpoint import (
     latest_checkpoint,
     read_checkpoint,
 )
-from lockstep.config import check_start, split_command, with_config
+from lockstep.config import check_not_local, check_start, split_command, with_config
 from lockstep.config.validation import shows_only, validate_arguments
 from lockstep.core import (
     FinalTestError,
@@ -338,6 +338,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
     try:
         world = World.from_env(env)
         command, keys = split_command(with_config(arguments, default=None))
+        check_not_local(keys)
         if not any(map(shows_only, keys)):
             check_start(command, validate_arguments([command, *keys]), [world.size], env)
         parsed = parse_config(keys, command)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lockstep.config import COMMANDS
+from lockstep.config import COMMANDS, check_export_format
 from lockstep.core import CommandLineParser, UsageError, did_you_mean
 from lockstep.runs import LaunchRecord, new_run_id
 from lockstep.slurm import Dependency, SubmittedJob
@@ -177,6 +177,7 @@ def _link(training: Submission, link: Link, env: Mapping[str, str], launcher_fla
     folder = training.folder.with_name(new_run_id())
     if link.command == "export":
         chosen = _export_options(link.keys)
+        check_export_format(chosen.out)
         if link.nodes.max > 1:
             raise UsageError(f"--nodes: {link.nodes}: an export runs on one node; leave it out.")
         if chosen.out.is_absolute() and len(training.sweep_points) > 1:
