@@ -2,7 +2,6 @@
 
 import logging
 import os
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -289,7 +288,7 @@ class TrainingSession:
         context = self.context
         reasons = [attempt.reason or "It finished." for attempt in read_attempts(context.run)]
         result = RunResult(status, context.command, context.world.size, context.attempt, reasons, reason, exit_status)
-        result = replace(describe_run(context.run, result), host=platform.node(), seconds=self.stopwatch.durations())
+        result = replace(describe_run(context.run, result), host=os.uname().nodename, seconds=self.stopwatch.durations())
         if self.trainer is None or self.checkpoints is None:
             return result
         writer, step, epochs = self.checkpoints.writer, self.trainer.global_step, self.trainer.current_epoch
