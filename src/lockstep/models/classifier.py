@@ -89,7 +89,7 @@ class Classifier(LightningModule):
 
     def __init__(
         self,
-        network: str | nn.Module = "resnet18",
+        network: nn.Module | str = "resnet18",
         num_classes: int = 10,
         network_args: dict[str, Any] | None = None,
         criterion: nn.Module | None = None,
