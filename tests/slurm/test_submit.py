@@ -265,7 +265,7 @@ def test_the_benchmark_of_submissions_runs(shell: Shell) -> None:
     assert done.returncode == 0, done.stderr
     assert [line.split("  ")[0].strip() for line in done.stdout.splitlines()[1:]] == [
         "sbatch", "ten lines of submitit", "launch/slurm.py", "launch/slurm.py --no-snapshot",
-        "launch/slurm.py in a folder of 30 files", "a sweep of 2",
+        "launch/slurm.py in a folder of 30 files", "the same once more, when no file has changed", "a sweep of 2",
     ]  # fmt: skip
     assert shell.queue() == before
 
