@@ -31,7 +31,7 @@ def check_ranges(config: Mapping[str, Any]) -> None:
 
 _POSITIVE = (
     *("checkpoint.timeout_seconds", "checkpoint.min_mb_per_second"),
-    *("run.hang_timeout_seconds", "distributed.timeout_minutes", "ddp.bucket_cap_mb", "deepspeed.reduce_bucket_size"),
+    *("run.hang_timeout_seconds", "distributed.timeout_minutes", "ddp.bucket_cap_mb"),
 )
 
 _MINIMA = {
