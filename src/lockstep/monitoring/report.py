@@ -2,14 +2,14 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lockstep.core import World, count, shell_command
-from lockstep.runs import Run, RunResult
+from lockstep.runs import Run, RunResult, read_metrics
 from lockstep.runs.report import write_report
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,22 @@ def draw(run: Run) -> None:
         log.warning("the report cannot be drawn (%s); try again with: %s", what, shell_command("report", run.folder))
 
 
+def mean_speed(rows: Iterable[Mapping[str, str]]) -> tuple[float, float] | None:
+    """Samples per second over all logged steps, and the part of the time spent waiting for data; None if never logged.
+
+    A row covers as many samples as any other, so its time is that of its samples: the mean is the harmonic one.
+    """
+    seconds = waited = logged = 0.0
+    for row in rows:
+        try:
+            rate, wait = float(row["rate/samples_per_second"]), float(row["rate/data_wait"])
+        except (KeyError, TypeError, ValueError):  # a row of a validation, or one that is damaged
+            continue
+        if rate > 0:
+            seconds, waited, logged = seconds + 1 / rate, waited + wait / rate, logged + 1
+    return (logged / seconds, waited / seconds) if seconds else None
+
+
 def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]:
     """Five lines about a finished run: outcome, metrics, throughput, weights, and where its files are.
 
@@ -52,9 +68,8 @@ def summary_lines(run: Run, result: RunResult, wandb_location: str) -> list[str]
     else:
         outcome = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(stage))
         outcome += f" (the final test failed: {result.test_error})" if result.test_error else ""
-    if "rate/samples_per_second" in metrics and "rate/data_wait" in metrics:
-        waiting = f"{metrics['rate/data_wait']:.0%} of the time waiting for data"
-        speed = f"{metrics['rate/samples_per_second']:.0f} samples/s, {waiting}"
+    if (measured := mean_speed(read_metrics(run.metrics))) is not None:
+        speed = f"{measured[0]:.0f} samples/s on average, {measured[1]:.0%} of the time waiting for data"
     elif result.command == "fit":
         speed = "throughput was not measured: fewer steps than trainer.log_every_n_steps"
     else:
