@@ -244,7 +244,7 @@ def test_wandb_may_die_and_loses_no_row(launch: Launch, tmp_path: Path, capfd: p
     calls = "--trainer.callbacks+=support.wandb_calls.WandbCalls"
     run = launch(*DIGITS, "--wandb.mode", "offline", calls, *fault(tmp_path / "once", "wandb", step=33))
     assert run.status == 0
-    assert "W&B's service has died (ConnectionResetError" in capfd.readouterr().err
+    assert "W&B's service has ended (ConnectionResetError" in capfd.readouterr().err
     assert len(list(run.folder.glob("wandb/offline-run-*"))) > 1
     history = read_history(run.folder)
     assert [row["_step"] for row in history] == list(range(len(history)))

@@ -240,7 +240,10 @@ class RunLogger(WandbLogger):
         except (TypeError, ValueError):  # what user code logs is wrong
             raise
         except ConnectionError as error:
-            log.warning("W&B's service has died (%s); it is started again", one_line(error))
+            log.warning(
+                "W&B's service has ended (%s), as signals to a job end it too; it is started again, and no metric is lost",
+                one_line(error),
+            )
             self._try_start()
         except Exception as error:
             self._fail("failed", error)
