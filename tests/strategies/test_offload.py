@@ -205,12 +205,12 @@ def test_a_missing_compiler_is_reported_once(tmp_path: Path) -> None:
     assert told[0].endswith("install it (apt-get install g++ libaio-dev), or use cpu.")
 
 
-def test_a_missing_nvcc_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_nvcc_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed would begin to compile, and end with a message about a path that is not a text."""
     accelerator = SimpleNamespace(device_name=lambda: "cuda")
     monkeypatch.setattr(importlib.import_module("deepspeed.accelerator"), "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(importlib.import_module("torch.utils.cpp_extension"), "CUDA_HOME", None)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(deepspeed_ops, "_is_installed", lambda name: False)
     for_gpus = importlib.import_module("deepspeed.ops.op_builder.fused_adam").FusedAdamBuilder
     monkeypatch.setattr(importlib.import_module("deepspeed.ops.op_builder"), "FusedAdamBuilder", for_gpus)
