@@ -66,6 +66,7 @@ def quiet_environment(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """Remove keys and variables of a launcher, and disable W&B and the report unless a test enables them."""
     for name in ("WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "WANDB_SERVICE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a launcher removes it
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     if "drawn_report" not in request.fixturenames:

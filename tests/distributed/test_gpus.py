@@ -95,7 +95,7 @@ def test_each_rank_has_a_gpu_of_its_own(
     ("visible", "options", "message"),
     [
         ("1", ("gpu",), "2 ranks on this node, but visible: 1 GPU; use fewer ranks or --trainer.accelerator cpu."),
-        ("", ("cuda", "gloo"), "2 ranks on this node, but visible: 0 GPUs; use fewer ranks"),
+        ("", ("cuda", "gloo"), "2 ranks on this node, but visible: 0 GPUs; use --trainer.accelerator cpu."),
         ("MIG-a", ("gpu",), "2 ranks on this node, but visible: 1 GPU; use fewer ranks"),
         ("0,1", ("cpu", "nccl"), "distributed.backend: 'nccl' needs GPUs, and the ranks use CPUs; remove it, or use gloo."),
         ("0,1", ("tpu",), "trainer.accelerator: 'tpu' is not valid"),
