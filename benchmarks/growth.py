@@ -21,9 +21,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import simplejpeg
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
-from torchvision.io import decode_image, write_jpeg
+from torchcodec.decoders import decode_image
 
 from lockstep.core import World, atomic_write_json
 from lockstep.data.decode import center_crop
@@ -232,7 +234,7 @@ def print_workers(files: int, workers: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, image = Path(name, "train"), Path(name, "image.jpg")
         names = [(f"n{number % 1000:08d}/n{number % 1000:08d}_{number:08d}.JPEG", number % 1000) for number in range(files)]
-        write_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), str(image))
+        image.write_bytes(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)))
         folder.mkdir()
         classes = sorted({name.partition("/")[0] for name, _ in names})
         publish_index(index_content(sorted(names), classes, folder, {}), Path(name, "index"), replace=True)
