@@ -127,6 +127,7 @@ def run_and_watch(arguments: Sequence[str]) -> int:
     os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUDA_VISIBLE_DEVICES": "0"}  # the first as Lightning sets it
     for module in ("trainer.preload", "strategies.factory", "distributed.gpus"):
         vars(import_module(f"lockstep.{module}"))["may_have_gpus"] = lambda: True
+    vars(import_module("lockstep.distributed.gpus"))["forked_after_cuda"] = lambda: False  # another test may have asked
     status = local.main(arguments)
     print(asked, file=sys.stderr)
     return 3 if asked else status
