@@ -156,7 +156,7 @@ NVME = ["--strategy", "deepspeed", "--deepspeed.stage", "3", "--deepspeed.offloa
     ("arguments", "message"),
     [
         (NVME, "deepspeed.nvme_path: must be set for deepspeed.offload_optimizer: nvme; give a folder"),
-        ([*NVME, "--deepspeed.nvme_path", "/nowhere"], "deepspeed.nvme_path: /nowhere does not exist; give an existing"),
+        ([*NVME, "--deepspeed.nvme_path", "/proc/no"], "deepspeed.nvme_path: /proc/no does not exist; give an existing"),
         (
             [*NVME, "--deepspeed.nvme_path", "/tmp", "--deepspeed.stage", "2"],
             "deepspeed.offload_optimizer: 'nvme' needs deepspeed.stage 3; it is 2.",
@@ -178,10 +178,10 @@ def test_each_rank_checks_the_folder_which_a_login_node_need_not_have(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = ["--config", str(REPO / "configs/digits.yaml"), *NVME, "--run.root", str(tmp_path / "runs")]
-    submit = [sys.executable, str(REPO / "launch/slurm.py"), *told, "--deepspeed.nvme_path", "/nowhere"]
+    submit = [sys.executable, str(REPO / "launch/slurm.py"), *told, "--deepspeed.nvme_path", "/proc/nowhere"]
     assert "sbatch" in subprocess.run(submit, capture_output=True, text=True, env={"PATH": "/nowhere"}).stderr
     monkeypatch.setattr("lockstep.trainer.session.load_ops", lambda *_: None)
-    for place, problem in (("/nowhere", "/nowhere does not exist on "), ("/proc", "/proc cannot be written on ")):
+    for place, problem in (("/proc/nowhere", "/proc/nowhere does not exist on "), ("/proc", "/proc cannot be written on ")):
         train = multiprocessing.get_context("fork").Process(
             target=lambda place=place: sys.exit(main([*told, "--deepspeed.nvme_path", place], {}))
         )
