@@ -7,8 +7,8 @@
 # The user is lockstep (uid 1000). Any other works too: `--user "$(id -u)" -e HOME=/tmp -v "$PWD:$PWD" -w "$PWD"`. Caches and
 # compiled ops are written to HOME, runs to the current folder.
 
-# Any Debian or Ubuntu image with Python 3.11 or newer; where Python is missing, the distribution's is installed. CUDA is not
-# required: libraries and compiler come from wheels that match torch, the driver from the host.
+# Any Debian or Ubuntu image with Python 3.11 or newer; without Python, that of the distribution is installed. The image needs no
+# CUDA: libraries and compiler come from wheels that match torch, the driver from the host.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS lockstep
@@ -52,13 +52,14 @@ RUN uv pip install --no-cache --no-deps --no-build-isolation --editable . \
 CMD ["python", "launch/local.py", "--help"]
 
 FROM lockstep AS cluster
-# For slurm/cluster.py, which starts a cluster in the container.
+# All packages of `make slurm`, which `make demo` runs first: as this user it could install none.
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends munge slurm-client slurmctld slurmd \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+        mariadb-server-core munge slurm-client slurmctld slurmd slurmdbd \
     && rm -rf /var/lib/apt/lists/*
 USER lockstep
 
-# The last target is the default one. It has no Slurm: the commands of the cluster are outside of the image.
+# The last target is the default. It has no Slurm: only the host needs the commands of the cluster.
 FROM lockstep AS train
 ARG REVISION=unknown
 LABEL org.opencontainers.image.revision=${REVISION}

@@ -1,4 +1,4 @@
-# Every target may be repeated, and is fast when there is nothing to do.
+# Every target can be repeated, and is fast if there is nothing to do.
 .DEFAULT_GOAL := help
 .PHONY: help setup slurm ops demo test test-slurm gpu gpu-wheels lint readme docs pages pictures bench faults lock clean
 SHELL := bash
@@ -56,10 +56,10 @@ test: setup lint ## run ruff, mypy and all tests
 	$(PYTHON) -m pytest
 
 TESTS := tests/slurm
-# What one version of Slurm may do otherwise than another: submit, place ranks, kill, lose nodes, requeue, preempt, cancel, wait.
+# Tests of what may differ between versions of Slurm: submit, place ranks, kill, lose nodes, requeue, preempt, cancel, wait.
 SMOKE := tests/slurm -k "supervision or (chain and not digits) or give_the_same or ranks_are_placed or killed_rank or cancelled_and_lost"
 ifdef SLURM
-test-slurm: ## run the tests that need Slurm, or TESTS (smoke: a few); with SLURM=24.11 on that version, in its Debian's root
+test-slurm: ## run the tests that need Slurm, or TESTS (smoke: a few); with SLURM=24.11 on that version, in a chroot of its Debian release
 	slurm/debian.sh $(SLURM) make test-slurm TESTS='$(TESTS)'
 else
 test-slurm: setup slurm ops
@@ -67,10 +67,10 @@ test-slurm: setup slurm ops
 endif
 
 WHEELS :=
-gpu: ## run what only a GPU can show, and write build/gpu.md; WHEELS=folder installs from there; without a GPU, list it
+gpu: ## run tests and benchmarks that need a GPU, and write build/gpu.md; WHEELS=folder installs from there; without a GPU, list them
 	@WHEELS="$(WHEELS)" tests/gpu/run.sh $(if $(ROWS),--rows $(ROWS))
 
-gpu-wheels: ## fill the folder WHEELS for make gpu on a machine without a network
+gpu-wheels: ## download the dependencies into the folder WHEELS, for make gpu on a machine without a network
 	@[ -n "$(WHEELS)" ] || { echo "gpu-wheels: name a folder: make gpu-wheels WHEELS=/path/to/wheels" >&2; exit 2; }
 	@tests/gpu/wheels.sh "$(WHEELS)"
 
@@ -78,7 +78,7 @@ lint: setup ## run ruff and mypy
 	@echo "== lint: ruff, mypy"
 	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check . && $(VENV)/bin/mypy --no-error-summary
 
-bench: setup slurm ## benchmark a training step, the input of images, a checkpoint, a submission and what grows with samples and files
+bench: setup slurm ## benchmark a training step, image loading, a checkpoint, a submission, and what grows with samples and files
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/input.py
 	$(PYTHON) benchmarks/checkpoint.py
@@ -89,14 +89,14 @@ bench: setup slurm ## benchmark a training step, the input of images, a checkpoi
 faults: setup slurm ## inject faults into jobs on a one-machine Slurm cluster, and print the lost steps and time
 	$(PYTHON) benchmarks/faults.py $(if $(ROWS),--rows $(ROWS))
 
-pages: setup ## write docs/configuration.md and docs/covered.md from what they describe
+pages: setup ## generate docs/configuration.md and docs/covered.md
 	PYTHONPATH=tests $(PYTHON) -m pages.configuration
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PYTHON) -m foreign.page
 
-pictures: setup ## write the pictures of README from a run
+pictures: setup ## draw the pictures of README from a run
 	PYTHONPATH=tests $(PYTHON) -m pages.pictures
 
-docs: setup ## build docs/ as a site in build/docs; a link that leads nowhere is an error
+docs: setup ## build docs/ as a site in build/docs; a broken link is an error
 	@echo "== docs: build/docs/index.html"
 	@export PATH="$$HOME/.local/bin:$$PATH"; uv run --quiet --no-project --isolated --with-requirements docs/requirements.lock \
 	  sphinx-build --quiet --fail-on-warning --keep-going docs build/docs

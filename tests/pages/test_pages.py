@@ -187,6 +187,12 @@ def test_a_wrong_command_is_noticed(project: Path, monkeypatch: pytest.MonkeyPat
             check(shlex.split(line), monkeypatch)
 
 
+def test_the_cluster_image_has_the_packages_of_make_slurm() -> None:
+    lists = re.findall(r"^(?:SLURM|ACCOUNTING)_PACKAGES := (.*)", MAKEFILE, re.MULTILINE)
+    image = (REPO / "Dockerfile").read_text().partition("FROM lockstep AS cluster")[2].partition("FROM ")[0]
+    assert len(lists) == 2 and set(" ".join(lists).split()) <= set(image.split())
+
+
 def test_links_lead_to_a_page_and_a_heading() -> None:
     for page in PAGES:
         for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):

@@ -156,7 +156,7 @@ class WandbOptions:
     """The W&B run, which has the id of the run.
 
     Args:
-        mode: ``auto`` is ``online`` if an API key is configured, else ``offline``; WANDB_MODE overrides it.
+        mode: ``auto`` takes WANDB_MODE if it is set, else is ``online`` if an API key is configured, else ``offline``.
         project: W&B project.
         entity: User or team; null uses your default entity.
         group: Group of the run; W&B shows the runs of a group together.
