@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: ``make docs``, which fails on a warning, such as a link that leads nowhere."""
+"""How Sphinx builds these pages: ``make docs``, which fails on a warning, such as a broken link."""
 
 project = "lockstep"
 extensions = ["myst_parser"]

@@ -164,7 +164,7 @@ ROWS = (
         check=ends_after(12),
     ),
     Row(
-        "`ModelCheckpoint` of one's own",
+        "a custom `ModelCheckpoint`",
         callback("ModelCheckpoint", monitor="val/loss", save_top_k=1, save_last="true"),
         check=has_own_checkpoints,
     ),
@@ -181,7 +181,7 @@ ROWS = (
         model=Backbone,
     ),
     Row(
-        "`BaseFinetuning`, one's own",
+        "a custom `BaseFinetuning`",
         callback("foreign.callbacks.Unfreeze"),
         model=Backbone,
     ),
@@ -192,7 +192,7 @@ ROWS = (
     Row(
         "`ModelPruning` with the lottery ticket",
         callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.2) + " --trainer.max_epochs 4",
-        own_order="on a CPU a plain Trainer trains the original weights too, to which the ticket returns",
+        own_order="on a CPU a plain Trainer also trains the original weights that the ticket restores",
         kill_step=20,
     ),
     Row("`Timer`", callback("Timer", duration="00:01:00:00")),
@@ -227,7 +227,7 @@ ROWS = (
     ),
     Row("a callback sets `should_stop` in mid-epoch", callback("foreign.callbacks.StopAfter", step=10), check=ends_after(10)),
     Row(
-        "a callback whose `state_dict` has an object of any other class",
+        "a callback whose `state_dict` has an object of a custom class",
         callback("foreign.callbacks.KeepsObject"),
         refused="A checkpoint cannot hold ['KeepsObject']['owner']",
     ),

@@ -215,8 +215,8 @@ ROWS = (
     Row("`setup` splits the data at random", data=RandomSplit, own_order=SEEDED_AGAIN),
     Row("`configure_model`", model=Configured, own_order=SEEDED_AGAIN),
     Row("`on_save_checkpoint` and `on_load_checkpoint`", model=Remembers),
-    Row("… with things that are not tensors", model=RemembersEverything),
-    Row("`transfer_batch_to_device` and its neighbours", data=Transfers),
+    Row("… with values that are not tensors", model=RemembersEverything),
+    Row("`transfer_batch_to_device` and the hooks around it", data=Transfers),
     Row("a DataModule with a `state_dict`", data=StatefulData),
     Row(
         "`on_train_epoch_end` and `on_train_end` change weights",

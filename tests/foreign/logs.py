@@ -175,12 +175,12 @@ ROWS = (
         check=wandb_has_every_row,
     ),
     Row(
-        "a `CSVLogger` of one's own (a version of its files for each attempt)",
+        "a custom `CSVLogger` (each attempt writes a new version of its files)",
         "--trainer.logger CSVLogger --trainer.logger.save_dir csv",
         check=has_csv,
     ),
     Row(
-        "a `WandbLogger` of one's own",
+        "a custom `WandbLogger`",
         "--trainer.logger WandbLogger",
         refused="trainer.logger: WandbLogger would log every row to W&B again",
     ),

@@ -278,7 +278,7 @@ ROWS = (
         refused="the keys ['note'] are present in both the LightningModule's and LightningDataModule's hparams",
     ),
     Row(
-        "an object of any other class in a checkpoint",
+        "an object of a custom class in a checkpoint",
         model=KeepsObject,
         refused_late="A checkpoint cannot hold ['own']['reader'] (foreign.modules.Lock)",
     ),
@@ -296,7 +296,7 @@ ROWS = (
         own_order="each rank seeds its own noise",
         per_rank="each rank draws its own noise",
     ),
-    Row("activations computed again in backward", model=Recomputes),
+    Row("activations recomputed in backward", model=Recomputes),
     Row("`torch.compile` of a submodule in `configure_model`", model=Compiled),
-    Row("what a module asks the Trainer", model=AsksTrainer),
+    Row("properties of the Trainer that a module reads", model=AsksTrainer),
 )

@@ -140,7 +140,7 @@ ROWS = (
         "`accumulate_grad_batches`", "--trainer.accumulate_grad_batches 2 --trainer.max_epochs 4", kill_step=10, check=steps(12)
     ),
     Row(
-        "… with a rest at the end of an epoch",
+        "… with fewer batches at the end of an epoch",
         "--trainer.accumulate_grad_batches 4 --trainer.max_epochs 4",
         kill_step=7,
         check=steps(8),

@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 from foreign.base import BATCH_SIZE, SAMPLES, Points, Regression, Row, points
 
-OWN_ORDER = "the order of a shuffled epoch follows from seed and epoch, on any number of ranks"
+OWN_ORDER = "the order of a shuffled epoch depends only on seed and epoch"
 
 
 class Numbered(Dataset[Any]):
@@ -176,9 +176,9 @@ ROWS = (
         own_order=OWN_ORDER,
         check=EACH_ONCE,
     ),
-    Row("a sampler of one's own without `__len__`", model=Counting, data=WithoutLength, check=EACH_ONCE),
+    Row("a custom sampler without `__len__`", model=Counting, data=WithoutLength, check=EACH_ONCE),
     Row(
-        "a sampler of one's own with `set_epoch`",
+        "a custom sampler with `set_epoch`",
         model=Counting,
         data=SetsEpoch,
         check=EACH_ONCE,
@@ -186,14 +186,14 @@ ROWS = (
     Row("a sampler that yields numpy integers", model=Counting, data=NumpyIntegers, check=EACH_ONCE),
     Row("a sampler that yields tensors", model=Counting, data=TensorIndices, check=EACH_ONCE),
     Row(
-        "a batch sampler of one's own that draws from torch's generator",
+        "a custom batch sampler that draws from torch's generator",
         model=Counting,
         data=OwnBatchSampler,
         own_order=OWN_ORDER,
         per_rank="each rank takes all batches",
     ),
     Row(
-        "a `DistributedSampler` of one's own",
+        "a custom `DistributedSampler`",
         model=Counting,
         data=Distributed,
         own_order=OWN_ORDER,

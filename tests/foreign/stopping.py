@@ -39,13 +39,13 @@ LIMITS = (
     Row("… with `min_epochs`", "--trainer.max_epochs 5 --trainer.min_epochs 3", StopsInStep, kill_step=15, check=steps(18)),
     Row("`limit_train_batches`, a number", "--trainer.limit_train_batches 5 --trainer.limit_val_batches 2", check=steps(10)),
     Row(
-        "`limit_train_batches`, a share",
+        "`limit_train_batches`, a fraction",
         "--trainer.limit_train_batches 0.5 --trainer.max_epochs 4",
         kill_step=11,
         check=steps(12),
     ),
     Row("`val_check_interval`, a number", "--trainer.val_check_interval 2"),
-    Row("`val_check_interval`, a share", "--trainer.val_check_interval 0.5"),
+    Row("`val_check_interval`, a fraction", "--trainer.val_check_interval 0.5"),
     Row(
         "`val_check_interval` over epochs",
         "--trainer.val_check_interval 5 --trainer.check_val_every_n_epoch null",

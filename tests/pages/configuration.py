@@ -24,7 +24,7 @@ PAGE = REPO / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
-Every key, with its type, default and meaning. `make pages` writes this page from the sources, and a test compares it with them.
+Every key, with its type, default and meaning. `make pages` generates this page from the sources, and a test compares them.
 
 A key is a line of a YAML file (`--config FILE`, or the name of a shipped config) and a flag of the same name with dots:
 `--checkpoint.keep_last 3`. Later files and flags override earlier ones. `model` and `data` take a class by import path
@@ -78,17 +78,17 @@ def sections() -> dict[str, list[Key]]:
             "optimizer",
             "class path",
             "null",
-            "A torch optimizer for a module without configure_optimizers; its arguments below.",
+            "A torch optimizer for a module without configure_optimizers; its arguments are keys too, such as `optimizer.lr`.",
         ),
-        Key("lr_scheduler", "class path", "null", "A torch schedule for `optimizer`; its arguments below."),
+        Key("lr_scheduler", "class path", "null", "A torch schedule for `optimizer`; likewise."),
     ]
     found["## Flags of lockstep local"] = list(_flags(parser_of(local.main)))
     found["## Flags of lockstep submit"] = [
         flag for flag in _flags(submit.make_parser("")) if flag.name[2:].replace("-", "_") not in PROFILE_FLAGS
     ]
     found[
-        "## Profiles\n\nA profile is a YAML file of these keys. Those of one text or number, `exclusive`, `sbatch` and "
-        "`srun` are flags of `lockstep submit` too, with dashes: `--gpus-per-node 8`."
+        "## Profiles\n\nA profile is a YAML file with these keys. Keys with one text or number, and `exclusive`, `sbatch` "
+        "and `srun`, are flags of `lockstep submit` too, with dashes: `--gpus-per-node 8`."
     ] = [
         *(Key(f.name, _type(f.type), _default(getattr(Profile(), f.name)), f.metadata["help"]) for f in fields(Profile)),
         *(
