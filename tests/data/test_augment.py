@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.runs import Launch
+from support.faults import fault
+from support.runs import Launch, assert_same_run, resume_run
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -128,12 +129,24 @@ def test_accuracy_counts_the_most_probable_class_of_a_mixed_sample() -> None:
     assert metrics.reduce_and_reset(lambda total: total)["accuracy"] == 0.5
 
 
-def test_a_run_with_mixed_samples_is_the_same_on_two_ranks(launch: Launch) -> None:
+def test_a_run_with_mixed_samples_is_the_same_on_two_ranks_and_after_a_kill(launch: Launch, tmp_path: Path) -> None:
     arguments = (
-        *("--trainer.max_steps", "8", "--trainer.log_every_n_steps", "1", "--run.test_after_fit", "false"),
+        *(
+            "--checkpoint.every_n_steps",
+            "2",
+            "--trainer.max_steps",
+            "8",
+            "--trainer.log_every_n_steps",
+            "1",
+            "--run.test_after_fit",
+            "false",
+        ),
         *("--data.augment", "true", "--data.mixup", "0.4", "--data.cutmix", "1.0"),
         "--data.transforms+=torchvision.transforms.v2.RandomErasing",
     )
     one, two = (launch(*arguments, "--ranks", ranks) for ranks in ("1", "2"))
     assert two.series("train/loss") == pytest.approx(one.series("train/loss"), abs=1e-4)
     assert two.series("train/accuracy") == one.series("train/accuracy")
+    killed = launch(*arguments, "--ranks", "2", *fault(tmp_path / "once", "SIGKILL", step=5, rank=1))
+    assert killed.status == 1
+    assert_same_run(resume_run(launch, killed), two)

@@ -36,9 +36,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_weights_on_two_ranks_are_those_of_folders_also_after_a_kill(launch: Launch, tmp_path: Path, root: Path) -> None:
-    undisturbed = undisturbed_run(launch, *run_on("ImageFolder", root / "folders", 2))
-    killed = launch(*run_on("Shards", root / "shards", 2), *fault(tmp_path / "once", "SIGKILL", step=3, rank=1))
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_weights_are_those_of_folders_also_after_a_kill(launch: Launch, tmp_path: Path, root: Path, ranks: int) -> None:
+    undisturbed = undisturbed_run(launch, *run_on("ImageFolder", root / "folders", ranks))
+    killed = launch(*run_on("Shards", root / "shards", ranks), *fault(tmp_path / "once", "SIGKILL", step=3, rank=1))
     assert killed.status == 1
     assert_same_run(resume_run(launch, killed), undisturbed)
 
