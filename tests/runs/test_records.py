@@ -39,6 +39,8 @@ def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
 def test_fields_that_are_none_are_not_written_and_unknown_ones_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "owner.json").write_text('{"job": "7", "colour": "red"}')
     assert Owner.read(tmp_path / "owner.json") == Owner(job="7")
+    (tmp_path / "result.json").write_text('{"status": "failed", "seconds": {"training": 2.0, "idle": 1.0}}')
+    assert RunResult.read(tmp_path / "result.json") == RunResult("failed", seconds=Durations(training=2.0))
     assert "job" not in Owner(host="a", pid=3).as_dict() and str(Owner(job="7")) == "job 7"
 
 

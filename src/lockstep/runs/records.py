@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, get_args, get_type_hints
 
@@ -35,9 +35,9 @@ class Record:
         hints = get_type_hints(cls)
         values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         for name, value in values.items():
-            nested = next((kind for kind in get_args(hints[name]) or (hints[name],) if is_dataclass(kind)), None)
-            if isinstance(nested, type) and isinstance(value, Mapping):
-                values[name] = nested(**value)
+            for kind in get_args(hints[name]):
+                if isinstance(kind, type) and issubclass(kind, Record) and value is not None:
+                    values[name] = kind.from_dict(value)
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Durations:
+class Durations(Record):
     """Where the seconds of a run went, over all of its attempts: ``total`` is the sum of the others, but for rounding.
 
     Attributes:
@@ -222,7 +222,7 @@ class AttemptStart(Record):
 
 
 @dataclass(frozen=True)
-class GitState:
+class GitState(Record):
     """The commit of a checkout, and whether it has uncommitted changes."""
 
     commit: str
@@ -230,7 +230,7 @@ class GitState:
 
 
 @dataclass(frozen=True)
-class SoftwareState:
+class SoftwareState(Record):
     """The version of a package, and the commit of its checkout, if it runs from one."""
 
     version: str
@@ -239,7 +239,7 @@ class SoftwareState:
 
 
 @dataclass(frozen=True)
-class SweepRun:
+class SweepRun(Record):
     """Which run of a sweep this is: the folder name of the sweep, the index in its array, and the values of the swept keys."""
 
     id: str
