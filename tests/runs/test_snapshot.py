@@ -1,6 +1,7 @@
 """The contents of a snapshot, in a checkout and in a plain folder."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -103,11 +104,13 @@ def test_files_that_have_not_changed_are_linked_to_their_copies(project: Path, m
     assert [(third / "code/project" / name).read_text() for name in names] == ["TRAIN ME.PY", names[1]]
     with pytest.raises(UsageError, match="contains the W&B key"):
         snapshot_of(project, "20260101-000005-0000", secrets=("größe",))
-    for cache in (project.parent / "caches").iterdir():
-        cache.write_text("{")
     shutil.rmtree(third)
-    fourth, _ = snapshot_of(project, "20260101-000006-0000")
-    assert (fourth / "code/project" / names[0]).read_text() == "TRAIN ME.PY"
+    for number, damage in enumerate(("{", '"files": {}', f'"files": {{"{names[0]}": []}}', f'"files": {{"{names[0]}": 7}}')):
+        for cache in (project.parent / "caches").iterdir():
+            known = json.loads(cache.read_text())
+            cache.write_text(damage if damage == "{" else f'{{"secrets": "{known["secrets"]}", {damage}}}')
+        fourth, _ = snapshot_of(project, f"20260101-000006-{number:04}")
+        assert (fourth / "code/project" / names[0]).read_text() == "TRAIN ME.PY"
 
 
 def test_a_changed_file_a_missing_file_and_another_snapshot_are_rejected(project: Path) -> None:
@@ -175,3 +178,20 @@ def test_a_file_that_vanishes_and_a_tracked_folder_that_is_a_link_now(project: P
     run, files = snapshot_of(project)
     assert {"inner", "moved/größe.py", "train me.py"} <= set(files) and "temporary.py" not in files
     assert (run / "code/project/inner/größe.py").read_text() == "inner/größe.py"
+
+
+def test_a_tracked_folder_that_is_a_file_now(project: Path) -> None:
+    git(project, "init")
+    git(project, "add", "inner")
+    shutil.rmtree(project / "inner")
+    (project / "inner").write_text("x = 1")
+    assert snapshot_of(project)[1] == ["inner", "train me.py"]
+
+
+def test_a_checkout_that_git_cannot_read_is_one_sentence(project: Path) -> None:
+    git(project, "init")
+    (project / ".git/index").write_text("damaged")
+    with pytest.raises(
+        UsageError, match=r"^snapshot: git refuses the checkout around .*index.*; fix that, or use --no-snapshot\.$"
+    ):
+        snapshot_of(project)

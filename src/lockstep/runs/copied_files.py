@@ -34,14 +34,14 @@ class CopiedFiles:
 
     def link(self, name: str, state: os.stat_result, target: str) -> str:
         """Link ``target`` to the copy of the file ``name``, and return its SHA-256; an empty text if it is to be copied."""
-        *known, digest = self._known.get(name, ("",))
-        if known == _identity(state):
+        known = self._known.get(name)
+        if isinstance(known, list) and known[:-1] == _identity(state):
             copy = f"{self._copies}/{name}"
             with suppress(OSError):  # it is gone, or the target is on another file system
                 found = os.stat(copy, follow_symlinks=False)
                 if (found.st_size, found.st_mtime_ns, found.st_mode) == (state.st_size, state.st_mtime_ns, state.st_mode):
                     os.link(copy, target)
-                    return str(digest)
+                    return str(known[-1])
         self._all_linked = False
         return ""
 

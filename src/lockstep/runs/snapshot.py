@@ -186,10 +186,10 @@ def _map_files(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 
 def _state(root: Path, name: str) -> os.stat_result | None:
-    """The file's own state, even if it is a symbolic link; None if it is tracked, but deleted."""
+    """The state of the file itself, even if it is a symbolic link; None if it is tracked, but deleted."""
     try:
         return os.lstat(f"{root}/{name}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a file may have taken the place of its folder
         return None
 
 
@@ -261,10 +261,17 @@ def _find_checkout(here: Path) -> tuple[Path | None, bool]:
         return None, False
     root = os.fsdecode(done.stdout.partition(b"\n")[0])
     if not root and any((folder / ".git").exists() for folder in (here, *here.parents)):
-        reason = os.fsdecode(done.stderr).strip().splitlines()[0]
-        raise UsageError(f"snapshot: git refuses the checkout around {here}: {reason}; fix that, or use --no-snapshot.")
+        raise _git_error(here, done.stderr)
     return Path(root) if root else None, done.returncode == 0
 
 
 def _git(folder: Path, *arguments: str) -> bytes:
-    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=True).stdout
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True)
+    if done.returncode:
+        raise _git_error(folder, done.stderr)
+    return done.stdout
+
+
+def _git_error(folder: Path, stderr: bytes) -> UsageError:
+    reason = os.fsdecode(stderr).strip().partition("\n")[0]
+    return UsageError(f"snapshot: git refuses the checkout around {folder}: {reason}; fix that, or use --no-snapshot.")
