@@ -109,15 +109,18 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
 def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
     probabilities = numpy.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]], "f4")
     half = (numpy.array([[1.5], [-2.0]], "f4").view("u4") >> 16).astype("u2")
+    large = ("I64", numpy.array([[10**9, 10**12]]))  # such as the numbers of samples
     written = {"p": ("F32", probabilities), "half": ("BF16", half), "labels": ("I64", numpy.array([3, 4])), "x": ("F8", half)}
+    written |= {"large": large, "empty": ("F32", numpy.zeros((2, 0), "f4"))}
     write_tensors(tmp_path / "x", written)
-    p, bf16, labels, unknown = read_predictions(tmp_path / "x")
+    p, bf16, labels, unknown, big, empty = read_predictions(tmp_path / "x")
     assert p.are_probabilities and p.values is not None and p.values.argmax(1).tolist() == [0, 1, 1]
     assert bf16.values is not None and bf16.values.tolist() == [[1.5], [-2.0]] and not bf16.are_probabilities
     assert labels.values is not None and labels.values.tolist() == [3, 4]
     assert unknown == Predicted("x", "F8", (2, 1), None)
-    figure = make_figure("x", Chart([], {}, []), [], [p, bf16, labels, unknown])
-    assert [axes.get_title("left").partition(":")[0] for axes in figure.axes] == ["p", "p", "half", "labels"]
+    assert empty.values is not None and empty.values.shape == (2, 0)
+    figure = make_figure("x", Chart([], {}, []), [], [p, bf16, labels, unknown, big, empty])
+    assert [axes.get_title("left").partition(":")[0] for axes in figure.axes] == ["p", "p", "half", "labels", "large"]
     assert all(axes.patches for axes in figure.axes)
 
 

@@ -18,6 +18,7 @@ _INCH_PER_ROW, _WIDTH, _HEAD = 3.0, 11.0, 0.75
 _LEGEND_COLUMNS, _MAX_LEGEND = 3, 6
 _MAX_TENSORS = 6
 _MAX_CLASSES = 50
+_MAX_BARS = 1000
 
 
 def draw_picture(title: str, chart: Chart, restarts: Sequence[int], predictions: Sequence[Predicted]) -> bytes:
@@ -161,7 +162,11 @@ def _draw_predictions(axes: "Axes", tensor: Predicted, how: str) -> None:
 
 
 def _draw_counts(axes: "Axes", classes: "numpy.ndarray[Any, Any]", count: int) -> None:
+    """Draw one bar for each class; a histogram where they are too many for bars, such as the words of a vocabulary."""
     import numpy
 
-    axes.bar(range(count), numpy.bincount(classes.astype("i8"), minlength=count))
+    if count > _MAX_BARS:
+        axes.hist(classes, bins=50, range=(0, count))
+    else:
+        axes.bar(range(count), numpy.bincount(classes.astype("i8"), minlength=count))
     axes.locator_params("x", integer=True)

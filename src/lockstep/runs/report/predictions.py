@@ -62,8 +62,8 @@ def _read(path: Path, begin: int, name: str, entry: dict[str, Any]) -> Predicted
     kind, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
     if (code := {**_TYPES, **_FLOATS}.get(kind)) is None or not shape:
         return Predicted(name, kind, shape, None)
-    row = max(1, int(numpy.prod(shape[1:])))
-    rows = min(shape[0], max(1, _MAX_VALUES // row))
+    row = int(numpy.prod(shape[1:]))
+    rows = min(shape[0], max(1, _MAX_VALUES // max(1, row)))
     with path.open("rb") as file:
         file.seek(begin + int(entry["data_offsets"][0]))
         values = numpy.fromfile(file, numpy.dtype(f"<{code}" if code != "?" else code), rows * row)
