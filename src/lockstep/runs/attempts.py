@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lockstep.runs.failure import read_first_failure
@@ -60,13 +61,14 @@ def read_attempts(run: Run) -> list[Attempt]:
 def append_attempt(run: Run, attempt: Attempt) -> None:
     """Record an attempt; a full disk leaves no partial line and does not end the run."""
     path = run.folder / "attempts.jsonl"
-    size = path.stat().st_size if path.exists() else 0
+    before = path.read_bytes() if path.exists() else b""
+    separator = "" if before.endswith(b"\n") or not before else "\n"  # after a partial line that a kill has left
     try:
         with path.open("a") as file:
-            file.write(json.dumps(attempt.as_dict(), ensure_ascii=False) + "\n")
+            file.write(separator + json.dumps(attempt.as_dict(), ensure_ascii=False) + "\n")
     except OSError as error:
-        if path.exists():
-            os.truncate(path, size)
+        with suppress(OSError):
+            os.truncate(path, len(before))
         print(f"lockstep: {path} could not be written ({error.strerror}).", file=sys.stderr)
 
 

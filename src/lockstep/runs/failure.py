@@ -6,9 +6,9 @@ its report is recorded, and the others refer to it.
 
 import os
 import platform
+import secrets
 import signal
 import sys
-import time
 import traceback
 from dataclasses import dataclass, replace
 from itertools import dropwhile
@@ -17,9 +17,6 @@ from pathlib import Path
 from lockstep.core import SIGNAL_EXIT_STATUSES, FinalTestError, Interrupted, LockstepError, World
 from lockstep.runs.records import Record, RunResult
 from lockstep.runs.run import Run, describe_run, update_status
-
-_CAUSE_TIMEOUT_SECONDS = 5.0
-"""How long a rank that lost its peers waits for the rank that knows the cause."""
 
 _REASON_LENGTH = 300
 """Characters of a reason; an exception of torch may name each weight."""
@@ -113,25 +110,20 @@ def read_first_failure(run: Run, attempt: int) -> Failure | None:
     return Failure.read(_failure_path(run, attempt)) if attempt else None
 
 
-def wait_for_first_failure(run: Run, attempt: int) -> Failure | None:
-    """Return the first failure, waiting a moment for it: for a rank that only lost its peers."""
-    deadline = time.monotonic() + _CAUSE_TIMEOUT_SECONDS
-    while (found := read_first_failure(run, attempt)) is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return found
-
-
 def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
     """Record ``failure`` if it is the first of its attempt, add it to the log of rank zero, and return the first one."""
     path = _failure_path(run, attempt)
-    temporary = path.with_name(f".failure.{failure.rank}")
-    failure.write(temporary)
+    temporary = path.with_name(f".failure.{secrets.token_hex(4)}")  # a rank and its watchdog or agent may record at once
     try:
+        failure.write(temporary)
         os.link(temporary, path)  # fails where the file exists
     except FileExistsError:
         return read_first_failure(run, attempt) or failure
+    except OSError as error:  # a full disk must not hide the failure
+        print(f"lockstep: {path} cannot be written ({error.strerror}): {failure.report}", file=sys.stderr)
+        return failure
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     what = "lost a peer, which left no report" if failure.is_secondary else "failed first"
     place = f"rank {failure.rank} of {failure.world_size} {failure.place} {what}.\n" if failure.world_size > 1 else ""
     with run.log(attempt).open("a") as log:
@@ -143,7 +135,7 @@ def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
     """Record in ``result.json`` why an attempt failed: rank zero may have had no time, or may not know."""
     if write_trained_result(run, attempt, failure):
         return
-    result = RunResult.read(run.result)
+    result = run.result_of(attempt)
     if (failure.is_interruption and result is not None) or run.is_superseded(attempt):
         return
     if run.finished_before(attempt) is not None:

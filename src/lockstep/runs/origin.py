@@ -34,7 +34,8 @@ def git_state(folder: Path) -> GitState | None:
     """Commit of the checkout around ``folder`` and whether it has uncommitted changes; None without a commit."""
     command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        # A file name may be no UTF-8.
+        lines = subprocess.run(command, capture_output=True, check=True, text=True, errors="replace").stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
     commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "(initial)")
