@@ -17,7 +17,7 @@ from support.waiting import wait_until
 from support.wandb_reader import read_history
 
 from lockstep.core import Superseded, UsageError
-from lockstep.runs import Failure, Owner, Run, RunProgress, RunResult, touches_claim, write_failed_result
+from lockstep.runs import Failure, Owner, Run, RunProgress, RunResult, claim_heartbeat, write_failed_result
 from lockstep.slurm import is_owner_alive
 
 ROUNDS, CLAIMANTS = 200, 6
@@ -85,8 +85,8 @@ def test_an_owner_that_cannot_be_queried_lives_while_it_reports(tmp_path: Path, 
     assert run.living_owner(lambda owner: None) == owner  # a long validation: it touches its claim
     os.utime(run.claim(1), (ago, ago))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lockstep.runs.ownership._TOUCH_SECONDS", 0.01)
-        with touches_claim(run, 1):
+        patch.setattr("lockstep.runs.ownership._HEARTBEAT_SECONDS", 0.01)
+        with claim_heartbeat(run, 1):
             wait_until(lambda: run.living_owner(lambda owner: None) == owner, 5)
     os.utime(run.claim(1), (ago, ago))
     assert run.living_owner(lambda owner: None) is None

@@ -309,7 +309,7 @@ def forgotten(stubs: Stubs, ending: list[str]) -> dict[str, list[RunStatus]]:
         ("held", 4, "cancelled", ""),
         ("depends", 4, "cancelled", "The job that it waited for did not succeed."),
         ("late", 5, "over its time limit", "--time"),
-        ("memory", 6, "out of memory", "more memory than it had asked for; ask for more with --mem."),
+        ("memory", 6, "out of memory", "more memory than it requested; request more with --mem."),
         ("lost", 7, "a node failed", "A node of n5 was lost."),
         ("preempted", 7, "preempted", "has not requeued it"),
         ("requeued.finished", 0, "finished", ""),

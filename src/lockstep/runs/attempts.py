@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 _UNKNOWN_JOB = "Slurm ended the job: preempted, requeued, or a node was lost."
 _UNKNOWN_LOCAL = "It ended without a report: its process was killed, or its machine was lost."
-"""Reasons of attempts that left none."""
+"""Reasons for attempts that left no report."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Attempt(Record):
 
 
 def read_attempts(run: Run) -> list[Attempt]:
-    """Return all attempts that were recorded; a partial line, as a full disk leaves it, is skipped."""
+    """Return all recorded attempts; a damaged line is named and skipped."""
     path = run.folder / "attempts.jsonl"
     found = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
@@ -73,7 +73,7 @@ def append_attempt(run: Run, attempt: Attempt) -> None:
 
 
 def record_earlier_attempts(run: Run, newest: int) -> None:
-    """Record attempts before the ``newest`` that nothing has recorded: local ones, and those whose batch script was killed."""
+    """Record the attempts before ``newest`` that are not recorded yet: local ones, and those whose batch script was killed."""
     recorded = {attempt.attempt for attempt in read_attempts(run)}
     result, progress = RunResult.read(run.result), RunProgress.read(run.status)
     for number in range(1, newest):
@@ -85,7 +85,7 @@ def record_earlier_attempts(run: Run, newest: int) -> None:
 def _earlier_attempt(
     run: Run, number: int, start: AttemptStart, result: RunResult | None, progress: RunProgress | None
 ) -> Attempt:
-    """What is known about an attempt of which nobody has recorded the end; ``result`` is its own, if it left one."""
+    """Build the record of an attempt from what it left; ``result`` is None if it wrote none."""
     reason, is_local = result.reason if result is not None else None, not start.job
     if is_local and (result is None or result.status != "interrupted"):  # rank zero may only know that a peer is gone
         failure = read_first_failure(run, number)

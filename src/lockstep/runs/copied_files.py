@@ -1,4 +1,4 @@
-"""The files that the newest snapshot of a folder has copied: the next one links those that have not changed since.
+"""A cache of the files in the newest snapshot of a folder: the next snapshot links those that have not changed since.
 
 As in git's index, a file has not changed if its inode, size, mode and both times are the same.
 """
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 _RECENT_NS = 2_000_000_000
-"""A file changed so shortly before may change again within one tick of its file system's clock, unnoticed."""
+"""A file that changed this recently may change again within one tick of its file system's clock, unnoticed."""
 
 
 class CopiedFiles:
-    """What is known of the files of one folder.
+    """The files of one folder at its newest snapshot, and where their copies are.
 
     Args:
-        path: Where it is kept. It is only a cache: without it, or if it is damaged, all files are copied.
-        secrets: Texts that no copied file contains. With other ones, all files are searched, and so copied, again.
+        path: File of the cache. If it is missing or damaged, all files are copied.
+        secrets: Texts that no copied file contains. If they change, all files are searched again, and so copied.
     """
 
     def __init__(self, path: Path, secrets: Sequence[str]) -> None:
@@ -33,7 +33,7 @@ class CopiedFiles:
         self._all_linked = True
 
     def link(self, name: str, state: os.stat_result, target: str) -> str:
-        """Link ``target`` to the copy of the file ``name``, and return its SHA-256; an empty text if it is to be copied."""
+        """Link ``target`` to the copy of the file ``name``, and return its SHA-256; an empty text if it must be copied."""
         known = self._known.get(name)
         if isinstance(known, list) and known[:-1] == _identity(state):
             copy = f"{self._copies}/{name}"
@@ -46,7 +46,7 @@ class CopiedFiles:
         return ""
 
     def write(self, copies: Path, states: Mapping[str, os.stat_result], digests: Mapping[str, str]) -> None:
-        """Record that ``copies`` has the files with ``states``, as they were before they were read."""
+        """Record the files in the folder ``copies``, with their ``states`` from before they were read."""
         if self._all_linked:
             return
         before = self._started - _RECENT_NS

@@ -1,4 +1,4 @@
-"""The classifier of endings: why a run or an attempt ended, from its records, its output and Slurm's job state.
+"""Decide why a run or an attempt ended, from its records, its output and Slurm's job state.
 
 Ranks, the supervisor of a Slurm job, local launches and ``jobs.py status`` all ask ``classify_ending``.
 """
@@ -21,14 +21,14 @@ TERMINAL_STATES = {
     "BOOT_FAIL": (7, "a node failed"),
     "PREEMPTED": (7, "preempted"),
 }
-"""Slurm's states of a job that has ended: exit status of ``follow`` and ``status``, and a word."""
+"""Slurm's terminal job states, each with the exit status of ``follow`` and ``status``, and a description."""
 
 _ENDED_BY_SLURM = re.compile(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|PREEMPTION)")
 _STATES_IN_OUTPUT = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
 """What slurmstepd writes when it ends a job, and the state of the job."""
 
-OVER_MEMORY = "It used more memory than it had asked for; ask for more with --mem."
-"""How the reason of such an ending begins; what follows differs from attempt to attempt, as the amount of memory does."""
+OVER_MEMORY = "It used more memory than it requested; request more with --mem."
+"""The first sentence of each reason of this kind. The rest differs between attempts, such as the amount of memory."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class JobState(Record):
         start: When it started, or is expected to.
         elapsed, limit: Time used, and allowed.
         exit_status: Of the batch script; 128 and more for a signal.
-        memory: What its largest task used of what it had asked for, such as ``268166K of 50M``, where accounting knows it.
+        memory: What its largest task used of what it requested, such as ``268166K of 50M``; empty if accounting has no value.
         dependency: The conditions on other jobs that do not hold yet.
     """
 
@@ -69,6 +69,7 @@ class Evidence:
         exit_status: Of srun or of the batch script; None if unknown.
         job: Slurm's view of the job that has ended; None while it runs, or where Slurm has forgotten it.
         was_cancelled: Whether ``jobs.py cancel`` was called.
+        is_forgotten: Whether Slurm no longer knows the job.
     """
 
     result: RunResult | None = None
@@ -86,8 +87,8 @@ class LostTask:
 
     Attributes:
         sentence: What they say, with its cause.
-        is_killed: Whether SIGKILL from outside ended it, which has no known cause.
-        is_out_of_memory: Whether Slurm ended it over its limit of memory.
+        is_killed: Whether SIGKILL from outside ended it; the cause is unknown.
+        is_out_of_memory: Whether Slurm ended it because it exceeded its memory limit.
     """
 
     sentence: str
@@ -100,10 +101,10 @@ class Ending:
     """Why a run or an attempt ended.
 
     Attributes:
-        state: ``finished``, ``failed``, ``interrupted``, or one of the words of ``TERMINAL_STATES``.
+        state: ``finished``, ``failed``, ``interrupted``, ``gone``, or a description of ``TERMINAL_STATES``.
         exit_status: 0 finished, 1 failed, 2 usage error, 4 to 7 as in ``TERMINAL_STATES``, 128 and more for a signal.
         reason: One sentence; may be empty.
-        is_explained: Whether the cause is known. A kill from outside has none: it may happen twice and is not a bug.
+        is_explained: Whether the cause is known. That of a kill from outside is not: it may happen twice and is not a bug.
     """
 
     state: str
@@ -163,7 +164,7 @@ def classify_ending(evidence: Evidence) -> Ending:
 
 
 def _out_of_memory(lost: LostTask | None, failure: Failure | None, job: JobState | None = None) -> Ending:
-    """The ending of a job over its memory: the rank that the kernel has killed, else what Slurm says."""
+    """The ending of a job that exceeded its memory; names the rank that the kernel killed, else quotes Slurm."""
     is_named = failure is not None and failure.is_out_of_memory
     killed = failure.reason if failure is not None and (is_named or failure.is_killed) else ""
     said = lost.sentence if lost is not None and not is_named else ""
@@ -178,7 +179,7 @@ def _ending_by_slurm(job: JobState, lost: LostTask | None, failure: Failure | No
     if job.state == "OUT_OF_MEMORY" or (job.state == "CANCELLED" and lost is not None and lost.is_out_of_memory):
         return _out_of_memory(lost, failure, job)
     reasons = {
-        "TIMEOUT": f"It was ended at its time limit of {job.limit}; ask for more with --time.",
+        "TIMEOUT": f"It was ended at its time limit of {job.limit}; request more with --time.",
         "NODE_FAIL": f"A node of {job.nodes} was lost.",
         "PREEMPTED": "Slurm has preempted it, and has not requeued it.",
     }
@@ -189,12 +190,12 @@ def _ending_by_slurm(job: JobState, lost: LostTask | None, failure: Failure | No
 
 
 def _run_exit_status(status: int) -> int:
-    """The exit status of a run: that of a script or of user code must not look like one of Slurm's."""
+    """The exit status of a run; other statuses of scripts or user code become 1, as 4 to 7 have a meaning of their own."""
     return status if status == 2 or status in SIGNAL_EXIT_STATUSES else 1
 
 
 def killed_task(output: str) -> LostTask | None:
-    """The task that was killed, from srun's words in the output of an attempt; None if none was."""
+    """The killed task that Slurm names in the output of an attempt; None if it names none."""
     if over := re.search(r"(?i)error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)", output):
         return LostTask(f"Slurm says: {over[1].strip().rstrip('.')}.", is_out_of_memory=True)
     killed = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", output)
@@ -205,7 +206,7 @@ def killed_task(output: str) -> LostTask | None:
 
 
 def exited_task(output: str, failure: Failure | None) -> LostTask | None:
-    """The first task that exited by itself, where no rank recorded a failure; None if none did."""
+    """The first task that srun says exited without a signal; None if it names none."""
     if (found := re.search(r"error: (execve\(\): .+)", output)) and failure is None:
         return LostTask(f"Slurm says: {found[1].rstrip('.')}.")
     first = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): Exited with exit code (\d+)", output)

@@ -32,8 +32,8 @@ class Failure(Record):
         report: One sentence, or a traceback.
         is_secondary: Whether it only lost a connection because another rank was gone.
         is_permanent: Whether another attempt would fail in the same way.
-        is_killed: Whether SIGKILL from outside ended it, which has no known cause and may not happen again.
-        is_out_of_memory: Whether the kernel did that because the job used more memory than it may.
+        is_killed: Whether SIGKILL from outside ended it; the cause is unknown, and it may not happen again.
+        is_out_of_memory: Whether the kernel killed it because the job exceeded its memory limit.
         in_final_test: Whether user code failed in the test that follows a finished training.
     """
 
@@ -51,7 +51,7 @@ class Failure(Record):
 
     @classmethod
     def from_report(cls, report: str, world: World) -> "Failure":
-        """The failure of a rank of this machine that did not report it itself."""
+        """The failure of a rank on this machine that could not report it itself."""
         return cls(world.rank, world.size, world.node_rank, _host(), report)
 
     @classmethod
@@ -132,7 +132,7 @@ def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
 
 
 def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
-    """Record in ``result.json`` why an attempt failed: rank zero may have had no time, or may not know."""
+    """Record in ``result.json`` why an attempt failed; for a rank zero that had no time to, or does not know the cause."""
     if write_trained_result(run, attempt, failure):
         return
     result = run.result_of(attempt)
@@ -148,7 +148,7 @@ def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
 
 
 def write_trained_result(run: Run, attempt: int, failure: Failure) -> bool:
-    """Write the result of a finished training whose final test has ended with ``failure``; return whether that is so."""
+    """Record a final test that failed after a finished training; return False if ``failure`` is not of this kind."""
     trained = RunResult.read(run.trained_result(attempt)) if failure.in_final_test else None
     if trained is None or run.is_superseded(attempt):
         return False
@@ -162,7 +162,7 @@ def _failure_path(run: Run, attempt: int) -> Path:
 
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Whether ``error`` is that of a collective whose peer is gone."""
+    """Whether ``error`` comes from a collective that has lost a peer."""
     torch = sys.modules.get("torch")  # not imported yet: no collective either
     if torch is not None and isinstance(error, torch.distributed.DistError):
         return True

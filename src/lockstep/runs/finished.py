@@ -1,4 +1,4 @@
-"""Whether a finished run that is to be resumed has anything left to do."""
+"""Decide whether resuming a finished run would do anything."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,10 @@ from lockstep.runs.run import Run
 
 
 def nothing_left(run: Run, config: Mapping[str, Any]) -> str | None:
-    """Why there is nothing to do for a run with this ``config``, in one sentence; None if it has to train, or to test.
+    """Say in one sentence why resuming ``run`` with this ``config`` would do nothing; None if it would train or test.
 
-    That is so if it has finished, its final test too, and the config does not let it train on: it is that of the run, or its
-    limits are reached.
+    It would do nothing if training and final test have finished, and either the limits in ``config`` are reached or
+    ``config`` is that of the run.
 
     Raises:
         UsageError: ``config.yaml`` of the run is damaged.

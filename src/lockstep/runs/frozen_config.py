@@ -13,17 +13,17 @@ from lockstep.runs.snapshot import CodePaths, check_secrets
 
 @dataclass(frozen=True)
 class ConfigFreezer:
-    """Replaces the config files in arguments by their copies: in the snapshot ``code``, else in ``folder``."""
+    """Replace the config files in arguments with copies: those in the snapshot ``code``, else new ones in ``folder``."""
 
     code: CodePaths
     folder: Path
     secrets: tuple[str, ...]
-    _copies: dict[str, Path] = field(default_factory=dict)
+    _copies: dict[str, Path] = field(default_factory=dict, init=False)
 
     def freeze(self, arguments: Sequence[str]) -> tuple[str, ...]:
         """Return ``arguments`` with the path of each config file replaced; raise UsageError if one contains a secret."""
         frozen: list[str] = []
-        flag = ""  # the one before, where its value is an argument of its own
+        flag = ""  # the argument before, if it is a flag without a value
         for argument in arguments:
             name, equals, value = argument.partition("=") if argument.startswith("--") else (flag, "", argument)
             takes_file = name in ("--config", "--deepspeed.config") or (

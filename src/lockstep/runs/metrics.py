@@ -5,7 +5,7 @@ from io import StringIO
 from pathlib import Path
 
 METRICS_ROW = "lockstep/row"
-"""Name of the number of a row, counted from 1, in ``metrics.csv`` and in W&B."""
+"""Name of the column with the row number, counted from 1, in ``metrics.csv`` and in W&B."""
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -14,5 +14,5 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         content = path.read_bytes()
     except FileNotFoundError:
         return []
-    complete = content[: content.rfind(b"\n") + 1]  # a run that trains, or was killed, may have written a part of a line
+    complete = content[: content.rfind(b"\n") + 1]  # a run that trains or was killed may leave a partial line
     return list(csv.DictReader(StringIO(complete.decode(errors="replace"), newline="")))

@@ -1,4 +1,4 @@
-"""Where a run comes from: what was typed, the commit of a checkout, and lockstep's own version and commit."""
+"""The origin of a run: the command as typed, the commit of a checkout, and lockstep's own version and commit."""
 
 import shlex
 import shutil
@@ -18,8 +18,8 @@ def typed_command(command: Sequence[str], process: Sequence[str]) -> str:
 
     Args:
         command: What the program calls itself, in one or two words, and its arguments.
-        process: The command line of this process. Where another one has called the program as a function, such as a notebook,
-            it does not have the arguments, and ``command`` is all that is known.
+        process: The command line of this process. It lacks the arguments if they were passed to a function, as in a
+            notebook; then ``command`` is all that is known.
     """
     words, known = list(command), list(command[1:])
     tail = list(process[len(process) - len(known) :])
@@ -34,7 +34,7 @@ def git_state(folder: Path) -> GitState | None:
     """Commit of the checkout around ``folder`` and whether it has uncommitted changes; None without a commit."""
     command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch"]
     try:
-        # A file name may be no UTF-8.
+        # File names may not be UTF-8.
         lines = subprocess.run(command, capture_output=True, check=True, text=True, errors="replace").stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -43,7 +43,7 @@ def git_state(folder: Path) -> GitState | None:
 
 
 def lockstep_state() -> SoftwareState:
-    """Version of this lockstep; and the commit, where it runs from a checkout of its own and not from site-packages."""
+    """Version of this lockstep, and its commit if it runs from its own checkout and not from site-packages."""
     root = _PACKAGE.parents[1]
     git = git_state(root) if (root / ".git").exists() else None
     return SoftwareState(lockstep.__version__, git.commit if git else None, git.changed if git else None)

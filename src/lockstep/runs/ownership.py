@@ -1,4 +1,4 @@
-"""Whether an attempt still owns its run, without a question to the file system for each write."""
+"""Check whether an attempt still owns its run, without a file system query for each write."""
 
 import os
 import threading
@@ -8,19 +8,19 @@ from contextlib import contextmanager, suppress
 
 from lockstep.runs.run import Run
 
-_TOUCH_SECONDS = 15.0
+_HEARTBEAT_SECONDS = 15.0
 
 OWNER_SECONDS = 1.0
-"""For how long an attempt may not notice that a newer one has claimed the run."""
+"""How long it may take an attempt to notice that a newer one has claimed the run."""
 
 
 @contextmanager
-def touches_claim(run: Run, attempt: int) -> Iterator[None]:
-    """Show that this attempt lives, also where it writes nothing for long, as in a validation or while it prepares data."""
+def claim_heartbeat(run: Run, attempt: int) -> Iterator[None]:
+    """Touch the claim regularly: a sign of life during a long validation or data preparation, which write nothing."""
     stopped = threading.Event()
 
     def touch() -> None:
-        while not stopped.wait(_TOUCH_SECONDS):
+        while not stopped.wait(_HEARTBEAT_SECONDS):
             with suppress(OSError):  # a full disk must not end a run
                 os.utime(run.claim(attempt))
 
@@ -34,8 +34,8 @@ def touches_claim(run: Run, attempt: int) -> Iterator[None]:
 class Ownership:
     """The claim of one attempt to its run.
 
-    ``check_now`` stands before writes that replace what a newer attempt may have written: results, status, checkpoints. The
-    other two are free: they query the file system at most once in OWNER_SECONDS.
+    Call ``check_now`` before writes that may replace those of a newer attempt: results, status, checkpoints. The other two
+    are cheap: they query the file system at most once in OWNER_SECONDS.
     """
 
     def __init__(self, run: Run, attempt: int) -> None:

@@ -1,4 +1,4 @@
-"""Typed records in a run folder; a damaged file is named and ignored."""
+"""Typed records in a run folder; reading a damaged file logs a warning and returns None."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """Read the record; None where the file is missing, or damaged, which the log says."""
+        """Read the record; None if the file is missing, or damaged, which is logged."""
         try:
             text = path.read_text()
             return cls.from_dict(yaml.load(text, _Loader) if path.suffix == ".yaml" else json.loads(text))
@@ -58,7 +58,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write the record, JSON atomically: after an OSError the old file remains."""
-        if path.suffix == ".yaml":  # written once: flushing that of each run of a large sweep to disk would take seconds
+        if path.suffix == ".yaml":  # written once; fsync for each run of a large sweep would take seconds
             path.write_text(yaml.dump(self.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
         else:
             atomic_write_json(path, self.as_dict())
@@ -66,14 +66,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Durations(Record):
-    """Where the seconds of a run went, over all of its attempts: ``total`` is the sum of the others, but for rounding.
+    """Where the seconds of a run went, over all of its attempts; ``total`` is their sum, up to rounding.
 
     Attributes:
         starting: From the start of the run to the first step, or to the evaluation.
-        training: In training steps.
-        validation, test, prediction: In the loops of these.
-        lost: To restarts: from each checkpoint that was resumed to the first step after it, waiting in a queue included.
-        other: In the rest: saves outside a step, and the end of training.
+        training: Training steps.
+        validation, test, prediction: These loops.
+        lost: Restarts: from each resumed checkpoint to the first step after it, including the time in a queue.
+        other: The rest: saves outside a step, and the end of training.
     """
 
     starting: float = 0.0
@@ -148,11 +148,11 @@ class RunProgress(Record):
 
     Attributes:
         status: ``starting``, ``training``, ``trained``, or the status of the result.
-        phase: How far an attempt is that starts: ``imports``, or one of ``distributed.phases``.
+        phase: How far a starting attempt is: ``imports``, or one of ``distributed.phases``.
         steps: Optimizer steps of the whole run; None if it has no end.
         samples_per_second: Of all ranks.
         warning: What is wrong with the files of the run; empty if nothing.
-        time: Of writing, in seconds since 1970.
+        time: When it was written, in seconds since 1970.
     """
 
     status: str
@@ -171,13 +171,13 @@ class RunProgress(Record):
 
 @dataclass(frozen=True)
 class Owner(Record):
-    """``owner.json``: the Slurm job, or else the process on a machine, that may write to a run.
+    """``owner.json``: the Slurm job, or outside Slurm the process, that may write to a run.
 
     Attributes:
         job: Id of the job, ``<array>_<task>`` for a run of a sweep.
         restarts: How often Slurm had restarted the job: an older incarnation may still run on a node that Slurm has given up.
         started: When the process started, in clock ticks since boot: another process may get its number later.
-        attempt: The attempt that it has claimed; does not count in comparisons.
+        attempt: The attempt that it has claimed; comparisons ignore it.
     """
 
     job: str | None = None
@@ -198,7 +198,7 @@ class Owner(Record):
 
     @classmethod
     def of_process(cls, pid: int) -> "Owner":
-        """The process ``pid`` of this machine, as it is now; without ``started`` if it does not run or cannot be seen."""
+        """The process ``pid`` on this machine; ``started`` is None if it does not run or cannot be seen."""
         try:
             started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         except OSError:
@@ -240,7 +240,7 @@ class SoftwareState(Record):
 
 @dataclass(frozen=True)
 class SweepRun(Record):
-    """Which run of a sweep this is: the folder name of the sweep, the index in its array, and the values of the swept keys."""
+    """A run's place in a sweep: the folder name of the sweep, the index in its array, and the values of the swept keys."""
 
     id: str
     index: int
@@ -255,12 +255,12 @@ class LaunchRecord(Record):
         command: The command line as it was typed.
         nodes: Number of nodes, or a range such as 2-4.
         git: Of the folder where it was typed; None outside a checkout.
-        lockstep: Which lockstep it was; ``interpreter`` the Python that ran it.
+        lockstep: Version and commit of lockstep; ``interpreter`` is the Python that ran it.
         profile: Name or file of the profile of the job.
         slurm: Resources of the job that differ from the defaults; of the environment only the names.
         code: SHA-256 of the code snapshot; empty without one.
         paths: Where the ranks import from.
-        after: What had to happen to other jobs before it started, as sbatch has it.
+        after: Conditions on other jobs before it starts, as ``--dependency`` of sbatch.
         sweep: None if the run is not one of a sweep.
         time: Of the launch, ISO 8601.
     """

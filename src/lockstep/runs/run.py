@@ -68,19 +68,19 @@ class Run:
 
     @classmethod
     def create(cls, root: Path, name: str, identity: str | None = None) -> "Run":
-        """Make a new run folder, with a new id or ``identity``; UsageError if it cannot be written or kept safe."""
+        """Create a run folder, with a new id or ``identity``; UsageError if it cannot be written or others could replace it."""
         cls.check_name(name)
         made = [parent for parent in (root.absolute() / name, *(root.absolute() / name).parents) if not parent.exists()]
         while True:
             folder = root.absolute() / name / (identity or new_run_id())
             try:
                 for parent in reversed(folder.parents):
-                    parent.mkdir(mode=0o755, exist_ok=True)  # no more, where the umask lets the group write
+                    parent.mkdir(mode=0o755, exist_ok=True)  # not group-writable, whatever the umask
                 folder.mkdir(mode=0o700)
                 break
             except OSError as error:
                 if identity is None and isinstance(error, FileExistsError) and folder.is_dir():
-                    continue  # of two runs with the same id, this one takes another
+                    continue  # another run has drawn the same id
                 raise UsageError(
                     f"run.root: the run folder {folder} cannot be written ({error.strerror}); choose another with --run.root."
                 ) from None
@@ -98,7 +98,7 @@ class Run:
     def check_name(name: str) -> None:
         """Raise UsageError if ``name`` cannot be the name of a run."""
         if not re.fullmatch(r"[\w.+=-]+", name) or name in (".", ".."):
-            raise UsageError(f"run.name: {name!r} must be letters, digits and . _ + = - only; it names a folder.")
+            raise UsageError(f"run.name: {name!r} must be letters, digits and . _ + = - only, as it names a folder.")
 
     @classmethod
     def start(cls, root: Path, name: str, command: Sequence[str], nodes: int, ranks: int) -> "tuple[Run, int]":
@@ -110,7 +110,7 @@ class Run:
 
     @classmethod
     def check_place(cls, root: Path, name: str) -> None:
-        """Raise UsageError if a run of this ``name`` cannot be kept safe below ``root``; nothing is made."""
+        """Raise UsageError if others could replace a run of this ``name`` below ``root``; create nothing."""
         cls.check_name(name)
         _check_private(root.absolute() / name / new_run_id(), "choose another with --run.root")
 
@@ -146,7 +146,7 @@ class Run:
         return self.attempt_folder(attempt) / "start.json"
 
     def log(self, attempt: int, rank: int = 0, node: int = 0) -> Path:
-        """Log of a rank of a node in one attempt; its folder is made. A folder per node keeps each of them small."""
+        """Log of a rank in one attempt; creates its folder. A folder for each node keeps all of them small."""
         folder = self.attempt_folder(attempt) / f"node-{node}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{rank}.log"
@@ -187,7 +187,7 @@ class Run:
         return result if result is not None and result.attempts == attempt else None
 
     def finished_before(self, attempt: int) -> RunResult | None:
-        """The result of an earlier attempt that has finished, as long as ``attempt`` has not set it aside."""
+        """The result of an earlier attempt that has finished, unless ``attempt`` has replaced it."""
         result = RunResult.read(self.result)
         return result if result is not None and result.is_finished and result.attempts < attempt else None
 
@@ -203,7 +203,7 @@ class Run:
         return held if held is not None and self._is_held(held, is_alive(held)) else None
 
     def _is_held(self, held: Owner, is_alive: bool | None) -> bool:
-        """Whether the owner may still write; one that cannot be queried is judged by what it has written last."""
+        """Whether the owner may still write; if it cannot be queried, the time of its last sign of life decides."""
         if is_alive is not None:
             return is_alive
         last = RunProgress.read(self.status)
@@ -219,7 +219,7 @@ class Run:
         return self.attempt_folder(attempt) / self.owner.name
 
     def _create_attempt(self, claim: Owner) -> bool:
-        """Create the folder of an attempt with its owner in it, atomically; return False if another process was faster."""
+        """Create the folder of an attempt with its owner in it, atomically; return False if another process has created it."""
         folder = self.attempt_folder(claim.attempt)
         temporary = Path(tempfile.mkdtemp(prefix=".claim-", dir=folder.parent))
         try:
@@ -244,7 +244,7 @@ class Run:
             raise self.superseded(attempt)
 
     def superseded(self, attempt: int) -> Superseded:
-        """The error of an attempt after which the run was claimed again."""
+        """The error for an attempt that has lost the run to a newer one."""
         who = Owner.read(self.owner) or "another process"
         return Superseded(f"{who} has claimed the run {self.folder}: attempt {attempt} stops and writes nothing more.")
 
@@ -275,10 +275,10 @@ def checkpoint_order(path: Path) -> tuple[int, ...]:
     return (int(found[1]), int(found[2] is not None)) if found else ()
 
 
-def _check_private(folder: Path, otherwise: str) -> None:
+def _check_private(folder: Path, remedy: str) -> None:
     """Raise UsageError if a run folder or one of the two above it is not this user's, or if others can replace any above it.
 
-    Folders that do not exist are left out.
+    Folders that do not exist are ignored.
     """
     places = [
         (number, place) for number, place in enumerate((folder.absolute(), *folder.absolute().parents)) if os.path.exists(place)
@@ -291,13 +291,13 @@ def _check_private(folder: Path, otherwise: str) -> None:
     for number, place in places:
         if _others_can_write(place, groups=number < 3):
             raise UsageError(
-                f"run.root: others can write to {place}, and so replace what a run keeps there; take that away "
-                f"(chmod go-w {place}) or {otherwise}."
+                f"run.root: others can write to {place}, and so replace what a run keeps there; remove that "
+                f"permission (chmod go-w {place}) or {remedy}."
             )
 
 
 def _others_can_write(folder: Path, groups: bool) -> bool:
-    """Whether any other user, or one of the same ``groups``, can replace what is in ``folder``, which is not sticky."""
+    """Whether other users can replace what is in ``folder``; with ``groups``, members of its group count too."""
     found = folder.stat()
     if found.st_mode & stat.S_ISVTX:
         return False
@@ -306,7 +306,7 @@ def _others_can_write(folder: Path, groups: bool) -> bool:
 
 
 def _is_private_group(number: int) -> bool:
-    """Whether a group is that of this user alone, which many systems make for each user."""
+    """Whether this user is the only member of a group, which many systems create for each user."""
     try:
         group, user = grp.getgrgid(number), pwd.getpwuid(os.geteuid())
     except KeyError:  # without names, as in a container
@@ -320,7 +320,7 @@ def new_run_id() -> str:
 
 
 def describe_run(run: Run, result: RunResult) -> RunResult:
-    """``result`` with the name of the run, its commit, when it started, and that it ends now."""
+    """Return ``result`` with the name, the commit and the start of the run, and now as its end."""
     start, launch = AttemptStart.read(run.start_record(1)), LaunchRecord.read(run.launch)
     return replace(
         result,
@@ -332,7 +332,7 @@ def describe_run(run: Run, result: RunResult) -> RunResult:
 
 
 def report_phase(run: Run, attempt: int, phase: str) -> None:
-    """Write to ``status.json`` that an attempt starts, and how far it is; the rest stays as the attempt before left it."""
+    """Write the phase of a starting attempt to ``status.json``; keep the progress of the attempt before it."""
     progress = RunProgress.read(run.status) or RunProgress("starting")
     has_started = progress.attempt == attempt and progress.status != "starting"  # a test follows the training
     if not has_started and not run.is_superseded(attempt):
@@ -343,6 +343,6 @@ def report_phase(run: Run, attempt: int, phase: str) -> None:
 
 
 def update_status(run: Run, status: str) -> None:
-    """Change ``status`` in ``status.json``, where there is one, and keep the rest; the caller must own the run."""
+    """Change only ``status`` in ``status.json``, if it exists; the caller must own the run."""
     if progress := RunProgress.read(run.status):
         replace(progress, status=status).write(run.status)

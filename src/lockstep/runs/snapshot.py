@@ -28,13 +28,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 LIMIT_MB, LIMIT_FILES = 100, 20_000
-"""A larger snapshot contains data, which belong elsewhere."""
+"""Limits of a snapshot; a larger one contains data, which belong elsewhere."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of lockstep's own package."""
 
 _THREADS, _PROBED, _SLOW_SECONDS = 8, 32, 0.0003
-"""Threads for slow files, how many files are tried first, and what is slow; on fast ones threads would only take longer."""
+"""Number of threads, number of files to measure first, and seconds for a file from which threads are worth their cost."""
 
 _REMEDY = "add it to .gitignore, submit from a folder with only your code, or use --no-snapshot"
 
@@ -74,7 +74,7 @@ def take_snapshot(here: Path, run: Path, python_path: Sequence[Path], secrets: t
         run: Run folder.
         python_path: PYTHONPATH of the launcher; entries inside the checkout are replaced by their copies.
         secrets: Texts that no file may contain.
-        caches: Folder of what is known of the last snapshots; files that have not changed since are linked to their copies.
+        caches: Folder of the caches of ``CopiedFiles``, which link files that have not changed since the last snapshot.
 
     Raises:
         UsageError: A file contains a secret or cannot be read, or the files are too large or too many.
@@ -144,7 +144,7 @@ def _copy(root: Path, into: Path, files: Iterator[str], secrets: tuple[str, ...]
             detail = f"{root / largest} alone has {sizes[largest] >> 20} MB"
             raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {detail}; {_REMEDY}.")
         links = {Path(name) for name, state in states.items() if state is not None and S_ISLNK(state.st_mode)}
-        # Neither pipes nor sockets; nor what is tracked below a folder that is a link now.
+        # Skip pipes, sockets, and what is tracked below a folder that is a link now.
         found = {
             name: state
             for name, state in states.items()
@@ -164,7 +164,7 @@ def _copy(root: Path, into: Path, files: Iterator[str], secrets: tuple[str, ...]
 
 
 def _map_files(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """``function`` of each item, in order; where files are slow, as on a network, threads wait for several at a time."""
+    """Call ``function`` for each item and return the results in order; threads help where files are slow, as on a network."""
     start = time.monotonic()
     results = list(map(function, items[:_PROBED]))
     rest = items[_PROBED:]
@@ -181,7 +181,7 @@ def _map_files(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         try:
             wait(parts, return_when=FIRST_EXCEPTION)
         finally:
-            stopped.set()  # after an error or Ctrl-C, leave the rest
+            stopped.set()  # after an error or Ctrl-C, skip the rest
         return results + [result for part in parts for result in part.result()]
 
 
@@ -218,7 +218,7 @@ def _copy_file(root: Path, into: Path, name: str, state: os.stat_result, secrets
 
 
 def check_secrets(path: str, content: bytes, secrets: tuple[str, ...]) -> None:
-    """Raise UsageError if ``content``, which ``path`` has, contains one of ``secrets``."""
+    """Raise UsageError if ``content``, that of ``path``, contains one of ``secrets``."""
     if any(secret.encode() in content for secret in secrets):
         raise UsageError(
             f"snapshot: {path} contains the W&B key, which must not be copied; store it with `wandb login`, or {_REMEDY}."

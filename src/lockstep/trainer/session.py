@@ -45,6 +45,7 @@ from lockstep.runs import (
     Failure,
     Run,
     RunResult,
+    claim_heartbeat,
     classify_ending,
     describe_run,
     is_connection_loss,
@@ -52,7 +53,6 @@ from lockstep.runs import (
     read_first_failure,
     record_failure,
     signal_name,
-    touches_claim,
     update_status,
     write_trained_result,
 )
@@ -97,7 +97,7 @@ class TrainingSession:
         try:
             self.config.begin()
             debugger = breakpoints(context.world, context.one_rank_command, lambda: stop_watchdog(self.trainer))
-            with touches_claim(context.run, context.attempt) if context.world.is_rank_zero else nullcontext(), debugger:
+            with claim_heartbeat(context.run, context.attempt) if context.world.is_rank_zero else nullcontext(), debugger:
                 result = self._execute()
             self.config.adopt()
             if context.world.is_rank_zero:

@@ -1,15 +1,14 @@
-"""The report of a run in its files ``report.png`` and ``report.html``; the page needs no other file and no network."""
+"""Write ``report.png`` and ``report.html``; the page needs no other file and no network."""
 
 import base64
 import json
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from lockstep.core import atomic_write, atomic_write_text, count
+from lockstep.core import atomic_write, atomic_write_text, count, shell_command
 from lockstep.runs import Attempt, LaunchRecord, Run, RunProgress, RunResult, iso_time, read_attempts, read_metrics
 from lockstep.runs.report.panels import Chart, make_chart
 from lockstep.runs.report.picture import draw_picture
@@ -73,7 +72,7 @@ def _sections(
     chart: Chart,
     predictions: Sequence[Predicted],
 ) -> dict[str, str]:
-    """The tables of the page, by heading; what is empty is left out."""
+    """The tables of the page, by heading, without empty ones."""
     launch = LaunchRecord.read(run.launch)
     metrics = (result.metrics if result is not None else progress.metrics if progress is not None else None) or {}
     seconds = asdict(result.seconds) if result is not None and result.seconds is not None else {}
@@ -132,16 +131,16 @@ def _commit(state: Any) -> str:
 
 
 def _table(facts: Mapping[str, object]) -> str:
-    """Facts as rows of a name and a value."""
+    """A table with one row for each name and value."""
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items())
     return f"<table>{rows}</table>" if rows else ""
 
 
-def _rows(heads: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table with a row of heads."""
+def _rows(header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table with a header row."""
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    head = "".join(f"<th>{escape(text)}</th>" for text in header)
     body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
@@ -150,11 +149,10 @@ def _page(run: Run, title: str, picture: bytes, sections: Mapping[str, str]) -> 
     config = run.config.read_text(errors="replace") if run.config.is_file() else ""
     image = base64.b64encode(picture).decode()
     body = "".join(f"<h2>{escape(name)}</h2>{table}" for name, table in sections.items())
-    resume = shlex.join(["lockstep", "report", str(run.folder)])
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>'
         f'<img alt="The metrics of the run over its steps" src="data:image/png;base64,{image}">{body}'
         f"<h2>Config</h2><details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>"
-        f"<p>Drawn again by <code>{escape(resume)}</code></p></body></html>\n"
+        f"<p>To update it: <code>{escape(shell_command('report', run.folder))}</code></p></body></html>\n"
     )

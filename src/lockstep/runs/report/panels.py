@@ -1,4 +1,4 @@
-"""What the report of a run draws: the columns of ``metrics.csv``, those of one quantity in one panel."""
+"""Group the columns of ``metrics.csv`` into panels, one for each quantity."""
 
 import math
 import re
@@ -21,13 +21,13 @@ _SYSTEM = {
     "rate/data_wait": "share of time waiting for data",
     "rate/step_ms": "",  # another form of the samples per second
 }
-"""Titles of what lockstep logs in every run, which come last."""
+"""Titles of the metrics that lockstep logs in every run; their panels come last. Empty: not drawn."""
 
 MAX_PANELS = 12
 """More do not fit on a page."""
 
 _LOG_RANGE, _LOG_SHARE = 20.0, 0.2
-"""A logarithmic axis helps where values span this factor, and half of them lie in this lowest share of a linear one."""
+"""A logarithmic axis helps if values span this factor, and half of them lie in this lowest share of a linear axis."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Panel:
     """A quantity, with one curve for each stage that logs it.
 
     Attributes:
-        scores: Of the final test.
+        scores: The results of the final test.
         is_log: Whether a logarithmic axis helps.
     """
 
@@ -149,7 +149,7 @@ def _is_test(name: str) -> bool:
 
 
 def _rank(panel: Panel) -> tuple[int, int]:
-    """Losses first, then what else the module logs in its order, then what every run has."""
+    """Sort key: losses first, then other metrics of the module in its order, then those of ``_SYSTEM``."""
     titles = list(_SYSTEM.values())
     if panel.title in titles:
         return 2, titles.index(panel.title)
@@ -157,7 +157,7 @@ def _rank(panel: Panel) -> tuple[int, int]:
 
 
 def _needs_log(curves: Sequence[Series], tests: Sequence[Series]) -> bool:
-    """Whether any curve is squeezed into the lowest part of a linear axis, and all values can be on a logarithmic one."""
+    """Whether a linear axis would squeeze any curve into its lowest part, and all values are positive."""
     values = [_finite(series.values) for series in curves]
     if min(map(min, [*values, *([test.values[-1]] for test in tests if _finite(test.values))])) <= 0:
         return False
