@@ -1,4 +1,4 @@
-"""One line says what of the input is short; the times are measured in the workers."""
+"""One line names the bottleneck of the input; the times are measured in the workers."""
 
 import re
 import time
@@ -19,20 +19,20 @@ from lockstep.monitoring.data_wait import DataWaitAdvisor, InputTimes
 @pytest.mark.parametrize(
     ("times", "workers", "line"),
     [
-        (InputTimes(70, 2, 30, 60, 0, 600), 3, "waited 46% .*: the copy to the device is short \\(43%\\); .*pin_memory"),
+        (InputTimes(70, 2, 30, 60, 0, 600), 3, "waited 46% .*bottleneck is the copy to the device \\(43%\\); .*pin_memory"),
         (
             InputTimes(70, 30, 0, 60, 50, 600),
             3,
-            "the disk is short \\(100.0 ms for a sample, 83.3 of them to read it\\); .* pack",
+            "the bottleneck is the disk \\(100.0 ms for a sample, 83.3 of them to read it\\); .* pack",
         ),
-        (InputTimes(70, 30, 0, 30, 5, 600), 0, "the training process itself .* for 4 CPUs .*; set data.num_workers to 3"),
-        (InputTimes(70, 30, 0, 65, 5, 600), 1, "1 workers are too few for 4 CPUs .*; set data.num_workers to 3"),
-        (InputTimes(70, 30, 0, 200, 0, 600), 3, "the CPUs that decode are short .*--cpus-per-rank.*data.decode gpu"),
+        (InputTimes(70, 30, 0, 30, 5, 600), 0, "the training process itself .* on one of 4 CPUs .*; set data.num_workers to 3"),
+        (InputTimes(70, 30, 0, 65, 5, 600), 1, "too few workers, 1 for 4 CPUs .*; set data.num_workers to 3"),
+        (InputTimes(70, 30, 0, 200, 0, 600), 3, "the bottleneck is decoding .*--cpus-per-rank.*data.decode gpu"),
         (InputTimes(70, 30, 0, 20, 0, 600), 3, "its 3 workers are busy for only 10%"),
-        (InputTimes(70, 30, 0, 0, 0, 0), 3, "its loader is not lockstep's"),
+        (InputTimes(70, 30, 0, 0, 0, 0), 3, "the loader is not its own"),
     ],
 )
-def test_one_line_says_what_is_short(times: InputTimes, workers: int, line: str) -> None:
+def test_one_line_names_the_bottleneck(times: InputTimes, workers: int, line: str) -> None:
     advisor = DataWaitAdvisor(cpus=4)
     said = advisor.update(times, workers)
     assert said is not None and re.search(line, said), said

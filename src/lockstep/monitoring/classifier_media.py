@@ -1,4 +1,4 @@
-"""What W&B shows of the shared classifier after each validation and test: a confusion matrix and a few predictions."""
+"""Log a confusion matrix and a few predictions of the classifier to W&B after each validation and test."""
 
 import logging
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from lockstep.monitoring.wandb_logger import run_logger
 log = logging.getLogger(__name__)
 
 MAX_CLASSES = 50
-"""More do not fit on a screen."""
+"""Largest confusion matrix that is logged; a larger one does not fit on a screen."""
 
 _SAMPLES = 8
 """Number of predictions that are shown."""
 
 
 class ClassifierMedia(Callback):
-    """Logs ``val/confusion``, ``val/samples`` and the same of the test to W&B, each once over all restarts.
+    """Log ``val/confusion``, ``val/samples`` and the same for the test to W&B, each once over all restarts.
 
-    All ranks count what they predict and add their counts at the end; rank zero logs. Training steps do nothing.
+    Each rank counts its predictions; the counts are summed at the end, and rank zero logs them. Training steps cost nothing.
 
     Args:
         is_on: Whether W&B may be used; equal on all ranks.
@@ -71,7 +71,7 @@ class ClassifierMedia(Callback):
         self._log(trainer, "test")
 
     def _log(self, trainer: Trainer, stage: str) -> None:
-        """Add the counts of all ranks, and log from rank zero."""
+        """Sum the counts of all ranks, and log them on rank zero."""
         counts, samples = self._counts, self._samples
         self._counts = self._samples = None
         if trainer.sanity_checking:
@@ -92,7 +92,7 @@ class ClassifierMedia(Callback):
 
 
 def _images_and_labels(batch: Any, outputs: Any, num_classes: int) -> tuple[Tensor, Tensor] | None:
-    """A batch with the logits of each image; None if a subclass of the classifier has batches or outputs of its own."""
+    """The images and labels of a batch; None if a subclass of the classifier has other batches or outputs."""
     if (
         not isinstance(batch, list | tuple)
         or len(batch) != 2
@@ -139,7 +139,7 @@ def make_media(
 
 
 def confusion_page(counts: Sequence[Sequence[int]], names: Sequence[str] | None) -> str:
-    """A page with the confusion matrix: a row for each label, with the share of each prediction as its colour."""
+    """An HTML page with the confusion matrix: one row for each label, coloured by the share of each prediction."""
     classes = range(len(counts))
     head = "".join(f"<th>{escape(_name(at, names))}</th>" for at in classes)
     lines = []
@@ -163,7 +163,7 @@ def _cell(count: int, share: float, is_right: bool) -> str:
 
 
 def class_names(data: Any) -> Sequence[str] | None:
-    """The names of the classes of a DataModule, if it has them as ``classes``."""
+    """The class names of a DataModule, if it has an attribute ``classes``."""
     names = getattr(data, "classes", None)
     return names if isinstance(names, list | tuple) else None
 
@@ -173,7 +173,7 @@ def _name(number: int, names: Sequence[str] | None) -> str:
 
 
 def _pixels(image: Tensor) -> Any:
-    """An image (C, H, W) with any mean and scale as bytes (H, W) or (H, W, 3)."""
+    """Convert an image (C, H, W) with any mean and scale to bytes: (H, W) if C is 1, else (H, W, C)."""
     low, high = image.min(), image.max()
     scaled = ((image.float() - low) / (high - low).clamp(min=1e-6) * 255).to(torch.uint8)
-    return scaled.permute(1, 2, 0).squeeze(2).numpy() if image.shape[0] == 1 else scaled.permute(1, 2, 0).numpy()
+    return scaled.permute(1, 2, 0).squeeze(2).numpy()

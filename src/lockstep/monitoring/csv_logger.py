@@ -18,23 +18,23 @@ log = logging.getLogger(__name__)
 class CsvMetricsLogger:
     """Appends one row per logged step to ``metrics.csv``: its number, step, epoch, then the metrics in the order of appearance.
 
-    Rows are counted. A resumed run counts on from the number of rows that its checkpoint saved, and does not write rows that
-    are in the file already.
+    A checkpoint saves the number of rows. A resumed run continues from that number, and does not write rows that are already
+    in the file.
 
-    Each attempt writes into a file of its own: it replaces ``metrics.csv`` by a copy and keeps that open. What an older
-    attempt still writes goes to the file that was replaced, which has no name any more, so a row needs no check of the owner.
+    Each attempt replaces ``metrics.csv`` with a copy and keeps that open. An older attempt that still runs writes to the
+    replaced file, which has no name any more. So writing a row needs no ownership check.
 
     Args:
         path: The file.
         step: Returns the number of optimizer steps done; Lightning's own step starts at 0.
-        check_owner: Called before the file is replaced; raises Superseded where this attempt must not write any more.
+        check_owner: Called before the file is replaced; raises Superseded if a newer attempt has claimed the run.
         is_writer: Whether this rank writes the file; the others do not read it either.
 
     Attributes:
         row_count: Number of rows logged so far in the run.
-        newest_row: Number of the newest row that was written or waits for that.
+        newest_row: Number of the newest row that is written or pending.
         latest: The latest value of every metric.
-        logged_in: The number of the row that has it.
+        logged_in: The number of the row with that value.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class CsvMetricsLogger:
         self.path, self._step, self._check_owner, self._is_writer = path, step, check_owner, is_writer
         self.row_count = self.newest_row = 0
         self.latest: dict[str, float] = {}
-        self._later_steps: dict[int, int] = {}  # of the rows after the checkpoint, by number
+        self._later_steps: dict[int, int] = {}  # steps of the rows after the checkpoint, by row number
         self.logged_in: dict[str, int] = {}
         self._columns: list[str] = []
         self._pending: list[dict[str, Any]] = []
@@ -52,7 +52,7 @@ class CsvMetricsLogger:
             self.flush(sync=False)
 
     def resume(self, row_count: int) -> None:
-        """Continue after the first ``row_count`` rows of the run; those that the file has lost are missing in it."""
+        """Continue after the first ``row_count`` rows of the run; log a warning if the file has lost some."""
         self.row_count = row_count
         if self._is_writer:
             steps = {int(row[METRICS_ROW]): int(row["step"]) for row in read_metrics(self.path)}
@@ -66,8 +66,9 @@ class CsvMetricsLogger:
         metrics = {name: float(value) if isinstance(value, bool) else value for name, value in metrics.items()}
         self.latest |= metrics
         self.row_count += 1
-        # A row of an earlier step is not repeated: the final test of a run that trains on.
-        while self._later_steps.get(self.row_count, step := self._step()) < step:
+        step = self._step()
+        # Keep a row of an earlier step: the final test of a finished run that trains further.
+        while self._later_steps.get(self.row_count, step) < step:
             self.row_count += 1
         self.logged_in |= dict.fromkeys(metrics, self.row_count)
         if self.row_count > self.newest_row:
@@ -77,7 +78,7 @@ class CsvMetricsLogger:
             self.flush(sync=False)
 
     def rows_after(self, number: int) -> list[dict[str, Any]]:
-        """The logged rows with higher numbers than ``number``, as far as the file has them or they wait to be written."""
+        """The logged rows with numbers above ``number`` that are in the file or pending."""
         rows = [*read_metrics(self.path), *self._pending] if number < self.row_count else []
         return [row for row in rows if number < int(row[METRICS_ROW]) <= self.row_count]
 
@@ -89,24 +90,24 @@ class CsvMetricsLogger:
             if self._pending:
                 self._append()
             if sync and self._file is not None:
-                if not self._is_in_place(self._file):  # an editor has replaced it, or an attempt that was paused in its write
+                if not self._is_in_place(self._file):  # an editor, or an attempt that was paused while writing, has replaced it
                     self._replace(_read(self._file))
                 os.fsync(self._file.fileno())
             return True
         except OSError as error:
-            if error.errno == errno.ESTALE:  # removed on another client of NFS: all that can be read is what is there
+            if error.errno == errno.ESTALE:  # removed by another NFS client: continue from what is there
                 self.close()
             log.warning("%s cannot be written (%s); training continues, its rows are kept in memory", self.path, error.strerror)
             return False
 
     def close(self) -> None:
-        """Close the file; another row opens it again."""
+        """Close the file; the next row reopens it."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _take_over(self) -> None:
-        """Replace the file that earlier attempts have left, if any, by a copy that none of them has open."""
+        """Replace the file of earlier attempts, if it exists, with a copy that none of them has open."""
         if not self.path.exists():
             return
         content = self.path.read_bytes()
@@ -144,7 +145,7 @@ class CsvMetricsLogger:
         self._pending.clear()
 
     def _replace(self, content: bytes) -> None:
-        """Replace the file atomically by one with ``content`` that only this attempt has open."""
+        """Replace the file atomically with one that has ``content`` and that only this attempt has open."""
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         file = FileIO(temporary, "w+")
         try:
@@ -164,12 +165,12 @@ class CsvMetricsLogger:
 
 
 def _write(file: FileIO, content: bytes) -> None:
-    while content:  # a disk that gets full takes a part of it
+    while content:  # a disk that becomes full takes only part of it
         content = content[file.write(content) :]
 
 
 def _read(file: FileIO) -> bytes:
-    """All of ``file``, whose position is its end, before and after."""
+    """Read all of ``file``; leaves its position at the end."""
     file.seek(0)
     return file.readall()
 
@@ -184,7 +185,7 @@ def _format(columns: list[str], rows: Iterable[Mapping[str, Any]], header: bool 
 
 
 def _parse(content: bytes) -> list[dict[str, str]]:
-    """Parse ``content``; raise TypeError or ValueError if it is not rows of numbers with a step, in the order of theirs."""
+    """Parse ``content``; raise TypeError or ValueError unless all values are numbers and the row numbers increase."""
     rows = list(csv.DictReader(StringIO(content.decode(), newline="")))
     numbers = [0]
     for row in rows:

@@ -1,13 +1,13 @@
-"""Says which part of the input is short while training waits for data, and what to change."""
+"""Find the bottleneck of the input while training waits for data, and say what to change."""
 
 import os
 from dataclasses import dataclass, fields
 
 LIMIT = 0.1
-"""Part of the time that training may wait."""
+"""Share of the time that training may wait for data."""
 
 SECONDS = 60.0
-"""How long it must wait before a line says so."""
+"""How long training must wait too much before a line says so."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class InputTimes:
         elapsed: Time of training.
         waited: Time in which the training process waited for the next batch.
         copied: Time in which it moved batches to the device.
-        busy: Time in which the processes that prepare samples did so; all of them together.
-        read: Part of it that they waited for files, if the data set measures it.
+        busy: Time in which the processes that prepare samples were busy, summed over all of them.
+        read: Part of ``busy`` in which they waited for files, if the data set measures it.
         samples: Samples that they prepared.
     """
 
@@ -47,11 +47,11 @@ class DataWaitAdvisor:
         self._said: set[str] = set()
 
     def update(self, times: InputTimes, workers: int) -> str | None:
-        """A line about what is short if training has waited too much for a minute, once for each cause.
+        """Return a line about the bottleneck if training has waited too much for a minute, once for each cause.
 
         Args:
-            times: Of the steps since the last call.
-            workers: Processes that prepare samples for this rank; 0: the training process does.
+            times: The times of the steps since the last call.
+            workers: Processes that prepare samples for this rank; 0 if the training process prepares them.
         """
         if times.waited + times.copied <= LIMIT * times.elapsed:
             self._sum = InputTimes()
@@ -72,25 +72,26 @@ def _diagnose(times: InputTimes, workers: int, cpus: int) -> tuple[str, str]:
     begin = f"training has waited {share:.0%} of the last {times.elapsed:.0f} s for data"
     if times.copied > times.waited:
         remedy = "return tensors, in a DataLoader with pin_memory=True, and as uint8"
-        return "copy", f"{begin}: the copy to the device is short ({times.copied / times.elapsed:.0%}); {remedy}."
+        return "copy", f"{begin}: the bottleneck is the copy to the device ({times.copied / times.elapsed:.0%}); {remedy}."
     if not times.samples:
-        return "loader", f"{begin}; its loader is not lockstep's, which cannot measure where: give it more workers."
+        return "loader", f"{begin}; lockstep cannot measure where, as the loader is not its own: give that more workers."
     each, read = 1000 * times.busy / times.samples, 1000 * times.read / times.samples
     use = times.busy / times.elapsed / max(1, workers)
     measured = f"{each:.1f} ms for a sample, {read:.1f} of them to read it" if read else f"{each:.1f} ms for a sample"
     if read > each / 2:
         remedy = "pack the files (lockstep pack), copy them to a disk of each node, or raise data.num_workers"
-        return "disk", f"{begin}: the disk is short ({measured}); {remedy}."
+        return "disk", f"{begin}: the bottleneck is the disk ({measured}); {remedy}."
     if not workers or (workers < cpus - 1 and use > 0.5):
-        who = f"{workers} workers are" if workers else "the training process itself prepares samples, which is"
+        alone = f"the training process itself prepares samples, on one of {cpus} CPUs"
+        who = f"too few workers, {workers} for {cpus} CPUs" if workers else alone
         remedy = f"set data.num_workers to {max(1, cpus - 1)}"
         if cpus < 3 and not workers:
             remedy = "request more CPUs (--cpus-per-rank) and set data.num_workers"
-        return "workers", f"{begin}: {who} too few for {cpus} CPUs ({measured}); {remedy}."
+        return "workers", f"{begin}: {who} ({measured}); {remedy}."
     if use > 0.5:
         remedy = (
             "request more CPUs (--cpus-per-rank), pack smaller images (lockstep pack), or decode on the GPU (data.decode gpu)"
         )
-        return "decode", f"{begin}: the CPUs that decode are short ({measured}, {workers} workers on {cpus} CPUs); {remedy}."
+        return "decode", f"{begin}: the bottleneck is decoding ({measured}, {workers} workers on {cpus} CPUs); {remedy}."
     remedy = "the collate_fn, large batches between processes, or other processes on its CPUs; request more (--cpus-per-rank)"
     return "transfer", f"{begin}, though its {workers} workers are busy for only {use:.0%} ({measured}): look at {remedy}."

@@ -12,18 +12,18 @@ from lockstep.core import RunError
 _NEVER = 2**62
 
 _UNCHECKED = 64
-"""Losses that are checked together, if nothing else asks for a check before."""
+"""Number of losses that are checked together, unless a check is due before."""
 
 
 class NanGuard(Callback):
-    """Ends the run at a loss that is not finite, before a checkpoint is saved after it.
+    """End the run at a loss that is not finite, before a checkpoint with its effect is saved.
 
     Losses are checked on the device, without waiting for it. The ranks compare at logged steps, at the end of an epoch,
     before a validation and before a save.
     """
 
     def __init__(self) -> None:
-        self._losses: list[Tensor] = []  # that are not checked yet, and their keys
+        self._losses: list[Tensor] = []  # not checked yet; _keys are theirs
         self._keys: list[int] = []
         self._first_bad: Tensor | None = None
 
@@ -45,15 +45,15 @@ class NanGuard(Callback):
         device = self._losses[0].device if self._first_bad is None else self._first_bad.device
         losses = torch.stack([loss.to(device) for loss in self._losses])  # a module may compute some on another device
         keys = torch.tensor(self._keys, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        newest = torch.where(torch.isfinite(losses), _NEVER, keys).min()
-        self._first_bad = newest if self._first_bad is None else torch.minimum(self._first_bad, newest)
+        first = torch.where(torch.isfinite(losses), _NEVER, keys).min()
+        self._first_bad = first if self._first_bad is None else torch.minimum(self._first_bad, first)
         self._losses, self._keys = [], []
 
     def check(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Compare all ranks; every rank must call.
+        """Raise on all ranks if the loss of any rank was not finite; every rank must call this.
 
         Raises:
-            RunError: A loss was not finite; names the first step and rank, and is raised on every rank.
+            RunError: A loss was not finite; names its first step and rank.
         """
         if self._losses:
             self._check_own()

@@ -13,7 +13,7 @@ _INTERVAL_SECONDS = 0.2
 
 
 class ProgressLine(Callback):
-    """Shows on rank zero what ``reporter`` describes, and how far an evaluation is."""
+    """Show the progress that ``reporter`` describes, or that of an evaluation, on rank zero."""
 
     def __init__(self, reporter: StatusReporter) -> None:
         self._reporter, self._line = reporter, LiveLine()

@@ -1,4 +1,4 @@
-"""The report at the end of a run: checksum of the weights, pictures, and a summary."""
+"""Report at the end of a run: checksum of the weights, ``report.html``, and a summary."""
 
 import hashlib
 import logging
@@ -32,7 +32,7 @@ def weights_sha256(weights: Iterable[tuple[str, Any]], world: World) -> str:
 
 
 def draw(run: Run) -> None:
-    """Draw ``report.png`` and ``report.html``; what fails here must not turn a finished run into a failed one."""
+    """Draw ``report.png`` and ``report.html``; an error must not turn a finished run into a failed one."""
     try:
         write_report(run, run.folder)
     except Exception as error:
@@ -43,13 +43,13 @@ def draw(run: Run) -> None:
 def mean_speed(rows: Iterable[Mapping[str, str]]) -> tuple[float, float] | None:
     """Samples per second over all logged steps, and the part of the time spent waiting for data; None if never logged.
 
-    A row covers as many samples as any other, so its time is that of its samples: the mean is the harmonic one.
+    All rows cover the same number of samples, so the mean is the harmonic one.
     """
     seconds = waited = logged = 0.0
     for row in rows:
         try:
             rate, wait = float(row["rate/samples_per_second"]), float(row["rate/data_wait"])
-        except (KeyError, TypeError, ValueError):  # a row of a validation, or one that is damaged
+        except (KeyError, TypeError, ValueError):  # a row of a validation, or a damaged one
             continue
         if rate > 0:
             seconds, waited, logged = seconds + 1 / rate, waited + wait / rate, logged + 1

@@ -8,10 +8,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lockstep.monitoring.csv_logger import METRICS_ROW
 from lockstep.monitoring.throughput import ThroughputMonitor
 from lockstep.monitoring.wandb_logger import run_logger
-from lockstep.runs import Run, RunProgress
+from lockstep.runs import METRICS_ROW, Run, RunProgress
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +25,8 @@ class StatusReporter(Callback):
     """Writes ``status.json`` every few seconds, and logs a line for each epoch and validation on rank zero.
 
     Args:
-        logs_epochs: Whether to log these lines; a progress bar of the user's own shows what it likes.
-        logs_steps: Whether to log a line every few seconds too, where no progress line shows the same.
+        logs_epochs: Whether to log these lines; False if the user has a progress bar.
+        logs_steps: Whether to log a line every few seconds too, if no progress line shows the same.
         warning: Returns what is currently wrong with the run's files, or an empty string.
     """
 
@@ -44,7 +43,7 @@ class StatusReporter(Callback):
         self._logs_epochs, self._logs_steps = logs_epochs, logs_steps
         self._next_report = 0.0
         self._start: tuple[float, int] | None = None  # time and step
-        self._ended_epoch = ""  # what its line says, which waits for the metrics that Lightning logs last
+        self._ended_epoch = ""  # start of its line, which waits for the metrics that Lightning logs last
         self._logged_row = 0  # the newest when the last line was logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,7 +76,7 @@ class StatusReporter(Callback):
             self._ended_epoch = ""
 
     def _log_metrics(self, trainer: Trainer, place: str) -> None:
-        """Log the metrics that were logged after the last such line."""
+        """Log a line with the metrics that are new since the last one."""
         logger = run_logger(trainer)
         if not trainer.is_global_zero or not self._logs_epochs or logger is None:
             return
@@ -111,7 +110,7 @@ class StatusReporter(Callback):
             log.info("%s", "  ".join(filter(None, self.describe(trainer))))
 
     def describe(self, trainer: Trainer) -> list[str]:
-        """Where training is, the most important first: epoch, step, time left, speed, the metrics of the training steps."""
+        """The progress of training, most important first: epoch, step, time left, speed, metrics of the training steps."""
         left, speed = self._seconds_left(trainer), self.throughput.samples_per_second
         return [
             format_epoch(trainer),
@@ -128,7 +127,7 @@ class StatusReporter(Callback):
         return [] if share is None else [f"{share:.0%} waiting for data"]
 
     def format_step(self, trainer: Trainer) -> str:
-        """The step of how many, where that is known."""
+        """The step, and the number of steps if it is known."""
         steps = _total_steps(trainer)
         return f"step {trainer.global_step}{f'/{steps}' if steps else ''}"
 
@@ -141,7 +140,7 @@ class StatusReporter(Callback):
 
 
 def _total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run; with several optimizers, an estimate from those of a batch so far. None without end."""
+    """Optimizer steps of the whole run, None without a limit; with manual optimization, estimated from the steps per batch."""
     batches, limit = trainer.estimated_stepping_batches, trainer.max_steps
     if math.isinf(batches) or batches < 0:
         return None
@@ -151,7 +150,7 @@ def _total_steps(trainer: Trainer) -> int | None:
 
 
 def format_epoch(trainer: Trainer) -> str:
-    """The epoch, counted from 1, of how many, where that is known."""
+    """The epoch, counted from 1, and the number of epochs if it is known."""
     epochs = trainer.max_epochs
     return f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs is not None and epochs > 0 else ''}"
 
@@ -179,6 +178,6 @@ def _format_metrics(trainer: Trainer, names: list[str]) -> list[str]:
 
 
 def latest_metrics(trainer: Trainer) -> dict[str, float]:
-    """The metrics that were logged last, as numbers; ``trainer.logged_metrics`` are still on the device."""
+    """The latest value of each metric, as a number; those in ``trainer.logged_metrics`` are still on the device."""
     logger = run_logger(trainer)
     return {} if logger is None else logger.metrics.latest

@@ -1,4 +1,4 @@
-"""Where the seconds of a run go."""
+"""Measure where the seconds of a run go."""
 
 import time
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Stopwatch(Callback):
         self._part, self._since = "starting", time.monotonic()
 
     def resume(self, seconds: Mapping[str, float], saved_at: float) -> None:
-        """Continue from a checkpoint that was saved at this time (since 1970), with ``seconds`` so far, by part."""
+        """Continue from a checkpoint with ``seconds`` by part; ``saved_at`` is the time of saving, in seconds since 1970."""
         self._seconds = dict(seconds)
         self._seconds["lost"] = self._seconds.get("lost", 0.0) + max(0.0, time.time() - saved_at)
         self._part, self._since = "lost", time.monotonic()

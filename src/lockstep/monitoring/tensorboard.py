@@ -1,6 +1,6 @@
-"""TensorBoard's view of a run: an event file with the rows of ``metrics.csv``, each once over all restarts.
+"""Write an event file for TensorBoard with the rows of ``metrics.csv``, each once over all restarts.
 
-The file is written here, as TensorBoard itself takes seconds to import and is needed only to look at it. Its format: TFRecords
+This module does not use TensorBoard, which takes seconds to import and is needed only to view the file. Its format: TFRecords
 (https://www.tensorflow.org/tutorials/load_data/tfrecord) of the message ``Event`` (``event.proto`` of TensorBoard).
 """
 
@@ -23,14 +23,14 @@ _POLYNOMIAL = 0x82F63B78
 class TensorBoardWriter:
     """Writes the rows of ``metrics.csv`` to ``<folder>/events.out.tfevents.…``.
 
-    Each attempt begins a file of its own, which tells TensorBoard to forget the others and has all rows so far. So TensorBoard
-    shows each row once, whatever an attempt that was killed has left. Of the others only the newest is kept, which a
-    TensorBoard that runs may be reading. A file that cannot be written does not end the run.
+    Each attempt starts its own file, which has all rows so far and tells TensorBoard to forget those of other files. So
+    TensorBoard shows each row once, even after a kill. Of the other files only the newest is kept, as a running TensorBoard
+    may be reading it. A file that cannot be written does not end the run.
 
     Args:
-        metrics: ``metrics.csv``, which has what earlier attempts have logged.
+        metrics: ``metrics.csv``, which has the rows of earlier attempts.
         attempt: Number of the attempt.
-        check_owner: Called before files of other attempts are removed; raises Superseded where this one must not write.
+        check_owner: Called before files of other attempts are removed; raises Superseded if a newer one has claimed the run.
     """
 
     def __init__(self, folder: Path, metrics: Path, attempt: int, check_owner: Callable[[], None] = lambda: None) -> None:
@@ -40,13 +40,13 @@ class TensorBoardWriter:
         self._try(self._start)
 
     def write(self, number: int, step: int, values: Mapping[str, float]) -> None:
-        """Append row ``number`` of ``metrics.csv``, counted from 1, unless the file has it."""
+        """Append row ``number`` of ``metrics.csv``, counted from 1, unless the file already has it."""
         if number > self._newest_row and self._file is not None:
             self._newest_row = number
             self._try(lambda: self._append(encode_event(time.time(), step, scalars=values)))
 
     def close(self) -> None:
-        """Close the file, after writing all of it again if a row could not be written."""
+        """Close the file; if a row could not be written, rewrite the whole file before."""
         if self._file is None:
             self._try(self._start)
         if self._file is not None:
@@ -54,7 +54,7 @@ class TensorBoardWriter:
             self._file = None
 
     def _start(self) -> None:
-        """Begin a file with all rows of ``metrics.csv``."""
+        """Start a file with all rows of ``metrics.csv``."""
         self._folder.mkdir(exist_ok=True)
         now = time.time()
         path = self._folder / f"events.out.tfevents.{int(now)}.{self._attempt:06}"
@@ -80,11 +80,11 @@ class TensorBoardWriter:
 
     def _append(self, content: bytes) -> None:
         assert self._file is not None
-        while content:  # a disk that gets full takes a part of it
+        while content:  # a disk that becomes full takes only part of it
             content = content[self._file.write(content) :]
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Call ``write``; after an OSError the file is not written until ``close``, which writes all of it."""
+        """Call ``write``; after an OSError skip all rows until ``close``, which rewrites the whole file."""
         try:
             write()
         except OSError as error:
@@ -108,7 +108,7 @@ def encode_event(
     Args:
         wall_time: In seconds since 1970.
         version: Of the format, in the first event of a file.
-        is_start: Whether TensorBoard shall forget what it has from ``step`` on.
+        is_start: Whether TensorBoard must forget earlier events from ``step`` on.
         scalars: Values by tag.
     """
     event = b"\x09" + struct.pack("<d", wall_time)
@@ -122,12 +122,12 @@ def encode_event(
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A field of a protobuf message with a length: a text or another message."""
+    """A length-delimited field of a protobuf message: a text or another message."""
     return bytes([number << 3 | 2]) + _varint(len(content)) + content
 
 
 def _float(value: float) -> bytes:
-    """The field ``simple_value``; numbers that are too large for a float are infinite."""
+    """The field ``simple_value``; numbers that are too large for a float32 become infinite."""
     try:
         return b"\x15" + struct.pack("<f", value)
     except OverflowError:
@@ -162,7 +162,7 @@ def _masked_crc(content: bytes) -> bytes:
 
 
 def _row_times(path: Path) -> list[float]:
-    """When the rows in a file of ``TensorBoardWriter`` were logged; it may end in the middle of one."""
+    """The times of the rows in a file of ``TensorBoardWriter``, which may end with a partial row."""
     content, at = path.read_bytes(), 0
     times: list[float] = []
     while at + 21 <= len(content):

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class ThroughputMonitor(Callback):
     """Logs speed, share of time spent waiting for data, learning rate and gradient norm at every logged step.
 
-    While the share stays above a tenth for a minute, a line on rank zero says what is short.
+    If the share stays above a tenth for a minute, a line on rank zero names the bottleneck.
 
     ``rate/samples_per_second`` counts the samples of all ranks. ``rate/step_ms`` is the time of a step of all optimizers, and
     ``rate/data_wait`` (0 to 1) the part of it in which the host waited for the next batch. They cover the steps since they
@@ -55,7 +55,7 @@ class ThroughputMonitor(Callback):
     on_validation_start = on_train_epoch_end = _stop_clock
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if is_log_step(trainer) and optimizer.param_groups:  # none if configure_optimizers returns None
+        if is_log_step(trainer) and optimizer.param_groups:  # empty if configure_optimizers returns None
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
 
@@ -103,11 +103,11 @@ class ThroughputMonitor(Callback):
 
 
 def _global_sample_count(trainer: Trainer, batch: Any) -> int:
-    """Samples of all ranks in this batch; 0 if Lightning cannot count them."""
+    """Number of samples of all ranks in this batch; 0 if Lightning cannot count them."""
     current = current_batch(trainer)
     if current is not None and current.samples is not None:
         return current.samples
     try:
         return extract_batch_size(batch) * trainer.world_size
-    except MisconfigurationException:  # an unknown kind of batch must not end the run
+    except MisconfigurationException:  # an unknown type of batch must not end the run
         return 0

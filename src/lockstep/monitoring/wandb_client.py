@@ -1,4 +1,4 @@
-"""Start the W&B run of a run folder, online or offline, and find what its local files have."""
+"""Start the W&B run of a run folder, online or offline, and read its local files."""
 
 import contextlib
 import http.client
@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from lockstep.config import WandbOptions
 from lockstep.core import fsync, is_on_path, python_command, shell_command
 from lockstep.distributed import STOP_SIGNALS
-from lockstep.monitoring.csv_logger import METRICS_ROW
 from lockstep.monitoring.wandb_history import GLOBAL_STEP
-from lockstep.runs import OWNER_SECONDS, Owner, Run
+from lockstep.runs import METRICS_ROW, OWNER_SECONDS, Owner, Run
 
 if TYPE_CHECKING:
     import wandb
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 0.1
-"""How often W&B's service writes rows to its local file, from which a restarted run reads what W&B has."""
+"""How often W&B's service writes rows to its local file; a restarted run reads there what W&B has."""
 
 _SERVICE_SECONDS = 3.0
-"""How long W&B's service outlives a process that was killed; about two seconds were measured."""
+"""How long W&B's service outlives a killed process; measured: about two seconds."""
 
 _FINISH_SECONDS = 60.0
 """How long finishing a run waits for uploads; the rest stays on disk."""
@@ -56,7 +55,7 @@ class WandbClient:
         """Start or resume the W&B run, and send it the rows that earlier attempts left in local files.
 
         Returns:
-            The W&B run, the number of the next row that it does not have, and how many rows of ``metrics.csv`` it has.
+            The W&B run, the number of the first row that it lacks, and how many rows of ``metrics.csv`` it has.
         """
         self._wait_for_earlier_attempts()
         stored = self._stored_rows()
@@ -81,13 +80,13 @@ class WandbClient:
             log.info("W&B: %s", wandb_run.url)
             for number in sorted(number for number in stored if number >= end):
                 _send_stored_row(wandb_run, number, *stored[number])
-        metrics_rows = [int(row.get(METRICS_ROW, 0)) for row, _ in stored.values()]
+        metrics_rows = _count_metrics_rows(stored)
         if not stored and end:  # the run folder has lost W&B's files
-            metrics_rows = [int(dict(wandb_run.summary).get(METRICS_ROW, 0))]
-        return wandb_run, max([end, *(number + 1 for number in stored)]), max(metrics_rows, default=0)
+            metrics_rows = int(dict(wandb_run.summary).get(METRICS_ROW, 0))
+        return wandb_run, max([end, *(number + 1 for number in stored)]), metrics_rows
 
     def _init(self) -> "wandb.Run":
-        """The W&B run; offline if the server cannot be reached or rejects it, so that training continues."""
+        """Start the W&B run; offline if the server cannot be reached or rejects it, so that training continues."""
         import wandb  # takes a second and a half, on rank zero only
 
         arguments: dict[str, Any] = {
@@ -108,24 +107,24 @@ class WandbClient:
             ),
         }
         if self.online and not is_reachable(wandb.setup().settings.base_url):
-            log.warning("W&B cannot be reached; the run is offline, and W&B is tried again at its end")
+            log.warning("W&B cannot be reached; the run is offline, and lockstep retries at its end")
             arguments["mode"] = "offline"
         try:
             return wandb.init(**arguments)
         except wandb.Error as error:
-            log.warning("W&B rejects the run (%s); it is offline", one_line(error))
+            log.warning("W&B rejects the run (%s); the run is offline", one_line(error))
             _teardown_service()
             return wandb.init(**arguments | {"mode": "offline"})
 
     def metrics_rows_on_disk(self) -> int:
         """How many rows of ``metrics.csv`` W&B's local files have."""
-        return max((int(row.get(METRICS_ROW, 0)) for row, _ in self._stored_rows().values()), default=0)
+        return _count_metrics_rows(self._stored_rows())
 
     def flush(self, sent_at: float) -> None:
-        """Wait until W&B's service has written rows that were sent by then to its local file, and flush that to disk.
+        """Wait until W&B's service has written all rows so far to its local file, and flush that to disk.
 
         Args:
-            sent_at: By the monotonic clock.
+            sent_at: When the newest row was sent, by the monotonic clock.
         """
         time.sleep(min(max(0.0, sent_at + 2 * _FLUSH_SECONDS - time.monotonic()), 2 * _FLUSH_SECONDS))
         try:
@@ -134,9 +133,9 @@ class WandbClient:
             log.warning("W&B's rows could not be flushed to disk (%s)", one_line(error))
 
     def _wait_for_earlier_attempts(self) -> None:
-        """Wait for the last rows of an attempt that was killed just now, or that has not noticed yet that it lost the run.
+        """Wait for the last rows of an attempt that was just killed, or has not noticed yet that it lost the run.
 
-        Not for one of the same Slurm job: its agents, or srun, have ended all processes of an attempt before the next one.
+        Do not wait within a Slurm job: its agents, or srun, end all processes of an attempt before the next one.
         """
         owner = Owner.read(self.run.owner)
         if owner is not None and owner == self.run.owner_of(owner.attempt - 1):
@@ -158,8 +157,12 @@ class WandbClient:
         return self.run.folder.glob("wandb/*run-*/run-*.wandb")
 
 
+def _count_metrics_rows(stored: Mapping[int, tuple[dict[str, Any], Path]]) -> int:
+    return max((int(row.get(METRICS_ROW, 0)) for row, _ in stored.values()), default=0)
+
+
 def _send_stored_row(wandb_run: "wandb.Run", number: int, row: Mapping[str, Any], media: Path) -> None:
-    """Send a row from a local file again, with its images and other media."""
+    """Send a row from a local file, with its images and other media."""
     for value in (value for value in row.values() if isinstance(value, dict)):
         for name in (value.get("path"), *value.get("filenames", ())):
             if name and (media / name).is_file():
@@ -182,7 +185,7 @@ def is_reachable(address: str) -> bool:
 
 
 def _teardown_service() -> None:
-    """Stop W&B's service, which is dead or still holds the run's id."""
+    """Stop W&B's service, which is dead or still holds the id of the run."""
     import wandb
 
     with contextlib.suppress(ConnectionError):
@@ -190,7 +193,7 @@ def _teardown_service() -> None:
 
 
 def sync_command(run: Run) -> str:
-    """The command that uploads an offline run; ``lockstep sync`` if the server has a part of it already."""
+    """The command that uploads an offline run; ``lockstep sync`` if the server already has part of it."""
     is_partly_online = any(run.folder.glob("wandb/run-*"))
     if is_partly_online:
         return shell_command("sync", run.folder)

@@ -1,7 +1,7 @@
-"""The rows of a W&B run's history: each is sent once, whoever logs it and however often the run restarts.
+"""The rows of a W&B run's history: each is sent once, over all restarts, whether lockstep or user code logs it.
 
-All rows have one numbering, W&B's step: those of ``metrics.csv`` and those that user code logs by ``wandb.log``. A checkpoint
-saves the number of the next row. A resumed run repeats the calls from there on; rows that W&B has are counted and not sent.
+W&B's step numbers all rows: those of ``metrics.csv`` and those that user code logs with ``wandb.log``. A checkpoint saves the
+number of the next row. A resumed run repeats the calls from there; rows that W&B already has are counted but not sent.
 """
 
 import logging
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lockstep.monitoring.csv_logger import METRICS_ROW
+from lockstep.runs import METRICS_ROW
 
 if TYPE_CHECKING:
     import wandb
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GLOBAL_STEP = "trainer/global_step"
-"""Key of the optimizer steps done, the x axis of all charts."""
+"""Key of the number of optimizer steps done, the x axis of all charts."""
 
 _KEPT_ROWS = 100
-"""Number of newest rows to send again if W&B's service is killed, which loses some."""
+"""Number of newest rows to send again after W&B's service was killed, which loses some."""
 
 
 class WandbHistory:
@@ -48,11 +48,11 @@ class WandbHistory:
         self._write: Callable[..., None] | None = None
 
     def attach(self, run: "wandb.Run", end: int, metrics_rows: int, on_user_log: Callable[..., None]) -> None:
-        """Send all further rows to ``run``, which was just started, and those of the newest rows that it does not have.
+        """Send all further rows to ``run``, which was just started, and first those of the newest rows that it lacks.
 
         Args:
             run: The W&B run.
-            end: Number of the next row that it does not have.
+            end: Number of the first row that it lacks.
             metrics_rows: Number of rows of ``metrics.csv`` that it has.
             on_user_log: Receives all calls that log to ``run``, with the arguments of ``log_user_row``.
         """
@@ -65,7 +65,7 @@ class WandbHistory:
                 release_media(row)
                 try:
                     self._write_row(number, row)
-                except OSError as error:  # the file of a medium is gone
+                except OSError as error:  # the file of an image or other media is gone
                     log.warning("W&B lacks the media of its row %d (%s)", number, error)
                     self._write_row(
                         number, {name: value for name, value in row.items() if isinstance(value, str | int | float)}
@@ -83,7 +83,7 @@ class WandbHistory:
     def log_user_row(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
         """Send what user code logs, unless W&B has it; the arguments are those of ``wandb.Run.log``.
 
-        A ``step`` below that of the newest row, with which W&B would drop the data, makes a row of its own.
+        Data with a ``step`` below that of the newest row, which W&B would drop, becomes a new row.
         """
         is_late = step is not None and step < self.next_row
         if step is not None and step > self.next_row:
@@ -94,7 +94,7 @@ class WandbHistory:
             self.commit()
 
     def commit(self) -> None:
-        """Complete and send the row that user code has begun, if any."""
+        """Complete and send the row that user code has started, if any."""
         if self.pending:
             number, row = self.next_row, self.pending
             self.next_row, self.pending = number + 1, {}
@@ -116,5 +116,5 @@ class WandbHistory:
 
 
 def to_python(value: Any) -> Any:
-    """``value``, or the number of Python that equals it if it is a scalar of torch or numpy."""
+    """Convert a scalar of torch or numpy to a Python number; return any other ``value`` as it is."""
     return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value

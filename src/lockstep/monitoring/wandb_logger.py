@@ -19,11 +19,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lockstep import __version__
 from lockstep.config import WandbOptions
 from lockstep.core import WANDB_KEY_ADVICE, World, shell_command, wandb_api_key
-from lockstep.monitoring.csv_logger import METRICS_ROW, CsvMetricsLogger
+from lockstep.monitoring.csv_logger import CsvMetricsLogger
 from lockstep.monitoring.tensorboard import TensorBoardWriter
 from lockstep.monitoring.wandb_client import WandbClient, is_reachable, one_line, sync_command
 from lockstep.monitoring.wandb_history import WandbHistory, to_python
-from lockstep.runs import LaunchRecord, Ownership, Run
+from lockstep.runs import METRICS_ROW, LaunchRecord, Ownership, Run
 
 if TYPE_CHECKING:
     import wandb
@@ -36,13 +36,13 @@ _PREEMPTED_SECONDS = 5.0
 """How long a preempted attempt waits for uploads; the next attempt sends the rest."""
 
 _MAX_STARTS = 3
-"""How often W&B's service is started again after it has died, and how often ``close`` tries to finish the W&B run."""
+"""How often W&B's service is restarted after it has died, and how often ``close`` tries to finish the W&B run."""
 
 
 class RunLogger(WandbLogger):
     """The logger of a run, ``trainer.logger``: writes ``metrics.csv``, and sends each row of it to W&B once.
 
-    What user code logs by ``experiment``, ``log_image``, ``wandb.log`` and the like is sent once, too. If W&B fails, training
+    What user code logs with ``experiment``, ``log_image`` or ``wandb.log`` is sent once, too. If W&B fails, training
     continues, and ``close`` sends the missing rows of the file.
 
     Args:
@@ -51,10 +51,10 @@ class RunLogger(WandbLogger):
         step: Returns the number of optimizer steps done.
         project: Name of the W&B project.
         check_owner: Called for each row; raises Superseded where this attempt must not write any more.
-        tensorboard: Gets each row of the file, too; None without TensorBoard.
+        tensorboard: Also writes each row of the file; None without TensorBoard.
 
     Attributes:
-        run: The W&B run; None without a client, and if it could not be started.
+        run: The W&B run; None without a client, or if it could not be started.
     """
 
     run: "wandb.Run | None" = None
@@ -72,9 +72,8 @@ class RunLogger(WandbLogger):
         self.metrics, self._client, self._step, self._check_owner = metrics, client, step, check_owner
         self._history = WandbHistory(step)
         self._deaths, self._has_failed, self._is_complete = 0, client is None, client is None
-        self._resume_position: Sequence[Any] | None = (
-            None  # while hooks of user code are called again that were called before the checkpoint
-        )
+        # Set while a resume calls hooks of user code that were called before the checkpoint, too.
+        self._resume_position: Sequence[Any] | None = None
         folder = metrics.path.parent
         super().__init__(project=project, save_dir=folder, version=folder.name)
         if client is not None:
@@ -99,13 +98,13 @@ class RunLogger(WandbLogger):
         return self.url or ("off" if self._client is None else sync_command(self._client.run))
 
     def position(self) -> tuple[int, dict[str, Any]]:
-        """For a checkpoint: W&B's number of the next row, and its values so far; if they are not plain, the row ends here."""
+        """The number of the next W&B row and its values so far, for a checkpoint; values that are not plain end the row."""
         if any(not isinstance(value, str | int | float) for value in self._history.pending.values()):
             self._guard(self._history.commit)
         return self._history.next_row, dict(self._history.pending)
 
     def flush_before_publication(self) -> Callable[[], None]:
-        """A function that returns once the rows so far are on disk; a checkpoint counts them, and must not be there before."""
+        """Return a function that waits until all rows so far are on disk, to be called before their checkpoint is published."""
         if self._client is None or self.run is None or self._has_failed:
             return lambda: None
         return partial(self._client.flush, self._history.sent_at)
@@ -117,7 +116,7 @@ class RunLogger(WandbLogger):
         self._guard(self._send_missing_rows)
 
     def finish_resume(self) -> None:
-        """Log again: the run is where its checkpoint was saved."""
+        """Log again, from the position where the checkpoint was saved."""
         if self._resume_position is not None:
             self._history.next_row, values = self._resume_position
             self._history.pending = dict(values)
@@ -206,7 +205,7 @@ class RunLogger(WandbLogger):
             raise ConnectionError(f"its files have {found} of {self._history.metrics_rows} rows")
 
     def _start(self) -> None:
-        """Start the W&B run and send it the rows that it does not have."""
+        """Start the W&B run and send it the rows that it lacks."""
         assert self._client is not None
         self.run, end, metrics_rows = self._client.start()
         self._history.attach(self.run, end, metrics_rows, self._log_user_row)
@@ -214,7 +213,7 @@ class RunLogger(WandbLogger):
         self._has_failed = False
 
     def _try_start(self) -> None:
-        """Start W&B, several times if its service dies; an error of W&B does not end the run."""
+        """Start W&B, and retry if its service dies; an error of W&B does not end the run."""
         while True:
             try:
                 self._start()
@@ -241,7 +240,7 @@ class RunLogger(WandbLogger):
             raise
         except ConnectionError as error:
             log.warning(
-                "W&B's service has ended (%s), as signals to a job end it too; it is started again, and no metric is lost",
+                "W&B's service has ended (%s), as signals to a job end it too; lockstep restarts it, and no metric is lost",
                 one_line(error),
             )
             self._try_start()
@@ -263,7 +262,7 @@ class RunLogger(WandbLogger):
             log.warning("W&B cannot log %s (%s); training continues without it", ", ".join(data), one_line(error))
 
     def _send_missing_rows(self) -> None:
-        """Send the rows that were logged so far and that W&B does not have; name those that the file has lost."""
+        """Send the rows so far that W&B lacks; log a warning about those that the file has lost."""
         first = self._history.metrics_rows + 1
         rows = self.metrics.rows_after(first - 1)
         if lost := max(0, self.metrics.row_count - first + 1) - len(rows):
@@ -279,7 +278,7 @@ def run_logger(trainer: Trainer) -> RunLogger | None:
 
 
 def _disabled_run() -> Any:
-    """A W&B run that ignores all calls; ``wandb.log`` does, too."""
+    """Start a W&B run that ignores all calls, those of ``wandb.log`` too."""
     import wandb
 
     return wandb.init(mode="disabled")
@@ -307,10 +306,10 @@ def start_run_logger(
     ownership: Ownership,
     shown: Mapping[str, Any] | None = None,
 ) -> RunLogger:
-    """Make the logger of a run, and start W&B on rank zero unless it is disabled.
+    """Create the logger of a run, and start W&B on rank zero unless it is disabled.
 
-    W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` is that of ``RunLogger``. The config
-    that is ``shown`` may be another one until the run trains with ``config``.
+    W&B shows the complete config, the git commit, the world and the Slurm job. ``step`` is that of ``RunLogger``. W&B shows
+    the config ``shown``, if there is one, until ``show_config`` replaces it.
     """
     mode = wandb_mode(options, os.environ)
     metrics = CsvMetricsLogger(run.metrics, step, ownership.check_now, world.is_rank_zero)

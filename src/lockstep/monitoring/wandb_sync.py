@@ -1,6 +1,6 @@
-"""``lockstep sync RUN``: send W&B the rows of ``metrics.csv`` that it does not have.
+"""``lockstep sync RUN``: send W&B the rows of ``metrics.csv`` that it lacks.
 
-Each row is sent under its number, so that no row is there twice.
+Each row is sent with its number, so that W&B has no row twice.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def sync_run(run: Run) -> str:
         RunError: W&B cannot be reached or does not accept the rows.
     """
     if run.living_owner(lambda owner: is_owner_alive(owner, environ)) is not None:
-        raise UsageError(f"The run {run.folder} is being trained and sends missing rows itself; sync it after it has ended.")
+        raise UsageError(f"The run {run.folder} is being trained and sends missing rows itself; run sync after it has ended.")
     if wandb_api_key(environ) is None:
         raise UsageError("W&B has no API key on this machine; set WANDB_API_KEY or run wandb login.")
     if not is_reachable(address := wandb.setup().settings.base_url):

@@ -1,7 +1,7 @@
-"""The watchdog: detects a rank that makes no progress, names it, and ends the attempt so that the run can restart.
+"""Watchdog: detect a rank that makes no progress, name it, and end the attempt so that the run can restart.
 
 Each rank has a thread that measures the time since its last heartbeat: a batch fetched, a step done, a save begun. The limit
-follows from the intervals so far. Ranks exchange nothing before that. After it, every stuck rank dumps its stacks, and the
+follows from the intervals so far. Ranks do not communicate before it. After it, every stuck rank dumps its stacks, and the
 lowest of them names the rank that does not answer or is behind.
 """
 
@@ -26,13 +26,13 @@ _SLOWDOWN_FACTOR = 10.0
 """The limit is at least this many times the longest recent interval between heartbeats."""
 
 _FIRST_STEP_FACTOR, _FIRST_STEP_SECONDS = 3.0, 60.0
-"""How much longer the first step may take, which starts workers and may compile the model, and the least limit for it."""
+"""Factor and minimum of the limit for the first step, which starts workers and may compile the model."""
 
 _REPORT_SECONDS = 5.0
 """Time for all stuck ranks to write their records."""
 
 _REPORT_LIMIT_SECONDS = 30.0
-"""Time for the whole report: the disk that it is written to may hang."""
+"""Time for the whole report; its disk may hang."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class StuckRank:
 
 
 class Watchdog(Callback):
-    """Watches over this rank while it trains, validates, tests or predicts.
+    """Watch this rank while it trains, validates, tests or predicts.
 
     Args:
-        seconds: Least time without a heartbeat after which the rank is stuck.
+        seconds: Minimum of the limit: time without a heartbeat after which the rank is stuck.
         enter: Reports the phase that this rank enters.
     """
 
@@ -146,13 +146,13 @@ class Watchdog(Callback):
             record_failure(self.run, self.attempt, self._blame(stuck, silent))
 
     def _is_lowest(self, folder: Path) -> bool:
-        """Whether this is the lowest of the stuck ranks; all ranks ask, so it opens no file."""
+        """Whether this is the lowest of the stuck ranks; opens no file, as all ranks call it."""
         if self.world.rank and (folder / "stuck-0.json").exists():
             return False
         return self.world.rank == min(int(path.stem.partition("-")[2]) for path in folder.glob("stuck-*.json"))
 
     def _blame(self, stuck: list[StuckRank], silent: float) -> Failure:
-        """The failure of the first rank that wrote no record, else of the rank with the fewest heartbeats."""
+        """The failure of the first rank without a record, else of the rank with the fewest heartbeats."""
         missing = sorted(set(range(self.world.size)) - {rank.rank for rank in stuck})
         rank = missing[0] if missing else min(stuck, key=lambda rank: (rank.heartbeats, rank.rank)).rank
         cause = "does not answer" if missing else "is behind the others"
@@ -161,7 +161,7 @@ class Watchdog(Callback):
 
 
 def stop_watchdog(trainer: Trainer | None) -> None:
-    """Stop watching: someone has stopped this rank on purpose, with a debugger."""
+    """Stop watching a rank that someone has stopped on purpose, with a debugger."""
     for callback in trainer.callbacks if trainer is not None else ():  # type: ignore[attr-defined]
         if isinstance(callback, Watchdog):
             callback.stop()
