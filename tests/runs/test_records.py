@@ -179,4 +179,5 @@ def test_a_failure_that_cannot_be_recorded_is_printed(
 
     monkeypatch.setattr("lockstep.runs.records.atomic_write_json", full)
     assert record_failure(run, attempt, failure) == failure
+    write_failed_result(run, attempt, failure)
     assert "cannot be written (No space left on device): ValueError: no" in capsys.readouterr().err

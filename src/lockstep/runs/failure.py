@@ -65,10 +65,13 @@ class Failure(Record):
             report = f"it was ended by {signal_name(status)}."
         elif isinstance(error, SystemExit):
             report = f"it was ended by sys.exit({error.code!r})."
-        is_secondary = world.size > 1 and is_connection_loss(error)
-        is_permanent = isinstance(error, LockstepError) and error.is_permanent
-        mine = cls(world.rank, world.size, world.node_rank, _host(), report, status, is_secondary, is_permanent)
-        return replace(mine, in_final_test=isinstance(error, FinalTestError))
+        return replace(
+            cls.from_report(report, world),
+            exit_status=status,
+            is_secondary=world.size > 1 and is_connection_loss(error),
+            is_permanent=isinstance(error, LockstepError) and error.is_permanent,
+            in_final_test=isinstance(error, FinalTestError),
+        )
 
     @property
     def is_interruption(self) -> bool:
@@ -133,18 +136,22 @@ def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
 
 def write_failed_result(run: Run, attempt: int, failure: Failure) -> None:
     """Record in ``result.json`` why an attempt failed; for a rank zero that had no time to, or does not know the cause."""
-    if write_trained_result(run, attempt, failure):
-        return
-    result = run.result_of(attempt)
-    if (failure.is_interruption and result is not None) or run.is_superseded(attempt):
-        return
-    if run.finished_before(attempt) is not None:
-        update_status(run, "finished")
-        return
-    status = "interrupted" if failure.is_interruption else "failed"
-    result = describe_run(run, result or RunResult(status, world_size=failure.world_size, attempts=attempt))
-    replace(result, status=status, reason=failure.reason, exit_status=failure.exit_status).write(run.result)
-    update_status(run, status)
+    try:
+        if write_trained_result(run, attempt, failure):
+            return
+        earlier, result = RunResult.read(run.result), run.result_of(attempt)
+        if (failure.is_interruption and result is not None) or run.is_superseded(attempt):
+            return
+        if run.finished_before(attempt) is not None:
+            update_status(run, "finished")
+            return
+        status = "interrupted" if failure.is_interruption else "failed"
+        command = earlier.command if earlier is not None else "fit"
+        result = describe_run(run, result or RunResult(status, command, failure.world_size, attempt))
+        replace(result, status=status, reason=failure.reason, exit_status=failure.exit_status).write(run.result)
+        update_status(run, status)
+    except OSError as error:  # a full disk must not end an agent
+        print(f"lockstep: {run.result} cannot be written ({error.strerror}).", file=sys.stderr)
 
 
 def write_trained_result(run: Run, attempt: int, failure: Failure) -> bool:
@@ -158,7 +165,7 @@ def write_trained_result(run: Run, attempt: int, failure: Failure) -> bool:
 
 
 def _failure_path(run: Run, attempt: int) -> Path:
-    return run.folder / "logs" / str(attempt) / "failure.json"
+    return run.attempt_folder(attempt) / "failure.json"
 
 
 def is_connection_loss(error: BaseException) -> bool:
