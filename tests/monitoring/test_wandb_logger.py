@@ -283,6 +283,14 @@ def test_a_server_that_starts_late_gets_every_row_at_the_end(
     assert_complete(server, run)
 
 
+@pytest.mark.parametrize("content", ["{", "null", "wandb: null", "wandb: {colour: red}"])
+def test_sync_names_a_damaged_config(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.create(tmp_path, "x")
+    run.config.write_text(content)
+    assert cli.main(["sync", str(run.folder)]) == 2
+    assert f"{run.config} is damaged (" in capsys.readouterr().err
+
+
 def test_sync_sends_missing_rows_once(
     launch: Launch, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ import yaml
 from lockstep.config import WandbOptions
 from lockstep.core import CommandLineParser, RunError, UsageError, World, setup_logging, wandb_api_key
 from lockstep.monitoring.csv_logger import CsvMetricsLogger
-from lockstep.monitoring.wandb_client import WandbClient, is_reachable
+from lockstep.monitoring.wandb_client import WandbClient, is_reachable, one_line
 from lockstep.monitoring.wandb_logger import RunLogger
 from lockstep.runs import Run, RunResult
 from lockstep.slurm import is_owner_alive
@@ -24,17 +24,20 @@ def sync_run(run: Run) -> str:
     """Send all missing rows of ``run`` and return the URL of its W&B run.
 
     Raises:
-        UsageError: The run is being trained, or W&B has no API key.
+        UsageError: The run is being trained, its config is damaged, or W&B has no API key.
         RunError: W&B cannot be reached or does not accept the rows.
     """
     if run.living_owner(lambda owner: is_owner_alive(owner, environ)) is not None:
         raise UsageError(f"The run {run.folder} is being trained and sends missing rows itself; run sync after it has ended.")
+    try:
+        config = yaml.safe_load(run.config.read_text())
+        options = WandbOptions(**config["wandb"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UsageError(f"{run.config} is damaged ({one_line(error)}); restore it, and run sync again.") from None
     if wandb_api_key(environ) is None:
         raise UsageError("W&B has no API key on this machine; set WANDB_API_KEY or run wandb login.")
     if not is_reachable(address := wandb.setup().settings.base_url):
         raise RunError(f"W&B cannot be reached at {address}; try again later.")
-    config = yaml.safe_load(run.config.read_text())
-    options = WandbOptions(**config["wandb"])
     with closing(CsvMetricsLogger(run.metrics, step=lambda: 0)) as metrics:
         metrics.row_count = metrics.newest_row
         logger = RunLogger(metrics, WandbClient(run, options, config, online=True), lambda: 0, options.project)
