@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class CsvMetricsLogger:
-    """Appends one row per logged step to ``metrics.csv``: its number, step, epoch, then the metrics in the order of appearance.
+    """Append one row per logged step to ``metrics.csv``: its number, step, epoch, then the metrics in the order of appearance.
 
     A checkpoint saves the number of rows. A resumed run continues from that number, and does not write rows that are already
     in the file.

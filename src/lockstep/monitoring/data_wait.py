@@ -35,7 +35,7 @@ class InputTimes:
 
 
 class DataWaitAdvisor:
-    """Collects ``InputTimes`` while training waits too much.
+    """Collect ``InputTimes`` while training waits too much.
 
     Args:
         cpus: CPUs of this rank.

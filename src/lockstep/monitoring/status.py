@@ -22,7 +22,7 @@ _SHOWN_METRICS = 8
 
 
 class StatusReporter(Callback):
-    """Writes ``status.json`` every few seconds, and logs a line for each epoch and validation on rank zero.
+    """Write ``status.json`` every few seconds, and log a line for each epoch and validation on rank zero.
 
     Args:
         logs_epochs: Whether to log these lines; False if the user has a progress bar.

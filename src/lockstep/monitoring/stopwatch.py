@@ -10,7 +10,7 @@ from lockstep.runs import AttemptStart, Durations, Run
 
 
 class Stopwatch(Callback):
-    """Attributes each second of a run to one part of ``Durations``, over all attempts.
+    """Attribute each second of a run to one part of ``Durations``, over all attempts.
 
     Args:
         run: The run.

@@ -21,7 +21,7 @@ _POLYNOMIAL = 0x82F63B78
 
 
 class TensorBoardWriter:
-    """Writes the rows of ``metrics.csv`` to ``<folder>/events.out.tfevents.…``.
+    """Write the rows of ``metrics.csv`` to ``<folder>/events.out.tfevents.…``.
 
     Each attempt starts its own file, which has all rows so far and tells TensorBoard to forget those of other files. So
     TensorBoard shows each row once, even after a kill. Of the other files only the newest is kept, as a running TensorBoard

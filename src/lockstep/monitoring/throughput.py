@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 
 class ThroughputMonitor(Callback):
-    """Logs speed, share of time spent waiting for data, learning rate and gradient norm at every logged step.
+    """Log speed, share of time spent waiting for data, learning rate and gradient norm at every logged step.
 
     If the share stays above a tenth for a minute, a line on rank zero names the bottleneck.
 
-    ``rate/samples_per_second`` counts the samples of all ranks. ``rate/step_ms`` is the time of a step of all optimizers, and
-    ``rate/data_wait`` (0 to 1) the part of it in which the host waited for the next batch. They cover the steps since they
-    were last logged, without validation. ``optim/lr`` is the learning rate of the first parameter group,
+    ``rate/samples_per_second`` counts the samples of all ranks. ``rate/step_ms`` is the time of a step of all optimizers.
+    ``rate/data_wait`` is the share of that time, from 0 to 1, in which the host waited for the next batch. These three cover
+    the steps since the last logged one, without validation. ``optim/lr`` is the learning rate of the first parameter group,
     ``optim/grad_norm`` the total 2-norm of the gradient before clipping.
 
     Attributes:

@@ -39,7 +39,7 @@ _CONNECT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class WandbClient:
-    """Starts the W&B run of a run folder; both have the same id.
+    """Start the W&B run of a run folder; both have the same id.
 
     Attributes:
         config: What W&B shows as the config.

@@ -25,7 +25,7 @@ _KEPT_ROWS = 100
 
 
 class WandbHistory:
-    """Numbers and sends the rows of a W&B run.
+    """Number and send the rows of a W&B run.
 
     Args:
         step: Returns the number of optimizer steps done.

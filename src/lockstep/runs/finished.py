@@ -12,8 +12,8 @@ from lockstep.runs.run import Run
 def nothing_left(run: Run, config: Mapping[str, Any]) -> str | None:
     """Say in one sentence why resuming ``run`` with this ``config`` would do nothing; None if it would train or test.
 
-    It would do nothing if training and final test have finished, and either the limits in ``config`` are reached or
-    ``config`` is that of the run.
+    It would do nothing if training and final test have finished, and ``config`` is that of the run or has limits that are
+    reached.
 
     Raises:
         UsageError: ``config.yaml`` of the run is damaged.

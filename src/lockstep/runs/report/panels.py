@@ -88,7 +88,7 @@ def make_chart(rows: Iterable[Mapping[str, str]]) -> Chart:
         return Chart([], {name: series.values[-1] for name, series in drawn.items() if name not in _SYSTEM}, notes)
     groups: dict[str, list[Series]] = {}
     for name, series in drawn.items():
-        if title := _SYSTEM.get(name, _quantity(name)):
+        if title := _SYSTEM.get(name, _parts(name)[1]):
             groups.setdefault(title, []).append(series)
     panels: list[Panel] = []
     scores: dict[str, float] = {}
@@ -133,10 +133,6 @@ def _parts(name: str) -> tuple[str, str, str]:
     if found := _STAGE_LAST.fullmatch(name):
         return _STAGES[found[2]], found[1], suffix
     return "", name, suffix
-
-
-def _quantity(name: str) -> str:
-    return _parts(name)[1]
 
 
 def _label(name: str) -> str:
