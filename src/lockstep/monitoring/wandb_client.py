@@ -135,7 +135,7 @@ class WandbClient:
     def _wait_for_earlier_attempts(self) -> None:
         """Wait for the last rows of an attempt that was just killed, or has not noticed yet that it lost the run.
 
-        Do not wait within a Slurm job: its agents, or srun, end all processes of an attempt before the next one.
+        Do not wait in the Slurm job of that attempt: its agents, or srun, end all processes before the next attempt.
         """
         owner = Owner.read(self.run.owner)
         if owner is not None and owner == self.run.owner_of(owner.attempt - 1):
