@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lockstep.checkpoint import Checkpoint, Manifest, Progress
-from lockstep.core import RunError, World
+from lockstep.core import FinalTestError, LockstepError, PeerError, RunError, SaveError, Superseded, UsageError, World
 from lockstep.distributed import broadcast, broadcast_from_rank_zero, destroy_process_group, fork_ranks, init_process_group
 from lockstep.distributed.process_group import all_gather, listen
 from lockstep.runs import Run
@@ -87,18 +87,28 @@ def test_what_a_rank_sends_is_not_executed(tmp_path: Path, collective: str) -> N
     assert said
 
 
-def test_runs_checkpoints_and_errors_are_sent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [LockstepError, UsageError, RunError, SaveError, PeerError, FinalTestError, Superseded])
+def test_every_error_of_rank_zero_is_raised_on_the_other_ranks(error: type[LockstepError]) -> None:
+    def exchange(world: World) -> str:
+        init_process_group(world, torch.device("cpu"), SECONDS)
+
+        def fail() -> None:
+            raise error("the cause")
+
+        with pytest.raises(LockstepError) as raised:
+            broadcast_from_rank_zero(fail, world)
+        destroy_process_group()
+        return repr(raised.value)
+
+    assert fork_ranks(exchange, 1, 2) == [f"{error.__name__}('the cause')"] * 2
+
+
+def test_runs_and_checkpoints_are_sent(tmp_path: Path) -> None:
     progress = Progress(1, 2, 3, 4, 0.5, 0.0, 1e9, ["a", "b"])
     found = Checkpoint(tmp_path, Manifest(progress, 2, 1, 1e9, {"model.ckpt": (3, "ab")}))
 
     def exchange(world: World) -> Any:
         init_process_group(world, torch.device("cpu"), SECONDS)
-
-        def fail() -> None:
-            raise RunError("a damaged file")
-
-        with pytest.raises(RunError, match="a damaged file"):
-            broadcast_from_rank_zero(fail, world)
         run = broadcast_from_rank_zero(lambda: (Run(tmp_path), 3), world)
         checkpoint = broadcast_from_rank_zero(lambda: found, world, (Checkpoint, Manifest, Progress))
         skipped = all_gather({"a.jpg"}, world)

@@ -17,7 +17,17 @@ from torch.serialization import safe_globals
 
 from lockstep.compat.lightning import set_rank_zero
 from lockstep.compat.torch import flight_record
-from lockstep.core import LockstepError, RunError, SaveError, UsageError, World, atomic_write
+from lockstep.core import (
+    FinalTestError,
+    LockstepError,
+    PeerError,
+    RunError,
+    SaveError,
+    Superseded,
+    UsageError,
+    World,
+    atomic_write,
+)
 from lockstep.runs import Run
 
 log = logging.getLogger(__name__)
@@ -27,7 +37,7 @@ T = TypeVar("T")
 _NO_LIMIT = timedelta(days=365)
 """The time-out of collectives whose callers have limits of their own."""
 
-_SAFE_TYPES = (PosixPath, Run, LockstepError, RunError, SaveError, UsageError)
+_SAFE_TYPES = (PosixPath, Run, LockstepError, UsageError, RunError, SaveError, PeerError, FinalTestError, Superseded)
 """Classes that a rank accepts from another one, beside those that ``torch.load(weights_only=True)`` accepts."""
 
 
