@@ -1,6 +1,7 @@
 """Undocumented names of W&B; importing it takes a second and a half."""
 
 import json
+import logging
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from lockstep.compat import patch, private, private_imports
 with private_imports("wandb"):
     from wandb.sdk.data_types.base_types.media import Media
 
+log = logging.getLogger(__name__)
+
 _get_core_path = private("wandb", wandb.util, "get_core_path")
 private("wandb", wandb.Run, "_log")
 private("wandb", Media, "is_bound")
@@ -25,13 +28,17 @@ LogFunction = Callable[..., None]
 def read_history(file: Path, timeout: float) -> dict[int, dict[str, Any]]:
     """The rows of history in a ``.wandb`` file, by W&B's step; media are dicts with ``_type`` and ``path``.
 
+    A file may be incomplete: it then has the rows before its end. A file that W&B cannot read at all has none.
+
     Raises:
         subprocess.TimeoutExpired: Reading took more than ``timeout`` seconds.
     """
     # What `wandb leet inspect` runs, without the time to start Python.
     command = [_get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=timeout).stdout.splitlines()
-    records = [json.loads(line) for line in lines if '"history"' in line]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    if ended.returncode:
+        log.warning("W&B cannot read %s (%s); its rows count as not sent", file, " ".join(ended.stderr.split()))
+    records = [json.loads(line) for line in ended.stdout.splitlines() if '"history"' in line]
     items = [_nest_media(record["history"]["item"]) for record in records if record.get("type") == "history"]
     return {int(item["_step"]): item for item in items}
 
