@@ -149,6 +149,14 @@ def test_a_module_that_is_not_found_names_the_folder_of_the_run(tmp_path: Path) 
         lockstep.UsageError, match=r"model .nowhere.Net.: No module named .nowhere.; .*such as /home/me/project"
     ):
         lockstep.load(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(lockstep.UsageError, match=r"config.yaml is damaged: .*invalid start byte"):
+        lockstep.load(tmp_path)
+
+
+def test_a_file_near_the_root_has_no_run_folder() -> None:
+    with pytest.raises(lockstep.UsageError, match=r"/etc/passwd is not in a run folder, .* with load_from_checkpoint of"):
+        lockstep.load("/etc/passwd")
 
 
 def test_importing_the_package_imports_nothing_else() -> None:

@@ -1,4 +1,4 @@
-"""The module of a run with the weights of a checkpoint, to use it in a notebook or a script."""
+"""Load the module of a run with the weights of a checkpoint, for a notebook or a script."""
 
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,18 @@ def load_module(place: Path) -> LightningModule:
         place: A run folder, whose newest checkpoint is loaded, or a checkpoint in one.
 
     Raises:
-        UsageError: There is no checkpoint, it is not in a run folder, or the class of the module cannot be imported or made.
+        UsageError: There is no checkpoint, it is not in a run folder, or the module cannot be imported or instantiated.
         RunError: The weights do not fit the module.
     """
     found = find_checkpoint(place, "run")
     model = found.model if isinstance(found, Checkpoint) else found
-    run = Run(model.absolute().parents[2])
+    run = Run(model.absolute().parent.parent.parent)  # not parents[2], which a file in /tmp does not have
     if not isinstance(found, Checkpoint) or not run.config.is_file():
         raise UsageError(
-            f"run: {place} is not in a run folder, whose config.yaml says how to make the module; load {model} by "
+            f"run: {place} is not in a run folder, whose config.yaml says how to build the module; load {model} with "
             "load_from_checkpoint of its class."
         )
-    module = _make_module(run)
+    module = _build_module(run)
     allow_numpy_globals()
     allow_plain_classes(model)
     checkpoint: dict[str, Any] = torch.load(model, map_location="cpu", weights_only=True, mmap=True)
@@ -54,10 +54,10 @@ def load_module(place: Path) -> LightningModule:
     return module.eval()
 
 
-def _make_module(run: Run) -> LightningModule:
+def _build_module(run: Run) -> LightningModule:
     try:
         section = load_yaml(run.config.read_text())["model"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError) as error:  # ValueError: not UTF-8, or no such date
         raise UsageError(f"{run.config} is damaged: {' '.join(str(error).split())}.") from None
     search_working_folder()
     import_as_lightning()
