@@ -124,7 +124,8 @@ def test_help_of_a_section_and_of_a_class(arguments: list[str], shown: str, caps
     [
         (["--modle.help"], "modle.help: unknown key; did you mean 'model.help'?"),
         (["--model.help", "Clasifier"], "cannot be imported (No module named 'Clasifier'); did you mean 'lockstep.models.Clas"),
-        (["--optimizer.help"], "optimizer.help: of which class? --optimizer.help CLASS."),
+        (["--model.help", "torch.nn"], "model.help: torch.nn cannot be imported (it is neither a class nor a function); valid"),
+        (["--optimizer.help"], "optimizer.help: no class is set; give one: --optimizer.help CLASS."),
     ],
 )
 def test_help_of_what_does_not_exist(arguments: list[str], error: str) -> None:

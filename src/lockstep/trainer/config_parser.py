@@ -86,7 +86,7 @@ def parse_config(arguments: Sequence[str], command: str = "fit") -> tuple[Argume
             print(describe_key(key.removesuffix(".help"), value, given))
             sys.exit(0)
     parser, arguments = make_parser(), select_section(arguments, command)
-    is_shown = "--print_config" in arguments and given["model"] is not None  # else jsonargparse shows the keys that are known
+    is_shown = "--print_config" in arguments and given["model"] is not None  # without a model, jsonargparse shows what is set
     if is_shown:
         arguments.remove("--print_config")
     try:
@@ -109,13 +109,13 @@ def search_working_folder() -> None:
 
 
 def describe_key(key: str, class_path: str, given: Mapping[str, Any]) -> str:
-    """Describe the arguments of a section such as ``trainer``, or of a class that ``key`` may have.
+    """Describe the arguments of a section such as ``trainer``, or of a class that ``key`` may be set to.
 
     Args:
-        class_path: The class; if empty, the one that ``given``, the config, has for ``key``.
+        class_path: The class; if empty, the one that the config ``given`` sets for ``key``.
 
     Raises:
-        UsageError: The key has no arguments, or the class is not known or cannot be imported.
+        UsageError: The key has no arguments, or the class is not set or cannot be imported.
     """
     sections = {name: type(value) for name, value in vars(Options()).items() if is_dataclass(value)}
     parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
@@ -130,6 +130,8 @@ def describe_key(key: str, class_path: str, given: Mapping[str, Any]) -> str:
         shared = {path.rpartition(".")[2]: path for paths in SHARED_CLASSES.values() for path in paths}
         try:
             kind = resolve_name(path := shared.get(found, found))
+            if not callable(kind):
+                raise ValueError("it is neither a class nor a function")
         except (ImportError, AttributeError, ValueError) as error:
             known = SHARED_CLASSES.get(key, ())
             raise UsageError(f"{key}.help: {found} cannot be imported ({error}){did_you_mean(found, known)}") from None
@@ -138,13 +140,13 @@ def describe_key(key: str, class_path: str, given: Mapping[str, Any]) -> str:
         add(kind, key, fail_untyped=False)
     else:
         such_as = f", such as {', '.join(SHARED_CLASSES[key])}" if key in SHARED_CLASSES else ""
-        raise UsageError(f"{key}.help: of which class? --{key}.help CLASS{such_as}.")
+        raise UsageError(f"{key}.help: no class is set; give one: --{key}.help CLASS{such_as}.")
     # jsonargparse lists all classes that are imported, which are hundreds of lines.
     return re.sub(r",?\s+known\s+subclasses:[^)]*\)", ")", parser.format_help()).lstrip()
 
 
 def _class_of(config: Any, key: str) -> str:
-    """Path of the class that a config has for a dotted ``key``; empty if it has none."""
+    """Path of the class that a config sets for a dotted ``key``; empty if it sets none."""
     for name in key.split("."):
         config = config.get("init_args", config) if isinstance(config, Mapping) else {}
         config = config.get(name) if isinstance(config, Mapping) else None
@@ -153,7 +155,7 @@ def _class_of(config: Any, key: str) -> str:
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
-    """Instantiate the model, the data and the trainer's callbacks; raise what a class raises, as jsonargparse does not."""
+    """Instantiate the model, the data and the trainer's callbacks; raise the error of a class, which jsonargparse wraps."""
     try:
         instances: Namespace = parser.instantiate(config)
     except ValueError as error:
@@ -165,7 +167,7 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
 
 
 def set_optimizer(module: LightningModule, config: Namespace) -> None:
-    """Let ``module`` train with the ``optimizer`` and ``lr_scheduler`` of the config, if it has any, as LightningCLI does."""
+    """Let ``module`` train with the ``optimizer`` and ``lr_scheduler`` of the config, if set, as LightningCLI does."""
     if config.optimizer is None:
         return
     if is_overridden("configure_optimizers", module):
