@@ -61,6 +61,6 @@ def test_a_dataloader_worker_is_told_how_to_load_without_it() -> None:
 
 
 def test_leaving_a_debugger_that_had_no_terminal_says_so() -> None:
-    refused = pytest.raises(RunError, match=r"^pdb: a debugger needs a terminal of its own, and here are 2 ranks")
+    refused = pytest.raises(RunError, match=r"^pdb: a debugger needs a run with one rank, and this one has 2; use: ")
     with refused, breakpoints(World(0, 2, 0, 2), COMMAND, no_pause):
         raise BdbQuit

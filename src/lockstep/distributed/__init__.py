@@ -1,4 +1,4 @@
-"""Run the ranks of a job: agents fork and watch them, start the process group, receive signals, and agree when to stop."""
+"""Fork and watch the ranks of a job, start their process group, receive signals, and agree when to stop."""
 
 from lockstep.distributed.agent import Agent, Plan
 from lockstep.distributed.channel import Channel

@@ -1,7 +1,7 @@
-"""The agent of a node: it forks the ranks of its node, watches them, and forks those of the next attempt when one fails.
+"""The agent of a node: it forks and watches the ranks of its node, and forks those of the next attempt after a failure.
 
-The agent of node 0 leads: it opens the rendezvous of the ranks and hears of each rank that has ended on any node. When one has
-failed it has all ranks end, and decides with the restart policy whether another attempt follows. No agent imports again.
+The agent of node 0 leads: it opens the rendezvous of the ranks, and receives the failure of each rank on any node. After a
+failure it ends all ranks, and the restart policy decides whether another attempt follows. No agent repeats its imports.
 """
 
 import ctypes
@@ -32,10 +32,10 @@ from lockstep.distributed.rank_group import (
 from lockstep.runs import Failure
 
 _INTERVAL_SECONDS = 1.0
-"""How often the phases of the ranks are looked at."""
+"""How often the agent checks the phases of the ranks."""
 
 _CAUSE_SECONDS, _SECONDARY_SECONDS = 0.2, 5.0
-"""How long to wait for an earlier failure of another rank, and for the cause of a lost connection."""
+"""How long to wait for reports of earlier failures, and for the cause if ranks have only lost connections so far."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Plan:
         train: Runs one attempt as one rank; its third argument reports the phase that the rank enters.
         log: Log file of a rank in an attempt.
         limits: As in ``PhaseBoard``.
-        record: Records why an attempt failed; called on node 0, with the failure of the rank that failed first.
-        next_attempt: Claims the next attempt where the restart policy wants one in this allocation, after one that ended with
-            this exit status; called on node 0.
+        record: Records why an attempt failed, from the failure of the rank that failed first; called on node 0.
+        next_attempt: Claims the next attempt if the restart policy allows one in this allocation after an attempt with this
+            exit status; else returns None. Called on node 0.
     """
 
     train: Callable[[World, int, Callable[[str], None]], Any]
@@ -71,12 +71,12 @@ class Agent:
         self.agents, self.ranks, self.channel, self.plan = agents, ranks, channel, plan
         self._group: RankGroup | None = None
         self._signal = 0
-        self._others = set(_children())  # of libraries
+        self._others = set(_children())  # children that libraries have started
         adopt_orphans()
         set_process_name(f"agent-{agents.rank}")
 
     def run(self, attempt: int) -> int:
-        """Run this attempt and those that follow without another srun, and return the exit status."""
+        """Run this attempt and those that follow it without another ``srun``, and return the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._pass_on)
         try:
@@ -86,7 +86,7 @@ class Agent:
             self.channel.close()
 
     def _pass_on(self, number: int, frame: object) -> None:
-        """Pass a signal on to the ranks, to which Slurm sends most signals too: they heed the first one only."""
+        """Pass a signal on to the ranks, to which Slurm sends most signals too: they act on the first one only."""
         self._signal = self._signal or number
         if self._group is not None:  # a second SIGINT would end a rank at once
             self._group.signal(signal.SIGTERM if number == signal.SIGINT else number)
@@ -103,7 +103,7 @@ class Agent:
             attempt = following
 
     def _lead_attempt(self, attempt: int) -> "_Ended":
-        """Run one attempt on all nodes, to the end of its last rank."""
+        """Run one attempt on all nodes until its last rank has ended."""
         address = parse_rendezvous(self.agents.rendezvous)[0] if self.agents.size > 1 else "127.0.0.1"
         with listen(address, 0, self.agents.size) as listener:
             host = f"[{address}]" if ":" in address else address
@@ -115,7 +115,7 @@ class Agent:
         while group.running or running:
             new, ready = group.poll(_INTERVAL_SECONDS if failed_at is None else 0.1, list(self.channel.connections.values()))
             for node, message in self.channel.receive(ready):
-                if message is None:  # srun tells why, and the batch script starts it again
+                if message is None:  # srun reports the reason, and the batch script restarts the agents
                     lost = True
                     running.discard(node)
                 elif "failure" in message:
@@ -141,7 +141,7 @@ class Agent:
             failure = replace(failure, is_secondary=True) if failure is not None and failure.is_killed else failure
         if stuck:
             print(f"lockstep: the kernel does not end these processes: {stuck}", file=sys.stderr, flush=True)
-        is_final = bool(lost or stuck or signalled or (failure is None and not lost))
+        is_final = bool(lost or stuck or signalled or failure is None)
         return _Ended(status or int(bool(lost or stuck)), None if together else failure, is_final)
 
     def _follow(self) -> int:
@@ -158,7 +158,7 @@ class Agent:
                 messages = self.channel.receive(ready)
             for _, message in messages:
                 if message is None:
-                    return 1  # it has ended without a word, and the ranks of this node end with this process
+                    return 1  # the agent of node 0 is gone; the ranks of this node end with this process
                 if "start" in message:
                     self._fork(message["start"], message["rendezvous"], None)
                 elif "end" in message and group is not None:
@@ -185,7 +185,7 @@ class Agent:
 
         handlers: dict[int, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT), raise_interrupted)
         handlers[signal.SIGCONT] = signal.SIG_DFL
-        # Before training there is nothing to save, and the time of the job is not over yet.
+        # Ignored before training: there is nothing to save, and the allocation has not ended yet.
         handlers |= dict.fromkeys((signal.SIGUSR1, signal.SIGUSR2), signal.SIG_IGN)
         self._group = RankGroup(
             train, worlds, lambda world: self.plan.log(world, attempt), handlers, board, on_fork=self.channel.close
@@ -201,7 +201,7 @@ class Agent:
         return stuck if stuck or group is None else self._kill_orphans()
 
     def _kill_orphans(self) -> list[int]:
-        """Kill the children of ranks that have ended, and theirs, which this process adopts in turn.
+        """Kill the children of ranks that have ended, and their descendants, which this process adopts in turn.
 
         Returns:
             The processes that the kernel does not end, such as DataLoader workers that wait for a disk.
@@ -219,7 +219,7 @@ class Agent:
 
 @dataclass(frozen=True)
 class _Ended:
-    """How an attempt has ended on all nodes; ``is_final`` if these agents cannot, or need not, run another one."""
+    """How an attempt has ended on all nodes; it ``is_final`` if these agents cannot or need not run another one."""
 
     status: int
     failure: Failure | None

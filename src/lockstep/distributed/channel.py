@@ -1,4 +1,4 @@
-"""The connections between the agents of a job: one from each node to node 0, whose agent leads.
+"""Connections between the agents of a job: one from each node to node 0, whose agent leads.
 
 Both ends prove that they know the job's key. Messages are JSON objects, so that receiving one cannot run code.
 """
@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -28,11 +28,10 @@ _HANDSHAKE_SECONDS = 5
 
 
 class Channel:
-    """The connections of this agent, by the node at the other end: those to all others on node 0, else the one to node 0.
+    """The connections of this agent, by the node at the other end: on node 0 one to each other node, elsewhere one to node 0.
 
     Args:
-        silent_seconds: Time without a message, heartbeats included, after which the agent at the other end counts as gone: it
-            is stopped, or its node.
+        silent_seconds: Time without a message or heartbeat after which the agent at the other end counts as gone.
     """
 
     def __init__(self, connections: dict[int, Connection], silent_seconds: float) -> None:
@@ -47,31 +46,26 @@ class Channel:
         Args:
             agents: This agent among those of all nodes; its rendezvous is that of the agents.
             key: The secret of the job.
-            silent_seconds: As above.
 
         Raises:
-            PeerError: An agent has not connected in time.
+            PeerError: An agent did not connect in time.
             UsageError: The key is not set.
         """
         if agents.size == 1:
             return cls({}, silent_seconds)
         if not key:
-            raise UsageError("LOCKSTEP_KEY is not set in this job, with which its agents prove who they are; let it pass.")
+            raise UsageError("LOCKSTEP_KEY is not set, so the agents of this job cannot authenticate; do not unset it.")
         connect = _accept if agents.is_rank_zero else _connect
         return cls(connect(agents, key, time.monotonic() + _CONNECT_SECONDS), silent_seconds)
 
     def send(self, message: Message) -> None:
-        """Send a message to the other end of each connection; one that is gone is noticed when receiving."""
-        for connection in self.connections.values():
-            try:
-                connection.send_bytes(json.dumps(message).encode())
-            except OSError:
-                continue
+        """Send a message over each connection; ``receive`` notices those that are gone."""
+        _send(self.connections.values(), message)
 
     def receive(self, ready: Sequence[Any]) -> list[tuple[int, Message | None]]:
-        """The messages of the connections that are ``ready``, with the node that sent them; None: that agent is gone.
+        """The messages of the connections that are ``ready``, each with the node that sent it; None: that agent is gone.
 
-        Call it at least every few seconds: it sends heartbeats too.
+        Call it at least every few seconds, because it also sends heartbeats.
         """
         now = time.monotonic()
         if now > self._next_heartbeat:
@@ -96,9 +90,15 @@ class Channel:
         return received
 
     def close(self) -> None:
-        """Close all connections; a forked rank calls it, or its connections would outlive a killed agent."""
+        """Close all connections. A forked rank calls it too: its copies would otherwise keep those of a killed agent open."""
         for connection in self.connections.values():
             connection.close()
+
+
+def _send(connections: Iterable[Connection], message: Message) -> None:
+    for connection in connections:
+        with suppress(OSError):
+            connection.send_bytes(json.dumps(message).encode())
 
 
 def _accept(agents: World, key: bytes, deadline: float) -> dict[int, Connection]:
@@ -107,9 +107,7 @@ def _accept(agents: World, key: bytes, deadline: float) -> dict[int, Connection]
     with listen(address, port, agents.size) as server:
         server.settimeout(1.0)
         while len(connections) < agents.size - 1:
-            for connected in connections.values():  # those that wait for the slowest must not take this agent for gone
-                with suppress(OSError):
-                    connected.send_bytes(json.dumps(_HEARTBEAT).encode())
+            _send(connections.values(), _HEARTBEAT)  # or these agents would count this one as gone while it waits for others
             try:
                 accepted, _ = server.accept()
             except TimeoutError:
@@ -125,7 +123,7 @@ def _accept(agents: World, key: bytes, deadline: float) -> dict[int, Connection]
                 deliver_challenge(connection, key)
                 answer_challenge(connection, key)
                 connections[json.loads(connection.recv_bytes())["node"]] = connection
-            except (OSError, EOFError, ValueError, AuthenticationError):  # no agent of this job
+            except (OSError, EOFError, ValueError, AuthenticationError):  # not an agent of this job
                 connection.close()
                 continue
             _limit_reads(connection, 0)
@@ -142,7 +140,7 @@ def _connect(agents: World, key: bytes, deadline: float) -> dict[int, Connection
             connection.send_bytes(json.dumps({"node": agents.rank}).encode())
             _limit_reads(connection, 0)
             return {0: connection}
-        except (OSError, EOFError, AssertionError, AuthenticationError) as error:  # it still imports, or this is not its port
+        except (OSError, EOFError, AssertionError, AuthenticationError) as error:  # node 0 still imports, or this is not it
             if time.monotonic() > deadline:
                 raise PeerError(
                     f"The agent of node {agents.rank} cannot reach that of node 0 at {agents.rendezvous} ({error})."
@@ -151,12 +149,12 @@ def _connect(agents: World, key: bytes, deadline: float) -> dict[int, Connection
 
 
 def _keep_alive(connected: socket.socket) -> Connection:
-    """A connection whose end is noticed within a minute, also if the other node has lost its power."""
+    """A connection that breaks within a minute after the other node has lost power."""
     connected.setblocking(True)
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for option, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, option):  # not everywhere under the same name
+        if hasattr(socket, option):  # not on every system
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     connection = Connection(connected.detach())
     _limit_reads(connection, _HANDSHAKE_SECONDS)
@@ -164,6 +162,6 @@ def _keep_alive(connected: socket.socket) -> Connection:
 
 
 def _limit_reads(connection: Connection, seconds: int) -> None:
-    """Let reads fail after ``seconds``; 0: never."""
+    """Let reads time out after ``seconds``; 0: never."""
     with socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))

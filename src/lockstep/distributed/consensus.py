@@ -19,13 +19,13 @@ from lockstep.core import PeerError, World
 _INTERVAL_SECONDS = 0.25
 
 _MEETING_SECONDS = 60.0
-"""How long a rank waits for the others in ``all_meet``: longer than any rank is behind the first one after a step."""
+"""How long a rank waits for the others in ``all_meet``: longer than a rank can be behind the first one after a step."""
 
 
 def all_meet(place: str, world: World) -> bool:
     """Whether all ranks call this with the same ``place``, which names a point in training; the same answer on every rank.
 
-    Ranks that do not call it need do nothing: those that do have waited a minute when the answer is no.
+    Ranks that never call it need not do anything; the others wait for a minute before the answer is no.
 
     Raises:
         PeerError: All ranks have called it, but this one a minute later than the first.
@@ -44,14 +44,14 @@ def all_meet(place: str, world: World) -> bool:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after a step: stop for a signal, by its number (0: continue), and save a checkpoint."""
+    """What all ranks do after a step: stop for the signal with the number ``stop`` (0: continue), and save a checkpoint."""
 
     stop: int = 0
     save: bool = False
 
 
 class StopConsensus:
-    """Reaches the same decision on all ranks; every rank must poll after every optimizer step."""
+    """Reaches the same decision on all ranks; every rank must call ``poll`` after every optimizer step."""
 
     def __init__(self, world: World) -> None:
         self._group: Any = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
@@ -81,7 +81,7 @@ class StopConsensus:
         return Decision(agreed_stop, bool(agreed_save))
 
     def exchange_min(self, number: int) -> int:
-        """The minimum of this ``number`` and of what all ranks gave at their previous call; does not wait for the others."""
+        """The minimum of ``number`` and of the numbers of all ranks in their previous call; does not wait for the others."""
         if self._group is None:
             return number
         if self._exchange is not None:
@@ -129,7 +129,7 @@ class StopConsensus:
         return shared
 
     def close(self) -> None:
-        """Wait for what is pending, so that no rank exits while another still needs it."""
+        """Wait for pending collectives, so that no rank exits while another still needs it."""
         for work in (self._work, self._exchange and self._exchange[0]):
             if work is not None:
                 work.wait()

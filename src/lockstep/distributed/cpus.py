@@ -1,4 +1,4 @@
-"""The CPUs of each rank of a node: an equal share of those of the job, near the GPU of the rank."""
+"""Divide the CPUs of a job among the ranks of a node: equal shares, each near the GPU of its rank."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,9 @@ from lockstep.compat.nvml import cpus_near_gpus
 
 
 def share_cpus(ranks: int, env: Mapping[str, str]) -> list[set[int]] | None:
-    """The CPUs of each rank of this node; None where they cannot be divided.
+    """The CPUs of each rank of this node; None if they cannot be divided.
 
-    Slurm has bound this process to the CPUs of the job. Where it has not, they may be used by other jobs, too.
+    They are divided only if Slurm has bound this process to the CPUs of the job: other jobs may use the others.
     """
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     if len(mine) < ranks or len(mine) > int(env.get("SLURM_CPUS_ON_NODE", "0")):
@@ -23,11 +23,9 @@ def divide(cpus: set[int], near: Sequence[set[int]], ranks: int) -> list[set[int
     count, left = len(cpus) // ranks, set(cpus)
     shares: list[set[int]] = []
     for index in range(ranks):
-        share = sorted(left & near[index])[:count]
-        left -= set(share)
-        shares.append(set(share))
-    for share_ in shares:  # CPUs that are near no GPU of a rank that lacks some
-        more = sorted(left)[: count - len(share_)]
-        share_ |= set(more)
-        left -= set(more)
+        shares.append(set(sorted(left & near[index])[:count]))
+        left -= shares[-1]
+    for share in shares:  # too few CPUs are near the GPU of some ranks: they get others
+        share |= set(sorted(left)[: count - len(share)])
+        left -= share
     return shares

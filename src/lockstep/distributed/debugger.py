@@ -1,4 +1,4 @@
-"""``breakpoint()`` in user code: pdb on the terminal of a run with one rank; elsewhere one sentence."""
+"""``breakpoint()`` in user code: pdb on the terminal of a run with one rank; otherwise an error that says why not."""
 
 import os
 import pdb
@@ -14,7 +14,7 @@ from lockstep.core import RunError, World
 
 
 class _Debugger(pdb.Pdb):
-    """pdb whose prompt takes Ctrl-C itself; while the program runs, Ctrl-C stops the run."""
+    """pdb that handles Ctrl-C at its prompt; while the program runs, Ctrl-C stops the run."""
 
     def __init__(self) -> None:
         super().__init__(nosigint=True)
@@ -31,7 +31,7 @@ class _Debugger(pdb.Pdb):
 
 
 class _BreakpointHook:
-    """``sys.breakpointhook`` while a rank runs. Arguments as those of ``breakpoints``."""
+    """``sys.breakpointhook`` while a rank runs; takes the arguments of ``breakpoints``."""
 
     def __init__(self, world: World, command: str, on_pause: Callable[[], None]) -> None:
         self._world, self._command, self._on_pause = world, command, on_pause
@@ -55,9 +55,9 @@ class _BreakpointHook:
         if os.getpid() != self._pid:
             return "a DataLoader worker has no terminal; load the data without workers, as with num_workers=0."
         if self._world.size > 1:
-            return f"a debugger needs a terminal of its own, and here are {self._world.size} ranks; with one: {self._command}"
+            return f"a debugger needs a run with one rank, and this one has {self._world.size}; use: {self._command}"
         if self.previous is sys.__breakpointhook__ and not _has_input():
-            return f"a debugger needs a terminal, which this process does not have; to use one: {self._command}"
+            return f"a debugger needs a terminal, which this process does not have; use: {self._command}"
         return ""
 
 
@@ -66,8 +66,8 @@ def breakpoints(world: World, command: str, on_pause: Callable[[], None]) -> Ite
     """Let ``breakpoint()`` open a debugger if this is the only rank and has a terminal; else raise RunError in it.
 
     Args:
-        command: A command that does the same with one rank in a terminal.
-        on_pause: Called before the debugger opens: what must not go on while nothing moves.
+        command: A shell command that does the same with one rank in a terminal.
+        on_pause: Called before the debugger opens, to stop what expects progress, such as the watchdog.
 
     Raises:
         RunError: The debugger was left with ``q``, or cannot work here.
@@ -84,7 +84,7 @@ def breakpoints(world: World, command: str, on_pause: Callable[[], None]) -> Ite
 
 
 def _has_input() -> bool:
-    """Whether standard input may have something: not in a process that was forked, or without a terminal."""
+    """Whether standard input may deliver something: it is not /dev/null, as in a forked process."""
     try:
         return sys.stdin is not None and not os.path.samestat(os.fstat(sys.stdin.fileno()), os.stat(os.devnull))
     except (OSError, ValueError):  # not a file

@@ -1,7 +1,7 @@
-"""The GPU of each rank.
+"""Select the GPU of each rank.
 
-A rank has the GPU of its local rank among those that CUDA shows to its process. CUDA reads CUDA_VISIBLE_DEVICES and
-CUDA_DEVICE_ORDER when it is initialized, so they are set before.
+A rank uses the GPU with the number of its local rank among those that CUDA shows to its process. CUDA reads
+CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER when it is initialized, so they are set before.
 """
 
 import logging
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 def local_devices(world: World, accelerator: str, backend: str, env: MutableMapping[str, str]) -> list[torch.device]:
-    """Select the device of each rank of this node, by local rank; ``auto`` is GPUs if there is one for each, else the CPU.
+    """Select the device of each rank of this node, by local rank; ``auto`` is GPUs if each rank can have one, else the CPU.
 
-    With the ``backend`` gloo, ranks share the GPUs if there are fewer. Call it before CUDA is initialized: ``env`` then says
-    which GPUs this process may see, and numbers them as Slurm and nvidia-smi do, not the fastest first.
+    With the ``backend`` gloo, ranks share GPUs if there are too few. Call this before CUDA is initialized: it sets in ``env``
+    which GPUs this process sees, and numbers them as Slurm and nvidia-smi do, not the fastest first.
 
     Raises:
         UsageError: There are fewer GPUs than ranks, CUDA was initialized before the ranks were forked, or the accelerator or
@@ -31,8 +31,8 @@ def local_devices(world: World, accelerator: str, backend: str, env: MutableMapp
         raise UsageError(f"trainer.accelerator: {accelerator!r} is not valid; valid are auto, cpu, gpu and cuda.")
     if accelerator != "cpu" and may_have_gpus() and forked_after_cuda():
         raise UsageError(
-            "A module that the config names initializes CUDA when it is imported, and a process that has done so cannot start "
-            "ranks; create tensors on the GPU, and count GPUs, in the LightningModule instead."
+            "A module that the config names initializes CUDA when it is imported, and then this process cannot fork ranks; "
+            "create tensors on the GPU, and count GPUs, in the LightningModule instead."
         )
     env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     has_own = _show_own_gpus(world, env)
@@ -56,9 +56,9 @@ def local_devices(world: World, accelerator: str, backend: str, env: MutableMapp
 
 
 def _show_own_gpus(world: World, env: MutableMapping[str, str]) -> bool:
-    """Hide the GPUs of other simulated nodes, and the MIG devices of other ranks: a process can use one of them only.
+    """Hide the GPUs of other simulated nodes, and the MIG devices of other ranks: a process can use only one MIG device.
 
-    A simulated node has no GPU if there are fewer GPUs than ranks. Returns whether this rank sees its own MIG device only.
+    Simulated nodes have no GPUs if there are fewer GPUs than ranks. Returns whether this rank sees only its own MIG device.
     """
     listed = env.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in listed.split(",")] if listed else []
@@ -78,7 +78,7 @@ def _show_own_gpus(world: World, env: MutableMapping[str, str]) -> bool:
 
 
 def _check_granted(world: World, visible: int, env: Mapping[str, str]) -> None:
-    """Warn about a run that uses CPUs although there are GPUs; raise RunError if it would because GPUs are lost."""
+    """Warn if a run uses CPUs although there are GPUs; raise RunError if the reason is that GPUs are lost."""
     granted = env.get("SLURM_GPUS_ON_NODE", "")
     if granted.isdigit() and int(granted) >= world.local_size:
         text = f"Slurm has given {count(int(granted), 'GPU')} of this node to the job, but CUDA sees {visible or 'none'}"

@@ -1,4 +1,4 @@
-"""The memory cgroup of this process: processes that the kernel has killed in it, and its limit. Versions 1 and 2."""
+"""The memory cgroup of this process, version 1 or 2: its limit, and how many processes the kernel has killed in it."""
 
 import re
 import resource
@@ -9,7 +9,7 @@ from pathlib import Path
 from lockstep.core import format_bytes
 
 _UNLIMITED = 1 << 60
-"""Version 1 has a number near 2**63 for no limit."""
+"""Version 1 reports no limit as a number near 2**63."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class MemoryCgroup:
     """A memory cgroup.
 
     Attributes:
-        folder: Its folder; None where there are no cgroups.
+        folder: Its folder; None on a system without cgroups.
         root: Folder of the root cgroup.
         version: 1 or 2.
     """
@@ -39,7 +39,7 @@ class MemoryCgroup:
         return cls(None, mounts, 2)
 
     def count_kills(self) -> int:
-        """Processes of this cgroup that the kernel has killed because memory was short."""
+        """Number of processes of this cgroup that the kernel has killed for lack of memory."""
         if self.folder is None:
             return 0
         with suppress(OSError):
@@ -73,12 +73,12 @@ class MemoryWatch:
         return self._cgroup.count_kills() > self._kills
 
     def __str__(self) -> str:
-        """Whose memory was short, and the most that a process had which has ended meanwhile, with its children."""
+        """Who is out of memory, and the peak of the largest process that has ended since."""
         limit, peak = self._cgroup.limit, _peak_of_children()
         who = "the machine" if limit is None else f"the job, which may use {format_bytes(limit)} on this node,"
         return f"{who} is out of memory" + (f"; its largest process had {format_bytes(peak)}" if peak > self._peak else "")
 
 
 def _peak_of_children() -> int:
-    """The most bytes of memory of a process that this one has started and waited for, or of one of its children."""
+    """Peak memory in bytes of the largest descendant of this process that has ended."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10

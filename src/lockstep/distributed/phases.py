@@ -1,6 +1,6 @@
-"""The phases of a rank, from its fork to its end, in memory that it shares with the process that has forked it.
+"""The phases of a rank, from its fork to its end, in memory that it shares with the process that forked it.
 
-A rank that hangs before its first step has no heartbeats yet. Its agent knows the phase, and how long each may take.
+A rank has no watchdog before its first step. Its agent reads the phase instead, and knows how long each may take.
 """
 
 import mmap
@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 
 PHASES = ("rendezvous", "compile", "model", "data", "first step", "running", "closing")
-"""In the order in which a rank passes through them; ``closing`` is that of the loggers, after a failure too."""
+"""In the order in which a rank passes through them. In ``closing`` it closes its loggers, also after a failure."""
 
 _TIMES_HANG_TIMEOUT = {"rendezvous": 1, "compile": 6, "model": 4, "data": 24, "first step": 4}
-"""Limit of each phase as a multiple of ``run.hang_timeout_seconds``. Data may be downloaded; later phases have the watchdog."""
+"""Limit of each phase as a multiple of ``run.hang_timeout_seconds``. Data may be downloaded; the watchdog has later ones."""
 
 _LEAST_SECONDS = 60.0
 
 _BLAME_SECONDS = 30.0
-"""How much later than any other a rank that waits is blamed: the one that hangs may have entered its phase later."""
+"""Extra time for a rank that waits for another one, which may have entered the phase in which it hangs later."""
 
 STARTING_PHASES = tuple(_TIMES_HANG_TIMEOUT)
 
@@ -25,15 +25,15 @@ _SLOT = struct.Struct("=bd")
 
 
 def phase_limits(hang_timeout_seconds: float) -> dict[str, float]:
-    """Seconds after which a rank hangs in a phase."""
+    """Seconds in each phase after which a rank counts as hanging."""
     return {phase: max(_LEAST_SECONDS, times * hang_timeout_seconds) for phase, times in _TIMES_HANG_TIMEOUT.items()}
 
 
 class PhaseBoard:
-    """The phase of each of several ranks; make it before they are forked.
+    """The phase of each of several ranks; create it before they are forked.
 
     Args:
-        limits: Seconds that a phase may last; one without a limit is not watched.
+        limits: Seconds that each phase may last; others have no limit.
     """
 
     def __init__(self, ranks: int, limits: Mapping[str, float]) -> None:
@@ -43,7 +43,7 @@ class PhaseBoard:
             self.reporter(index)(PHASES[0])
 
     def reporter(self, index: int) -> Callable[[str], None]:
-        """A function with which the rank of this index reports that it enters a phase."""
+        """A function with which the rank of this index reports the phase that it enters."""
 
         def enter(phase: str) -> None:
             _SLOT.pack_into(self._memory, index * _SLOT.size, PHASES.index(phase), time.monotonic())
@@ -51,12 +51,12 @@ class PhaseBoard:
         return enter
 
     def phase(self, index: int) -> tuple[str, float]:
-        """The phase of a rank, and since when, by the monotonic clock."""
+        """The phase of a rank, and when it entered it, by the monotonic clock."""
         number, since = _SLOT.unpack_from(self._memory, index * _SLOT.size)
         return PHASES[number], since
 
     def is_overdue(self, index: int, waits: bool) -> bool:
-        """Whether a rank has spent more time in its phase than the limit; ``waits``: for another one, in whichever phase."""
+        """Whether a rank has exceeded the limit of its phase; one that ``waits`` for another rank has the longest limit."""
         phase, since = self.phase(index)
         limit = self.limits.get(phase, float("inf"))
         if waits and phase in self.limits:

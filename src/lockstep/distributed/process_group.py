@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NO_LIMIT = timedelta(days=365)
-"""The time-out of collectives whose callers have limits of their own."""
+"""The timeout of collectives whose callers have their own limits."""
 
 _SAFE_TYPES = (PosixPath, Run, LockstepError, UsageError, RunError, SaveError, PeerError, FinalTestError, Superseded)
-"""Classes that a rank accepts from another one, beside those that ``torch.load(weights_only=True)`` accepts."""
+"""Classes that a rank accepts from another one, besides those that ``torch.load(weights_only=True)`` accepts."""
 
 
 class WorldEnvironment(ClusterEnvironment):
@@ -84,9 +84,9 @@ class WorldEnvironment(ClusterEnvironment):
 def init_process_group(
     world: World, device: torch.device, timeout: timedelta, alone: bool = False, backend: str = "auto"
 ) -> None:
-    """Start the process group; for a single process only if ``alone``.
+    """Start the process group; for a single rank only if ``alone``.
 
-    A collective that has waited ``timeout`` for another rank fails. The ``backend`` auto is nccl on GPUs, gloo on CPUs.
+    A collective fails after waiting ``timeout`` for another rank. The ``backend`` auto is nccl on GPUs, gloo on CPUs.
     """
     set_rank_zero(world.rank)
     if world.size == 1 and not alone:
@@ -114,7 +114,7 @@ def init_process_group(
 
 
 def _make_store(world: World, timeout: timedelta) -> Any:
-    """The store in which the ranks find each other; None where ``init_method`` finds it, as under torchrun."""
+    """The store through which the ranks meet; None if ``init_method`` creates it, as under torchrun."""
     if world.size == 1:
         return torch.distributed.HashStore()  # type: ignore[attr-defined]
     if not world.rendezvous.startswith("tcp://"):
@@ -135,9 +135,9 @@ def parse_rendezvous(rendezvous: str) -> tuple[str, int]:
 
 
 def listen(address: str, port: int, nodes: int) -> socket.socket:
-    """Listen on the interface that has ``address``, to which all others connect, since the store has no password.
+    """Listen only on the interface with ``address``, to which all others connect: the store has no password.
 
-    A host name may stand for the loopback interface on its own host; then, with several nodes, on all interfaces.
+    A host name may resolve to the loopback interface on its own host; then, with several nodes, listen on all interfaces.
     """
     family, _, _, _, (found, *_) = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     if nodes == 1 or found == address or not str(found).startswith(("127.", "::1")):
@@ -162,9 +162,9 @@ def enable_flight_recorder(folder: Path, env: MutableMapping[str, str]) -> None:
 
 
 def write_flight_record(world: World, env: Mapping[str, str]) -> None:
-    """Write the latest collectives of this rank where ``enable_flight_recorder`` has told NCCL to.
+    """Write the latest collectives of this rank to the folder of ``enable_flight_recorder``.
 
-    The watchdog of a run ends a rank that hangs long before a collective times out.
+    NCCL would do so only when a collective times out, and the watchdog ends a rank that hangs long before.
     """
     prefix = env.get("TORCH_FR_DUMP_TEMP_FILE")
     if prefix and (record := flight_record()):
@@ -181,7 +181,7 @@ def broadcast_from_rank_zero(make: Callable[[], T], world: World, types: Sequenc
     """Call ``make`` on rank zero and return its result on every rank.
 
     Args:
-        types: Classes of the result and its parts, other than those of numbers, texts, collections, paths and runs.
+        types: Classes of the result and its parts, other than numbers, strings, collections, paths and runs.
 
     Raises:
         LockstepError: ``make`` raised it on rank zero; every rank raises it.
@@ -204,8 +204,8 @@ def broadcast_from_rank_zero(make: Callable[[], T], world: World, types: Sequenc
 def broadcast(value: T, source: int = 0, types: Sequence[type] = ()) -> T:
     """Return the ``value`` of the rank ``source`` on every rank.
 
-    Only tensors, numbers, texts, collections and ``types`` are accepted: unpickling anything else would run code that a peer
-    chooses.
+    Only tensors, numbers, strings, collections and ``types`` are accepted: unpickling anything else could run code that a
+    peer chooses.
 
     Raises:
         RunError: The value has another class.
@@ -218,18 +218,18 @@ def broadcast(value: T, source: int = 0, types: Sequence[type] = ()) -> T:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise RunError(
             f"broadcast: an object of {found[1] if found else 'an unknown class'} is not accepted from another rank; send "
-            "tensors, numbers, texts and collections of them, or allow the class with torch.serialization.add_safe_globals."
+            "tensors, numbers, strings and collections of them, or allow the class with torch.serialization.add_safe_globals."
         ) from error
     return message[0]
 
 
 def new_group(world: World) -> Any:
-    """A gloo group of all ranks for the collectives of one thread, which wait without a limit; None for a single process."""
+    """A gloo group of all ranks for the collectives of one thread, without a timeout; None for a single rank."""
     return torch.distributed.new_group(backend="gloo", timeout=_NO_LIMIT) if world.size > 1 else None
 
 
 def gather(value: T, world: World, group: Any = None) -> list[T]:
-    """Collect the ``value`` of every rank on rank zero, by rank; other ranks get an empty list. Every rank must call."""
+    """Collect the ``value`` of every rank on rank zero, by rank; other ranks get an empty list. Every rank must call this."""
     if world.size == 1:
         return [value]
     values: list[T] | None = [value] * world.size if world.is_rank_zero else None
@@ -238,7 +238,7 @@ def gather(value: T, world: World, group: Any = None) -> list[T]:
 
 
 def scatter(values: Sequence[T], world: World, group: Any = None) -> T:
-    """Return to each rank its item of the ``values`` of rank zero, which other ranks need not have. Every rank must call."""
+    """Return to each rank its item of the ``values`` of rank zero; ignore those of other ranks. Every rank must call this."""
     if world.size == 1:
         return values[0]
     received: list[Any] = [None]
@@ -249,7 +249,7 @@ def scatter(values: Sequence[T], world: World, group: Any = None) -> T:
 
 
 def all_gather(value: T, world: World) -> list[T]:
-    """Collect the ``value`` of every rank, by rank; every rank must call. Values are numbers, texts, or collections of them."""
+    """Collect the ``value`` of every rank, by rank: numbers, strings, or collections of them. Every rank must call this."""
     values = [value] * world.size
     if world.size > 1:
         torch.distributed.all_gather_object(values, value, weights_only=True)

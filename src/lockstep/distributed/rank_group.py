@@ -28,10 +28,10 @@ from lockstep.distributed.signals import STOP_SIGNALS
 from lockstep.runs import Failure, signal_name
 
 _KILL_SECONDS, _CLOSING_SECONDS = 1.0, 30.0
-"""How long a rank may take to end after ``RankGroup.end``, and one that closes its loggers."""
+"""How long a rank may take to end after ``RankGroup.end``, and how long if it is closing its loggers."""
 
 STUCK_SECONDS = 10.0
-"""How long the kernel may take to end a rank after SIGKILL, before it counts as stuck."""
+"""How long the kernel may take to end a process after SIGKILL, before it counts as stuck."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class _RankProcess:
         self.receiver, sender = context.Pipe(duplex=False)
         self.process = context.Process(target=main, args=(world, sender, log, os.getpid(), self.stacks.fileno()))
         self.process.start()
-        # Before the next fork: a later rank must not hold the sending end, or the pipe would not close when this rank ends.
+        # Before the next fork: the pipe of this rank would stay open if a later rank inherited the sending end.
         sender.close()
-        # Process.sentinel is a pipe too, and a DataLoader worker of a dead rank still holds its other end.
+        # Not Process.sentinel, a pipe whose other end the DataLoader workers of a dead rank keep open.
         self.end = os.pidfd_open(self.process.pid or 0) if sys.platform == "linux" else os.dup(self.process.sentinel)
 
     @property
@@ -85,7 +85,7 @@ Handlers = Mapping[int, Any]
 
 @dataclass(frozen=True)
 class _RankMain:
-    """What a forked rank runs."""
+    """The main function of a forked rank."""
 
     target: Callable[[World], Any]
     handlers: Handlers
@@ -99,7 +99,7 @@ class _RankMain:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
-        gc.freeze()  # a garbage collection would touch, and so copy, all objects whose memory is the parent's
+        gc.freeze()  # a garbage collection would touch, and so copy, all memory that is shared with the parent
         self.on_fork()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -121,21 +121,21 @@ class _RankMain:
             failure = Failure.from_exception(error, world)
             status = failure.exit_status
             if failure.is_secondary:
-                print(f"lockstep: this rank ended because another one was gone ({failure.report.splitlines()[-1]})")
-            elif log is not None and world.rank and not failure.is_interruption:  # that of rank zero has the first failure
+                print(f"lockstep: this rank ended because it lost another one ({failure.report.splitlines()[-1]})")
+            elif log is not None and world.rank and not failure.is_interruption:  # the log of rank zero has the first failure
                 print(f"lockstep: {failure.report}")
             stopped = error.__cause__
             sender.send(RankOutcome(failure=failure, together=isinstance(stopped, Stopped) and stopped.together))
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status)  # without the exit handlers of the parent; they would wait for DataLoader workers and threads
+            os._exit(status)  # skips the exit handlers, which would wait for DataLoader workers and threads
 
 
 def set_process_name(name: str) -> None:
     """Set the name of this process in ``ps -o comm`` and ``top``, at most 15 characters.
 
-    Without spaces: Slurm's proctrack/linuxproc would no longer find the process in ``/proc``, and neither count nor kill it.
+    It must not contain spaces: Slurm's proctrack/linuxproc would not find the process in ``/proc``, and so not kill it.
     """
     assert " " not in name
     if sys.platform == "linux":
@@ -143,7 +143,7 @@ def set_process_name(name: str) -> None:
 
 
 def raise_interrupted(number: int, frame: object) -> None:
-    """Handle a signal before training, when there is nothing to save; another one of its kind must not disturb the end."""
+    """Handle a signal before training, when there is nothing to save; ignore further ones, which would disturb the exit."""
     signal.signal(number, signal.SIG_IGN)
     raise Interrupted(128 + number)
 
@@ -154,9 +154,9 @@ class RankGroup:
     Args:
         target: What each rank runs; its result must pickle.
         logs: The log file of a rank; None inherits this process's output.
-        handlers: Signal handlers that a rank begins with.
-        board: Watches the phases of these ranks, by their index in ``worlds``; those of training have the watchdog.
-        on_fork: What each rank does first, such as closing what is not its own.
+        handlers: Signal handlers that a rank starts with.
+        board: The phases of these ranks before training, by their index in ``worlds``.
+        on_fork: Called first in each rank, for example to close what it inherits.
     """
 
     def __init__(
@@ -171,13 +171,13 @@ class RankGroup:
         sys.stdout.flush()
         sys.stderr.flush()
         self._board = board
-        self._waiting: dict[int, tuple[str, float]] = {}  # ranks that wait for others too long: their phase, and since when
+        self._waiting: dict[int, tuple[str, float]] = {}  # ranks that have waited too long for others: phase and its start
         self._ended_at: float | None = None
         self._memory = MemoryWatch()
         self.outcomes: dict[int, RankOutcome] = {}
         self.ranks: list[_RankProcess] = []
         main = _RankMain(target, handlers or {signal.SIGTERM: signal.SIG_DFL}, on_fork)
-        # A rank that gets a signal before it has its own handlers would run those of this process.
+        # A rank that receives a signal before it sets its handlers would run those of this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for world in worlds:
@@ -196,7 +196,7 @@ class RankGroup:
     def poll(self, timeout: float | None = None, others: Sequence[Any] = ()) -> tuple[list[RankOutcome], list[Any]]:
         """Wait until a rank ends or one of ``others`` is ready, at most for ``timeout``; return new outcomes and what is ready.
 
-        After ``end`` it kills the ranks that take too long. A rank that hangs in a phase is killed, and its outcome says where.
+        It kills ranks that hang in a phase, and after ``end`` those that take too long. The outcome says where a rank hung.
         """
         running = self.running
         ready = wait([*(handle for rank in running for handle in (rank.receiver, rank.end)), *others], timeout)
@@ -222,7 +222,7 @@ class RankGroup:
         return self._board is not None and self._board.phase(index)[0] == "closing"
 
     def end(self) -> None:
-        """Have the ranks end, with SIGTERM; ``poll`` kills those that do not."""
+        """Send SIGTERM to the ranks, except those that close their loggers; ``poll`` kills those that do not end."""
         if self._ended_at is None:
             self._ended_at = time.monotonic()
             self._signal([rank for index, rank in enumerate(self.ranks) if not self._is_closing(index)], signal.SIGTERM)
@@ -234,7 +234,7 @@ class RankGroup:
             rank.process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def close(self, seconds: float = 0.0) -> list[int]:
-        """Kill what is left after ``seconds``, release the descriptors, and return what the kernel does not end."""
+        """Kill the ranks that are left after ``seconds``, and return the process ids of those that the kernel does not end."""
         self.join(seconds)
         for rank in self.ranks:
             rank.process.kill()
@@ -263,13 +263,13 @@ class RankGroup:
         else:
             how = f"exited with status {code} and without a report"
         failure = replace(Failure.from_report(f"The process {how}.", rank.world), is_killed=is_killed)
-        if self._ended_at is not None:  # because of another failure, by this process
+        if self._ended_at is not None:  # this process killed it because of another failure
             failure = replace(failure, is_secondary=True)
-        # A killed rank fails before its peers notice, and sends nothing: date it back.
+        # A killed rank sends nothing, and its peers may report earlier than its end is noticed: date it back.
         return RankOutcome(failure=replace(failure, is_out_of_memory=is_out_of_memory), time=time.time() - 0.2)
 
     def _blame_memory(self, outcome: RankOutcome) -> RankOutcome:
-        """Say so if a rank failed because the kernel killed a process that it had started, such as a DataLoader worker."""
+        """Add the reason if a rank failed because the kernel killed a process of it, such as a DataLoader worker."""
         failure = outcome.failure
         if failure is None or "killed by signal: Killed" not in failure.report or not self._memory.has_killed:
             return outcome
@@ -277,7 +277,7 @@ class RankGroup:
         return replace(outcome, failure=replace(failure, report=report, is_out_of_memory=True))
 
     def _hung_ranks(self) -> dict[int, RankOutcome]:
-        """Kill each rank that hangs in a phase; its outcome has its stacks. One that waits for another rank says so."""
+        """Kill each rank that hangs in a phase; its outcome has its stacks, and says whether it waits for another rank."""
         if self._board is None or self._ended_at is not None:
             return {}
         overdue = [
@@ -326,6 +326,6 @@ class RankGroup:
 
 
 def first_failure(outcomes: Iterable[RankOutcome]) -> Failure | None:
-    """The failure of the rank that failed first, and not because of another one; None if no rank failed."""
+    """The first failure, preferably one that another rank did not cause; None if no rank failed."""
     failed = [(not failure.is_cause, outcome.time, failure) for outcome in outcomes if (failure := outcome.failure) is not None]
     return min(failed, key=itemgetter(0, 1))[2] if failed else None

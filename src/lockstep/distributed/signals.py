@@ -21,7 +21,7 @@ class SignalReceiver:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the stop signals inside the block; restore the previous handlers after it."""
+        """Record stop signals inside the block; restore the previous handlers after it."""
         previous = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         try:
             yield
@@ -37,5 +37,5 @@ class SignalReceiver:
 
 
 def allocation_end_time() -> float | None:
-    """End of the Slurm allocation, in seconds since 1970, as the batch script sets it; None without a time limit."""
+    """End of the Slurm allocation in seconds since 1970, from the batch script; None without a time limit."""
     return float(os.environ.get("LOCKSTEP_ENDS", "0")) or None

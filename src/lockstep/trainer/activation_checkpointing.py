@@ -1,4 +1,4 @@
-"""Activation checkpointing: chosen submodules keep no activations and recompute them in backward.
+"""Activation checkpointing: chosen submodules do not keep activations, but recompute them in backward.
 
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
 """
@@ -26,7 +26,7 @@ class ActivationCheckpointing(Callback):
         self.paths = paths
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the submodules' ``forward``; here the module is complete and has not run yet."""
+        """Replace the submodules' ``forward``: the module is complete now, and has not run yet."""
         for path in self.paths:
             cls = _import_class(path)
             submodules = [module for module in pl_module.modules() if isinstance(module, cls)]

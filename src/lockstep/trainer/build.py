@@ -42,7 +42,7 @@ from lockstep.trainer.saved_config import AttemptConfig
 
 
 def check_trainer_objects(arguments: Namespace, strategy: AnyStrategy) -> None:
-    """Raise UsageError about a callback or logger that a run, or the strategy, cannot have."""
+    """Raise UsageError if lockstep or the strategy does not support a callback or logger."""
     for key in ("callbacks", "logger"):
         for value in _as_list(arguments[key]):
             if isinstance(value, LearningRateFinder | BatchSizeFinder | WandbLogger):
@@ -63,14 +63,14 @@ def build_trainer(
     signals: SignalReceiver,
     attempt_config: AttemptConfig,
 ) -> tuple[Trainer, CheckpointCallback]:
-    """Build the Trainer of a run, and its callback that saves: the config's arguments, and what lockstep adds to every run.
+    """Build the Trainer of a run from the config and what lockstep adds to every run; return also its checkpoint callback.
 
     Args:
         arguments: The ``trainer`` part of the config, with callbacks, loggers and the like instantiated.
-        logger: lockstep's own; those of the config follow.
+        logger: lockstep's logger, which precedes those of the config.
 
     Raises:
-        UsageError: Lightning refuses the arguments.
+        UsageError: Lightning rejects the arguments.
     """
     run, config, options = context.run, context.config, context.config.checkpoint
     given: dict[str, Any] = vars(arguments).copy()
@@ -127,7 +127,7 @@ def build_trainer(
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Normalize what a config gives as nothing, one object or several."""
+    """Normalize to a list what a config may set to null, a boolean, one object or a list."""
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

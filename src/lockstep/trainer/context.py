@@ -29,11 +29,11 @@ class RunContext:
 
     Attributes:
         command: fit, validate, test or predict.
-        parser: Builds the classes that ``config`` names.
+        parser: Instantiates the classes that ``config`` names.
         config: What ``parse_config`` returned, with the precision resolved.
         devices: One for each rank of this node.
         attempt: Number of this start of the run.
-        report_phase: Tells the process that has forked this rank which phase it enters.
+        report_phase: Reports the phase that this rank enters to the process that forked it.
     """
 
     command: str
@@ -46,7 +46,7 @@ class RunContext:
     report_phase: Callable[[str], None]
 
     def enter(self, phase: str) -> None:
-        """Report the phase that this rank enters, one of ``distributed.phases``; on rank zero also in ``status.json``."""
+        """Report that this rank enters a phase, one of ``distributed.phases.PHASES``; on rank zero also in ``status.json``."""
         self.report_phase(phase)
         if self.world.is_rank_zero and phase in STARTING_PHASES:
             write_phase(self.run, self.attempt, phase)
@@ -58,13 +58,13 @@ class RunContext:
 
     @property
     def one_rank_command(self) -> str:
-        """A command that does the same with one rank on the machine of the person, in a new run."""
+        """A shell command that starts a new run of the same config with one rank on this machine."""
         command = () if self.command == "fit" else (self.command,)
         return shell_command("local", *command, "--config", self.run.config)
 
     @cached_property
     def ownership(self) -> Ownership:
-        """The claim of this attempt to the run."""
+        """The claim of this attempt on the run."""
         return Ownership(self.run, self.attempt)
 
     @classmethod
@@ -77,18 +77,18 @@ class RunContext:
         attempt: int = 1,
         report_phase: Callable[[str], None] = lambda phase: None,
     ) -> "RunContext":
-        """Select the devices, connect the ranks and, where no launcher has done it, make the run folder.
+        """Select the devices, connect the ranks and, unless a launcher has done so, create the run folder.
 
-        Every rank must call. ``parsed`` is what ``parse_config`` returned.
+        Every rank must call this. ``parsed`` is what ``parse_config`` returned.
 
         Raises:
-            UsageError: There are too few GPUs, or the run folder cannot be made.
+            UsageError: There are too few GPUs, or the run folder cannot be created.
         """
         parser, config = parsed
         options = config.distributed
         devices = local_devices(world, config.trainer.accelerator, options.backend, environ)
         device = devices[world.local_rank]
-        if not torch.cuda.device_count():  # Lightning sets it: then each step of an optimizer loads NVML again
+        if not torch.cuda.device_count():  # with Lightning's value, each optimizer step loads NVML again
             environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
         if run is not None:
             enable_flight_recorder(run.attempt_folder(attempt), environ)
@@ -96,7 +96,7 @@ class RunContext:
                 write_phase(run, attempt, "rendezvous")
         timeout = timedelta(minutes=options.timeout_minutes)
         init_process_group(world, device, timeout, alone=config.strategy == "deepspeed", backend=options.backend)
-        if config.trainer.precision == "auto":  # equal on all ranks, also if their GPUs differ
+        if config.trainer.precision == "auto":  # all ranks need the same, even if their GPUs differ
             has_bf16 = device.type == "cuda" and broadcast_from_rank_zero(lambda: _has_bf16(device), world)
             config.trainer.precision = "bf16-mixed" if has_bf16 else "32-true"
         if config.seed_everything is True:

@@ -1,4 +1,4 @@
-"""What ends a run besides errors: signals, Ctrl-C, and ``sys.exit`` of user code."""
+"""Convert what ends a run besides errors: signals, Ctrl-C, and ``sys.exit`` in user code."""
 
 import logging
 
@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 
 def normalize_error(error: BaseException) -> BaseException:
-    """Convert ``Stopped`` and Ctrl-C to ``Interrupted``, and ``sys.exit`` of user code to ``RunError``."""
+    """Convert ``Stopped`` and Ctrl-C to ``Interrupted``, and ``sys.exit`` in user code to ``RunError``."""
     if isinstance(error, Stopped):
         name = signal_name(128 + error.signal)
         log.info("stopped by %s after step %d; another attempt resumes from the newest checkpoint", name, error.step)

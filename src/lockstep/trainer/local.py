@@ -27,10 +27,10 @@ def run_locally(
         nodes: Simulated nodes.
         ranks: Ranks on each.
         program: The command that was typed, and ``typed`` its arguments.
-        resume: The run to continue, whose config is among ``keys``; None starts a new one.
+        resume: The run to resume, whose config is among ``keys``; None starts a new one.
 
     Raises:
-        LockstepError: With one rank, what the trainer raises; so is any other exception but a signal.
+        LockstepError: With one rank, any error of the trainer. Other exceptions, except signals, propagate too.
     """
     command, keys = split_command(keys)
     parsed = parse_config(keys, command)
@@ -62,12 +62,12 @@ def run_locally(
             train_rank, nodes, ranks, lambda world: run.log(attempt, world.rank, world.node_rank) if world.rank else None, board
         )
     except RankFailed as failed:
-        clear_line(sys.stderr)  # a killed rank has left its progress there
+        clear_line(sys.stderr)  # a killed rank leaves its progress line there
         result, failure = run.result_of(attempt), failed.failure
         if result is None or result.status != "interrupted":
-            # The watchdog of a rank may have recorded that another one hangs.
+            # The watchdog of a rank may have recorded first that another one hangs.
             failure = record_failure(run, attempt, failure)
-        # Rank zero had no time to write it, or has only lost a peer.
+        # Rank zero was killed before it wrote its result, or has only lost a peer.
         if failure.in_final_test or result is None or (failure.is_cause and not result.is_finished):
             write_failed_result(run, attempt, failure)
         setup_logging(World())

@@ -3,8 +3,8 @@
 Differences from Lightning:
 
 - A run resumes at exactly the boundary that was saved: after a step, before the validation that may follow it. Lightning's
-  own restarts repeat or skip steps, depending on where they were saved.
-- No broadcast at each step, for which the host would wait for the device. ``StopConsensus`` takes its place.
+  own restarts repeat or skip steps, depending on where the checkpoint was saved.
+- There is no broadcast at each step, which would make the host wait for the device. ``StopConsensus`` replaces it.
 - With ``val_check_interval`` as a time, the clock of rank zero decides for all ranks.
 - A clock measures how long the host waits for data.
 """
@@ -39,7 +39,7 @@ class EpochLoop(LightningEpochLoop):
 
     Attributes:
         on_step_boundary: Called after each optimizer step and before validation, with whether a validation follows.
-        on_should_stop: Called while ``Trainer.should_stop`` is set, with what has just ended; it may take it back.
+        on_should_stop: Called while ``Trainer.should_stop`` is set, with what has just ended; it may reset the flag.
         is_at_boundary: Whether the loop resumes at a boundary that it has not left yet.
         data_wait_seconds: Total seconds that the host has waited for the next batch.
     """
@@ -104,11 +104,11 @@ class EpochLoop(LightningEpochLoop):
         return 0.0 if self._validated_at is None else time.monotonic() - self._validated_at
 
     def resume_validation(self, is_due: bool, seconds: float) -> None:
-        """Continue as ``seconds`` after the newest validation; ``is_due``: with another one."""
+        """Restore how long ago the newest validation was, and whether the next one ``is_due`` now."""
         self.validation_due, self._validated_at = is_due, time.monotonic() - seconds
 
     def close(self) -> None:
-        """Wait for what the other ranks still need."""
+        """Wait for pending collectives, which other ranks still need."""
         if self._consensus is not None:
             self._consensus.close()
 
@@ -123,13 +123,13 @@ class FitLoop(LightningFitLoop):
     """The loop over epochs, which can start at a boundary.
 
     Attributes:
-        resume_point: Where to resume; None starts at the beginning, or where a checkpoint of Lightning's says.
-        on_resume: Called before training resumes, when all hooks of its start but those of the epoch have run.
-        on_end: Called when the loop has ended, and all hooks of the end of training have run.
+        resume_point: Where to resume; None starts at the beginning, or at the position in a Lightning checkpoint.
+        on_resume: Called before training resumes, after all hooks of its start except those of the epoch.
+        on_end: Called when the loop has ended, after all hooks of the end of training.
     """
 
     resume_point: ResumePoint | None = None
-    _loaded_epochs: Sequence[int | None] = (None, None)  # before the restart
+    _loaded_epochs: Sequence[int | None] = (None, None)  # those of the resume point
     on_resume: Callable[[Trainer], None] | None = None
     on_end: Callable[[], None] | None = None
     epoch_loop: EpochLoop
@@ -182,7 +182,7 @@ class FitLoop(LightningFitLoop):
 
     @contextmanager
     def _epoch_of_loading(self, epoch: int | None) -> Iterator[None]:
-        """Show the hooks that return loaders the epoch in which they were called before the restart."""
+        """Set the epoch that ``train_dataloader`` and ``val_dataloader`` see to that of their call before the restart."""
         progress: Any = self.epoch_progress.current
         current = progress.processed
         progress.processed = current if epoch is None else epoch
@@ -201,7 +201,7 @@ class FitLoop(LightningFitLoop):
         # Callbacks may allocate what they need here, or set up the data; what they train, draw, count or log is undone.
         with undo_changes(self.trainer, "on_train_epoch_start"):
             call_hooks(self.trainer, "on_train_epoch_start")
-        if point.epoch > 0:  # but for the first epoch, workers start after these hooks, which may change the dataset
+        if point.epoch > 0:  # except in the first epoch, workers start after these hooks, which may change the dataset
             self.restart_iteration()
         loader, _ = training_loader(self.trainer)
         if isinstance(loader, TrainingLoader) and (done := loader.batches_done()) is not None:
@@ -220,7 +220,7 @@ class FitLoop(LightningFitLoop):
 
 
 def replace_loops(trainer: Trainer) -> FitLoop:
-    """Replace the loops of ``trainer``, keeping its limits; leave signals and DataLoaders to lockstep. Return the new loop."""
+    """Replace the loops of ``trainer``, but keep its limits; stop Lightning from handling signals and DataLoaders."""
     old = trainer.fit_loop
     new = FitLoop(trainer, old.min_epochs, old.max_epochs)
     new.epoch_loop = EpochLoop(trainer, old.epoch_loop.min_steps, old.epoch_loop.max_steps)

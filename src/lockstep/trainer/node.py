@@ -1,4 +1,4 @@
-"""The agent of one node of a Slurm job: it imports and parses once, and trains with the ranks that it forks."""
+"""Train on one node of a Slurm job: import and parse the config once, then fork the ranks for each attempt."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Node:
-    """This node of a job: making it imports and parses what the ranks need.
+    """One node of a Slurm job. The constructor imports and parses what its ranks need.
 
     Args:
         agents: This agent among those of all nodes.
@@ -38,10 +38,10 @@ class Node:
         copy_shards(task.command, self.parsed[1], agents)
 
     def run(self) -> int:
-        """Train with the ranks of this node, restart them as long as the restart policy says so, and return the exit status.
+        """Train with the ranks of this node, restart them while the restart policy allows, and return the exit status.
 
         Raises:
-            PeerError: Another agent has not connected.
+            PeerError: Another agent did not connect.
         """
         key = os.environ.pop("LOCKSTEP_KEY", "").encode()
         limits = phase_limits(self.options.hang_timeout_seconds)
@@ -74,6 +74,6 @@ class Node:
             return None
         try:
             return restart_in_allocation(self.run_folder, self.task.slurm, status, os.environ)
-        except (LockstepError, OSError) as error:  # the batch script decides
-            log.warning("the ranks are not restarted without srun (%s)", error)
+        except (LockstepError, OSError) as error:
+            log.warning("the agents cannot restart the ranks (%s); the batch script decides", error)
             return None

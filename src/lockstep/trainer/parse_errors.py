@@ -18,7 +18,7 @@ from lockstep.trainer.saved_config import argument_defaults
 def explain_parse_error(text: str) -> str:
     """Reduce the message of an ArgumentError to one sentence: the key, its class and the innermost cause."""
     key, owner, names, cause = "", "", "", text
-    while True:  # each key and class on the way has an indented block of its own
+    while True:  # jsonargparse nests an indented block for each key and class
         if found := re.match(r'\s*Parser key "([^"]+)":', cause):
             names, cause = f"{names}.{found[1]}".lstrip("."), cause[found.end() :]
             key = f"{key}.{found[1]}".lstrip(".")
@@ -27,7 +27,7 @@ def explain_parse_error(text: str) -> str:
         else:
             break
     if found := re.search(r"Option '([^']+)' is not accepted\. Got value: Namespace\(class_path='([^']+)'", cause):
-        return _unknown_argument(key, found[1], found[2])  # of a class that a function makes
+        return _unknown_argument(key, found[1], found[2])  # of a class that a function returns
     unknown = r"Option '([^']+)' is not accepted|unrecognized arguments: --([^\s=]+)|Unexpected keys: \{'([^']+)'"
     if owner and (found := re.search(unknown, cause)):
         *inner, name = f"{names}.{found[1] or found[2] or found[3]}".lstrip(".").split(".")
@@ -44,7 +44,7 @@ def explain_parse_error(text: str) -> str:
 
 
 def _unknown_argument(key: str, unknown: str, class_path: str) -> str:
-    """Message about an unknown argument of a class; a dotted one is an argument of the type that the first part has."""
+    """Message about an unknown argument of a class; a dotted name is an argument of the type of its first part."""
     *names, _ = unknown.split(".")
     prefix, owner, valid = ".".join([key, *names]), class_path, list(argument_defaults(class_path))
     if names:

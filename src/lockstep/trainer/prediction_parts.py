@@ -1,6 +1,6 @@
-"""The rows that each rank predicts, in files of their own, and the one file that rank zero merges from them.
+"""Files with the rows that each rank predicts, and the one file that rank zero merges from them.
 
-Rows are written as they are predicted and copied in blocks, so that no process ever holds more than a batch or a block of them.
+Rows are written as they are predicted, and merged in blocks: no process ever holds more than a batch or a block of them.
 """
 
 import json
@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 _BLOCK_BYTES = 2**23
-"""Each block opens the files of all ranks once."""
+"""Size of a block. Merging opens the files of all ranks once per block."""
 
 TensorType = tuple[torch.dtype, tuple[int, ...]]
 """Type of an output, and its shape without the first dimension."""
@@ -45,7 +45,7 @@ class PartWriter:
             content.tofile(file)
 
     def close(self) -> None:
-        """Write the types, after which the part is complete."""
+        """Close the files and write the types; the part is then complete."""
         for file in self._files:
             file.close()
         if self._files:
@@ -78,15 +78,15 @@ class Part:
 
     @classmethod
     def open(cls, folder: Path, rank: int) -> "Part":
-        """Read the types of ``rank``."""
+        """Open the part of ``rank``, whose types it reads."""
         return cls(folder, rank, torch.load(folder / f"{rank}.pt", weights_only=True))
 
     def indices(self) -> NDArray[np.int64]:
-        """The samples, int64 (n,)."""
+        """Indices of the samples, int64 (n,)."""
         return np.fromfile(_file(self.folder, self.rank, 0), "<i8")
 
     def rows(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of an output with at least one, uint8 (n, bytes of a row), mapped into memory."""
+        """The bytes of an output, uint8 (n, bytes of a row), mapped into memory; a row must have at least one byte."""
         number = 1 + list(self.types).index(name)
         return np.memmap(_file(self.folder, self.rank, number), np.uint8, "r").reshape(-1, _row_bytes(self.types[name]))
 
@@ -95,7 +95,7 @@ def merge_parts(parts: Sequence[Part], path: Path) -> int:
     """Write the rows of ``parts`` to ``path``, a safetensors file, in the order of their indices; return their number."""
     indices = [part.indices() for part in parts]
     starts = np.cumsum([0, *map(len, indices)])
-    order = np.concatenate(indices).argsort(kind="stable")  # 8 bytes a row: all that grows
+    order = np.concatenate(indices).argsort(kind="stable")  # 8 bytes a row: only this grows with the data
     total, types = len(order), parts[0].types
     names = sorted(types, key=lambda name: (-types[name][0].itemsize, name))  # as safetensors does, for the alignment
     header: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def merge_parts(parts: Sequence[Part], path: Path) -> int:
 
 
 def _file(folder: Path, rank: int, number: int) -> Path:
-    """The file of an output; ``number`` 0: of the indices."""
+    """The file of an output, counted from 1; file 0 has the indices."""
     return folder / f"{rank}-{number}.bin"
 
 
@@ -137,7 +137,7 @@ def _row_bytes(kind: TensorType) -> int:
 
 
 def _type_name(kind: torch.dtype) -> str:
-    """What safetensors calls a type; KeyError if it lacks the type."""
+    """The name of a type in safetensors; KeyError if it does not support the type."""
     content = save({"": torch.empty(0, dtype=kind)})
     name: str = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[""]["dtype"]
     return name

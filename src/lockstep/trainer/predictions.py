@@ -1,4 +1,4 @@
-"""Predictions of all ranks in one file, each sample once, in the order of the data set.
+"""Write the predictions of all ranks to one file, each sample once, in the order of the data set.
 
 ``predictions.safetensors`` holds the outputs of ``predict_step``, of any type and shape, with one row per sample. A tensor is
 stored as ``predictions``, those of a dict under their keys, those of a tuple as ``0``, ``1`` … Each rank writes its rows to the
@@ -32,7 +32,7 @@ def run_prediction(
 
     Raises:
         UsageError: The module or the data cannot predict.
-        RunError: The outputs of ``predict_step`` do not fit into one file, or writing failed.
+        RunError: There is no batch, the outputs of ``predict_step`` do not fit into one file, or writing failed.
     """
     if not is_overridden("predict_dataloader", data) and not is_overridden("predict_dataloader", module):
         raise UsageError(
@@ -119,7 +119,7 @@ class PredictionWriter(Callback):
 
 
 def _row(key: SampleKey) -> int:
-    """The number of a sample in the data set; its position if the sampler yields something else than numbers."""
+    """The index of a sample in the data set; its position in the epoch if the sampler does not yield integers."""
     _, position, index = key
     try:
         return operator.index(index)
@@ -128,7 +128,7 @@ def _row(key: SampleKey) -> int:
 
 
 def _name_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Return the output of ``predict_step`` as tensors by name; raise RunError if it holds something else than tensors."""
+    """Return the output of ``predict_step`` as tensors by name; raise RunError if it contains anything but tensors."""
     named = outputs
     if isinstance(outputs, Tensor):
         named = {"predictions": outputs}
@@ -146,13 +146,13 @@ def _name_outputs(outputs: Any) -> dict[str, Tensor]:
 
 
 def _check_same_types(types: Mapping[str, TensorType], first: Mapping[str, TensorType]) -> None:
-    """Raise RunError where the outputs of a batch differ in type or shape from those of the first batch."""
+    """Raise RunError if the outputs of a batch differ in type or shape from those of the first batch."""
     for name in sorted(types.keys() | first.keys()):
         here, there = _describe_type(types.get(name)), _describe_type(first.get(name))
         if here != there:
             raise RunError(
                 f"predict_step returns {name} as {there} for one batch and as {here} for another; "
-                "all batches must agree but for the first dimension."
+                "only the first dimension may differ between batches."
             )
 
 

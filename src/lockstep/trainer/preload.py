@@ -1,4 +1,4 @@
-"""What is done once on each node, before its ranks start: imports that they share, and copies of the data."""
+"""Prepare a node once before its ranks start: import what they share, and start to copy the data."""
 
 import os
 from importlib import import_module
@@ -17,18 +17,18 @@ from lockstep.data.packed import start_copying
 
 
 def preload(config: Namespace, has_rank_zero: bool = True) -> None:
-    """Import the libraries that a config uses; W&B's, which take a second, only where rank zero is forked."""
+    """Import the libraries that a config uses. Those of W&B take a second, and only rank zero needs them."""
     if not may_have_gpus() and not torch.cuda.device_count():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no rank looks for NVIDIA's libraries again
     strategies.preload(config.strategy)
     find_plugins_once()
     if has_rank_zero:
-        for name in ("wandb", "requests"):  # also if W&B is disabled: its run that does nothing is the Trainer's
+        for name in ("wandb", "requests"):  # also if W&B is disabled: the logger then has a run that does nothing
             import_module(name)
 
 
 def copy_shards(command: str, config: Namespace, world: World) -> None:
-    """Start to copy the shards that ``command`` reads to a disk of this node, if the config says so; once on each node."""
+    """Start to copy the shards that ``command`` reads to ``data.copy_to``, a disk of this node, if set; once per node."""
     data = config.get("data")
     if world.local_rank or not data or not issubclass(resolve_name(data.class_path), Shards):
         return

@@ -1,4 +1,4 @@
-"""Write a parsed config as YAML that parses to the same config again, and decide when it becomes that of the run."""
+"""Write a parsed config as YAML that parses to the same config, and decide when it becomes the config of the run."""
 
 import re
 import warnings
@@ -23,14 +23,14 @@ _PLACEHOLDER = "Unable to serialize instance "
 
 
 class AttemptConfig(Callback):
-    """Writes ``config.yaml`` on rank zero: for a new run at once, for one that resumes before the first batch.
+    """Writes ``config.yaml`` on rank zero: at once for a new run, before the first batch for one that resumes.
 
-    By then the checkpoint and the data are loaded, so a flag with which they cannot be does not stay in the run. Until then a
-    result that says "finished" remains, and stays true.
+    By then the checkpoint and the data are loaded, so a flag that prevents this does not stay in the run. Until then, a
+    result that says "finished" remains and is true.
 
     Attributes:
-        content: The content of the file, on rank zero.
-        saved: That of the file which it will replace; empty for a new run.
+        content: The new content of the file, on rank zero.
+        saved: The content of the file that it replaces; empty for a new run.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -39,10 +39,10 @@ class AttemptConfig(Callback):
         self._context, self._text, self._is_adopted = context, "", not context.world.is_rank_zero
 
     def begin(self) -> None:
-        """Dump the config, and write it where the run has none yet.
+        """Dump the config, and write it if the run has none yet.
 
         Raises:
-            UsageError: It cannot be written so that it parses to the same config.
+            UsageError: The config cannot be written as YAML that parses to the same config.
             Superseded: A newer attempt has claimed the run.
         """
         if self._context.world.is_rank_zero:
@@ -60,7 +60,7 @@ class AttemptConfig(Callback):
             return
         run = self._context.run
         self._context.ownership.check_now()
-        if self.content != self.saved:  # as a restart does not change it
+        if self.content != self.saved:  # a restart does not change it
             atomic_write_text(run.config, self._text)
         if (result := run.finished_before(self._context.attempt)) is not None:
             run.result.replace(run.attempt_folder(result.attempts) / run.result.name)
@@ -80,7 +80,7 @@ def dump_config(parser: ArgumentParser, config: Namespace) -> str:
     A default that YAML has no form for, such as a device or a class, is left out: its class sets it again.
 
     Raises:
-        UsageError: A value that is not a default would read back as another one.
+        UsageError: A value that is not a default would parse to another value.
     """
     config = config.clone()
     config.pop("config", None)
@@ -98,7 +98,7 @@ def dump_config(parser: ArgumentParser, config: Namespace) -> str:
         if different <= left_out:
             raise UsageError(
                 f"{min(different)}: this value cannot be saved in config.yaml, from which a run resumes: YAML has no form for "
-                "it, or that form reads back as another value; annotate the argument with its type, or give another value."
+                "it, or that form parses to another value; annotate the argument with its type, or give another value."
             )
         left_out |= different
 
@@ -115,7 +115,7 @@ def argument_defaults(class_path: str) -> dict[str, Any]:
 
 
 def _without_defaults(value: Any, left_out: Container[str], key: str = "") -> Any:
-    """A copy without those arguments of classes that are defaults and either objects or keys in ``left_out``."""
+    """Copy a config without the default arguments of classes that are objects or whose keys are in ``left_out``."""
     if isinstance(value, list):
         return [_without_defaults(item, left_out, key) for item in value]
     if not isinstance(value, Namespace):
@@ -146,7 +146,7 @@ def _dump(parser: ArgumentParser, config: Namespace) -> str:
 
 
 def _without_placeholders(content: Any, config: Any) -> Any:
-    """``content`` of a dump with each placeholder replaced by the text that was given, or left out."""
+    """Replace each placeholder in the ``content`` of a dump by the text in ``config``, or leave it out."""
     if isinstance(content, dict) and isinstance(config, Namespace | dict):
         pairs = {name: _without_placeholders(item, config[name]) for name, item in content.items()}
         return {name: item for name, item in pairs.items() if not _is_placeholder(item)}
@@ -166,7 +166,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _differences(one: Any, other: Any, key: str) -> Iterator[str]:
-    """Keys of values that differ in two configs."""
+    """Keys whose values differ between two configs."""
     if isinstance(one, Namespace | dict) and type(one) is type(other):
         ours, theirs = (value if isinstance(value, dict) else vars(value) for value in (one, other))
         for name in {**ours, **theirs}:
@@ -186,5 +186,5 @@ def _inner(key: str, name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The ``repr`` and the attributes, without addresses: jsonargparse copies defaults."""
+    """The ``repr`` and the attributes of a value, without addresses: jsonargparse copies defaults."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr((value, getattr(value, "__dict__", None))))

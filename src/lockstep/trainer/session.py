@@ -73,7 +73,7 @@ _JOIN_SECONDS = 20.0
 
 
 class TrainingSession:
-    """One attempt of a run on one rank. Every rank of the world must have one."""
+    """One attempt of a run on one rank. Every rank of the world must run one."""
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
@@ -120,7 +120,7 @@ class TrainingSession:
         return result
 
     def _execute(self) -> RunResult:
-        """Prepare what a strategy needs on this node, and train."""
+        """Prepare what the strategy needs on this node, train, and close the loggers."""
         context, config = self.context, self.context.config
         context.enter("compile")
         load_ops(required_ops(config), context.world, context.device)
@@ -240,7 +240,7 @@ class TrainingSession:
                 metrics |= trainer.logged_metrics
             except Superseded:
                 raise
-            except Exception as error:  # of user code; the training is finished in any case
+            except Exception as error:  # in user code; the training has finished in any case
                 if isinstance(error, PeerError) or is_connection_loss(error):
                     raise
                 test_error = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -280,11 +280,11 @@ class TrainingSession:
         return report.weights_sha256(found.weights(), world)
 
     def global_step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps so far."""
         return self.trainer.global_step if self.trainer is not None else 0
 
     def _result(self, status: str, reason: str | None = None, exit_status: int = 0) -> RunResult:
-        """The result as far as it is known now."""
+        """The result, with what is known so far."""
         context = self.context
         reasons = [attempt.reason or "It finished." for attempt in read_attempts(context.run)]
         result = RunResult(status, context.command, context.world.size, context.attempt, reasons, reason, exit_status)
@@ -295,7 +295,7 @@ class TrainingSession:
         return replace(result, global_step=step, epochs=epochs, **(writer.summary() if writer is not None else {}))
 
     def _write(self, result: RunResult, own: Failure | None = None) -> None:
-        """Write the result on rank zero, with the cause that the first failed rank recorded, or its ``own``."""
+        """Write the result on rank zero; the cause is the recorded failure of the first failed rank, or else ``own``."""
         run = self.context.run
         if not self.context.world.is_rank_zero or run.is_superseded(self.context.attempt):
             return
@@ -327,12 +327,12 @@ def train(
     attempt: int = 1,
     enter: Callable[[str], None] = lambda phase: None,
 ) -> RunResult:
-    """Run one attempt on this rank, together with all others; the arguments are those of ``RunContext.create``."""
+    """Run one attempt on this rank, together with all others; takes the arguments of ``RunContext.create``."""
     return TrainingSession(RunContext.create(command, parsed, world, run, attempt, enter)).run()
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
-    """Train as the rank of ``env`` and return the exit status: 0, 1 (failed) or 2 (usage); raise what is no LockstepError."""
+    """Train as the rank of ``env``; return the exit status: 0, 1 (failed) or 2 (usage). Only a LockstepError is caught."""
     world = World()
     try:
         world = World.from_env(env)
