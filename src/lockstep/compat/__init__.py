@@ -17,7 +17,7 @@ TESTED = {
     "torchmetrics": "1.9.0",
     "wandb": "0.31.0",
 }
-"""The versions whose private names were verified."""
+"""The versions with which lockstep is tested."""
 
 
 def private(library: str, owner: Any, name: str) -> Any:
@@ -35,7 +35,7 @@ def private(library: str, owner: Any, name: str) -> Any:
 
 @contextmanager
 def private_imports(library: str) -> Iterator[None]:
-    """Import private names of ``library`` in the body of a ``with`` statement; raises as ``private``."""
+    """Import private names of ``library`` in the body of a ``with`` statement; raise as ``private`` does."""
     try:
         yield
     except ImportError as error:
@@ -43,7 +43,7 @@ def private_imports(library: str) -> Iterator[None]:
 
 
 def installed_version(library: str) -> str | None:
-    """The version of a library; None without it, as on a login node."""
+    """The installed version of a library; None if it is not installed, as on a login node."""
     from importlib import metadata  # which takes 10 ms to import
 
     try:
@@ -60,13 +60,13 @@ def _missing(library: str, what: str) -> LockstepError:
 
 
 def patch(library: str, owner: Any, name: str, new: Any) -> None:
-    """Replace the attribute ``name`` of ``owner`` by ``new``; raises as ``private``, where an assignment would do nothing."""
+    """Replace the attribute ``name`` of ``owner`` by ``new``; raise as ``private`` does if there is none to replace."""
     private(library, owner, name)
     setattr(owner, name, new)
 
 
 def check_tested_version(library: str, feature: str) -> None:
-    """Check that the installed version of ``library`` is the tested one; without the library there is nothing to check.
+    """Check that ``library``, if it is installed, has the tested version.
 
     Raises:
         UsageError: Another version is installed; names ``feature`` (a key and its value) and both versions.

@@ -32,8 +32,8 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 def prepare_cpu() -> None:
     """Let DeepSpeed train on a CPU without compiling an op, and in float16.
 
-    A CPU run needs no op, but testing which ones would compile takes a compiler and half a minute. DeepSpeed allows float16
-    only on CPUs with instructions for it; torch computes in float16 without them, slowly.
+    A CPU run needs no op, but probing which ones compile requires a compiler and half a minute. DeepSpeed allows float16
+    only on CPUs with instructions for it; torch also computes in float16 without them, but slowly.
     """
     patch("deepspeed", import_module("deepspeed.ops"), "_probe_compatible_ops", dict)
     patch("deepspeed", import_module("deepspeed.accelerator").get_accelerator(), "is_fp16_supported", lambda: True)
@@ -42,7 +42,7 @@ def prepare_cpu() -> None:
 def merge_async_io_sources(builder: Any, folder: Path) -> None:
     """Let the builder of async_io compile the nine files that include torch as one, from a copy of the sources in ``folder``.
 
-    A compiler needs 20 seconds to read torch's headers. DeepSpeed's own headers have no guards; those of the copy do.
+    A compiler needs 20 seconds to read torch's headers. DeepSpeed's own headers have no include guards; the copies do.
     """
     root = Path(builder.deepspeed_src_path("csrc"))
     for name in ("aio", "pin_memory"):
@@ -61,11 +61,10 @@ def merge_async_io_sources(builder: Any, folder: Path) -> None:
 
 
 def needs_nvcc(builder: Any) -> bool:
-    """Whether an op cannot be compiled for lack of nvcc, which async_io needs too where there are GPUs."""
+    """Whether an op cannot be compiled because nvcc is missing; on a machine with GPUs, async_io needs it too."""
     builders = import_module("deepspeed.ops.op_builder.builder")
-    if import_module("deepspeed.accelerator").get_accelerator().device_name() != "cuda":
-        return False
-    if not isinstance(builder, builders.CUDAOpBuilder):
+    device = import_module("deepspeed.accelerator").get_accelerator().device_name()
+    if device != "cuda" or not isinstance(builder, builders.CUDAOpBuilder):
         return False
     try:
         builders.installed_cuda_version()
@@ -85,7 +84,7 @@ def full_shape(parameter: Any) -> torch.Size:
 
 
 def gathered(parameter: Any, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
-    """Gather a partitioned parameter on every rank; ``modifier_rank`` is the rank whose changes all ranks take over."""
+    """Gather a partitioned parameter on every rank; changes by ``modifier_rank`` are broadcast to all ranks."""
     if not is_partitioned(parameter):
         return nullcontext()
     gather: AbstractContextManager[Any] = import_module("deepspeed").zero.GatheredParameters([parameter], modifier_rank)
@@ -111,7 +110,7 @@ class ZeroOptimizer:
 
     @property
     def flats(self) -> list[Tensor]:
-        """The tensors that ``inner`` steps: for each group, or part of one, this rank's elements of all its parameters."""
+        """The tensors that ``inner`` steps: for each group, or part of one, this rank's elements of its parameters."""
         return list(self._zero.fp32_partitioned_groups_flat if self._is_stage_3 else self._zero.single_partition_of_fp32_groups)
 
     def capture_counters(self) -> dict[str, dict[str, Any]]:
@@ -128,13 +127,13 @@ class ZeroOptimizer:
         vars(self._engine).update(counters)
 
     def update_model_weights(self) -> None:
-        """Copy the weights that the optimizer steps to those of the model; stage 3 does so at the end of ``in_memory``."""
+        """Copy the weights that the optimizer steps to the model; stage 3 does so at the end of ``in_memory``."""
         if not self._is_stage_3:
             self._zero.update_lp_params()
 
     @contextmanager
     def in_memory(self, index: int) -> Iterator[None]:
-        """Keep flat tensor ``index`` and its optimizer state in memory, then write them back to where they are offloaded."""
+        """Load flat tensor ``index`` and its optimizer state into memory, then write them back to where they are offloaded."""
         is_swapped = self._is_stage_3 and self._zero._swappable_optimizer_subgroup(index)
         if is_swapped:
             self._zero._optimizer_states_and_gradient_swap_in(index)
@@ -166,9 +165,9 @@ class ZeroOptimizer:
         return found
 
     def read_flat(self, index: int, key: str | None = None) -> Tensor:
-        """Return what ``flat_state`` does, live, or mapped from NVMe if it is offloaded there.
+        """Return what ``flat_state`` does: a live tensor, or one mapped from NVMe if it is offloaded there.
 
-        An offloaded state need not fit into memory. Between two steps nothing writes to its files.
+        An offloaded state need not fit into memory. Nothing writes to its files between two steps.
         """
         tensor = self.flat_state(index, key)
         swapper: Any = self._zero.optimizer_swapper if self._is_stage_3 else None
@@ -202,7 +201,7 @@ class Fragment:
     offset: int
 
     def read_unstepped(self) -> Tensor:
-        """The weight (size,) if the optimizer does not step it: live, or mapped from NVMe."""
+        """The weight (size,) of a parameter that the optimizer does not step: live, or mapped from NVMe."""
         part = self.parameter.ds_tensor
         if part.status.name == "AVAILABLE":
             return torch.as_tensor(part).narrow(0, 0, self.size)
@@ -247,7 +246,7 @@ def patch_nvme() -> None:
         return swap_in(self, list(dict.fromkeys(parameters)), *args, **kwargs)
 
     def set_dtype_of_config(self: Any, config: Any, dtype: Any) -> None:
-        """Prefer the type in the config: without support for float16, as on CPUs, the other one is always bfloat16."""
+        """Prefer the type in the config: ``dtype`` is always bfloat16 without support for float16, as on CPUs."""
         set_dtype(self, config, dtype if config is None else None)
 
     patch("deepspeed", swapper, "swap_in", swap_in_once)
@@ -262,11 +261,11 @@ def _start_read(handle: Any, tensors: Sequence[Tensor], paths: Sequence[str]) ->
                 f"deepspeed.config: DeepSpeed would read {path} to an unaligned address; remove options such as pipeline_read."
             )
         if handle.async_pread(tensor, path, 0) != 0:
-            raise RunError(f"deepspeed.nvme_path: {path} cannot be read; check the disk, and restart the run.")
+            raise RunError(f"deepspeed.nvme_path: {path} cannot be read; check the disk, and resume the run.")
 
 
 def _start_write(handle: Any, tensors: Sequence[Tensor], paths: Sequence[str]) -> None:
-    """Start to write each tensor to its file; the space is allocated first, because on a full disk writes fail silently."""
+    """Start to write each tensor to its file; allocate the space first, because writes fail silently on a full disk."""
     for tensor, path in zip(tensors, paths, strict=True):
         try:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
@@ -274,21 +273,21 @@ def _start_write(handle: Any, tensors: Sequence[Tensor], paths: Sequence[str]) -
                     os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
         except OSError as error:
             raise RunError(
-                f"deepspeed.nvme_path: {path} cannot be written ({error.strerror}); free space, and restart the run."
+                f"deepspeed.nvme_path: {path} cannot be written ({error.strerror}); free space, and resume the run."
             ) from None
         if handle.async_pwrite(tensor, path, 0) != 0:
-            raise RunError(f"deepspeed.nvme_path: {path} cannot be written; check the disk, and restart the run.")
+            raise RunError(f"deepspeed.nvme_path: {path} cannot be written; check the disk, and resume the run.")
 
 
 def _read_gradients(swapper: Any, aio_handle: Any, parameter: Any, gradient_tensor: Tensor) -> None:
-    """Read gradients into separate memory, then copy them: their offsets in ``gradient_tensor`` are not aligned."""
+    """Read gradients into separate memory and copy them, because their offsets in ``gradient_tensor`` are not aligned."""
     gradients = list(swapper.swap_params_info[swapper.parameter_id(parameter)].swapped_gradients.values())
     tensors = [torch.empty(gradient.length, dtype=gradient_tensor.dtype) for gradient in gradients]
     _start_read(aio_handle, tensors, [gradient.path for gradient in gradients])
     finished = aio_handle.wait()  # not in an assert, which python -O removes
     if finished != len(gradients):
         raise RunError(
-            f"deepspeed.nvme_path: {finished} of {len(gradients)} gradients were read; check the disk, and restart the run."
+            f"deepspeed.nvme_path: {finished} of {len(gradients)} gradients were read; check the disk, and resume the run."
         )
     for gradient, tensor in zip(gradients, tensors, strict=True):
         gradient_tensor.narrow(0, gradient.offset, gradient.length).copy_(tensor)

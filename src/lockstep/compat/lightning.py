@@ -45,7 +45,7 @@ for _owner, _names in (
 
 
 def find_plugins_once() -> None:
-    """Look for packages that add callbacks or backends now, and not in each forked rank: it opens a file of every package."""
+    """Find packages that add callbacks or backends now, and not in each forked rank: it reads a file of every package."""
     entry_points: Any = metadata.entry_points
     if not hasattr(entry_points, "cache_clear"):
         entry_points = cache(entry_points)
@@ -56,7 +56,7 @@ def find_plugins_once() -> None:
 
 
 def set_rank_zero(rank: int) -> None:
-    """Tell Lightning the global rank; it reads the environment when imported, which is too early for a forked rank."""
+    """Set the global rank in Lightning, which reads it from the environment on import: too early for a forked rank."""
     patch("lightning", rank_zero_only, "rank", rank)
 
 
@@ -74,16 +74,16 @@ class LightningCombinedLoader(CombinedLoader):
         return self._mode
 
     def start_iteration(self, iterables: Sequence[Iterable[Any]], consumed: Sequence[bool]) -> None:
-        """Iterate over ``iterables``, one for each loader; ``consumed`` says which of them have ended before in this epoch."""
+        """Iterate over ``iterables``, one per loader; ``consumed`` marks those that have already ended once in this epoch."""
         self._iterator = iter(_SUPPORTED_MODES[self._mode]["iterator"](list(iterables), self._limits))
         if self._mode == "max_size_cycle":
             patch("lightning", self._iterator, "_consumed", list(consumed))
 
     def _state_dicts(self) -> list[dict[str, Any]]:
-        return []  # those of rank zero alone, after a batch that is fetched ahead: each rank saves its own
+        return []  # Lightning would save those of rank zero, one batch ahead; lockstep saves those of each rank
 
     def combine_counts(self, counts: Sequence[int]) -> int:
-        """The number of batches if the loaders have ``counts``."""
+        """The number of combined batches if the loaders have ``counts``."""
         return _SUPPORTED_MODES[self._mode]["fn"](list(counts))
 
 
@@ -93,7 +93,7 @@ def split_combination(loaders: Any) -> tuple[Any, Any]:
 
 
 def overridden_iteration(loaders: Any) -> str | None:
-    """The method by which a subclass of CombinedLoader iterates in its own way; None if it does not, or is something else."""
+    """The iteration method that a subclass of CombinedLoader overrides; None if there is none, or for other objects."""
     if not isinstance(loaders, CombinedLoader):
         return None
     names = ("__iter__", "__next__", "__len__")
@@ -107,14 +107,14 @@ def training_loader(trainer: Trainer) -> tuple[CombinedLoader | None, int]:
 
 
 def current_hook(module: LightningModule) -> str | None:
-    """Name of the method of ``module``, or the hook of a callback, that the Trainer is calling; None between them."""
+    """Name of the hook that the Trainer is calling on ``module`` or a callback; None between two calls."""
     hook: str | None = private("lightning", module, "_current_fx_name")
     return hook
 
 
 @dataclass
 class _CombiningSource(_DataLoaderSource):
-    """A source of loaders that ``combine`` turns into one; it gets the function that requests them."""
+    """A source of loaders; ``combine`` requests them with the function that it receives, and combines them."""
 
     combine: Callable[[Callable[[], Any]], CombinedLoader]
 
@@ -141,11 +141,11 @@ class LightningFitLoop(_FitLoop):
         vars(self)["_fetcher"] = None if fetcher is None else self.choose_fetcher(fetcher)
 
     def choose_fetcher(self, fetcher: Any) -> Any:
-        """The fetcher of the batches of ``_combined_loader``, instead of Lightning's ``fetcher``."""
+        """Return the fetcher to use for the batches of ``_combined_loader``, in place of Lightning's ``fetcher``."""
         return fetcher
 
     def combine_loaders(self, request: Callable[[], Any]) -> CombinedLoader:
-        """The loader of training; ``request`` returns what ``train_dataloader`` returns."""
+        """Return the training loader; ``request`` returns what ``train_dataloader`` returns."""
         return CombinedLoader(*split_combination(request()))
 
     def setup_data(self) -> None:
@@ -163,7 +163,7 @@ class LightningFitLoop(_FitLoop):
 
     @property
     def loaded_epochs(self) -> list[int | None]:
-        """The epochs in which the loaders of training and of validation were requested; None: not yet."""
+        """The epochs in which the training and the validation loaders were requested; None: not yet."""
         found = (
             private("lightning", self, "_last_train_dl_reload_epoch"),
             private("lightning", self.epoch_loop.val_loop, "_last_val_dl_reload_epoch"),
@@ -182,7 +182,7 @@ class LightningFitLoop(_FitLoop):
         progress.is_last_batch = count >= self.max_batches
 
     def clear_restarting(self) -> None:
-        """Let Lightning derive nothing from the loops' counters when the run starts.
+        """Prevent Lightning from deriving the position from the counters of the loops when the run starts.
 
         The setter of the fit loop itself would set the flag again for a run that is limited by steps.
         """
@@ -196,18 +196,18 @@ def call_hooks(trainer: Trainer, name: str) -> None:
 
 
 def disable_signal_handlers(trainer: Trainer) -> None:
-    """Keep Lightning from installing signal handlers."""
+    """Prevent Lightning from installing signal handlers."""
     patch("lightning", private("lightning", trainer, "_signal_connector"), "register_signal_handlers", lambda: None)
 
 
 def keep_dataloaders(trainer: Trainer) -> None:
-    """Keep Lightning from replacing the DataLoaders; for predict it would add a batch sampler that records indices."""
+    """Prevent Lightning from replacing the DataLoaders; for predict it would add a batch sampler that records indices."""
     connector = private("lightning", trainer, "_data_connector")
     patch("lightning", connector, "_prepare_dataloader", lambda dataloader, shuffle, mode: dataloader)
 
 
 def keep_original_weights(pruning: ModelPruning) -> None:
-    """Let the lottery ticket copy the original weights: on a CPU they would become those that are trained, and change too."""
+    """Make a lottery ticket copy the original weights: on a CPU it would share, and so train, the same tensors."""
     copy_parameter = private("lightning", pruning, "_copy_param")
     patch("lightning", pruning, "_copy_param", lambda new, old, name: copy_parameter(new, copy.deepcopy(old), name))
 
@@ -228,13 +228,13 @@ def is_stopping(trainer: Trainer) -> bool:
 
 
 def logged_results(trainer: Trainer) -> list[Metric]:
-    """The values of this rank that the current stage has logged with ``self.log`` so far."""
+    """The values that this rank has logged with ``self.log`` in the current stage."""
     results: dict[str, Metric] | None = private("lightning", trainer, "_results")
     return [] if results is None else list(results.values())
 
 
 def is_reduced_in_step(result: Any) -> bool:
-    """Whether the newest value of ``result``, of ``logged_results``, is that of all ranks together."""
+    """Whether the newest value of ``result``, one of ``logged_results``, is reduced over all ranks."""
     return bool(result.is_tensor and result.meta.sync.should and not result.meta.sync.rank_zero_only)
 
 
@@ -270,12 +270,12 @@ def restore_logged_values(
             merge_metric(results[key], saved["metric"], None if meta.is_mean_reduction else meta.reduce_fx)
     connector._callback_metrics.update(shared["callback_metrics"])
     connector._logged_metrics.update(shared["logged_metrics"])
-    if is_mid_epoch:  # the first batch of an epoch would clear the results; the next batch must not count as one
+    if is_mid_epoch:  # Lightning clears the results at the first batch of an epoch; the next batch is not the first
         patch("lightning", connector, "_first_loop_iter", False)
 
 
 class _RestoredMetadata(_Metadata):
-    """How a value was logged, whether or not with ``sync_dist``, which Lightning ignores on a single rank."""
+    """How a value was logged; equal with and without ``sync_dist``, which Lightning ignores on a single rank."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Metadata) and vars(self) | {"_sync": None} == vars(other) | {"_sync": None}
@@ -286,7 +286,7 @@ def _capture_result(result: Any, trainer: Trainer) -> dict[str, Any]:
     sync = meta.pop("_sync")
     return {
         "meta": meta | {"reduce_fx": meta["reduce_fx"].__name__},
-        # Ranks that are added later have nothing of what a single rank has logged.
+        # Ranks that are added later do not have the values that a single rank has logged.
         "sync": {"_should": sync._should or trainer.world_size == 1, "rank_zero_only": sync.rank_zero_only},
         "is_tensor": result.is_tensor,
         "last": result._forward_cache,
@@ -312,7 +312,7 @@ class LightningDeepSpeedStrategy(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def format_config(self) -> None:
-        """Complete DeepSpeed's config by what the Trainer knows."""
+        """Complete DeepSpeed's config with the settings of the Trainer."""
         super()._format_config()
 
     def make_optimizer(self) -> tuple[Optimizer, Any]:

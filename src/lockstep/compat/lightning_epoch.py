@@ -1,7 +1,7 @@
 """Lightning's loop over the batches of an epoch, with public hooks and less work for the host in each step.
 
-``_advance`` does what Lightning's ``advance`` does, in the same order. It leaves out what only a profiler, a restart in
-Lightning's sense or a ``dataloader_iter`` needs; with one of these, Lightning's own runs.
+``_advance`` does what Lightning's ``advance`` does, in the same order. It omits what only a profiler, a restart in
+Lightning's sense or a ``dataloader_iter`` needs; with one of these, Lightning's ``advance`` runs.
 """
 
 import functools
@@ -44,7 +44,7 @@ for _owner, _names in (
 
 
 def is_log_step(trainer: Trainer) -> bool:
-    """Whether ``log_every_n_steps`` says to log after this optimizer step; equal on all ranks. For hooks of training."""
+    """Whether ``log_every_n_steps`` is due after this optimizer step; equal on all ranks. For training hooks."""
     return _is_regular(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
@@ -79,7 +79,7 @@ class _Results(_ResultCollection):
     def __init__(self, training: bool) -> None:
         super().__init__(training)
         self.new: set[str] = set()
-        self._arguments: dict[str, Any] = {}  # with which each value was logged
+        self._arguments: dict[str, Any] = {}  # those with which each value was logged
 
     @contextmanager
     def only_new(self) -> Iterator[None]:
@@ -96,7 +96,7 @@ class _Results(_ResultCollection):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def log(self, fx: str, name: str, value: Any, batch_size: int | None = None, **arguments: Any) -> None:
-        """Log ``value``; if it is a tensor that was logged before in the same way, without checking the arguments again."""
+        """Log ``value``; do not check the arguments again if they are those of the previous call, and it is a tensor."""
         key = f"{fx}.{name}"
         known = self.get(key)
         if (
@@ -158,7 +158,7 @@ class LightningEpochLoop(_TrainingEpochLoop):
         return interval
 
     def _update_row(self) -> None:
-        """Log a row; if training ends between two regular ones, only with what its last step has logged."""
+        """Log a row; between two regular ones, only if training ends, and only what the last step has logged."""
         if self.trainer.fast_dev_run or _is_regular(self.trainer):
             self._write_row()
             return
@@ -169,7 +169,7 @@ class LightningEpochLoop(_TrainingEpochLoop):
                 self._write_row()
 
     def settle_stop(self) -> None:
-        """Called after a step with ``Trainer.should_stop``, which it may take back."""
+        """Called after a step that ends with ``Trainer.should_stop`` set; it may reset the flag."""
 
     def advance(self, data_fetcher: DataFetcher) -> None:
         if (self.batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the first batch of a step
@@ -252,14 +252,14 @@ class LightningEpochLoop(_TrainingEpochLoop):
         return self.trainer.accumulate_grad_batches != 1 and super()._should_accumulate()
 
     def _should_check_val_fx(self, data_fetcher: DataFetcher) -> bool:
-        if self.validation_interval is not None:  # each rank would decide by its own clock
+        if self.validation_interval is not None:  # in Lightning, each rank decides by its own clock
             patch("lightning", self.trainer, "_last_val_time", -math.inf if self.validation_due else math.inf)
         elif self._is_between_validations():
             return False
         return super()._should_check_val_fx(data_fetcher)
 
     def _is_between_validations(self) -> bool:
-        """Whether no validation follows the current batch, by its number alone."""
+        """Whether the number of the current batch alone shows that no validation follows it."""
         trainer = self.trainer
         if self.batch_progress.is_last_batch or trainer.should_stop or math.isinf(trainer.val_check_batch):
             return False

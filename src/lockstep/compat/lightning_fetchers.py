@@ -1,4 +1,4 @@
-"""A fetcher of Lightning's that has a batch in hand before the one of the step is used."""
+"""A Lightning fetcher that fetches the next batch before the current one is used."""
 
 from contextlib import suppress
 from typing import Any
@@ -11,10 +11,10 @@ with private_imports("lightning"):
 
 
 class AheadFetcher(DataFetcher):
-    """Fetches one batch ahead of the one that is trained on, also from loaders that have a length.
+    """Fetches one batch ahead of training, also from loaders with a length.
 
     Attributes:
-        batches: What is fetched but not trained on yet.
+        batches: Batches that are fetched but not trained on yet.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ class AheadFetcher(DataFetcher):
         raise NotImplementedError
 
     def receive(self, sent: Any) -> Any:
-        """The batch to train on, of what ``send`` has returned."""
+        """Return the batch to train on, from what ``send`` returned."""
         raise NotImplementedError
 
 
 def is_plain_fetcher(fetcher: Any) -> bool:
-    """Whether the loop, and not the module, takes the batches from ``fetcher``."""
+    """Whether the loop takes the batches from ``fetcher``, not ``training_step`` itself (``dataloader_iter``)."""
     return type(fetcher) is _PrefetchDataFetcher

@@ -1,4 +1,4 @@
-"""Calls of hooks, without the time that Lightning spends on hooks without an override.
+"""Call hooks without the time that Lightning spends on those that nothing overrides.
 
 In each step Lightning calls about 25 hooks. Around each it enters a profiler, sets the module's ``_current_fx_name`` through
 ``nn.Module.__setattr__``, and visits every callback. On a small model that takes longer than the step itself.
@@ -26,7 +26,7 @@ _EMPTY = frozenset(
         *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
     )
 ) | {private("lightning", Strategy, "on_train_batch_start")}
-"""Hooks of Lightning's own that do nothing."""
+"""Hooks in Lightning's own classes that do nothing."""
 
 _callback_hooks = private("lightning", call, "_call_callback_hooks")
 _module_hook = private("lightning", call, "_call_lightning_module_hook")
@@ -35,16 +35,16 @@ _strategy_hook = private("lightning", call, "_call_strategy_hook")
 
 
 _HOOKS = "_lockstep_hooks"
-"""Name of the attribute of a Trainer that calls hooks fast: its strategy."""
+"""Attribute that marks a Trainer which calls hooks fast; holds its strategy."""
 
 
 def calls_hooks_fast(trainer: Trainer) -> bool:
-    """Whether ``call_hooks_fast`` had an effect on ``trainer``."""
+    """Whether ``call_hooks_fast`` has changed ``trainer``."""
     return _HOOKS in vars(trainer)
 
 
 def call_hooks_fast(trainer: Trainer) -> None:
-    """Let ``trainer`` call only hooks that somebody overrides, unless it has a profiler. Other trainers call all, as before."""
+    """Let ``trainer`` call only hooks that something overrides, unless it has a profiler. Other trainers do not change."""
     patch("lightning", call, "_call_callback_hooks", _call_callback_hooks)
     patch("lightning", call, "_call_lightning_module_hook", _call_module_hook)
     patch("lightning", call, "_call_lightning_datamodule_hook", _call_datamodule_hook)
@@ -64,7 +64,7 @@ def _call_callback_hooks(
     attributes = {"_current_fx_name": None} if module is None else vars(module)
     previous, attributes["_current_fx_name"] = attributes["_current_fx_name"], hook_name
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        # Each time: a callback may set it on itself, or on another one, during a run.
+        # Checked at each call: a callback may gain a hook during a run.
         if getattr(type(callback), hook_name) is not default or hook_name in vars(callback):
             hook = getattr(callback, hook_name)
             if callable(hook):
@@ -111,7 +111,7 @@ def _is_unclipped(module: LightningModule, arguments: dict[str, Any]) -> bool:
 
 
 def _move_to_device(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-    """``transfer_batch_to_device`` of Lightning, which asks for the kind of each item."""
+    """Lightning's ``transfer_batch_to_device``, but without its slow dispatch for a list or tuple of tensors."""
     if type(batch) in (list, tuple) and all(type(item) is Tensor for item in batch):
         non_blocking = device.type not in _BLOCKING_DEVICE_TYPES
         return type(batch)(item.to(device, non_blocking=non_blocking) for item in batch)
@@ -119,7 +119,7 @@ def _move_to_device(batch: Any, device: torch.device, dataloader_idx: int) -> An
 
 
 def _call_within(module: LightningModule, name: str, hook: Any, args: Any, kwargs: Any) -> Any:
-    """Call ``hook`` while the module knows its ``name``, which decides what ``self.log`` does."""
+    """Call ``hook`` while the module has its ``name``, which determines what ``self.log`` does."""
     if not callable(hook):
         return None
     attributes = vars(module)

@@ -1,4 +1,4 @@
-"""NVML, NVIDIA's management library, which is queried without initializing CUDA: a process that is to fork must not."""
+"""Query GPUs with NVML, NVIDIA's management library: a process that will fork must not initialize CUDA."""
 
 import ctypes
 import os
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def may_have_gpus() -> bool:
-    """Whether this machine has device files of GPUs. CUDA's own answer may initialize it, where NVML does not work."""
+    """Whether this machine has device files of GPUs. To ask CUDA instead may initialize it if NVML does not work."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()
 
 
 def cpus_near_gpus(env: Mapping[str, str]) -> list[set[int]]:
-    """The CPUs near each visible GPU, in CUDA's order; empty where NVML does not tell.
+    """The CPUs near each visible GPU, in CUDA's order; empty if NVML does not know them.
 
     Source: ``nvmlDeviceGetCpuAffinity`` of https://docs.nvidia.com/deploy/nvml-api/.
     """
@@ -33,7 +33,7 @@ def cpus_near_gpus(env: Mapping[str, str]) -> list[set[int]]:
 
 
 def _cpus_near(nvml: ctypes.CDLL, gpu: str) -> set[int]:
-    """The CPUs near a GPU, given by its index or UUID; empty where NVML does not tell."""
+    """The CPUs near a GPU, given by its index or UUID; empty if NVML does not know them."""
     device, bits = ctypes.c_void_p(), 8 * ctypes.sizeof(ctypes.c_ulong)
     if gpu.isdigit():
         status = nvml.nvmlDeviceGetHandleByIndex_v2(int(gpu), ctypes.byref(device))

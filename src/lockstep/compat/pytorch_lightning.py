@@ -1,4 +1,4 @@
-"""Import ``pytorch_lightning`` as ``lightning.pytorch``: the packages have the same classes, but copies of them."""
+"""Import ``pytorch_lightning`` as ``lightning.pytorch``: the packages contain separate copies of the same classes."""
 
 import importlib
 import sys
@@ -8,11 +8,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 SAME_PACKAGES = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
-"""Packages that hold copies of the classes of another one, and that other one."""
+"""Packages that contain copies of classes, and the packages that replace them."""
 
 
 class _SamePackage(MetaPathFinder, Loader):
-    """Finds the modules of a package in another one, so that the classes of both are the same."""
+    """Finds the modules of a package in the one that replaces it, so that both have the same classes."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in SAME_PACKAGES else None
@@ -23,6 +23,6 @@ class _SamePackage(MetaPathFinder, Loader):
 
 
 def import_as_lightning() -> None:
-    """Let modules that are written for ``pytorch_lightning`` use Lightning's classes; call it before they are imported."""
+    """Let modules written for ``pytorch_lightning`` use Lightning's classes; call this before they are imported."""
     if not any(isinstance(finder, _SamePackage) for finder in sys.meta_path):
         sys.meta_path.insert(0, _SamePackage())

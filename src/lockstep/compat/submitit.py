@@ -1,4 +1,4 @@
-"""Private names of submitit: the batch script of a job that is not submitted, pickled tasks, and the errors of a submission."""
+"""Private names of submitit: the batch script of a job, pickled tasks, and the errors of a submission."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ with private_imports("submitit"):
     from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 
 SUBMISSION_ERRORS = (FailedJobError, FailedSubmissionError)
-"""Raised where ``sbatch`` refuses a job, or prints something other than a job id."""
+"""Raised if ``sbatch`` rejects a job, or prints anything but a job id."""
 
 
 class ScriptExecutor(SlurmExecutor):
@@ -23,7 +23,7 @@ class ScriptExecutor(SlurmExecutor):
 
 
 def batch_script_text(executor: ScriptExecutor, runs: int) -> str:
-    """Return the script that ``executor`` submits for a job, or for an array of more than one run."""
+    """Return the script that ``executor`` would submit for a job, or for an array if ``runs`` is more than one."""
     if runs > 1:
         executor.parameters["map_count"] = runs
     command = private("submitit", executor, "_submitit_command_str")

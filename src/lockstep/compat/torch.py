@@ -27,10 +27,10 @@ Loader = TypeVar("Loader")
 
 
 class InternalsDataLoader(DataLoader[Any]):
-    """A DataLoader whose iterators see other attributes than its user: those in ``internals``."""
+    """A DataLoader whose iterators see the attributes in ``internals``, while its user sees the original ones."""
 
     def internals(self) -> dict[str, Any]:
-        """The attributes that its next iterator sees, by name."""
+        """The attributes that the next iterator sees, by name."""
         raise NotImplementedError
 
     def _get_iterator(self) -> Any:
@@ -61,25 +61,25 @@ def _join_classes(base: Any, own: Any) -> type:
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Give new tensors a shape, a type and a device, but no memory; ``real_tensors`` suspends that."""
+    """Create tensors with a shape, a type and a device, but without memory; ``real_tensors`` suspends this."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, FakeCopyMode(mode):
         yield
 
 
 def peak_activations(tracker: MemTracker, device: torch.device) -> int:
-    """Return the bytes on ``device`` at the peak, without parameters, gradients, buffers and the optimizer's state."""
+    """Peak bytes of activations on ``device``: without parameters, gradients, buffers and the state of the optimizer."""
     peak = tracker.get_tracker_snapshot("peak")[device]
     return sum(peak[private("torch", _MemRefType, kind)] for kind in ("ACT", "TEMP", "OTH"))
 
 
 def forked_after_cuda() -> bool:
-    """Whether this process was forked from one that has initialized CUDA, or has asked CUDA for its GPUs."""
+    """Whether this process was forked from one that had initialized CUDA, or had queried its GPUs."""
     return bool(private("torch", torch.cuda, "_is_in_bad_fork")())
 
 
 def flight_record() -> bytes:
-    """What the flight recorder knows of the newest collectives of this process, as ``torchfrtrace`` reads it; empty without."""
+    """The newest collectives of this process in the format of ``torchfrtrace``; empty without a process group."""
     if not torch.distributed.is_initialized():
         return b""
     name = "_dump_nccl_trace" if torch.distributed.get_backend() == "nccl" else "_dump_fr_trace"
@@ -99,13 +99,13 @@ for _name in ("prepare_for_forward", "prepare_for_backward"):
 def replay_backward(model: DistributedDataParallel, parameters: Sequence[Tensor]) -> None:
     """Run a backward pass of zeros in which the gradients of ``parameters`` become ready in this order.
 
-    Hooks and buffers of the module see nothing of it; its gradients are zero afterwards.
+    It does not affect hooks and buffers of the module; its gradients are zero afterwards.
     """
-    for _ in range(2 if model.static_graph else 1):  # a static graph is recorded by one more pass
+    for _ in range(2 if model.static_graph else 1):  # a static graph needs one more pass, which records it
         model.reducer.prepare_for_forward()
         model.reducer.prepare_for_backward([])
         loss = torch.zeros((), device=parameters[0].device)
-        for parameter in reversed(parameters):  # what was added last has its gradient first
+        for parameter in reversed(parameters):  # the last one to be added has its gradient first
             loss = loss + parameter.reshape(-1)[:1].sum() * 0
         (loss,) = _DDPSink.apply(weakref.ref(model), loss)
         loss.backward()

@@ -1,4 +1,4 @@
-"""Private names of torch's extension builder: its lock file, which a killed process leaves behind."""
+"""Private names of torch's extension builder: its lock file, which remains when the building process is killed."""
 
 import fcntl
 import logging
@@ -16,17 +16,17 @@ with private_imports("torch"):
 log = logging.getLogger(__name__)
 
 _MARK = "lockstep"
-"""Content of the lock file of a build, which the building process locks in the kernel as long as it lives."""
+"""Content of the lock file of a build. The building process also holds a kernel lock on the file while it lives."""
 
 _UNMARKED_SECONDS = 1800.0
-"""Age after which a lock file without the mark counts as left behind: nothing tells whether its process lives."""
+"""Age after which a lock file without the mark counts as abandoned: nothing shows whether its process lives."""
 
 
 @cache
 def recover_build_locks() -> None:
-    """Let the build of an op replace the lock file of a process that was killed while it built.
+    """Let the build of an op take over the lock file of a process that was killed while it built.
 
-    torch's ``FileBaton`` waits for ever until that process removes the file.
+    torch's ``FileBaton`` waits forever for that process to remove the file.
     """
     acquire, release = FileBaton.try_acquire, FileBaton.release
 
@@ -44,7 +44,7 @@ def recover_build_locks() -> None:
 
 
 def _wait_or_take_over(path: Path, seconds: float) -> TextIO | None:
-    """Wait until the other process has built the op, which removes its lock file; if it was killed, return that file."""
+    """Wait until the other process removes the lock file after its build; if it was killed, return the file, locked."""
     while path.exists():
         try:
             file = path.open("r+")
@@ -52,7 +52,7 @@ def _wait_or_take_over(path: Path, seconds: float) -> TextIO | None:
             is_old = is_free is not False and time.time() - found.st_mtime > _UNMARKED_SECONDS
             is_left = is_free if file.read() == _MARK else is_old
             if is_left and path.exists() and os.path.samestat(found, path.stat()):
-                log.warning("%s was left by a build that was killed; the op is built again", path)
+                log.warning("%s was left by a build that was killed; building the op again", path)
                 return _mark(file)
             file.close()
         except FileNotFoundError:
@@ -62,7 +62,7 @@ def _wait_or_take_over(path: Path, seconds: float) -> TextIO | None:
 
 
 def _mark(file: TextIO) -> TextIO:
-    """Make this process the one that builds, as far as the file system has locks."""
+    """Lock the file for this process and write the mark, if the file system supports locks."""
     file.truncate(0)
     if _lock(file):
         file.seek(0)
@@ -72,7 +72,7 @@ def _mark(file: TextIO) -> TextIO:
 
 
 def _lock(file: TextIO) -> bool | None:
-    """Lock a file in the kernel; False if another process has, None where the file system has no such locks."""
+    """Lock a file in the kernel; False if another process holds the lock, None if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -16,7 +16,7 @@ private("torchmetrics", SumMetric(), "sum_value")
 
 
 def add_to_sum(metric: SumMetric, value: Tensor | float) -> None:
-    """Add ``value`` (), without a gradient, as ``metric.update`` does, but without its checks, which take ten times as long."""
+    """Add ``value`` (), without a gradient, like ``metric.update`` but without its checks, which take ten times as long."""
     state = vars(metric)
     state["sum_value"] = state["sum_value"] + value
     state["_update_count"] += 1
@@ -24,7 +24,7 @@ def add_to_sum(metric: SumMetric, value: Tensor | float) -> None:
 
 
 def sum_on_rank(metric: SumMetric) -> Tensor:
-    """The sum () of what this rank has added; a live tensor."""
+    """The sum () of the values of this rank; a live tensor."""
     total: Tensor = metric.sum_value
     return total
 
@@ -35,7 +35,7 @@ def capture_metric(metric: Metric) -> dict[str, Any]:
 
 
 def copy_states(metric: Metric) -> dict[str, Any]:
-    """Copies of the states of ``metric`` on this rank, its number of updates and the newest value of a step, by name."""
+    """Copy the states of ``metric`` on this rank, its number of updates and its newest value of a step, by name."""
     states = {name: getattr(metric, name) for name in metric._defaults}
     copies = {name: list(value) if isinstance(value, list) else value.clone() for name, value in states.items()}
     return {**copies, "_update_count": metric._update_count, "_forward_cache": metric._forward_cache}
@@ -47,9 +47,9 @@ def default_states(metric: Metric) -> dict[str, Any]:
 
 
 def set_states(metric: Metric, states: Mapping[str, Any], keeps_newest: bool = False) -> None:
-    """Set the states of ``metric`` to what ``copy_states`` or ``default_states`` returned, perhaps not its newest value.
+    """Set the states of ``metric`` to what ``copy_states`` or ``default_states`` returned; may keep its newest value.
 
-    A number of updates of 0 is not restored: torchmetrics would warn when the ranks compute what others have updated.
+    It does not restore 0 updates: torchmetrics would warn when a rank computes a metric that only others have updated.
     """
     for name, value in states.items():
         if (name == "_update_count" and not value) or (name == "_forward_cache" and keeps_newest):

@@ -64,12 +64,12 @@ def intercept_log(run: wandb.Run, log: LogFunction) -> LogFunction:
 
 
 def release_media(row: Mapping[str, Any]) -> None:
-    """Let media that were logged to one run object be logged to another one, as after a new start of W&B's service."""
+    """Allow media that were logged to one run object to be logged to another one, as after a restart of W&B's service."""
     for value in row.values():
         if isinstance(value, Media) and value.is_bound():
             patch("wandb", value, "_run", None)
 
 
 def set_step(run: wandb.Run, step: int) -> None:
-    """Set the number of the next row as ``run`` knows it, which the names of media files contain."""
+    """Set the number of the next row in ``run``, which is part of the names of media files."""
     patch("wandb", run, "_local_step", step)
