@@ -195,8 +195,8 @@ class TrainingSession:
         if context.command != "fit":
             outcome["checkpoint"] = str(checkpoint.folder if isinstance(checkpoint, Checkpoint) else checkpoint)
             outcome["weights_sha256"] = report.weights_sha256(strategy.full_weights(), context.world)
-        skipped = set().union(*all_gather(getattr(objects.data, "skipped", set()), context.world))
-        return replace(self._result("finished"), skipped_files=len(skipped), **outcome)
+        skipped = all_gather(objects.data.skipped if isinstance(objects.data, ImageFolder) else set(), context.world)
+        return replace(self._result("finished"), skipped_files=len(set().union(*skipped)), **outcome)
 
     def _find_checkpoint(self) -> tuple[Checkpoint | Path | None, bool]:
         """Return the checkpoint to start from, and whether it is one of this run."""
