@@ -88,5 +88,5 @@ def test_a_debugger_is_refused_to_several_ranks(tmp_path: Path, parser_is_made: 
     terminal = local(80, tmp_path, "--model", "stop_here.Stop", "--ranks", "2")
     assert terminal.wait() == 1
     shown = "".join(terminal.screen())
-    assert "Traceback" not in shown and "here are 2 ranks; with one: " in shown
+    assert "Traceback" not in shown and "this one has 2; use: " in shown
     assert re.search(r"launch/local\.py --config \S+/config\.yaml$", shown)

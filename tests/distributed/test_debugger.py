@@ -24,7 +24,7 @@ def stop(world: World) -> None:
 
 def test_several_ranks_are_refused_with_the_command_for_one() -> None:
     hook = sys.breakpointhook
-    with pytest.raises(RunError, match=rf"^breakpoint\(\) in {__file__}, line \d+: .* 2 ranks; with one: {COMMAND}$"):
+    with pytest.raises(RunError, match=rf"^breakpoint\(\) in {__file__}, line \d+: .* this one has 2; use: {COMMAND}$"):
         stop(World(1, 2, 1, 2))
     assert sys.breakpointhook is hook
 
@@ -33,7 +33,7 @@ def test_without_a_terminal_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         monkeypatch.setattr(sys, "breakpointhook", sys.__breakpointhook__)
-        with pytest.raises(RunError, match=f"a terminal, which this process does not have; to use one: {COMMAND}"):
+        with pytest.raises(RunError, match=f"a terminal, which this process does not have; use: {COMMAND}"):
             stop(World())
 
 

@@ -71,7 +71,7 @@ class Agent:
         self.agents, self.ranks, self.channel, self.plan = agents, ranks, channel, plan
         self._group: RankGroup | None = None
         self._signal = 0
-        self._others = set(_children())  # children that libraries have started
+        self._library_children = set(_children())
         adopt_orphans()
         set_process_name(f"agent-{agents.rank}")
 
@@ -207,7 +207,7 @@ class Agent:
             The processes that the kernel does not end, such as DataLoader workers that wait for a disk.
         """
         deadline = time.monotonic() + STUCK_SECONDS
-        while (orphans := set(_children()) - self._others) and time.monotonic() < deadline:
+        while (orphans := set(_children()) - self._library_children) and time.monotonic() < deadline:
             for pid in orphans:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

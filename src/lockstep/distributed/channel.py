@@ -126,7 +126,7 @@ def _accept(agents: World, key: bytes, deadline: float) -> dict[int, Connection]
             except (OSError, EOFError, ValueError, AuthenticationError):  # not an agent of this job
                 connection.close()
                 continue
-            _limit_reads(connection, 0)
+            _set_read_timeout(connection, 0)
     return connections
 
 
@@ -138,7 +138,7 @@ def _connect(agents: World, key: bytes, deadline: float) -> dict[int, Connection
             answer_challenge(connection, key)
             deliver_challenge(connection, key)
             connection.send_bytes(json.dumps({"node": agents.rank}).encode())
-            _limit_reads(connection, 0)
+            _set_read_timeout(connection, 0)
             return {0: connection}
         except (OSError, EOFError, AssertionError, AuthenticationError) as error:  # node 0 still imports, or this is not it
             if time.monotonic() > deadline:
@@ -157,11 +157,11 @@ def _keep_alive(connected: socket.socket) -> Connection:
         if hasattr(socket, option):  # not on every system
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     connection = Connection(connected.detach())
-    _limit_reads(connection, _HANDSHAKE_SECONDS)
+    _set_read_timeout(connection, _HANDSHAKE_SECONDS)
     return connection
 
 
-def _limit_reads(connection: Connection, seconds: int) -> None:
-    """Let reads time out after ``seconds``; 0: never."""
+def _set_read_timeout(connection: Connection, seconds: int) -> None:
+    """Let reads of ``connection`` time out after ``seconds``; 0: never."""
     with socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))

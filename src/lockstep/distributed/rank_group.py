@@ -202,7 +202,7 @@ class RankGroup:
         ready = wait([*(handle for rank in running for handle in (rank.receiver, rank.end)), *others], timeout)
         new = {rank.world.rank: self._receive(rank) for rank in running if rank.receiver in ready or rank.end in ready}
         self.outcomes |= new
-        new |= self._hung_ranks()
+        new |= self._kill_hung_ranks()
         self.outcomes |= new
         if self._ended_at is not None:
             self._kill_late(time.monotonic() - self._ended_at)
@@ -276,7 +276,7 @@ class RankGroup:
         report = failure.report.rstrip(" .\n") + f". The kernel killed it: {self._memory}."
         return replace(outcome, failure=replace(failure, report=report, is_out_of_memory=True))
 
-    def _hung_ranks(self) -> dict[int, RankOutcome]:
+    def _kill_hung_ranks(self) -> dict[int, RankOutcome]:
         """Kill each rank that hangs in a phase; its outcome has its stacks, and says whether it waits for another rank."""
         if self._board is None or self._ended_at is not None:
             return {}
