@@ -54,7 +54,7 @@ class Channel:
         if agents.size == 1:
             return cls({}, silent_seconds)
         if not key:
-            raise UsageError("LOCKSTEP_KEY is not set, so the agents of this job cannot authenticate; do not unset it.")
+            raise UsageError("LOCKSTEP_KEY is not set, so the agents of this job cannot authenticate; export it to them.")
         connect = _accept if agents.is_rank_zero else _connect
         return cls(connect(agents, key, time.monotonic() + _CONNECT_SECONDS), silent_seconds)
 
@@ -140,7 +140,7 @@ def _connect(agents: World, key: bytes, deadline: float) -> dict[int, Connection
             connection.send_bytes(json.dumps({"node": agents.rank}).encode())
             _set_read_timeout(connection, 0)
             return {0: connection}
-        except (OSError, EOFError, AssertionError, AuthenticationError) as error:  # node 0 still imports, or this is not it
+        except (OSError, EOFError, AssertionError, AuthenticationError) as error:  # still importing, or not the port of node 0
             if time.monotonic() > deadline:
                 raise PeerError(
                     f"The agent of node {agents.rank} cannot reach that of node 0 at {agents.rendezvous} ({error})."

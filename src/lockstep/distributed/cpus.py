@@ -9,7 +9,7 @@ from lockstep.compat.nvml import cpus_near_gpus
 def share_cpus(ranks: int, env: Mapping[str, str]) -> list[set[int]] | None:
     """The CPUs of each rank of this node; None if they cannot be divided.
 
-    They are divided only if Slurm has bound this process to the CPUs of the job: other jobs may use the others.
+    They are divided only if Slurm has bound this process to the CPUs of the job. Otherwise other jobs may use them too.
     """
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     if len(mine) < ranks or len(mine) > int(env.get("SLURM_CPUS_ON_NODE", "0")):

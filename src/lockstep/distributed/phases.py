@@ -12,12 +12,12 @@ PHASES = ("rendezvous", "compile", "model", "data", "first step", "running", "cl
 """In the order in which a rank passes through them. In ``closing`` it closes its loggers, also after a failure."""
 
 _TIMES_HANG_TIMEOUT = {"rendezvous": 1, "compile": 6, "model": 4, "data": 24, "first step": 4}
-"""Limit of each phase as a multiple of ``run.hang_timeout_seconds``. Data may be downloaded; the watchdog has later ones."""
+"""Limit of each phase as a multiple of ``run.hang_timeout_seconds``. Data may be downloaded; later phases have the watchdog."""
 
 _LEAST_SECONDS = 60.0
 
-_BLAME_SECONDS = 30.0
-"""Extra time for a rank that waits for another one, which may have entered the phase in which it hangs later."""
+_WAITING_SECONDS = 30.0
+"""Extra time for a rank that waits: the rank that hangs may have entered its phase later."""
 
 STARTING_PHASES = tuple(_TIMES_HANG_TIMEOUT)
 
@@ -60,5 +60,5 @@ class PhaseBoard:
         phase, since = self.phase(index)
         limit = self.limits.get(phase, float("inf"))
         if waits and phase in self.limits:
-            limit = max(self.limits.values()) + _BLAME_SECONDS
+            limit = max(self.limits.values()) + _WAITING_SECONDS
         return time.monotonic() - since > limit

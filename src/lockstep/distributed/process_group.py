@@ -164,7 +164,7 @@ def enable_flight_recorder(folder: Path, env: MutableMapping[str, str]) -> None:
 def write_flight_record(world: World, env: Mapping[str, str]) -> None:
     """Write the latest collectives of this rank to the folder of ``enable_flight_recorder``.
 
-    NCCL would do so only when a collective times out, and the watchdog ends a rank that hangs long before.
+    NCCL would do so only when a collective times out. The watchdog ends a rank that hangs long before that.
     """
     prefix = env.get("TORCH_FR_DUMP_TEMP_FILE")
     if prefix and (record := flight_record()):

@@ -269,7 +269,7 @@ class RankGroup:
         return RankOutcome(failure=replace(failure, is_out_of_memory=is_out_of_memory), time=time.time() - 0.2)
 
     def _blame_memory(self, outcome: RankOutcome) -> RankOutcome:
-        """Add the reason if a rank failed because the kernel killed a process of it, such as a DataLoader worker."""
+        """Add the reason if a rank failed because the kernel killed one of its processes, such as a DataLoader worker."""
         failure = outcome.failure
         if failure is None or "killed by signal: Killed" not in failure.report or not self._memory.has_killed:
             return outcome

@@ -58,7 +58,7 @@ class RunContext:
 
     @property
     def one_rank_command(self) -> str:
-        """A shell command that starts a new run of the same config with one rank on this machine."""
+        """A shell command that starts a new run of the same config with one rank on one machine."""
         command = () if self.command == "fit" else (self.command,)
         return shell_command("local", *command, "--config", self.run.config)
 
