@@ -13,6 +13,7 @@ import pytest
 from support.waiting import wait_until
 from torch.utils.file_baton import FileBaton
 
+from lockstep.compat import torch_builds
 from lockstep.compat.torch_builds import recover_build_locks
 
 
@@ -69,6 +70,17 @@ def test_the_lock_of_a_build_that_was_killed_earlier_is_named_and_taken_over(
     assert f"{lock} was left by a build that was killed" in caplog.text
     baton.release()
     assert not lock.exists()
+
+
+def test_a_process_that_waits_does_not_lock_the_file_of_a_build_that_starts(
+    lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock.touch()
+    locked: list[Any] = []
+    monkeypatch.setattr(torch_builds, "_lock", locked.append)
+    monkeypatch.setattr(time, "sleep", lambda seconds: lock.unlink())  # the build ends
+    assert FileBaton(str(lock)).try_acquire() is False
+    assert locked == []
 
 
 def test_the_lock_of_a_process_without_lockstep_is_respected_for_half_an_hour(lock: Path) -> None:

@@ -48,9 +48,11 @@ def _wait_or_take_over(path: Path, seconds: float) -> TextIO | None:
     while path.exists():
         try:
             file = path.open("r+")
-            is_free, found = _lock(file), os.fstat(file.fileno())
-            is_old = is_free is not False and time.time() - found.st_mtime > _UNMARKED_SECONDS
-            is_left = is_free if file.read() == _MARK else is_old
+            found = os.fstat(file.fileno())
+            if file.read() == _MARK:
+                is_left = _lock(file) is True
+            else:  # locked only if it is old: a build that starts now is about to lock it
+                is_left = time.time() - found.st_mtime > _UNMARKED_SECONDS and _lock(file) is not False
             if is_left and path.exists() and os.path.samestat(found, path.stat()):
                 log.warning("%s was left by a build that was killed; building the op again", path)
                 return _mark(file)
