@@ -66,10 +66,7 @@ class Node:
         return self.run_folder.log(attempt, world.rank, world.node_rank)
 
     def _record(self, attempt: int, failure: Failure) -> None:
-        try:
-            write_failed_result(self.run_folder, attempt, record_failure(self.run_folder, attempt, failure))
-        except OSError as error:  # a full disk must not prevent a restart
-            log.warning("the failure of attempt %d could not be recorded (%s): %s", attempt, error, failure.reason)
+        write_failed_result(self.run_folder, attempt, record_failure(self.run_folder, attempt, failure))
 
     def _next_attempt(self, status: int) -> int | None:
         if not self.options.warm_restarts:
