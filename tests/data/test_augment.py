@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from lockstep.config.checks import check_batch_size, check_data
 from lockstep.core import UsageError, World
-from lockstep.data.augment import Blend, Blends, Mixing, mix
+from lockstep.data.augment import AugmentedSamples, Blend, Blends, Mixing, mix
 from lockstep.data.base import ImageData
 from lockstep.data.digits import Digits
 from lockstep.data.image_folder import ImageFolder
@@ -115,6 +115,16 @@ def test_what_cannot_be_mixed_is_refused(options: dict[str, Any], message: str) 
         with pytest.raises(UsageError, match=message):  # without torch, at submission
             check_data(config)
             check_batch_size(config, [1])
+
+
+def test_the_time_to_read_files_is_counted_through_the_augmentation(tmp_path: Path) -> None:
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    Image.new("RGB", (40, 50)).save(tmp_path / "train" / "cat" / "0.jpg")
+    files = ImageFolder(tmp_path, size=16).load("train")
+    samples = AugmentedSamples(files, [], None)
+    assert samples.read_seconds == 0
+    samples[0]
+    assert samples.read_seconds == files.read_seconds > 0
 
 
 def test_null_mixes_nothing() -> None:

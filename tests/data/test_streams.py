@@ -217,6 +217,20 @@ def test_a_state_that_leads_elsewhere_is_named(caplog: pytest.LogCaptureFixture)
     assert "Numbers gives other samples when it is read again" in caplog.text
 
 
+class Refusing(Numbers):
+    """It refuses its own state with an error that has no text."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def test_a_stream_that_refuses_its_own_state_is_read_again(caplog: pytest.LogCaptureFixture) -> None:
+    whole = epoch_of(load(DataLoader(Refusing(), batch_size=4)))
+    rest = epoch_of(load(DataLoader(Refusing(), batch_size=4), whole[3][1]))
+    assert batches_of(rest) == batches_of(whole)[4:]
+    assert "Refusing cannot load its own state (NotImplementedError)" in caplog.text
+
+
 def test_other_ranks_and_workers_are_refused() -> None:
     saved = epoch_of(load(DataLoader(Numbers(), batch_size=4)))[2][1]
     with pytest.raises(UsageError, match=r"^data: 1 ranks have saved the state of a stream, .* which 2 ranks cannot share; "):
@@ -228,7 +242,8 @@ def test_other_ranks_and_workers_are_refused() -> None:
 def test_a_fingerprint_covers_all_kinds_of_batches() -> None:
     kinds: list[Any] = [torch.rand(3, 300), torch.rand(3, 300).bfloat16(), torch.zeros(0), torch.ones(2) > 0, "text", 3, None]
     kinds += [{"a": torch.rand(2), "b": ["c"]}, {"a": torch.rand(2), "b": ["c"]}, (torch.tensor(1), 2), object(), np.ones(3)]
-    kinds += [np.zeros(3), torch.zeros(3, 300), torch.zeros(300, 3)]
+    kinds += [np.zeros(3), torch.zeros(3, 300), torch.zeros(300, 3), torch.rand(2, dtype=torch.complex64).conj()]
+    kinds.append(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged))
     assert len({fingerprint(kind) for kind in kinds}) == len(kinds)
     assert [fingerprint(kind) for kind in kinds] == [fingerprint(kind) for kind in kinds]
 
@@ -244,7 +259,7 @@ class Part(IterableDataset[int]):
 
     def __len__(self) -> int:
         if self.length is None:
-            raise TypeError
+            raise NotImplementedError
         return self.length
 
 

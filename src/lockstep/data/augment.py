@@ -117,6 +117,12 @@ class AugmentedSamples(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any], transforms: Sequence[nn.Module], mixing: Mixing | None) -> None:
         self.dataset, self.transforms, self.mixing = dataset, transforms, mixing
 
+    @property
+    def read_seconds(self) -> float:
+        """Seconds that ``dataset`` has spent so far on reading files."""
+        seconds: float = getattr(self.dataset, "read_seconds", 0.0)
+        return seconds
+
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 

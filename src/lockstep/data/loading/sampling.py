@@ -34,6 +34,14 @@ class DataPosition:
     used: int = 0
 
 
+def length_or_none(value: Any) -> int | None:
+    """The length of a sampler or loader; None if it has none."""
+    try:
+        return len(value)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 class GlobalBatchSampler:
     """This rank's slices of the global batches of a loader, as lists of ``SampleKey``.
 
@@ -115,10 +123,7 @@ class GlobalBatchSampler:
     @property
     def samples(self) -> int | None:
         """Samples of an epoch; None if the sampler has no length."""
-        try:
-            return len(self.source.sampler)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
-            return None
+        return length_or_none(self.source.sampler)
 
     def __len__(self) -> int:
         return self.batches_left(0)

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from lockstep.compat.torch import InternalsDataLoader, add_base_class
 from lockstep.core import World
-from lockstep.data.loading.sampling import GlobalBatchSampler
+from lockstep.data.loading.sampling import GlobalBatchSampler, length_or_none
 from lockstep.data.loading.seeding import SeededCollate, SeededDataset, derive_seed
 from lockstep.data.loading.streams import StatefulLoader, is_stateful
 from lockstep.data.loading.uneven import EvenLoader, SharedEnd
@@ -134,11 +134,7 @@ class DataSharding:
             return loader
         even = add_base_class(loader, EvenLoader)
         even.end, even.what, even.length = self.end, "evaluation", None
-        try:
-            length = len(even)
-        except TypeError:
-            length = None
-        even.length = self.end.shortest(even.what, length)
+        even.length = self.end.shortest(even.what, length_or_none(even))
         return even
 
     @property

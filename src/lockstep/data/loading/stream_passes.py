@@ -199,7 +199,8 @@ class DatasetPass(StreamPass):
         except UsageError:
             raise
         except Exception as error:  # what a stream raises at a state of its own, such as datasets 5.2 in workers
-            log.warning("data: %s cannot load its own state (%s)", self.name, str(error).strip().splitlines()[-1])
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            log.warning("data: %s cannot load its own state (%s)", self.name, reason)
             return False
         return not dropped or (self.mark is not None and self.mark.check == saved["check"])
 

@@ -35,9 +35,11 @@ def is_stateful(value: object) -> bool:
 
 def fingerprint(batch: Any, start: int = 0) -> int:
     """A checksum of some elements of each tensor in ``batch``, and of its other items, in some microseconds."""
+    if isinstance(batch, Tensor) and batch.is_nested:
+        batch = batch.unbind()
     if isinstance(batch, Tensor):
         flat = batch.detach().reshape(-1) if batch.layout == torch.strided else batch.detach().to_dense().reshape(-1)
-        chosen = flat[:: max(1, len(flat) // _HASHED)].contiguous().cpu()
+        chosen = flat[:: max(1, len(flat) // _HASHED)].resolve_conj().resolve_neg().contiguous().cpu()
         return zlib.crc32(chosen.view(torch.uint8).numpy().tobytes(), zlib.crc32(str(tuple(batch.shape)).encode(), start))
     if isinstance(batch, np.ndarray) and batch.dtype.hasobject is False:
         return zlib.crc32(np.ascontiguousarray(batch.reshape(-1)[:: max(1, batch.size // _HASHED)]).tobytes(), start)

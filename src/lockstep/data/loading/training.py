@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lockstep.compat.lightning import LightningCombinedLoader, overridden_iteration, split_combination, training_loader
 from lockstep.core import UsageError
 from lockstep.data.loading.generators import reseed_generators
-from lockstep.data.loading.sampling import DataPosition
+from lockstep.data.loading.sampling import DataPosition, length_or_none
 from lockstep.data.loading.seeding import RandomStream, derive_seed
 from lockstep.data.loading.sharding import DataSharding, ShardedLoader
 from lockstep.data.loading.stream_passes import StreamPass, open_pass
@@ -207,18 +207,13 @@ class TrainingLoader(LightningCombinedLoader):
             isinstance(loader, ShardedLoader) for loader in self.flattened
         )
         if self._ends_together:
-            self._length = self.sharding.end.shortest(self._epoch_name, self._own_length())
+            self._length = None  # the length below is that of this rank alone
+            self._length = self.sharding.end.shortest(self._epoch_name, length_or_none(self))
         return self
 
     @property
     def _epoch_name(self) -> str:
         return f"epoch {self.epoch() + 1} of training"
-
-    def _own_length(self) -> int | None:
-        try:
-            return super().__len__()
-        except (TypeError, NotImplementedError):
-            return None
 
     def __len__(self) -> int:
         return super().__len__() if self._length is None else self._length
