@@ -200,6 +200,16 @@ def test_a_jpeg_that_nvjpeg_refuses_is_decoded_by_the_cpu_or_named(
         data.on_before_batch_transfer(data.collate(samples), 0)
 
 
+def test_a_gpu_without_memory_leaves_no_jpeg_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nvjpeg(sources: list[Tensor], **options: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory") if len(sources) == 1 else RuntimeError("nvJPEG: unsupported")
+
+    monkeypatch.setattr(encoded, "decode_jpeg", nvjpeg)
+    crop = EncodedCrop(torch.zeros(4, dtype=torch.uint8), Crop(0, 0, 8, 8), "a.jpg")
+    with pytest.raises(torch.OutOfMemoryError):
+        EncodedBatch.collate([crop, crop]).decode(8, CPU, [])
+
+
 def test_decoding_on_the_gpu_is_refused_without_one() -> None:
     with pytest.raises(UsageError, match=r"decode: gpu needs a CUDA GPU, and this run computes on the cpu; set --data.*cpu"):
         check_gpu_decoding(CPU)

@@ -231,6 +231,16 @@ def test_an_archive_is_unpacked_once(server: tuple[Path, str], tmp_path: Path, s
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("name", ["images.tar", "images.tar.gz", "images.tar.xz", "images.zip"])
+def test_a_truncated_archive_is_named(tmp_path: Path, name: str) -> None:
+    write_images(tmp_path / "images")
+    kind = {"images.tar": "tar", "images.tar.gz": "gztar", "images.tar.xz": "xztar", "images.zip": "zip"}[name]
+    archive = Path(shutil.make_archive(str(tmp_path / "images"), kind, tmp_path / "images"))
+    archive.write_bytes(archive.read_bytes()[:700])
+    with pytest.raises(UsageError, match=rf"^data\.root: .*/unpacked is missing .*/{name} is damaged"):
+        ImageFolder(root=tmp_path / "unpacked", archive=str(archive)).prepare_data()
+
+
 def test_a_test_set_that_lacks_a_class_raises_error(tmp_path: Path) -> None:
     write_images(tmp_path)
     shutil.rmtree(tmp_path / "test" / "cat")

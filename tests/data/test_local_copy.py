@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def test_a_shard_is_read_from_its_copy_once_that_is_there(tmp_path: Path, monkey
     assert shards.fields(3) == before[3]
 
 
+def test_pixels_are_viewed_in_the_original_if_the_copy_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_shards(tmp_path / "train", shards=1)
+    copies = copy_folder(tmp_path / "disk", folder)
+    copy_shards(folder, copies)
+    shards = ShardReader(folder, find_index(folder), copies)
+    entry = next(iter(shards.index.entries(0)))
+    (copies / "0.tar").rename(tmp_path / "gone.tar")
+    monkeypatch.setattr(reader, "is_copy", lambda *paths: True)  # removed just after the look
+    assert shards.view(entry).numpy().tobytes() == ShardReader(folder, shards.index).read(entry)
+
+
 def test_a_damaged_shard_a_damaged_disk_and_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_shards(tmp_path / "train", shards=1)
     copies = copy_folder(tmp_path / "disk", folder)
@@ -85,13 +99,21 @@ def test_a_damaged_shard_a_damaged_disk_and_a_folder_of_others(tmp_path: Path, m
 
 def test_without_a_disk_the_ranks_read_the_originals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder, disk = make_shards(tmp_path / "train", shards=1), tmp_path / "disk"
+
+    def copy(*folders: Path) -> str:
+        process = multiprocessing.get_context("fork").Process(target=local_copy._main, args=(folders, disk, 0, 1, os.getpid()))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return capfd.readouterr().err
+
+    missing = tmp_path / "val"
+    assert f"data.copy_to: data.root: {missing} cannot be read (No such file or directory); the sh" in copy(missing, folder)
+    assert (copy_folder(disk, folder) / "0.tar").exists()
+    shutil.rmtree(disk)
     disk.touch()
-    process = multiprocessing.get_context("fork").Process(target=local_copy._main, args=([folder], disk, 0, 1, os.getpid()))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
     expected = f"data.copy_to: {disk}: File exists; the shards that have no copy are read from {folder}"
-    assert expected in capfd.readouterr().err
+    assert expected in copy(folder)
 
 
 def test_one_process_of_a_node_copies_what_its_command_reads(tmp_path: Path) -> None:

@@ -153,6 +153,13 @@ def add_link(path: Path) -> None:
         tar.addfile(link)
 
 
+def write_negative_size(path: Path) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("0.jpg")
+        member.pax_headers = {"size": "-1536"}  # back to the pax header
+        tar.addfile(member)
+
+
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: cut(path, 2512), r"a\.tar is truncated in '1\.jpg', which has 700 bytes, of which 464 are there"),
     (lambda path: cut(path, 1536), r"a\.tar is truncated: it ends after '0\.jpg', without the end mark"),
@@ -168,6 +175,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
         lambda path: path.write_bytes(2 * path.read_bytes()),
         r"a\.tar has more after the end mark at byte 3,072; join tar",
     ),
+    (write_negative_size, r"a\.tar is damaged, or not a tar file: no header after its beginning"),
     (add_link, r"a\.tar: 'link\.jpg' is a link, without its content; use tar --dereference"),
     (lambda path: write_tar(path, {"0.JPG": b"", "0.jpg": b""}), r"a\.tar has '0\.jpg' twice in a row"),
     (lambda path: path.unlink(), r"train holds no \.tar file; lockstep pack makes them"),
@@ -252,6 +260,15 @@ def test_a_sample_without_an_image_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "train" / "a.tar", {"0.jpg": jpeg(), "0.cls": b"0", "1.cls": b"0"})
     with pytest.raises(UsageError, match=r"a\.tar: sample '1' has no jpg, jpeg, png or npy; for other data"):
         Shards(root=tmp_path).load("train")
+
+
+def test_a_run_starts_once_its_shards_are_mended(tmp_path: Path) -> None:
+    data = Shards(root=tmp_path)
+    write_tar(tmp_path / "train" / "a.tar", {"0.jpg": b"x"})
+    with pytest.raises(UsageError, match="has no label"):
+        data._prepare_index(tmp_path / "train", tmp_path / "run" / "train.index")
+    write_tar(tmp_path / "train" / "a.tar", {"0.jpg": b"x", "0.cls": b"0"})
+    data._prepare_index(tmp_path / "train", tmp_path / "run" / "train.index")
 
 
 def test_the_image_is_found_among_other_fields_or_named(tmp_path: Path) -> None:

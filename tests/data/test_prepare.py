@@ -18,6 +18,7 @@ from lockstep.config.validation import validate_arguments
 from lockstep.core.errors import UsageError
 from lockstep.data.digits import Digits
 from lockstep.data.downloaded import MNIST
+from lockstep.data.image_folder import ImageFolder
 from lockstep.data.prepare import prepare_folder
 from lockstep.runs import Run
 
@@ -143,6 +144,7 @@ def test_a_folder_that_cannot_be_read_is_one_sentence(unreadable: Path) -> None:
         (lambda: start("test", unreadable, ckpt_path=str(unreadable)), "ckpt_path: .* does not exist"),
         (lambda: check_run_root(unreadable, "x"), "run.root: .* cannot be written"),
         (lambda: Run.open(unreadable), "is not a run folder"),
+        (lambda: ImageFolder(root=unreadable).load("train"), "data.root: .* cannot be read .Permission denied"),
         (lambda: MNIST(root=unreadable).prepare_data(), "data.root: .* could not be prepared .*Permission denied"),
     ]
     for check, said in checks:

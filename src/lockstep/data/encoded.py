@@ -99,6 +99,8 @@ class EncodedBatch(NamedTuple):
         """A JPEG that nvJPEG or else the CPU decodes; else a black image, with the reason in ``errors``."""
         try:
             return decode_jpeg([source], mode="RGB", device=device)[0]
+        except torch.OutOfMemoryError:  # the pixels of the CPU would differ
+            raise
         except RuntimeError as error:
             reason = explain(error)
         try:

@@ -148,10 +148,17 @@ def list_images(folder: Path) -> FoundImages:
     Raises:
         UsageError: The folder is missing or cannot be read, has no classes, or a class has no image.
     """
+    try:
+        return _find_images(folder)
+    except OSError as error:
+        raise _unreadable(error.filename or folder, error) from error
+
+
+def _find_images(folder: Path) -> FoundImages:
     walk = _Walk(folder)
     classes = class_names(folder) if folder.is_dir() else []
     if not classes:
-        problem = "has no subfolder" if folder.is_dir() else "does not exist"
+        problem = "has no subfolder" if folder.exists() else "does not exist"
         raise UsageError(f"data.root: {folder} {problem}; it must hold one subfolder of images for each class.")
     files: list[tuple[str, int]] = []
     above = _with_parents(folder)
@@ -162,6 +169,10 @@ def list_images(folder: Path) -> FoundImages:
         files += [(image, label) for image in images]
     loose = [entry.name for entry in _visible(folder) if not entry.is_dir()]
     return FoundImages(files, classes, sorted([*loose, *walk.others]), walk.changed)
+
+
+def _unreadable(path: str | Path, error: OSError) -> UsageError:
+    return UsageError(f"data.root: {printable(path)} cannot be read ({error.strerror}).")
 
 
 def index_content(files: Iterable[tuple[str, int]], classes: list[str], folder: Path, changed: Mapping[str, int]) -> bytes:
@@ -236,7 +247,7 @@ def _visible(folder: str | Path) -> "list[os.DirEntry[str]]":
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".") and not _is_loop(entry)]
     except OSError as error:
-        raise UsageError(f"data.root: {printable(folder)} cannot be read ({error.strerror}).") from error
+        raise _unreadable(folder, error) from error
 
 
 def _is_loop(entry: "os.DirEntry[str]") -> bool:

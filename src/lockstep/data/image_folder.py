@@ -4,15 +4,18 @@ import logging
 import math
 import os
 import time
+import zlib
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
+from tarfile import TarError
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.datasets.utils import download_and_extract_archive, extract_archive
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
 
 from lockstep.config import check_archive
 from lockstep.core import RunError, UsageError, World, count
@@ -130,12 +133,15 @@ class ImageFolder(ImageData):
 
     def _unpack(self, folder: Path) -> None:
         assert self.archive is not None
-        if "://" in self.archive:
-            download_and_extract_archive(self.archive, folder, md5=self.archive_md5, remove_finished=True)
-            return
-        if self.archive_md5 is not None and not torchvision.datasets.utils.check_integrity(self.archive, self.archive_md5):
-            raise RuntimeError(f"{self.archive} is missing or does not have data.archive_md5 {self.archive_md5}")
-        extract_archive(self.archive, folder)
+        try:
+            if "://" in self.archive:
+                download_and_extract_archive(self.archive, folder, md5=self.archive_md5, remove_finished=True)
+                return
+            if self.archive_md5 is not None and not check_integrity(self.archive, self.archive_md5):
+                raise RuntimeError(f"{self.archive} is missing or does not have data.archive_md5 {self.archive_md5}")
+            extract_archive(self.archive, folder)
+        except (EOFError, LZMAError, TarError, BadZipFile, zlib.error) as error:
+            raise RuntimeError(f"{self.archive} is damaged: {error}") from error
 
     def setup(self, stage: str) -> None:
         """List the files of the splits that ``stage`` needs.

@@ -47,7 +47,8 @@ class Shards(ImageFolder):
     def _prepare_index(self, folder: Path, path: Path) -> None:
         """Write the index of the shards in ``folder``; if the run has one, check that its shards are still there."""
         if not path.exists():
-            publish_index(find_index(folder).content, path, replace=not self.prepare_data_per_node)
+            index = check_images(find_index(folder), folder, self.image)  # a run keeps no index that it cannot use
+            publish_index(index.content, path, replace=not self.prepare_data_per_node)
         known = ShardIndex.open(path)
         known.verify()
         check_images(known, folder, self.image)

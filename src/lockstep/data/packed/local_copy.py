@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lockstep.core import RunError, World, read_json, setup_logging
+from lockstep.core import LockstepError, RunError, World, read_json, setup_logging
 from lockstep.data.packed.index import ShardFile
 from lockstep.data.packed.scan import MANIFEST_FILE, list_shards
 from lockstep.distributed import STOP_SIGNALS, set_process_name
@@ -62,8 +62,8 @@ def _main(folders: Sequence[Path], disk: Path, node: int, nodes: int, parent: in
     for folder in folders:
         try:
             copy_shards(folder, copy_folder(disk, folder), node / nodes)
-        except (OSError, RunError) as error:
-            reason = error.message if isinstance(error, RunError) else f"{error.filename or disk}: {error.strerror}"
+        except (OSError, NotImplementedError, LockstepError) as error:  # NotImplementedError: the disk has no locks
+            reason = f"{error.filename or disk}: {error.strerror}" if isinstance(error, OSError) else str(error)
             log.warning("data.copy_to: %s; the shards that have no copy are read from %s", reason.rstrip("."), folder)
 
 

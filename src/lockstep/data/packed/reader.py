@@ -3,8 +3,9 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from lockstep.data.packed.local_copy import is_copy
 from lockstep.data.packed.mapping import MappedFile
 
 log = logging.getLogger(__name__)
+
+Content = TypeVar("Content", bytes, Tensor)
 
 _LOOK_SECONDS = 10.0
 """How often a process looks whether a shard has been copied."""
@@ -40,19 +43,24 @@ class ShardReader:
         Raises:
             OSError: The shard is gone, cannot be read, or has another size than it had.
         """
-        try:
-            return self._map(entry.shard).read(entry.offset, entry.length)
-        except OSError as error:
-            if self.copies is None or entry.shard not in self._copied:
-                raise
-            log.warning("%s cannot be read (%s); its original is", self.copies / self._name(entry.shard), error.strerror)
-            self._copied.remove(entry.shard)
-            self._maps[entry.shard] = self._open(self.folder, entry.shard)
-            return self.read(entry)
+        return self._take(entry, MappedFile.read)
 
     def view(self, entry: Entry) -> Tensor:
         """The content of one field, uint8 (length,), in memory that cannot be written; errors as of ``read``."""
-        return self._map(entry.shard).view(entry.offset, entry.length)
+        return self._take(entry, MappedFile.view)
+
+    def _take(self, entry: Entry, take: Callable[[MappedFile, int, int], Content]) -> Content:
+        """What ``take`` gives of one field: of the copy of its shard, or of the original if the copy fails."""
+        try:
+            return take(self._map(entry.shard), entry.offset, entry.length)
+        except OSError as error:
+            if self.copies is None or entry.shard not in self._copied:
+                raise
+            copy = self.copies / self._name(entry.shard)
+            log.warning("%s cannot be read (%s); reading its original instead", copy, error.strerror)
+            self._copied.remove(entry.shard)
+            shard = self._maps[entry.shard] = self._open(self.folder, entry.shard)
+            return take(shard, entry.offset, entry.length)
 
     def _map(self, number: int) -> MappedFile:
         shard = self._maps.get(number)

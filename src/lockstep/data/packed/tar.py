@@ -54,6 +54,8 @@ def members(content: bytes | mmap, shard: Path) -> Iterator[Member]:
             length, name = _number(header[124:136]), _name(header)
             if not is_extension:
                 length, name = int(extended.get("size", length)), extended.get("path", name)
+            if length < 0:  # else the next header would be sought backwards, without an end
+                raise ValueError("size")
         except ValueError:
             raise UsageError(
                 f"data.root: {shard} is damaged, or not a tar file: no header after {previous}, at byte {position:,}; "
