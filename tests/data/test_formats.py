@@ -106,7 +106,7 @@ def test_a_damaged_folder_raises_error_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "mnist").mkdir()
     data = MNIST(root=tmp_path)
     data.prepare_data()
-    with pytest.raises(UsageError, match=r"is damaged .*; remove the folder, and it is downloaded again"):
+    with pytest.raises(UsageError, match=r"is damaged .*; remove the folder to download it again"):
         data.setup("fit")
 
 

@@ -179,7 +179,10 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (add_link, r"a\.tar: 'link\.jpg' is a link, without its content; use tar --dereference"),
     (lambda path: write_tar(path, {"0.JPG": b"", "0.jpg": b""}), r"a\.tar has '0\.jpg' twice in a row"),
     (lambda path: path.unlink(), r"train holds no \.tar file; lockstep pack makes them"),
-    (lambda path: (path.parent / ".pack").mkdir(), r"train is not packed to its end; run lockstep pack again"),
+    (
+        lambda path: (path.parent / ".pack").mkdir(),
+        r"packing of .*/train has not finished; run the same lockstep pack",
+    ),
 ]
 
 
@@ -236,7 +239,7 @@ def test_labels_are_numbers_or_names(
 @pytest.mark.parametrize(
     ("train", "val", "message"),
     [
-        ([("cls", b"1")], [("cls", b"2")], r"val has the label 2; those of .*train end at 1\."),
+        ([("cls", b"1")], [("cls", b"2")], r"val has the label 2, but the labels of .*train end at 1;"),
         ([("cls", b"a"), ("cls", b"b")], [("cls", b"a")], "have different classes: b only in one of them"),
         ([("cls", b"1")], [("txt", b"x")], r"val/a\.tar: sample '0' has no label: a number or a name in its cls"),
         ([("cls", b"1"), ("png", b"")], [("cls", b"1")], r"train/a\.tar: sample '1' has more than one image"),

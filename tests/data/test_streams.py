@@ -175,7 +175,7 @@ def test_every_stream_resumes_by_its_state(kind: str, caplog: pytest.LogCaptureF
         resumed.epoch = lambda: 4
         assert batches_of(epoch_of(resumed)) == following
     assert torch.equal(torch.get_rng_state(), before)
-    assert ("does not lead back to the same batch" in caplog.text) == ("buffer" in kind)
+    assert ("does not restore the same batch" in caplog.text) == ("buffer" in kind)
 
 
 @pytest.mark.parametrize("kind", ["endless", "loader"])
@@ -202,12 +202,12 @@ def test_a_resume_reads_few_batches_again() -> None:
 def test_a_state_that_leads_elsewhere_is_named(caplog: pytest.LogCaptureFixture) -> None:
     saved = epoch_of(load(DataLoader(Forgetful(), batch_size=4)))[3][1]
     epoch_of(load(DataLoader(Forgetful(), batch_size=4), saved))
-    assert "Forgetful does not lead back to the same batch; the samples after this restart differ" in caplog.text
+    assert "Forgetful does not restore the same batch; the samples after this restart differ" in caplog.text
     caplog.clear()
     saved = epoch_of(load(StatefulLoader()))[3][1]
     saved[1][0]["check"] += 1
     epoch_of(load(StatefulLoader(), saved))
-    assert "StatefulLoader does not lead back to the same batch; the samples after this restart differ" in caplog.text
+    assert "StatefulLoader does not restore the same batch; the samples after this restart differ" in caplog.text
     caplog.clear()
     saved = epoch_of(load(DataLoader(Numbers(), batch_size=4)))[3][1]
     epoch_of(load(DataLoader(Numbers(21), batch_size=4), saved))
@@ -294,7 +294,7 @@ def plain() -> DataLoader[Any]:
 def test_uneven_ranks_end_an_epoch_together() -> None:
     (counts, said), *others = fork_ranks(read_uneven, nodes=1, ranks=3)
     assert counts == [5, 5, 5, 5, 5, 5, 5] and others == [(counts, [])] * 2
-    ends = "data: {} ends after 5 batches on all ranks: rank 2 has no more, and ranks 0, 1 have more, which are left out"
+    ends = "data: {} ends after 5 batches on all ranks because rank 2 ended; the other batches of ranks 0, 1 are left out"
     differ = "data: ranks have different numbers of batches for {} (rank 0: 7, rank 1: 6, rank 2: 5); it ends after 5 on all"
     training, evaluation = "epoch 4 of training", "evaluation"
     expected = [differ.format(evaluation), ends.format(training), differ.format(training), ends.format(training)]

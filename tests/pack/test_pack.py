@@ -257,7 +257,7 @@ def test_killed_before_any_file_is_published_a_second_call_writes_the_same_bytes
     whole = content(tmp_path / "whole")
     publication = 1
     while killed_at(publication, [str(src / "train"), str(tmp_path / str(publication)), *flags]):
-        with pytest.raises(UsageError, match=r"is not packed to its end; run lockstep pack again|no \.tar file"):
+        with pytest.raises(UsageError, match=r"has not finished; run the same lockstep pack command again|no \.tar file"):
             ShardDataset(tmp_path / str(publication))
         assert main([str(src / "train"), str(tmp_path / str(publication)), *flags]) == 0
         assert content(tmp_path / str(publication)) == whole

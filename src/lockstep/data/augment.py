@@ -20,8 +20,8 @@ class Blend(NamedTuple):
     """How a sample is mixed with its partner.
 
     Attributes:
-        share: What is left of its label.
-        opacity: What is left of its image, outside the box.
+        share: Weight of its own label; the partner's label has the rest.
+        opacity: Weight of its own image outside the box.
         top, left, bottom, right: The box, in pixels, that comes from the partner.
     """
 
@@ -34,9 +34,9 @@ class Blend(NamedTuple):
 
 
 class Blends(NamedTuple):
-    """What each sample of a batch has drawn, float32 (B, 6), and its place in this rank's batch, int64 (B,), ascending.
+    """The ``Blend`` of each sample of a batch, float32 (B, 6), and its slot in this rank's batch, int64 (B,), ascending.
 
-    A file that cannot be decoded leaves its place empty.
+    The slot of a file that cannot be decoded is missing.
     """
 
     values: Tensor
@@ -44,18 +44,18 @@ class Blends(NamedTuple):
 
     @classmethod
     def collate(cls, blends: Sequence[Blend], slots: Sequence[int]) -> "Blends":
-        """Those of a batch."""
+        """The blends of a batch."""
         return cls(torch.tensor(blends, dtype=torch.float32), torch.tensor(slots))
 
     def select(self, kept: Tensor) -> "Blends":
-        """Those of the samples ``kept``, int64 (n,)."""
+        """The blends of the samples ``kept``, int64 (n,)."""
         return Blends(self.values[kept], self.slots[kept])
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The partner of each sample, int64 (B,), and the blend of the first of both, float32 (B, 6).
 
-        Slots 0 and 1 are a pair, 2 and 3, and so on. A rank has an even number of them, so pairs are the same on any number of
-        ranks. A sample whose neighbour is missing is its own partner.
+        Slots 0 and 1 are a pair, as are 2 and 3, and so on. Each rank has an even number of slots, so the pairs do not depend
+        on the number of ranks. A sample whose neighbour is missing is its own partner.
         """
         slots, numbers = self.slots, torch.arange(len(self.slots), device=self.slots.device)
         is_first = (slots % 2 == 0) & (slots.roll(-1) == slots + 1)
@@ -80,7 +80,7 @@ class Mixing:
     width: int
 
     def draw(self) -> Blend:
-        """A blend, drawn with ``random``."""
+        """Draw a blend with ``random``."""
         if not self.cutmix or (self.mixup and random.random() < 0.5):
             share = random.betavariate(self.mixup, self.mixup)
             return Blend(share, share)
@@ -107,9 +107,9 @@ def mix(images: Tensor, labels: Tensor, blends: Blends, num_classes: int) -> tup
 
 
 class AugmentedSamples(Dataset[Any]):
-    """The samples of ``dataset``, images after ``transforms``, each with the blend that it draws if there is a ``mixing``.
+    """The samples of ``dataset`` with transformed images and, if there is a ``mixing``, a random blend each.
 
-    An image that the GPU will decode gets the seed of its transforms instead; a file that cannot be decoded stays as it is.
+    An image that the GPU will decode gets the seed of its transforms instead. A file that cannot be decoded is unchanged.
     """
 
     deterministic = False
@@ -140,7 +140,7 @@ class AugmentedSamples(Dataset[Any]):
 
 
 def check_transforms(transforms: Sequence[nn.Module]) -> None:
-    """Raise UsageError if a transform is one of a batch."""
+    """Raise UsageError if a transform works on batches."""
     for transform in transforms:
         for kind, key in ((v2.MixUp, "mixup"), (v2.CutMix, "cutmix")):
             if isinstance(transform, kind):

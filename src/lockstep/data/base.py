@@ -47,13 +47,13 @@ class ImageData(LightningDataModule):
         drop_last: Drop the last, smaller batch of a training epoch.
         seed: Seed of the split; the run's seed by default.
         transforms: Random transforms of a training image, such as ``torchvision.transforms.v2.RandAugment``, after its crop and
-            flip. They get uint8 (C, H, W), 0 to 255. What they draw depends on (seed, epoch, position) alone.
-        mixup: Alpha of MixUp, such as 0.2, and 0 for none. Neighbours in the shuffled batch are mixed; labels are then
-            probabilities, float32 (B, num_classes). The same samples are mixed alike on any number of ranks.
-        cutmix: Alpha of CutMix, such as 1.0, and 0 for none. With both, each pair takes one of them at random.
+            flip. They get uint8 (C, H, W), 0 to 255. Their random numbers depend on (seed, epoch, position) alone.
+        mixup: Alpha of MixUp, such as 0.2; 0 disables it. Neighbours in the shuffled batch are mixed; labels are then
+            probabilities, float32 (B, num_classes). The mixed pairs do not depend on the number of ranks.
+        cutmix: Alpha of CutMix, such as 1.0; 0 disables it. With both, each pair takes one of them at random.
 
     Raises:
-        UsageError: A number is out of range, both batch sizes are set, or ``transforms`` holds a transform of batches.
+        UsageError: A number is out of range, both batch sizes are set, or a transform works on batches.
     """
 
     num_classes: int
@@ -154,7 +154,7 @@ class ImageData(LightningDataModule):
         return max(1, (bound if bound < total else total // local_ranks) - 1)
 
     def collate(self, samples: Any) -> Any:
-        """The batch of a list of samples: images, labels, and their ``Blends`` if they are mixed; or a batch, as it is."""
+        """Collate a list of samples to images, labels and, if they are mixed, ``Blends``; return a batch unchanged."""
         if not isinstance(samples, list):
             return samples
         images, labels, *drawn = map(list, zip(*samples, strict=True))
@@ -202,7 +202,7 @@ def stack_images(images: list[Tensor]) -> Tensor:
     if not images[0].permute(1, 2, 0).is_contiguous():
         batch: Tensor = default_collate(images)
         return batch
-    # Copying each pixel to another place takes longer than decoding it; the device does it at once.
+    # A transposition of each image would take longer than decoding it; the device transposes the whole batch.
     batch = default_collate([image.permute(1, 2, 0) for image in images])
     return batch.permute(0, 3, 1, 2)
 

@@ -1,4 +1,4 @@
-"""Decode, crop and resize one image: a JPEG only down to the last row and up to the resolution that its crop needs."""
+"""Decode, crop and resize one image; of a JPEG, decode only the rows and the resolution that the crop needs."""
 
 import math
 import random
@@ -20,7 +20,7 @@ _MCU = 16
 """Rows of the usual blocks of a JPEG."""
 
 _REST = re.compile(r"extraneous bytes before marker 0xd[0-79]")
-"""libjpeg's warning that compressed rows follow those that the header promises."""
+"""libjpeg's warning about rows beyond the height in the header."""
 
 
 class Crop(NamedTuple):
@@ -34,7 +34,7 @@ class Crop(NamedTuple):
 
 
 CropRule = Callable[[int, int], Crop]
-"""The crop of an image of a height and a width."""
+"""Chooses the crop of an image from its height and width."""
 
 
 def random_crop(height: int, width: int) -> Crop:
@@ -58,13 +58,13 @@ def center_crop(height: int, width: int) -> Crop:
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What the header of a JPEG says.
+    """The header of a JPEG.
 
     Attributes:
         height, width: Size in pixels.
-        channels: 1 for grey, 3 for colour, 4 for print.
-        is_sequential: Whether the rows are compressed one after another; else it is progressive or of a rare kind.
-        height_at: Where the two bytes of the height are.
+        channels: 1 for grey, 3 for colour, 4 for CMYK.
+        is_sequential: Whether the rows are compressed one after another; else the JPEG is progressive or of a rare kind.
+        height_at: Position of the two bytes of the height.
     """
 
     height: int
@@ -75,7 +75,7 @@ class JpegHeader:
 
     @classmethod
     def read(cls, data: bytes) -> "JpegHeader | None":
-        """The header of ``data``; None if it is not that of a JPEG."""
+        """The header of ``data``; None if ``data`` is not a JPEG."""
         at, end = 2, len(data) - 9
         if data[:2] != b"\xff\xd8":
             return None
@@ -93,7 +93,7 @@ def decode_crop(data: bytes | Tensor, rule: CropRule, size: int) -> Tensor:
 
     The result depends on ``data`` and the crop alone. The pixels of a JPEG are those of libjpeg-turbo. Its rows below the crop
     are not decoded. If the crop is at least twice as large as ``size``, the JPEG is decoded at 1/2, 1/4 or 1/8 of its
-    resolution, which its DCT coefficients give at once.
+    resolution, directly from its DCT coefficients.
 
     Args:
         data: A JPEG or PNG; or an array of pixels, see ``decode_pixels``.
@@ -134,7 +134,7 @@ def _scaled(crop: Crop, scale: int) -> Crop:
 
 def _decode_jpeg(data: bytes, header: JpegHeader, crop: Crop, scale: int) -> NDArray[np.uint8] | None:
     """Pixels, uint8 (H, W, 3), at 1/``scale`` of the resolution, at least down to the crop; None if libjpeg warns."""
-    # The upsampling of colour looks at the row below, of a JPEG at 1/``scale`` of the resolution.
+    # The upsampling of colour also reads the row below the crop, at 1/``scale`` of the resolution.
     rows = -(-(crop.top + crop.height + 2 * scale) // _MCU) * _MCU
     if is_cut := header.is_sequential and rows < header.height:
         data = b"".join((data[: header.height_at], rows.to_bytes(2), data[header.height_at + 2 :]))
@@ -145,7 +145,7 @@ def _decode_jpeg(data: bytes, header: JpegHeader, crop: Crop, scale: int) -> NDA
     try:
         simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=pixels)
     except ValueError as error:
-        # libjpeg has then decoded all rows of the smaller height, has warned of nothing else, and the file has an end.
+        # This warning alone means that all rows up to the reduced height are decoded and the file has its end marker.
         if not (is_cut and _REST.search(str(error))):
             return None
     return pixels

@@ -53,7 +53,7 @@ class DownloadedData(ImageData):
             raise UsageError(f"data.root: {error.filename} cannot be read; its permissions do not allow it.") from error
         except (OSError, RuntimeError) as error:
             raise UsageError(
-                f"data.root: {self.folder} is damaged ({error}); remove the folder, and it is downloaded again."
+                f"data.root: {self.folder} is damaged ({error}); remove the folder to download it again."
             ) from error
         if split == "test":
             return InMemoryImages(images, labels)

@@ -21,11 +21,11 @@ from lockstep.data.packed import explain
 log = logging.getLogger(__name__)
 
 _END, _TAIL = b"\xff\xd9", 1024
-"""The end of a JPEG, and the last bytes among which it is: some programs append a little."""
+"""The end marker of a JPEG, and how many last bytes may hold it: some programs append bytes."""
 
 
 class EncodedCrop(NamedTuple):
-    """A JPEG, uint8 (bytes,), the crop to take of it, where it comes from, and the seed of its transforms; -1: none."""
+    """A JPEG, uint8 (bytes,), its crop, its path for messages, and the seed of its transforms; -1: none."""
 
     data: Tensor
     crop: Crop
@@ -42,7 +42,7 @@ class EncodedBatch(NamedTuple):
         crops: Their ``Crop``s, int64 (J, 5).
         seeds: Seeds of their transforms, int64 (J,); -1: none.
         numbers: Their places in the batch, int64 (J,).
-        places: Where they come from.
+        places: Their paths, for messages.
         others: The other images, which the CPU has decoded, uint8 (B - J, 3, size, size).
     """
 
@@ -92,7 +92,7 @@ class EncodedBatch(NamedTuple):
             return list(decode_jpeg(list(sources), mode="RGB", device=device)) if sources else []
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # it does not say which of them it is
+        except RuntimeError:  # the error does not name the JPEG
             return [self._decode_alone(number, source, device, errors) for number, source in enumerate(sources)]
 
     def _decode_alone(self, number: int, source: Tensor, device: torch.device, errors: dict[int, Exception]) -> Tensor:

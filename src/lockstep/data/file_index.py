@@ -19,15 +19,15 @@ import numpy as np
 from lockstep.core import RunError, UsageError, fsync
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
-_RACY_NS = 2 * 10**9  # a folder that has changed just before it is read may change again without a new time
+_RACY_NS = 2 * 10**9  # a folder that changed this shortly before may change again with the same modification time
 
 
 class FileIndex:
     """Names and labels of the files of one split, in one subfolder for each class; labels follow the order of the classes.
 
     The content is a line of JSON, padded to 8 bytes; the ends of the names, int64 (n + 1,), from 0; labels, int32 (n,); the
-    names, relative to the folder of the split; and as JSON what ``is_current`` compares. No Python object per file: its
-    reference count would make each worker process copy it.
+    names, relative to the folder of the split; and as JSON what ``is_current`` compares. There is no Python object per file:
+    each worker process would copy its memory when it counts a reference.
 
     Args:
         content: What ``scan`` returns.
@@ -84,7 +84,7 @@ class FileIndex:
             raise self._damaged()
 
     def is_current(self, folder: Path) -> bool:
-        """Whether ``folder`` is the one that was scanned, and no folder in it has got or lost a file since."""
+        """Whether ``folder`` is the one that was scanned, and no file in it was added or removed since."""
         scanned = json.loads(self._content[self._folders :])
         try:
             return scanned["root"] == os.path.realpath(folder) and all(
@@ -103,7 +103,7 @@ class FileIndex:
 
 
 def publish_index(content: bytes, path: Path, replace: bool) -> None:
-    """Write an index atomically, to disk; unless ``replace``, an index that is there already stays."""
+    """Write an index atomically; without ``replace``, an existing one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # several nodes may write
     try:
@@ -182,7 +182,7 @@ def index_content(files: Iterable[tuple[str, int]], classes: list[str], folder: 
         files: Names and labels, in order.
         classes: Names of the classes.
         folder: The folder that was scanned.
-        changed: When each folder in it got or lost an entry last, in nanoseconds; -1 if it may change without a new time.
+        changed: Modification time of each folder in it, in nanoseconds; -1 if a later change may have the same time.
     """
     ends, labels, names = array("q", [0]), array("i"), bytearray()
     for name, label in files:

@@ -46,12 +46,11 @@ class ImageFolder(ImageData):
         augment: Crop and flip training images at random; else they are treated as in evaluation.
         decode: Where JPEGs are decoded: ``cpu``, in the workers, or ``gpu``, a batch at once with nvJPEG, with the same crops.
             Its pixels differ a little from those of a CPU.
-        on_corrupt: If a file cannot be read or decoded, ``raise`` ends the run; ``skip`` leaves it out of its batch, logs its
-            name and counts it in ``result.json``, and every other sample of the step weighs alike on any number of ranks. For
-            that the ranks wait for each other at each batch. The run ends if all files of a batch are skipped on all ranks;
-            a rank that has none left takes the step with a stand-in of the same shape, which changes nothing: not the
-            gradients, batch statistics, metrics or logged values. With ``sync_batchnorm`` its training batch is empty instead.
-            ``predict`` always ends.
+        on_corrupt: If a file cannot be read or decoded, ``raise`` ends the run. ``skip`` leaves it out of its batch, logs its
+            name and counts it in ``result.json``. All other samples of the step have the same weight on any number of ranks,
+            for which the ranks synchronize at each batch. The run ends if no rank can decode any file of a batch. A rank
+            without one takes the step with a stand-in of the same shape, which changes no gradient, batch statistic, metric or
+            logged value. With ``sync_batchnorm`` its training batch is empty instead. ``predict`` always ends.
         archive: A tar or zip file, or its URL, that is unpacked into ``root`` if ``root`` does not exist. To copy the data to
             a local disk of each node, set ``root`` to a folder there and ``shared_filesystem: false``.
         archive_md5: MD5 checksum of ``archive``, verified before it is unpacked; required for a URL that is not https.
@@ -60,8 +59,8 @@ class ImageFolder(ImageData):
         **options: Arguments of ImageData.
 
     Attributes:
-        index_folder: Where a run keeps the list of the files of each split, which one process writes and all map into memory.
-            The run reads the same files in the same order in all of its attempts. None: each process lists the files itself.
+        index_folder: Folder for the list of the files of each split. One process writes it, and all map it into memory, so all
+            attempts of a run read the same files in the same order. None: each process lists the files itself.
 
     Raises:
         UsageError: A number is out of range, or an archive comes over http without a checksum.
@@ -172,7 +171,7 @@ class ImageFolder(ImageData):
         return class_names(self.folders["train"])
 
     def load(self, split: Split) -> "ImageFiles":
-        """One split; no file is opened."""
+        """One split; opens no image."""
         is_random = split == "train" and self.augment
         decoder = Decoder(random_crop if is_random else center_crop, self.size, on_gpu=self.decode == "gpu")
         return self.open_files(split, decoder, deterministic=not is_random)
@@ -250,7 +249,7 @@ class ImageFolder(ImageData):
     on_before_batch_transfer.takes_device_batches = True  # type: ignore[attr-defined]
 
     def _stand_in(self, samples: int) -> tuple[Tensor, Tensor]:
-        """Images of the shape and type of a batch, none of one colour, and labels; no file is needed."""
+        """Images and labels of the shape and type of a batch, made without a file; no image has a single colour."""
         shape = (samples, *self.image_shape)
         images = torch.arange(math.prod(shape)).remainder(251).to(torch.uint8).reshape(shape)
         return images, torch.zeros(samples, dtype=torch.int64)
@@ -269,7 +268,7 @@ class CorruptFile:
 
     @classmethod
     def damaged(cls, path: str, error: Exception) -> "CorruptFile":
-        """A file that the decoder refuses with ``error``."""
+        """A file whose decoding failed with ``error``."""
         return cls(path, f"{path} is not a complete JPEG or PNG ({explain(error)}); replace it, or set --data.on_corrupt skip.")
 
 
@@ -280,7 +279,7 @@ class ImageFiles(Dataset[Any]):
     ``CorruptFile``.
 
     Attributes:
-        read_seconds: Time spent so far to read files.
+        read_seconds: Seconds spent so far on reading files.
     """
 
     read_seconds = 0.0
@@ -294,12 +293,12 @@ class ImageFiles(Dataset[Any]):
 
     @property
     def samples(self) -> list[tuple[str, int]]:
-        """Path and label of each file; the list is made at each call."""
+        """Path and label of each file; each call makes a new list."""
         return [self._sample(index) for index in range(len(self))]
 
     @property
     def targets(self) -> list[int]:
-        """Label of each file; the list is made at each call."""
+        """Label of each file; each call makes a new list."""
         targets: list[int] = self.index.labels.tolist()
         return targets
 

@@ -21,7 +21,7 @@ def prepare_folder(target: Path, fill: Callable[[Path], None], elsewhere: str = 
     removes its temporary folder.
 
     Args:
-        elsewhere: What to do on another machine where this one cannot fill it, for the error.
+        elsewhere: Remedy in the error message: what to do on another machine.
 
     Raises:
         UsageError: The folder cannot be written, or the download failed.

@@ -17,23 +17,23 @@ from lockstep.data.packed import Entry, ShardIndex, ShardReader, copy_folder, fi
 log = logging.getLogger(__name__)
 
 _MAX_CLASSES = 2**20
-_RANKS = 4
+_PRIORITIES = 4
 
 
 class Shards(ImageFolder):
     """Images in tar files: ``<root>/train/*.tar``, and likewise in ``val`` and ``test``.
 
-    ``lockstep pack`` makes them of folders, and any others in the WebDataset convention will do: each sample has an image,
-    ``<key>.jpg``, ``.png`` or, as uint8 pixels (H, W, 3), ``.npy``, and its label, a number or a name, in ``<key>.cls``, or
-    as ``label`` or ``cls`` in ``<key>.json``.
+    ``lockstep pack`` makes them from folders; others in the WebDataset convention work too. Each sample has an image,
+    ``<key>.jpg``, ``.png`` or, as uint8 pixels (H, W, 3), ``.npy``. Its label, a number or a name, is in ``<key>.cls``, or is
+    ``label`` or ``cls`` in ``<key>.json``.
 
-    Order, crops and batches are those of ``ImageFolder``, and with the files of its folders the weights are too.
+    Order, crops and batches are those of ``ImageFolder``: shards packed from its folders give the same weights.
 
     Args:
-        copy_to: Folder on a disk of each node, to which one process of each node copies the shards while training already
-            reads them; each is read there from when it has been copied and verified. What is copied stays for the next run.
-        image: Field of the image, where samples have several: ``png``, say; by default the one named jpg, jpeg or png, else
-            the one whose name ends so, else npy.
+        copy_to: Folder on a local disk of each node. One process of each node copies the shards there while training already
+            reads the originals. A copy is read as soon as it is verified, and stays for the next run.
+        image: Field that holds the image, such as ``png``. By default the one named jpg, jpeg or png, else the one whose name
+            ends with one of these, else npy.
         **options: Arguments of ImageFolder.
 
     Raises:
@@ -73,7 +73,7 @@ class Shards(ImageFolder):
             log.warning("%s in %s are newer than the run, which does not read them", ", ".join(added[:3]), folder)
 
     def training_classes(self) -> list[str]:
-        """Names of the classes of the training set; where labels are numbers, these, up to the highest one."""
+        """Names of the classes of the training set; if labels are numbers, all numbers up to the highest label."""
         return self._index("train").classes
 
     def open_files(self, split: Split, decoder: Decoder, deterministic: bool) -> "ShardImages":
@@ -90,8 +90,8 @@ class Shards(ImageFolder):
             found, images.classes = len(images.classes), self.training_classes()
             if found > len(images.classes):
                 raise UsageError(
-                    f"data.root: {self.folders[split]} has the label {found - 1}; those of {self.folders['train']} end at "
-                    f"{len(images.classes) - 1}."
+                    f"data.root: {self.folders[split]} has the label {found - 1}, but the labels of {self.folders['train']} "
+                    f"end at {len(images.classes) - 1}; use the labels of the training set."
                 )
         return images
 
@@ -108,31 +108,32 @@ class ShardImages(ImageFiles):
     def __init__(self, reader: ShardReader, decoder: Decoder, deterministic: bool, image: str | None = None) -> None:
         super().__init__(reader.folder, reader.index, decoder, deterministic)
         self.reader = reader
-        ranks = {name: _rank(name, image) for name in reader.index.fields}
-        self._ranks = {name: rank for name, rank in ranks.items() if rank is not None}
+        priorities = {name: _priority(name, image) for name in reader.index.fields}
+        self._priorities = {name: priority for name, priority in priorities.items() if priority is not None}
 
     def place(self, index: int) -> str:
         """Where an image is: shard and member."""
         return self.reader.place(index, self._entry(index))
 
     def read(self, index: int) -> bytes | Tensor:
-        """The content of an image; as a tensor, uint8 (bytes,), which cannot be written, if it is an array of pixels."""
+        """The content of an image; if it is an array of pixels, as a read-only tensor, uint8 (bytes,)."""
         entry = self._entry(index)
         return self.reader.view(entry) if entry.field.endswith("npy") else self.reader.read(entry)
 
     def _entry(self, index: int) -> Entry:
-        images = (entry for entry in self.reader.index.entries(index) if entry.field in self._ranks)
-        return min(images, key=lambda entry: self._ranks[entry.field])
+        images = (entry for entry in self.reader.index.entries(index) if entry.field in self._priorities)
+        return min(images, key=lambda entry: self._priorities[entry.field])
 
 
 def check_images(index: ShardIndex, folder: Path, image: str | None) -> ShardIndex:
     """Return ``index``; UsageError if a sample has no image, several that could be it, or no label."""
-    ranks = [_rank(name, image) for name in index.fields]
-    if image is not None and 0 not in ranks:
+    priorities = [_priority(name, image) for name in index.fields]
+    if image is not None and 0 not in priorities:
         raise UsageError(f"data.image: no sample in {folder} has {image}; they have {', '.join(index.fields)}.")
-    images = np.zeros(len(index), np.int64)  # how many of the first rank that a sample has
-    for rank in range(_RANKS):
-        images = np.where(images, images, index.count_fields([number for number, own in enumerate(ranks) if own == rank]))
+    images = np.zeros(len(index), np.int64)  # how many fields of its highest priority a sample has
+    for priority in range(_PRIORITIES):
+        fields = [number for number, own in enumerate(priorities) if own == priority]
+        images = np.where(images, images, index.count_fields(fields))
     highest = _MAX_CLASSES if index.class_names is None else len(index.class_names)
     for wrong, problem in (
         (images == 0, f"has no {image or 'jpg, jpeg, png or npy'}; for other data, write a DataModule with ShardDataset"),
@@ -147,8 +148,8 @@ def check_images(index: ShardIndex, folder: Path, image: str | None) -> ShardInd
     return index
 
 
-def _rank(field: str, image: str | None) -> int | None:
-    """The rank of a field among those that may be the image, from 0; None if it cannot be."""
+def _priority(field: str, image: str | None) -> int | None:
+    """The priority of a field as the image of its sample, 0 is the highest; None if it cannot be one."""
     if image is not None:
         return 0 if field == image.lower() else None
     before, _, kind = field.rpartition(".")

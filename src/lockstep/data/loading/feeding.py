@@ -1,4 +1,4 @@
-"""Copy each batch to the GPU on a stream of its own while the step before it computes."""
+"""Copy each batch to the GPU on a side stream during the previous step."""
 
 import logging
 from typing import Any, Literal
@@ -23,7 +23,7 @@ class DeviceFeeder:
     Only tensors in dicts, lists and tuples: the Trainer moves everything else, and calls all hooks, when the step begins.
 
     Args:
-        streams: Has ``Stream``, ``stream`` and ``current_stream``, as ``torch.cuda``.
+        streams: A module with ``Stream``, ``stream`` and ``current_stream`` as in ``torch.cuda``.
     """
 
     def __init__(self, device: torch.device, streams: Any = torch.cuda) -> None:
@@ -31,7 +31,7 @@ class DeviceFeeder:
         self._side = streams.Stream(device)
 
     def send(self, batch: Any) -> tuple[Any, Any]:
-        """Begin to copy ``batch``; return the copy, and an event of its end. The host waits if memory is not pinned."""
+        """Start to copy ``batch``; return the copy, and the event of its end. The host waits if memory is not pinned."""
         with self._streams.stream(self._side):
             copied = tree_map_only(Tensor, self._copy, batch)
         return copied, self._side.record_event()
@@ -40,7 +40,7 @@ class DeviceFeeder:
         return tensor.to(self._device, non_blocking=True)
 
     def receive(self, copied: Any, end: Any) -> Any:
-        """The copy, for the current stream, which waits for its ``end``."""
+        """Make the current stream wait for ``end``, and return the copy."""
         current = self._streams.current_stream(self._device)
         current.wait_event(end)
         for leaf in tree_leaves(copied):
@@ -50,7 +50,7 @@ class DeviceFeeder:
 
 
 class FeedingFetcher(AheadFetcher):
-    """Fetches one batch ahead, and copies it to the device meanwhile."""
+    """Fetches one batch ahead, and copies it to the device during the step."""
 
     def __init__(self, feeder: DeviceFeeder) -> None:
         super().__init__()
@@ -64,9 +64,10 @@ class FeedingFetcher(AheadFetcher):
 
 
 def choose_fetcher(fetcher: Any, trainer: Trainer, loaders: list[Any]) -> Any:
-    """A ``FeedingFetcher`` where a batch may be copied ahead, else Lightning's ``fetcher``.
+    """A ``FeedingFetcher`` if batches may be copied ahead, else Lightning's ``fetcher``.
 
-    The training process must not prepare it: it would do so before the hooks of the step before it, which may change the data.
+    Loaders without workers are excluded: they would prepare a batch before the hooks of the previous step, which may change
+    the data.
     """
     feeder = make_feeder(trainer.strategy.root_device)
     if feeder is None or not is_plain_fetcher(fetcher):

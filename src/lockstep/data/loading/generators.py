@@ -1,4 +1,4 @@
-"""Random generators that a dataset, sampler or loader has as attributes: they are seeded again where the global ones are.
+"""Reseed the random generators in attributes of datasets, samplers and loaders, together with the global ones.
 
 Otherwise their state would depend on how often this process has used them, and so on restarts, ranks and workers.
 """
@@ -28,7 +28,7 @@ _Generator = torch.Generator | np.random.Generator | np.random.RandomState | ran
 _PARTS = (Dataset, Sampler, DataLoader)
 
 _first_states: dict[int, tuple[_Generator, int]] = {}
-"""Each generator that ``keep_seed`` has seen, and a hash of the state that its owner gave it."""
+"""Each generator reseeded with ``keep_seed``, and a hash of its initial state."""
 
 
 def reseed_generators(owner: object, seed: int, keep_seed: bool = False) -> None:
@@ -36,8 +36,8 @@ def reseed_generators(owner: object, seed: int, keep_seed: bool = False) -> None
 
     Args:
         owner: A dataset, sampler or loader.
-        seed: What the new state depends on.
-        keep_seed: Whether it depends on the state that the owner gave the generator, too, such as another one on each rank.
+        seed: Determines the new state.
+        keep_seed: Whether the new state also depends on the initial one, which the owner may choose for each rank.
     """
     for number, generator in enumerate(_find(owner, set())):
         own = derive_seed(seed, number, *([_first_state(generator)] if keep_seed else []))

@@ -1,6 +1,6 @@
 """A random order of any number of samples in constant memory: the sample at any position is computed, not drawn.
 
-Integer arithmetic alone decides it, so that it is the same on every machine and with every version of numpy and torch.
+It uses integer arithmetic only, so it is the same on every machine and with every version of numpy and torch.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class ShuffledOrder:
     def read(self, first: int, end: int, stride: int) -> Sequence[int]:
         """The samples at the positions from ``first`` to ``end``.
 
-        Some thousand positions are computed at once: those of the following calls if ``first`` grows by ``stride``.
+        One call computes some thousand positions ahead, which serve the next calls if ``first`` grows by ``stride``.
         """
         if (first, end) not in self._rows:
             starts = range(first, self._samples - (end - first) + 1, stride)[: max(1, _BLOCK // (end - first))]

@@ -54,7 +54,7 @@ def pack_rng_state(state: tuple[Any, ...]) -> list[Any]:
 
 
 class RandomStream:
-    """Random numbers of torch (CPU), numpy and random, apart from those of the process, in the blocks of ``active``."""
+    """A random state of torch (CPU), numpy and random apart from that of the process; used in the blocks of ``active``."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -88,13 +88,13 @@ class RandomStream:
 class SeededDataset(Dataset[Any]):
     """A dataset whose random augmentation (torch, numpy, random) depends on (seed, epoch, position) alone.
 
-    Only the workers of a loader see it. Reading restores the random state of the process. If the dataset has
-    ``__getitems__``, as in a plain DataLoader only that is called: for one sample at a time, or for all samples together if its
-    attribute ``deterministic`` is true or it returns something else than a list.
+    Only the workers of a loader see it. Reading restores the random state of the process. As in a plain DataLoader,
+    ``__getitems__`` is called instead of ``__getitem__`` if the dataset has it. It gets one sample at a time, or all together
+    if the attribute ``deterministic`` of the dataset is true or ``__getitems__`` does not return a list.
 
     Args:
-        times: For each worker, float64 (workers, 3) in shared memory: seconds spent here, those of them to read files, and
-            samples. A dataset counts the seconds that it reads in its attribute ``read_seconds``.
+        times: For each worker, float64 (workers, 3) in shared memory: seconds spent here, how many of them on reading files,
+            and samples. A dataset counts its seconds of reading in its attribute ``read_seconds``.
     """
 
     def __init__(self, dataset: Dataset[Any], times: Tensor | None = None) -> None:
@@ -135,9 +135,9 @@ class SeededDataset(Dataset[Any]):
 
 
 class SeededCollate:
-    """A ``collate_fn`` whose random numbers, as of MixUp, depend on the position of the batch alone.
+    """A ``collate_fn`` whose random numbers, of MixUp for example, depend on the position of the batch alone.
 
-    A ``collate_fn`` whose attribute ``deterministic`` is true draws none, and needs no such wrapper.
+    A ``collate_fn`` whose attribute ``deterministic`` is true draws none and needs no wrapper.
 
     Args:
         dataset: The dataset of the same loader, which has read the batch just before.

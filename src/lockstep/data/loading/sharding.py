@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class ShardedLoader(InternalsDataLoader):
-    """The class of a sharded DataLoader, besides its own class.
+    """A base class that a sharded DataLoader gets besides its own class.
 
-    Its attributes are those of the user's loader, and what the user sets there takes effect. Only its iterators see the
-    attributes that ``internals`` replaces.
+    Its attributes are those of the user's loader, and changes by the user take effect. Only its iterators see the attributes
+    that ``internals`` replaces.
     """
 
     global_batches: GlobalBatchSampler
@@ -39,7 +39,7 @@ class ShardedLoader(InternalsDataLoader):
 
     @property
     def preparation_times(self) -> tuple[float, float, float]:
-        """Seconds in which workers prepared samples, those of them to read files, and samples; all so far."""
+        """Seconds that workers have spent on preparing samples, how many of them on reading files, and samples; all so far."""
         busy, read, samples = (0.0, 0.0, 0.0) if self._times is None else self._times.sum(0).tolist()
         return busy, read, samples
 
@@ -66,7 +66,7 @@ class DataSharding:
     """Shards the DataLoaders of a run.
 
     Attributes:
-        pins: Whether workers give batches in pinned memory, from which they are copied to a GPU while it computes.
+        pins: Whether workers put batches into pinned memory, from which a GPU copies them while it computes.
     """
 
     world: World
@@ -90,10 +90,9 @@ class DataSharding:
     ) -> Any:
         """A copy of ``loader``, a ``ShardedLoader``, with this rank's samples only, in the run's order.
 
-        These keep their samples, with one warning if there are several ranks: a DataLoader of an IterableDataset, with its own
-        batch sampler or a DistributedSampler, or with ``batch_size=None``. In training, one whose IterableDataset has a
-        ``state_dict`` is a ``StatefulLoader``; in evaluation on several ranks it is an ``EvenLoader``. Any other object is
-        returned unchanged.
+        A DataLoader of an IterableDataset, with its own batch sampler or a DistributedSampler, or with ``batch_size=None`` is
+        not sharded; several ranks log one warning. In training, it becomes a ``StatefulLoader`` if its IterableDataset has a
+        ``state_dict``; in evaluation on several ranks, an ``EvenLoader``. Any other object is returned unchanged.
 
         Args:
             loader: A DataLoader, or anything else.
@@ -120,7 +119,7 @@ class DataSharding:
         return sharded
 
     def _keep_samples(self, loader: DataLoader[Any], is_training: bool) -> DataLoader[Any]:
-        """``loader``, of which lockstep does not choose the samples, such that it resumes by its state or ends on all ranks."""
+        """A loader that is not sharded, made to resume by its state or, in evaluation, to end on all ranks together."""
         if is_training:
             is_plain = type(loader).__iter__ is DataLoader.__iter__ and not is_stateful(loader)
             if not is_plain or not isinstance(loader.dataset, IterableDataset) or not is_stateful(loader.dataset):

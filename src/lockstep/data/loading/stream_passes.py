@@ -1,4 +1,4 @@
-"""Passes over streams that have a state, from any position; a resume by state is verified by a batch that is read again."""
+"""Passes over streams that have a state, from any position; a resume is verified by one batch that is read again."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 from lockstep.core import UsageError
 from lockstep.data.loading.seeding import RandomStream
 from lockstep.data.loading.streams import (
+    Snapshot,
     SnapshotClock,
     StatefulLoader,
     StreamMark,
@@ -27,7 +28,7 @@ class StreamPass:
     """One pass over a stream; iterates over its batches, each with its ``StreamMark``.
 
     Attributes:
-        mark: The newest.
+        mark: That of the newest batch.
     """
 
     mark: StreamMark | None = None
@@ -42,25 +43,25 @@ class StreamPass:
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Go to the first batch."""
+        """Seek to the first batch."""
         raise NotImplementedError
 
     def load(self, saved: Mapping[str, Any]) -> int:
-        """Go by the states in ``saved``, a record of a ``StreamMark``; return how many batches to drop then."""
+        """Load the states in ``saved``, a record of a ``StreamMark``; return how many batches to drop after that."""
         raise NotImplementedError
 
-    def go_to(self, used: int, saved: Mapping[str, Any] | None) -> None:
-        """Go behind the first ``used`` batches, by what a checkpoint has ``saved``, if that leads there."""
+    def seek(self, used: int, saved: Mapping[str, Any] | None) -> None:
+        """Seek to the batch after the first ``used`` ones, by the states in ``saved`` if they restore that position."""
         if saved is None:
             self.begin()
             self._drop(used)
             return
-        if self.returns(saved):
+        if self.restore(saved):
             return
         if saved["after"] is not None:  # a stream that does not begin a pass as a new one does
             self.load({**saved, "starts": [saved["after"]], "dropped": 0, "chosen": 0})
             return
-        if not self.reads_again:
+        if not self.can_rewind:
             log.warning("%s; the samples after this restart differ from those of a run without it", self._wrong_state)
             return
         text = "%s (is there a shuffle buffer?); the %d batches of the epoch so far are read again and dropped"
@@ -73,7 +74,7 @@ class StreamPass:
 
     @property
     def _wrong_state(self) -> str:
-        return f"data: the state_dict of {self.name} does not lead back to the same batch"
+        return f"data: the state_dict of {self.name} does not restore the same batch"
 
     @property
     def name(self) -> str:
@@ -81,15 +82,18 @@ class StreamPass:
         raise NotImplementedError
 
     @property
-    def reads_again(self) -> bool:
+    def can_rewind(self) -> bool:
         """Whether ``begin`` works after ``load``."""
         return False
 
-    def returns(self, saved: Mapping[str, Any]) -> bool:
-        """Go by the states in ``saved``; return whether the newest batch is that of before the restart."""
-        dropped = self.load(saved)
+    def restore(self, saved: Mapping[str, Any]) -> bool:
+        """Load the states in ``saved``; return whether the newest batch is the one before the restart."""
+        return self._verify(self.load(saved), saved["check"])
+
+    def _verify(self, dropped: int, check: int) -> bool:
+        """Drop ``dropped`` batches; return whether the last of them has the fingerprint ``check``."""
         self._drop(dropped)
-        return not dropped or (self.mark is not None and self.mark.check == saved["check"])
+        return not dropped or (self.mark is not None and self.mark.check == check)
 
     def _drop(self, number: int) -> None:
         self.mark = None
@@ -109,11 +113,10 @@ class LoaderPass(StreamPass):
 
     def __init__(self, loader: Any, stream: RandomStream) -> None:
         self._loader, self._stream, self._clock = loader, stream, SnapshotClock()
-        self._number, self._snapshots, self._random = 0, (), ()
+        self._number = 0
+        self._snapshots: tuple[Snapshot, ...] = ()
+        self._random: tuple[Any, ...] = ()
         self._batches: Iterator[Any] = iter(())
-
-    _snapshots: tuple[tuple[int, Any], ...]
-    _random: tuple[Any, ...]
 
     @property
     def name(self) -> str:
@@ -162,7 +165,7 @@ class DatasetPass(StreamPass):
         return type(self._loader.dataset).__name__
 
     @property
-    def reads_again(self) -> bool:
+    def can_rewind(self) -> bool:
         return self._is_untouched
 
     def begin(self, starts: list[Any] | None = None, dataset: Any = None) -> None:
@@ -178,31 +181,29 @@ class DatasetPass(StreamPass):
         self.begin(deepcopy(saved["starts"]), dataset)
         return int(saved["dropped"])
 
-    def returns(self, saved: Mapping[str, Any]) -> bool:
+    def restore(self, saved: Mapping[str, Any]) -> bool:
         if self._loader.num_workers:  # each worker has a copy of the dataset
-            is_there = self._tries(saved, None)
-            if not is_there:
+            is_restored = self._try(saved, None)
+            if not is_restored:
                 self._loader.forget_workers()
-            return is_there
+            return is_restored
         try:
             copied = deepcopy(self._loader.dataset)
-        except Exception:  # an object of the user's may refuse to be copied in any way
+        except Exception:  # a user's object may raise anything when it is copied
             self._is_untouched = False
-            return super().returns(saved)
-        return self._tries(saved, copied) and super().returns(saved)
+            return super().restore(saved)
+        return self._try(saved, copied) and super().restore(saved)
 
-    def _tries(self, saved: Mapping[str, Any], dataset: Any) -> bool:
-        """Whether ``saved`` leads back; in this process of ``dataset``, a copy."""
+    def _try(self, saved: Mapping[str, Any], dataset: Any) -> bool:
+        """Whether ``saved`` restores the batch before the restart; without workers, tried on ``dataset``, a copy."""
         try:
-            dropped = self.load(saved, dataset)
-            self._drop(dropped)
+            return self._verify(self.load(saved, dataset), saved["check"])
         except UsageError:
             raise
-        except Exception as error:  # what a stream raises at a state of its own, such as datasets 5.2 in workers
+        except Exception as error:  # a stream may raise anything at its own state, such as datasets 5.2 in workers
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             log.warning("data: %s cannot load its own state (%s)", self.name, reason)
             return False
-        return not dropped or (self.mark is not None and self.mark.check == saved["check"])
 
     def read(self) -> tuple[Any, StreamMark] | None:
         with own_random_numbers(self._loader):

@@ -22,7 +22,7 @@ from lockstep.compat.torch import InternalsDataLoader
 from lockstep.data.loading.seeding import derive_seed, pack_rng_state, preserve_rng_state, seed_cpu
 
 _SNAPSHOT_SHARE = 0.01
-"""Part of the time that may be spent on ``state_dict``; batches since the last state are read again by a resume."""
+"""Fraction of the time that may be spent on ``state_dict``; a resume reads the batches since the last state again."""
 
 _HASHED = 256
 """Elements of a tensor that its fingerprint covers."""
@@ -52,7 +52,7 @@ def fingerprint(batch: Any, start: int = 0) -> int:
 
 
 class SnapshotClock:
-    """Decides when the time for another snapshot has come, from what the last one took."""
+    """Decides when to take the next snapshot, from the duration of the last one."""
 
     def __init__(self) -> None:
         self._next = 0.0
@@ -69,7 +69,7 @@ class SnapshotClock:
 
 
 Snapshot = tuple[int, Any]
-"""The batches that one process has read of a stream, and the state of the stream after them; None: as it is at first."""
+"""How many batches one process has read of a stream, and the state of the stream after them; None: its initial state."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class StreamMark:
         counts: Batches of this pass that each process has read and training has used.
         snapshots: The newest two snapshots of each process.
         check: The fingerprint of the newest batch.
-        random: With a loader that has a ``state_dict``, the random numbers at each snapshot.
+        random: For a loader that has a ``state_dict``, the random state at each snapshot.
         has_ended: Whether the pass is over.
     """
 
@@ -91,8 +91,8 @@ class StreamMark:
     has_ended: bool = False
 
     def record(self, ranks: int) -> dict[str, Any]:
-        """What a checkpoint of this many ranks holds of it, as plain values and the states of the user's."""
-        base = max(self.counts) - 1  # processes take turns: each has given this many batches, or has ended before
+        """The entry of a checkpoint of ``ranks`` ranks: plain values and the user's states."""
+        base = max(self.counts) - 1  # processes take turns: each has delivered this many batches, or has ended before
         starts, chosen = [], 0
         for count, snapshots in zip(self.counts, self.snapshots, strict=True):
             known = [(number, state) for number, state in snapshots if number <= min(count, base)]
@@ -126,7 +126,7 @@ class StreamReader(IterableDataset[Any]):
     """The samples of ``dataset`` in one process, from where a run resumes.
 
     Args:
-        batch_size: Samples of a batch; None if the dataset gives batches.
+        batch_size: Samples of a batch; None if the dataset yields batches.
         place: Epoch and number of the pass in it, in shared memory: persistent workers read it when a pass begins.
         seed: Seed of the run and the rank.
         starts: For each process: the batches at its snapshot, the state, and the batches to read and drop after them. Only for
@@ -171,13 +171,13 @@ class StreamCollate:
     def __call__(self, samples: Any) -> tuple[Any, Note]:
         reader, info = self.reader, get_worker_info()
         batch = self.collate(samples)
-        # After its last sample a stream may be at its beginning again.
+        # After its last sample a stream may have returned to its start.
         state = None if reader.is_over else reader.clock.take(reader.dataset)
         return batch, Note(0 if info is None else info.id, reader.number + 1, state, fingerprint(batch))
 
 
 class StatefulLoader(InternalsDataLoader):
-    """The class of a DataLoader of a stateful stream, besides its own class: each of its batches has a ``Note``.
+    """A base class that a DataLoader of a stateful stream gets besides its own class: each of its batches has a ``Note``.
 
     Attributes:
         seed: Seed of the run and the rank.
@@ -203,9 +203,10 @@ class StatefulLoader(InternalsDataLoader):
         }
 
     def read(self, epoch: int, cycle: int, starts: Sequence[tuple[int, Any, int]] = (), dataset: Any = None) -> Iterator[Any]:
-        """The batches of a pass with their notes, from ``starts`` on; of ``dataset``, if it is given.
+        """The batches of a pass with their notes, from ``starts`` on and by new workers if it is given.
 
-        New workers start if there are ``starts``.
+        Args:
+            dataset: Read instead of the loader's own.
         """
         self.place.copy_(torch.tensor([epoch, cycle]))
         previous = self._starts, self._replaced
@@ -218,7 +219,7 @@ class StatefulLoader(InternalsDataLoader):
             vars(self).update(zip(("_starts", "_replaced"), previous, strict=True))
 
     def forget_workers(self) -> None:
-        """End persistent workers; others begin the next pass."""
+        """End persistent workers; the next pass starts new ones."""
         vars(self)["_iterator"] = None
 
     def __iter__(self) -> Any:
@@ -227,14 +228,14 @@ class StatefulLoader(InternalsDataLoader):
 
 
 class StreamProgress:
-    """How far each of the ``workers`` processes that read a stream has come in a pass."""
+    """The progress of each of the ``workers`` processes that read a stream, in one pass."""
 
     def __init__(self, workers: int) -> None:
         self._counts = [0] * workers
         self._snapshots: list[tuple[Snapshot, ...]] = [()] * workers
 
     def resume(self, starts: Sequence[tuple[int, Any, int]]) -> None:
-        """Begin with what a checkpoint holds."""
+        """Start from the ``starts`` of a checkpoint."""
         self._counts = [number + dropped for number, _, dropped in starts]
         self._snapshots = [((number, state),) if state is not None else () for number, state, _ in starts]
 
@@ -261,7 +262,7 @@ def stream_epoch(epoch: int, cycle: int) -> int:
 
 @contextmanager
 def own_random_numbers(loader: DataLoader[Any]) -> Iterator[None]:
-    """Restore the random numbers of this process after the block, in which it may read the stream itself."""
+    """Restore the random state of this process after the block if it reads the stream itself, without workers."""
     if loader.num_workers:
         yield
     else:

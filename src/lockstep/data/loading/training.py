@@ -72,7 +72,7 @@ class LoaderPasses:
             batches = iter(self.loader) if marked is None else iter(())
         if marked is None:
             return self._count_batches(batches, stream)
-        marked.go_to(position.used, self._saved)
+        marked.seek(position.used, self._saved)
         self._saved, self.mark = None, marked.mark
         return self._count_marked(marked)
 
@@ -117,12 +117,11 @@ class LoaderPasses:
             self.mark = replace(self.mark, has_ended=True)
 
     def finish(self) -> None:
-        """Go to the saved position in a pass that is over, and to its end, if training has been there."""
+        """Seek to the saved position of a pass that is over, and read to its end if training had reached that."""
         if self._saved is not None:
             has_ended, rest = self._saved["has_ended"], iter(self)
             if has_ended:
-                for _ in rest:
-                    pass
+                deque(rest, maxlen=0)
 
     def _advance(self, used: int) -> None:
         self.position = DataPosition(self.position.epoch, self.position.cycle, self.position.used + used)
@@ -133,15 +132,15 @@ class TrainingLoader(LightningCombinedLoader):
 
     Args:
         loaders: What ``train_dataloader`` returns.
-        sharding: The run's.
+        sharding: That of the run.
         epoch: Returns the number of the epoch.
-        start: Where iteration starts in the epoch of these positions, one for each loader; other epochs start at their
-            first batch.
-        streams: What the checkpoint of ``start`` holds of each loader that has a state, see ``stream_records``.
+        start: Positions at which iteration starts in their epoch, one for each loader; other epochs start at their first
+            batch.
+        streams: The ``stream_records`` in the checkpoint of ``start``.
 
     Raises:
-        UsageError: The loaders cannot be combined in training, or ``start`` is of other loaders, or of other ranks though a
-            stream has a state.
+        UsageError: The loaders cannot be combined in training, ``start`` has another number of loaders, or another number of
+            ranks saved the state of a stream.
     """
 
     def __init__(
@@ -155,7 +154,7 @@ class TrainingLoader(LightningCombinedLoader):
         if (method := overridden_iteration(loaders)) is not None:
             raise UsageError(
                 f"data: train_dataloader returns a {type(loaders).__name__}, which defines {method}; lockstep resumes the "
-                "loaders of a CombinedLoader at their positions, but not iteration of one's own. Return a "
+                "loaders of a CombinedLoader at their positions, but not custom iteration. Return a "
                 "CombinedLoader, or combine the data in a Dataset."
             )
         super().__init__(*split_combination(loaders))
@@ -180,7 +179,7 @@ class TrainingLoader(LightningCombinedLoader):
                 raise UsageError(
                     f"data: {saved['ranks']} ranks have saved the state of a stream, each of its own part, which "
                     f"{sharding.world.size} ranks cannot share; resume with {saved['ranks']}, or start a new run with "
-                    "ckpt_path, whose streams begin again."
+                    "ckpt_path, which reads streams from their start."
                 )
 
     def __iter__(self) -> "TrainingLoader":
@@ -219,7 +218,7 @@ class TrainingLoader(LightningCombinedLoader):
         return super().__len__() if self._length is None else self._length
 
     def _check_weights(self) -> None:
-        """Raise UsageError if the ranks would need another weight for each loader."""
+        """Raise UsageError if the ranks would need different weights for different loaders."""
         plans = [passes.plan for passes in self._passes]
         for number, (passes, plan) in enumerate(zip(self._passes, plans, strict=True)):
             rest = plan[0] % plan[1] if plan is not None and len(set(plans)) > 1 else 0
@@ -257,7 +256,7 @@ class TrainingLoader(LightningCombinedLoader):
         return batch
 
     def stream_records(self, ahead: int) -> list[dict[str, Any] | None]:
-        """What a checkpoint after the batch of ``newest(ahead)`` holds of each loader that has a state."""
+        """For a checkpoint after the batch of ``newest(ahead)``: the record of each loader that has a state."""
         batch, ranks = self.newest(ahead), self.sharding.world.size
         records: list[dict[str, Any] | None] = []
         for passes, position, mark in zip(self._passes, batch.positions, batch.marks, strict=False):
@@ -280,13 +279,13 @@ class TrainingLoader(LightningCombinedLoader):
 
 
 def current_batch(trainer: Trainer) -> TrainingBatch | None:
-    """The batch that ``trainer`` is training on or has trained on last; None without lockstep's loops."""
+    """The batch that ``trainer`` trains on or trained on last; None without lockstep's loops."""
     loader, ahead = training_loader(trainer)
     return loader.newest(ahead) if isinstance(loader, TrainingLoader) else None
 
 
 def stream_records(trainer: Trainer) -> list[dict[str, Any] | None]:
-    """What a checkpoint holds of each loader of training that has a state; empty if none has."""
+    """For a checkpoint: the record of each loader of training that has a state; empty if none has."""
     loader, ahead = training_loader(trainer)
     return loader.stream_records(ahead) if isinstance(loader, TrainingLoader) else []
 

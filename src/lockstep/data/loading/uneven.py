@@ -1,6 +1,6 @@
-"""End an epoch on all ranks together where each rank's loader decides by itself how many batches it has.
+"""End an epoch on all ranks together if their loaders may have different numbers of batches.
 
-A rank that has ended would leave the others waiting in a collective until a time-out.
+Otherwise a rank that has ended would leave the others waiting in a collective until a time-out.
 """
 
 import logging
@@ -57,12 +57,10 @@ class SharedEnd:
         others = [rank for rank in range(self.world.size) if rank not in ended]
         if self.world.is_rank_zero and others:
             text = (
-                "data: %s ends after %d batches on all ranks: %s %s no more, and %s %s, which %s left out; "
+                "data: %s ends after %d batches on all ranks because %s ended; the other batches of %s are left out; "
                 "give all ranks equally many (with drop_last, or an endless stream and trainer.limit_train_batches)"
             )
-            has = "has" if len(ended) == 1 else "have"
-            more = ("has more" if len(others) == 1 else "have more"), "are"
-            log.warning(text, what, batches, _name(ended), has, _name(others), *more)
+            log.warning(text, what, batches, _name(ended), _name(others))
 
     def _gather(self, number: int) -> list[int]:
         values = [torch.empty((), dtype=torch.int64, device="cpu") for _ in range(self.world.size)]
@@ -76,11 +74,11 @@ def _name(ranks: Sequence[int]) -> str:
 
 
 class EvenLoader(DataLoader[Any]):
-    """The class of a DataLoader of evaluation that is not sharded, besides its own class: it ends on all ranks together.
+    """A base class that an unsharded DataLoader of evaluation gets besides its own class: it ends on all ranks together.
 
     Attributes:
-        end: The run's.
-        what: What iterates over it, for messages.
+        end: The ``SharedEnd`` of the run.
+        what: The loop that iterates over it, for messages.
         length: Batches on all ranks; None if it is unknown.
     """
 

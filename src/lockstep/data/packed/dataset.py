@@ -26,7 +26,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
     ``json``, ``txt`` to a str, ``npy`` to an array, and ``jpg`` and ``png`` to an image, uint8 (3, H, W). Others are bytes.
 
     Args:
-        folder: The folder; its index is made if there is none. Call this in ``prepare_data`` too, so that it is made once.
+        folder: The folder. Its index is written if it is missing; create the dataset in ``prepare_data`` too, to do this once.
         fields: Names of the fields to read; by default all.
         decode: Decode the fields; else all are bytes.
         transform: Called with each sample.

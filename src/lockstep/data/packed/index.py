@@ -24,7 +24,7 @@ class ShardFile(NamedTuple):
     Attributes:
         name: Its name in the folder.
         size: Its size in bytes.
-        changed: When it changed last, in nanoseconds; None if nothing but its size tells whether it has changed.
+        changed: Its modification time in nanoseconds; None if only its size is compared.
     """
 
     name: str
@@ -53,8 +53,8 @@ class ShardIndex:
 
     The content is a line of JSON, padded to 8 bytes, and arrays: for each shard, key and sample where the next begins, int64
     (shards + 1,), (n + 1,) and (n + 1,), from 0; of all fields, offsets and lengths, int64 (m,) and (m,); labels, int32 (n,);
-    numbers of the fields, int32 (m,); the keys. No Python object per sample: its reference count would make each worker
-    process copy it.
+    numbers of the fields, int32 (m,); the keys. There is no Python object per sample: each worker process would copy its
+    memory when it counts a reference.
 
     Args:
         content: What ``IndexBuilder`` returns.
@@ -116,7 +116,7 @@ class ShardIndex:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; where labels are numbers, these, up to the highest one."""
+        """Names of the classes; if labels are numbers, all numbers up to the highest label."""
         if self.class_names is not None:
             return self.class_names
         return [str(label) for label in range(int(self.labels.max(initial=-1)) + 1)]
@@ -151,7 +151,7 @@ class ShardIndex:
             raise self._damaged()
 
     def samples_of(self, shard: int) -> tuple[Any, ...]:
-        """All that is known of the samples of one shard, to compare."""
+        """Keys, fields and labels of the samples of one shard, for comparison."""
         first, last = (int(self._shard_ends[shard + number]) for number in (0, 1))
         start, end = int(self._entry_ends[first]), int(self._entry_ends[last])
         names = [self.fields[name] for name in self._names[start:end]]
@@ -160,7 +160,7 @@ class ShardIndex:
         return keys, names, *(part.tobytes() for part in arrays)
 
     def _damaged(self) -> RunError:
-        return RunError(f"{self.path} is damaged; remove it, and it is made again from the shards.")
+        return RunError(f"{self.path} is damaged; remove it to create it again from the shards.")
 
 
 @dataclass
@@ -188,7 +188,7 @@ class IndexBuilder:
         self.entry_ends.append(len(self.offsets))
 
     def end_shard(self, shard: ShardFile) -> None:
-        """The samples since the last call are those of ``shard``."""
+        """Assign the samples since the last call to ``shard``."""
         self.shards.append(shard)
         self.shard_ends.append(len(self.key_ends) - 1)
 

@@ -24,12 +24,12 @@ _BLOCK = 16 * 2**20  # bytes
 
 
 def copy_folder(disk: Path, folder: Path) -> Path:
-    """Where the copies of the shards in ``folder`` are on a ``disk``; those of another folder are elsewhere."""
+    """The folder on ``disk`` for copies of the shards in ``folder`` alone."""
     return disk / f"{folder.name}-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]}"
 
 
 def is_copy(path: Path, original: Path) -> bool:
-    """Whether ``path`` is a finished copy of ``original``, as that is now."""
+    """Whether ``path`` is a complete copy of the current ``original``."""
     try:
         copy, found = path.stat(), original.stat()
     except OSError:
@@ -38,17 +38,19 @@ def is_copy(path: Path, original: Path) -> bool:
 
 
 def start_copying(folders: Sequence[Path], disk: Path, node: int = 0, nodes: int = 1) -> None:
-    """Start a process that copies the shards in ``folders`` to ``disk``; it ends with this process, which has no threads yet.
+    """Start a process that copies the shards in ``folders`` to ``disk``, and ends with this process.
+
+    This process must not have threads yet, because the new one is forked.
 
     Args:
-        node, nodes: This node among those of the job: each begins with other shards, so that not all read the same disk.
+        node, nodes: Number of this node, and of all nodes of the job: each starts at other shards, to spread the reads.
     """
     arguments = (folders, disk, node, nodes, os.getpid())
     multiprocessing.get_context("fork").Process(target=_main, args=arguments, daemon=True).start()
 
 
 def _main(folders: Sequence[Path], disk: Path, node: int, nodes: int, parent: int) -> None:
-    """Copy, without taking time or input of the ranks that matter more; an error leaves the ranks with the originals."""
+    """Copy with low priority; after an error the ranks continue to read the originals."""
     set_process_name("copy-shards")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -68,10 +70,10 @@ def _main(folders: Sequence[Path], disk: Path, node: int, nodes: int, parent: in
 
 
 def copy_shards(folder: Path, into: Path, start: float = 0.0) -> None:
-    """Copy the shards in ``folder`` that have no copy ``into`` a folder of this user, and verify each.
+    """Copy and verify the shards in ``folder`` that are missing in ``into``, a folder of this user.
 
     Args:
-        start: Where to begin, as a part of the number of shards.
+        start: The shard to start at, as a fraction of their number.
 
     Raises:
         RunError: A shard or its copy is damaged, or another user can write to the copies.
@@ -99,7 +101,7 @@ def copy_shards(folder: Path, into: Path, start: float = 0.0) -> None:
 
 
 def _copy(shard: ShardFile, folder: Path, into: Path, expected: str | None) -> None:
-    """Copy one shard, and publish it once what is on the disk has the checksum of what was read."""
+    """Copy one shard, and publish the copy once its checksum on the disk is that of the original."""
     original, part = folder / shard.name, into / f".{shard.name}.part"
     digest = hashlib.sha256()
     try:
@@ -110,12 +112,12 @@ def _copy(shard: ShardFile, folder: Path, into: Path, expected: str | None) -> N
                 target.write(block)
             target.flush()
             os.fsync(target.fileno())
-            os.posix_fadvise(target.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read it from the disk
+            os.posix_fadvise(target.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # verify the disk, not the page cache
         if expected not in (None, digest.hexdigest()):
             raise RunError(f"{original} does not have its checksum in {MANIFEST_FILE}; pack it again, or copy it again.")
         with part.open("rb") as written:
             if hashlib.file_digest(written, "sha256").digest() != digest.digest():
-                raise RunError(f"{part} was read back with another checksum than it was written with; the disk is damaged.")
+                raise RunError(f"{part}: checksum mismatch after write; the disk is damaged, choose another one.")
         os.utime(part, ns=(state.st_atime_ns, state.st_mtime_ns))
         part.replace(into / shard.name)
     finally:

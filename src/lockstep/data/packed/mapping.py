@@ -17,14 +17,14 @@ _WILL_NEED, _DONT_NEED, _POPULATE_READ = 3, 4, 22  # advice to madvise(2) on Lin
 class MappedFile:
     """The content of a file, which processes share through the page cache.
 
-    The pages of a read leave the memory of this process with the next one, so that its size does not grow with what it reads.
+    Each read releases the pages of the read before, so that the resident memory of the process does not grow.
 
     Args:
         path: The file.
-        size: Its size in bytes, which must be the one that it has.
+        size: Its expected size in bytes.
 
     Raises:
-        OSError: It cannot be opened or mapped, or has another size.
+        OSError: The file cannot be opened or mapped, or has another size.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -41,7 +41,7 @@ class MappedFile:
             raise OSError(number := ctypes.get_errno(), os.strerror(number))
         memory = (ctypes.c_ubyte * size).from_address(self._start)
         weakref.finalize(memory, self._libc.munmap, self._start, size).atexit = False
-        self._content = torch.frombuffer(memory, dtype=torch.uint8)  # it, and each view of it, keeps the memory
+        self._content = torch.frombuffer(memory, dtype=torch.uint8)  # this tensor and its views keep the file mapped
         self._newest = (self._start, 0)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -52,12 +52,12 @@ class MappedFile:
         return ctypes.string_at(self._start + offset, length)
 
     def view(self, offset: int, length: int) -> Tensor:
-        """``length`` bytes from ``offset``, uint8 (length,), without a copy: who writes there crashes."""
+        """``length`` bytes from ``offset``, uint8 (length,), without a copy; a write to it crashes the process."""
         self._prepare(offset, length)
         return self._content[offset : offset + length]
 
     def _prepare(self, offset: int, length: int) -> None:
-        """Let go of the pages of the last read, and request those of the next one, and none around them."""
+        """Release the pages of the last read, and prefetch exactly those of the next one."""
         self._libc.madvise(*self._newest, _DONT_NEED)
         before = offset % mmap.PAGESIZE
         self._newest = self._start + offset - before, length + before

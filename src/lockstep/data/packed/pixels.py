@@ -1,4 +1,4 @@
-"""Pixels of images: of JPEG and PNG, and stored as they are, as an array of numpy."""
+"""Pixels of images, decoded from JPEG or PNG or stored as a NumPy array."""
 
 import functools
 import io
@@ -15,11 +15,11 @@ def decode_pixels(content: bytes | Tensor) -> Tensor:
     """The pixels of an image, uint8 (3, H, W).
 
     Args:
-        content: A JPEG or PNG; or, as a tensor, uint8 (bytes,), the array of numpy that ``encode_pixels`` writes, of which the
-            pixels are a view.
+        content: A JPEG or PNG; or, as a tensor, uint8 (bytes,), the array of numpy that ``encode_pixels`` writes. The pixels
+            are then a view of it.
 
     Raises:
-        RuntimeError, ValueError: It is damaged, or something else.
+        RuntimeError, ValueError: ``content`` is damaged, or of another format.
     """
     if isinstance(content, bytes):
         return decode_image(content, mode="RGB")
@@ -33,7 +33,7 @@ def decode_pixels(content: bytes | Tensor) -> Tensor:
 
 
 def explain(error: Exception) -> str:
-    """The reason in an error of a decoder, without its place in the source of the decoder."""
+    """The reason of a decoder's error, without the location in the decoder's source."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(r"^.*(: |:\d+, )", "", line).rstrip(".")
 
@@ -47,7 +47,7 @@ def encode_pixels(image: Tensor) -> bytes:
 
 @functools.lru_cache(1024)
 def _shape(header: bytes) -> tuple[int, int, int]:
-    """Height, width and channels that the header of an array tells; numpy takes a tenth of a decoding to read it."""
+    """Height, width and channels from the header of an array; cached, as numpy takes a tenth of a decoding to read it."""
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("an array of another version than 1.0")

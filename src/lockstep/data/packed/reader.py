@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 Content = TypeVar("Content", bytes, Tensor)
 
 _LOOK_SECONDS = 10.0
-"""How often a process looks whether a shard has been copied."""
+"""Time between two checks for the copy of a shard."""
 
 
 class ShardReader:
     """The fields of the samples of ``index``, whose shards are in ``folder``. A process maps a shard when it first needs it.
 
     Args:
-        copies: Folder of copies of the shards on this node; each is read instead of the shard from when it is there.
+        copies: Folder of copies of the shards on this node; a copy is read instead of its shard as soon as it is complete.
     """
 
     def __init__(self, folder: Path, index: ShardIndex, copies: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Index the shards of a folder once: who needs the index first makes it, beside the shards if that folder can be written."""
+"""Index the shards of a folder once: the first process that needs the index writes it beside the shards, if it can."""
 
 import json
 import logging
@@ -27,9 +27,9 @@ _MAX_LABEL = 2**31 - 1
 
 
 def find_index(folder: Path) -> ShardIndex:
-    """The index of the shards in ``folder``, which is made if there is none, or if it is not of these shards.
+    """The index of the shards in ``folder``; created if it is missing or out of date.
 
-    Other processes that need it wait. If the folder cannot be written, it is not kept.
+    Other processes that need it wait. If the folder cannot be written, the index stays in memory.
 
     Raises:
         UsageError: The folder holds no shard, its packing has not ended, or a shard is compressed, truncated or damaged.
@@ -45,7 +45,7 @@ def find_index(folder: Path) -> ShardIndex:
             try:
                 atomic_write(path, lambda temporary: temporary.write_bytes(content))
             except OSError as error:
-                log.warning("the index of %s is not kept there (%s)", folder, error.strerror)
+                log.warning("the index of %s cannot be written there (%s) and stays in memory", folder, error.strerror)
                 return ShardIndex(content)
         return ShardIndex.open(path)
     except (OSError, NotImplementedError):  # the folder, or its file system, has no locks
@@ -53,7 +53,7 @@ def find_index(folder: Path) -> ShardIndex:
 
 
 def _current_index(path: Path, folder: Path) -> ShardIndex | None:
-    """The index in ``path`` if it is of the shards that are in ``folder``."""
+    """The index in ``path`` if it matches the shards in ``folder``."""
     shards = list_shards(folder)
     if not path.exists():
         return None
@@ -67,7 +67,7 @@ def _current_index(path: Path, folder: Path) -> ShardIndex | None:
 
 
 def is_current(index: ShardIndex, shards: list[ShardFile]) -> bool:
-    """Whether ``index`` was made of ``shards``, as they are now."""
+    """Whether ``index`` matches ``shards``."""
     return len(index.shards) == len(shards) and all(
         (own.name, own.size) == (found.name, found.size) and own.changed in (None, found.changed)
         for own, found in zip(index.shards, shards, strict=True)
@@ -91,7 +91,7 @@ def list_shards(folder: Path) -> list[ShardFile]:
     except OSError as error:
         raise UsageError(f"data.root: {folder} cannot be read ({error.strerror}).") from error
     if (folder / WORK_FOLDER).exists():
-        raise UsageError(f"data.root: {folder} is not packed to its end; run lockstep pack again, as before.")
+        raise UsageError(f"data.root: packing of {folder} has not finished; run the same lockstep pack command again.")
     for entry in entries:
         if entry.name.endswith(COMPRESSED_SUFFIXES):
             raise compressed(folder / entry.name, entry.name.rpartition(".")[2])
@@ -145,7 +145,7 @@ def index_shards(folder: Path, shards: list[ShardFile], classes: list[str] | Non
 
 
 def _packed(folder: Path) -> tuple[dict[str, int], list[str] | None]:
-    """The shards in ``folder`` that ``lockstep pack`` has written, with their sizes, and the names of the classes."""
+    """Names and sizes of the shards that ``lockstep pack`` has written to ``folder``, and the names of the classes."""
     try:
         manifest = read_json(folder / MANIFEST_FILE)
         return {record["name"]: record["bytes"] for record in manifest.get("shards", [])}, manifest.get("classes")
@@ -154,7 +154,7 @@ def _packed(folder: Path) -> tuple[dict[str, int], list[str] | None]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and field of a member's name, as webdataset splits it: at the first dot; None for what it leaves out."""
+    """Split the name of a member at its first dot into key and field, as webdataset does; None for names that it ignores."""
     if re.fullmatch(r"__[^/]*__", name):  # metadata of the whole shard
         return None
     match = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]+)", name, re.DOTALL)
@@ -162,7 +162,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def _samples(content: mmap.mmap, shard: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Key and fields of each sample: neighbours with the same key."""
+    """Key and fields of each sample: consecutive members with the same key."""
     key, fields = "", dict[str, Member]()
     for member in members(content, shard):
         parts = split_name(member.name)
@@ -180,7 +180,7 @@ def _samples(content: mmap.mmap, shard: Path) -> Iterator[tuple[str, dict[str, M
 
 
 class _Labels:
-    """The labels of the samples: what their field ``cls``, or ``label`` or ``cls`` in their field ``json``, says."""
+    """The labels of the samples, from their field ``cls``, or from ``label`` or ``cls`` in their field ``json``."""
 
     def __init__(self) -> None:
         self._found: list[int | str | None] = []
@@ -201,8 +201,10 @@ class _Labels:
         self._found.append(label if known else None)
 
     def numbered(self, classes: list[str] | None) -> tuple[list[int], list[str] | None]:
-        """A number for each sample, -1 for none, and the names of the classes: ``classes``, or what the labels are if not all
-        are numbers."""
+        """The number of each sample's class, -1 for none, and the names of the classes.
+
+        The names are ``classes`` if all labels are numbers, else the labels.
+        """
         if any(isinstance(label, str) for label in self._found):
             classes = sorted({str(label) for label in self._found if label is not None})
             numbers = {name: number for number, name in enumerate(classes)}
@@ -212,22 +214,22 @@ class _Labels:
 
 @contextmanager
 def locked(folder: Path, wait_seconds: float | None = None) -> Iterator[None]:
-    """Let no other process index ``folder`` or pack into it.
+    """Exclude other processes that index ``folder`` or pack into it.
 
     Args:
-        wait_seconds: How long to wait for one that does; None: until it ends.
+        wait_seconds: How long to wait for such a process; None: until it ends.
 
     Raises:
         UsageError: Another process does that, and has not ended.
         OSError: The folder cannot be written.
-        NotImplementedError: Its file system has no locks, and this one waits until the other ends.
+        NotImplementedError: Its file system has no locks, and ``wait_seconds`` is None.
     """
     lock = FileLock(folder / f".{INDEX_FILE}.lock")
     try:
         lock.acquire(timeout=wait_seconds or 0)
     except Timeout:
         if wait_seconds is not None:
-            raise UsageError(f"{folder}: another process is packing into it, or indexes it; wait for it to end.") from None
+            raise UsageError(f"{folder}: another process is packing into it or indexing it; wait for it to end.") from None
         log.info("waiting for another process to index %s", folder)
         lock.acquire()
     except NotImplementedError:

@@ -19,7 +19,7 @@ class Member(NamedTuple):
 
     Attributes:
         name: Its name; bytes that are not UTF-8 as in a file name of Python.
-        offset: Where its content begins, in bytes.
+        offset: Start of its content, in bytes.
         size: Length of its content in bytes.
     """
 
@@ -54,7 +54,7 @@ def members(content: bytes | mmap, shard: Path) -> Iterator[Member]:
             length, name = _number(header[124:136]), _name(header)
             if not is_extension:
                 length, name = int(extended.get("size", length)), extended.get("path", name)
-            if length < 0:  # else the next header would be sought backwards, without an end
+            if length < 0:  # this loop would go backwards, and might never end
                 raise ValueError("size")
         except ValueError:
             raise UsageError(
@@ -89,8 +89,8 @@ def members(content: bytes | mmap, shard: Path) -> Iterator[Member]:
 def compressed(shard: Path, how: str) -> UsageError:
     """The error about a compressed shard."""
     return UsageError(
-        f"data.root: {shard} is compressed ({how}), so no sample in it can be read without all before it; decompress it: the "
-        "images in it are compressed already."
+        f"data.root: {shard} is compressed ({how}), which prevents random access; decompress it: the images in it are "
+        "compressed already."
     )
 
 
