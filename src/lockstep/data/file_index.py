@@ -1,71 +1,46 @@
 """The files of an image folder: found by one walk, kept in one compact file that all processes of a run map into memory."""
 
 import errno
-import hashlib
 import json
-import mmap
 import os
 import secrets
-import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lockstep.core import RunError, UsageError, fsync
+from lockstep.core import UsageError, fsync
+from lockstep.data.index_file import IndexFile, encode_index
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _RACY_NS = 2 * 10**9  # a folder that changed this shortly before may change again with the same modification time
 
 
-class FileIndex:
+class FileIndex(IndexFile):
     """Names and labels of the files of one split, in one subfolder for each class; labels follow the order of the classes.
 
-    The content is a line of JSON, padded to 8 bytes; the ends of the names, int64 (n + 1,), from 0; labels, int32 (n,); the
-    names, relative to the folder of the split; and as JSON what ``is_current`` compares. There is no Python object per file:
-    each worker process would copy its memory when it counts a reference.
-
-    Args:
-        content: What ``scan`` returns.
-        path: The file that holds it, if any.
+    After the header come the ends of the names, int64 (n + 1,), from 0; labels, int32 (n,); the names, relative to the folder
+    of the split; and as JSON what ``is_current`` compares.
 
     Attributes:
         classes: Names of the classes.
         labels: Label of each file, int32 (n,).
-
-    Raises:
-        RunError: The file is damaged.
     """
 
-    def __init__(self, content: bytes | mmap.mmap, path: Path | None = None) -> None:
-        self._content, self._path = content, path
-        try:
-            self._body = content.find(b"\n") + 1
-            self._header: dict[str, Any] = json.loads(content[: self._body])
-            self.classes: list[str] = self._header["classes"]
-            files = self._header["files"]
-            self._ends = np.frombuffer(content, "<i8", files + 1, self._body)
-            self.labels = np.frombuffer(content, "<i4", files, self._body + self._ends.nbytes)
-            self._names = self._body + self._ends.nbytes + self.labels.nbytes
-            self._folders = self._names + int(self._ends[-1])
-            if len(content) != self._folders + self._header["folders"]:
-                raise ValueError("a part is missing")
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged() from error
+    _remedy = "if no file was added or removed since the run began, remove it, and resume"
 
-    @classmethod
-    def open(cls, path: Path) -> "FileIndex":
-        """The index in ``path``, mapped into memory."""
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"", path)
-
-    def __reduce__(self) -> Any:
-        return (FileIndex, (self._content,)) if self._path is None else (FileIndex.open, (self._path,))
+    def _parse(self) -> None:
+        self.classes: list[str] = self._header["classes"]
+        files = self._header["files"]
+        self._ends = np.frombuffer(self._content, "<i8", files + 1, self._body)
+        self.labels = np.frombuffer(self._content, "<i4", files, self._body + self._ends.nbytes)
+        self._names = self._body + self._ends.nbytes + self.labels.nbytes
+        self._folders = self._names + int(self._ends[-1])
+        if len(self._content) != self._folders + self._header["folders"]:
+            raise ValueError("a part is missing")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,14 +49,8 @@ class FileIndex:
         """Name of a file, relative to the folder of the split, and its label."""
         label = int(self.labels[index])
         index %= len(self)
-        return os.fsdecode(
-            self._content[self._names + int(self._ends[index]) : self._names + int(self._ends[index + 1])]
-        ), label
-
-    def verify(self) -> None:
-        """Raise RunError if the content does not have its checksum."""
-        if hashlib.sha256(self._content[self._body :]).hexdigest() != self._header.get("sha256"):
-            raise self._damaged()
+        name = self._content[self._names + int(self._ends[index]) : self._names + int(self._ends[index + 1])]
+        return os.fsdecode(name), label
 
     def is_current(self, folder: Path) -> bool:
         """Whether ``folder`` is the one that was scanned, and no file in it was added or removed since."""
@@ -97,9 +66,6 @@ class FileIndex:
         """Names that only this index has, and those that only ``other`` has."""
         own, others = ({index[number][0] for number in range(len(index))} for index in (self, other))
         return sorted(own - others), sorted(others - own)
-
-    def _damaged(self) -> RunError:
-        return RunError(f"{self._path} is damaged; if no file was added or removed since the run began, remove it, and resume.")
 
 
 def publish_index(content: bytes, path: Path, replace: bool) -> None:
@@ -189,14 +155,9 @@ def index_content(files: Iterable[tuple[str, int]], classes: list[str], folder: 
         names += os.fsencode(name)
         ends.append(len(names))
         labels.append(label)
-    if sys.byteorder == "big":
-        ends.byteswap()
-        labels.byteswap()
     folders = json.dumps({"root": os.path.realpath(folder), "changed": changed}).encode()
-    body = b"".join((ends, labels, names, folders))
-    header = {"files": len(labels), "folders": len(folders), "classes": classes, "sha256": hashlib.sha256(body).hexdigest()}
-    line = json.dumps(header).encode()
-    return line + b" " * (-(len(line) + 1) % 8) + b"\n" + body
+    header = {"files": len(labels), "folders": len(folders), "classes": classes}
+    return encode_index(header, (ends, labels), names, folders)
 
 
 class _Walk:

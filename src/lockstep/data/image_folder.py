@@ -46,7 +46,7 @@ class ImageFolder(ImageData):
         augment: Crop and flip training images at random; else they are treated as in evaluation.
         decode: Where JPEGs are decoded: ``cpu``, in the workers, or ``gpu``, a batch at once with nvJPEG, with the same crops.
             Its pixels differ a little from those of a CPU.
-        on_corrupt: If a file cannot be read or decoded, ``raise`` ends the run. ``skip`` leaves it out of its batch, logs its
+        on_corrupt: If a file cannot be read or decoded, ``raise`` ends the run; ``skip`` leaves it out of its batch, logs its
             name and counts it in ``result.json``. All other samples of the step have the same weight on any number of ranks,
             for which the ranks synchronize at each batch. The run ends if no rank can decode any file of a batch. A rank
             without one takes the step with a stand-in of the same shape, which changes no gradient, batch statistic, metric or

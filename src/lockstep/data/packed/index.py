@@ -1,19 +1,14 @@
 """The index of the shards of one folder: one compact file that all processes map into memory."""
 
-import hashlib
-import json
-import mmap
 import os
-import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lockstep.core import RunError
+from lockstep.data.index_file import IndexFile, encode_index
 
 _FORMAT = 1
 
@@ -48,68 +43,38 @@ class Entry(NamedTuple):
     length: int
 
 
-class ShardIndex:
+class ShardIndex(IndexFile):
     """Keys, fields and labels of the samples in the shards of a folder, in the order of the shards.
 
-    The content is a line of JSON, padded to 8 bytes, and arrays: for each shard, key and sample where the next begins, int64
-    (shards + 1,), (n + 1,) and (n + 1,), from 0; of all fields, offsets and lengths, int64 (m,) and (m,); labels, int32 (n,);
-    numbers of the fields, int32 (m,); the keys. There is no Python object per sample: each worker process would copy its
-    memory when it counts a reference.
-
-    Args:
-        content: What ``IndexBuilder`` returns.
-        path: The file that holds it, if any.
+    After the header come arrays: for each shard, key and sample where the next begins, int64 (shards + 1,), (n + 1,) and
+    (n + 1,), from 0; of all fields, offsets and lengths, int64 (m,) and (m,); labels, int32 (n,); numbers of the fields,
+    int32 (m,); the keys.
 
     Attributes:
         shards: The tar files.
         labels: Label of each sample, int32 (n,); -1 where it has none.
         fields: Names of all fields.
         class_names: Names of the classes; None where labels are numbers.
-
-    Raises:
-        RunError: The file is damaged.
     """
 
-    def __init__(self, content: bytes | mmap.mmap, path: Path | None = None) -> None:
-        self._content, self.path = content, path
-        try:
-            self._body = content.find(b"\n") + 1
-            self._header: dict[str, Any] = json.loads(content[: self._body])
-            if self._header["format"] != _FORMAT:
-                raise ValueError("another format")
-            self.shards = [ShardFile(*shard) for shard in self._header["shards"]]
-            self.fields: list[str] = self._header["fields"]
-            self.class_names: list[str] | None = self._header["classes"]
-            samples, entries = self._header["samples"], self._header["entries"]
-            place = self._body
-            arrays = []
-            for kind, length in (
-                *(("<i8", len(self.shards) + 1), ("<i8", samples + 1), ("<i8", samples + 1)),
-                *(("<i8", entries), ("<i8", entries), ("<i4", samples), ("<i4", entries)),
-            ):
-                arrays.append(np.frombuffer(content, kind, length, place))
-                place += arrays[-1].nbytes
-            self._shard_ends, self._key_ends, self._entry_ends, self._offsets, self._lengths, self.labels, self._names = arrays
-            self._keys = place
-            if len(content) != place + int(self._key_ends[-1]):
-                raise ValueError("a part is missing")
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged() from error
+    _remedy = "remove it to create it again from the shards"
 
-    @classmethod
-    def open(cls, path: Path) -> "ShardIndex":
-        """The index in ``path``, mapped into memory."""
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"", path)
-
-    def __reduce__(self) -> Any:
-        return (ShardIndex, (self.content,)) if self.path is None else (ShardIndex.open, (self.path,))
-
-    @property
-    def content(self) -> bytes:
-        """A copy of the bytes of the index."""
-        return bytes(self._content[:])
+    def _parse(self) -> None:
+        if self._header["format"] != _FORMAT:
+            raise ValueError("another format")
+        self.shards = [ShardFile(*shard) for shard in self._header["shards"]]
+        self.fields: list[str] = self._header["fields"]
+        self.class_names: list[str] | None = self._header["classes"]
+        samples, entries = self._header["samples"], self._header["entries"]
+        lengths = (len(self.shards) + 1, samples + 1, samples + 1, entries, entries, samples, entries)
+        place, arrays = self._body, []
+        for kind, length in zip(["<i8"] * 5 + ["<i4"] * 2, lengths, strict=True):
+            arrays.append(np.frombuffer(self._content, kind, length, place))
+            place += arrays[-1].nbytes
+        self._shard_ends, self._key_ends, self._entry_ends, self._offsets, self._lengths, self.labels, self._names = arrays
+        self._keys = place
+        if len(self._content) != place + int(self._key_ends[-1]):
+            raise ValueError("a part is missing")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -145,11 +110,6 @@ class ShardIndex:
             raise IndexError(f"sample {index} of {len(self)}")
         return index % len(self)
 
-    def verify(self) -> None:
-        """Raise RunError if the content does not have its checksum."""
-        if hashlib.sha256(self._content[self._body :]).hexdigest() != self._header.get("sha256"):
-            raise self._damaged()
-
     def samples_of(self, shard: int) -> tuple[Any, ...]:
         """Keys, fields and labels of the samples of one shard, for comparison."""
         first, last = (int(self._shard_ends[shard + number]) for number in (0, 1))
@@ -158,9 +118,6 @@ class ShardIndex:
         keys = self._content[self._keys + int(self._key_ends[first]) : self._keys + int(self._key_ends[last])]
         arrays = (self._offsets[start:end], self._lengths[start:end], self.labels[first:last])
         return keys, names, *(part.tobytes() for part in arrays)
-
-    def _damaged(self) -> RunError:
-        return RunError(f"{self.path} is damaged; remove it to create it again from the shards.")
 
 
 @dataclass
@@ -199,14 +156,6 @@ class IndexBuilder:
             labels: Label of each sample; -1 where it has none.
             classes: Names of the classes; None where labels are numbers.
         """
-        numbers = (self.shard_ends, self.key_ends, self.entry_ends, self.offsets, self.lengths, array("i", labels), self.names)
-        if sys.byteorder == "big":
-            for part in numbers:
-                part.byteswap()
-        body = b"".join((*numbers, self.keys))
-        header = {
-            **{"format": _FORMAT, "samples": len(labels), "entries": len(self.offsets), "fields": list(self.fields)},
-            **{"classes": classes, "shards": self.shards, "sha256": hashlib.sha256(body).hexdigest()},
-        }
-        line = json.dumps(header).encode()
-        return line + b" " * (-(len(line) + 1) % 8) + b"\n" + body
+        arrays = (self.shard_ends, self.key_ends, self.entry_ends, self.offsets, self.lengths, array("i", labels), self.names)
+        header = {"format": _FORMAT, "samples": len(labels), "entries": len(self.offsets), "fields": list(self.fields)}
+        return encode_index({**header, "classes": classes, "shards": self.shards}, arrays, self.keys)
