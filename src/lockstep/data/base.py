@@ -42,8 +42,8 @@ class ImageData(LightningDataModule):
             number of ranks.
         batch_size_per_rank: Set this instead for a fixed number of samples on each rank. Learning rate and warm-up are then
             scaled with the number of ranks (Goyal et al. 2017), and the log says so.
-        num_workers: Processes of each rank that prepare samples. By default 0 for a single local process (so that a debugger
-            works) and for data in memory, else the CPUs of this rank less one.
+        num_workers: Processes of each rank that prepare samples. By default the CPUs of this rank less one; 0 for a single
+            local process (so that a debugger works) and for data in memory.
         drop_last: Drop the last, smaller batch of a training epoch.
         seed: Seed of the split; the run's seed by default.
         transforms: Random transforms of a training image, such as ``torchvision.transforms.v2.RandAugment``, after its crop and

@@ -92,8 +92,8 @@ def decode_crop(data: bytes | Tensor, rule: CropRule, size: int) -> Tensor:
     """The crop that ``rule`` chooses of an image, uint8 (3, size, size), in channels-last layout.
 
     The result depends on ``data`` and the crop alone. The pixels of a JPEG are those of libjpeg-turbo. Its rows below the crop
-    are not decoded. If the crop is at least twice as large as ``size``, the JPEG is decoded at 1/2, 1/4 or 1/8 of its
-    resolution, directly from its DCT coefficients.
+    are not decoded. A crop at least twice as large as ``size`` is decoded at 1/2, 1/4 or 1/8 of the resolution, directly from
+    the DCT coefficients.
 
     Args:
         data: A JPEG or PNG; or an array of pixels, see ``decode_pixels``.

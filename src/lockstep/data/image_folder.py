@@ -294,16 +294,13 @@ class ImageFiles(Dataset[Any]):
     @property
     def samples(self) -> list[tuple[str, int]]:
         """Path and label of each file; each call makes a new list."""
-        return [self._sample(index) for index in range(len(self))]
+        return [(self.place(index), label) for index, label in enumerate(self.targets)]
 
     @property
     def targets(self) -> list[int]:
         """Label of each file; each call makes a new list."""
         targets: list[int] = self.index.labels.tolist()
         return targets
-
-    def _sample(self, index: int) -> tuple[str, int]:
-        return self.place(index), int(self.index.labels[index])
 
     def place(self, index: int) -> str:
         """Where an image is: the path of its file."""

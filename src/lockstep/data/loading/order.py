@@ -32,8 +32,8 @@ class SequentialOrder:
 class ShuffledOrder:
     """A permutation of ``range(samples)``, chosen by ``key``.
 
-    A Feistel network permutes the numbers of as many bits as ``samples - 1`` has, and is applied again to those that are not
-    below ``samples`` (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network permutes all numbers with as many bits as ``samples - 1``. Results of ``samples`` or more are permuted
+    again (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
 
     def __init__(self, samples: int, key: int) -> None:

@@ -89,8 +89,8 @@ class SeededDataset(Dataset[Any]):
     """A dataset whose random augmentation (torch, numpy, random) depends on (seed, epoch, position) alone.
 
     Only the workers of a loader see it. Reading restores the random state of the process. As in a plain DataLoader,
-    ``__getitems__`` is called instead of ``__getitem__`` if the dataset has it. It gets one sample at a time, or all together
-    if the attribute ``deterministic`` of the dataset is true or ``__getitems__`` does not return a list.
+    ``__getitems__`` is called instead of ``__getitem__`` if the dataset has it. It gets one index at a time; or all together
+    if it does not return a list or the dataset's attribute ``deterministic`` is true.
 
     Args:
         times: For each worker, float64 (workers, 3) in shared memory: seconds spent here, how many of them on reading files,

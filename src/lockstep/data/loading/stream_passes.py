@@ -58,7 +58,7 @@ class StreamPass:
             return
         if self.restore(saved):
             return
-        if saved["after"] is not None:  # a stream that does not begin a pass as a new one does
+        if saved["after"] is not None:  # the pass did not start at the initial state of the stream
             self.load({**saved, "starts": [saved["after"]], "dropped": 0, "chosen": 0})
             return
         if not self.can_rewind:

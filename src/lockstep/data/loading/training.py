@@ -163,7 +163,7 @@ class TrainingLoader(LightningCombinedLoader):
         self._batches: deque[TrainingBatch] = deque(maxlen=2)  # one may be fetched ahead
         self._streams, self._has_resumed = list(streams), False
         self._length: int | None = None  # on all ranks
-        self._ends_together = False  # whether ranks may have different numbers of batches: no sampler of lockstep decides
+        self._ends_together = False  # whether ranks may have different numbers of batches, as a loader is not sharded
         if self.mode == "sequential":
             raise UsageError(
                 "data: train_dataloader returns a CombinedLoader with mode 'sequential', which Lightning does not train with; "

@@ -50,7 +50,7 @@ class ShardReader:
         return self._take(entry, MappedFile.view)
 
     def _take(self, entry: Entry, take: Callable[[MappedFile, int, int], Content]) -> Content:
-        """What ``take`` gives of one field: of the copy of its shard, or of the original if the copy fails."""
+        """The result of ``take`` for one field in the copy of its shard, or in the original if the copy fails."""
         try:
             return take(self._map(entry.shard), entry.offset, entry.length)
         except OSError as error:
@@ -80,10 +80,6 @@ class ShardReader:
 
     def _name(self, number: int) -> str:
         return self.index.shards[number].name
-
-    def fields(self, index: int) -> dict[str, bytes]:
-        """The content of all fields of a sample, by their names."""
-        return {entry.field: self.read(entry) for entry in self.index.entries(index)}
 
     def place(self, index: int, entry: Entry) -> str:
         """Where a field is, for messages: shard and member."""
