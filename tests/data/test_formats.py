@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import itertools
 import pickle
 import shutil
 import struct
@@ -102,11 +103,16 @@ def test_download_without_a_server_raises_error_with_the_remedy(tmp_path: Path) 
         data.prepare_data()
 
 
-def test_a_damaged_folder_raises_error_with_the_remedy(tmp_path: Path) -> None:
-    (tmp_path / "mnist").mkdir()
+@pytest.mark.parametrize("content", [None, b"", bytes(40)])
+def test_a_damaged_folder_raises_error_with_the_remedy(tmp_path: Path, content: bytes | None) -> None:
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    if content is not None:
+        for part, kind in itertools.product(("train", "t10k"), ("images-idx3", "labels-idx1")):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
     data = MNIST(root=tmp_path)
     data.prepare_data()
-    with pytest.raises(UsageError, match=r"is damaged .*; remove the folder to download it again"):
+    with pytest.raises(UsageError, match=r"is damaged \(.+\); remove the folder to download it again"):
         data.setup("fit")
 
 

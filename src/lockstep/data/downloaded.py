@@ -51,9 +51,10 @@ class DownloadedData(ImageData):
             images, labels = self.tensors(self.source(self.folder, train=split != "test"))
         except PermissionError as error:
             raise UsageError(f"data.root: {error.filename} cannot be read; its permissions do not allow it.") from error
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:  # torchvision asserts what a header says
+            reason = str(error) or type(error).__name__
             raise UsageError(
-                f"data.root: {self.folder} is damaged ({error}); remove the folder to download it again."
+                f"data.root: {self.folder} is damaged ({reason}); remove the folder to download it again."
             ) from error
         if split == "test":
             return InMemoryImages(images, labels)
