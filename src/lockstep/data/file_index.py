@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.core import UsageError, fsync
-from lockstep.data.index_file import IndexFile, encode_index
+from lockstep.data.packed import IndexFile, encode_index
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _RACY_NS = 2 * 10**9  # a folder that changed this shortly before may change again with the same modification time

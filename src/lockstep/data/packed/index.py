@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lockstep.data.index_file import IndexFile, encode_index
+from lockstep.data.packed.index_file import IndexFile, encode_index
 
 _FORMAT = 1
 
