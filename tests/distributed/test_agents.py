@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import signal
 import socket
 import sys
@@ -55,7 +56,9 @@ class Nodes:
     def run(self, node: int, key: bytes = b"secret") -> None:
         agents = World(node, self.nodes, 0, 1, f"tcp://127.0.0.1:{self.port}", "slurm")
         plan = Plan(self.train, self.log, self.limits, self.record, self.next_attempt)
-        sys.exit(Agent(agents, self.ranks, Channel.open(agents, key, self.silent_seconds), plan).run(1))
+        status = Agent(agents, self.ranks, Channel.open(agents, key, self.silent_seconds), plan).run(1)
+        sys.stderr.flush()
+        os._exit(status)  # as a task of Slurm does: it waits for no child
 
     def log(self, world: World, attempt: int) -> Path:
         return self.folder / f"{attempt}.{world.rank}.log"
@@ -73,10 +76,10 @@ class Nodes:
         assert failure is not None
         return failure
 
-    def statuses(self) -> list[int | None]:
+    def statuses(self) -> list[int]:
         """Exit statuses of the agents, once all have ended."""
-        for agent in self.agents:
-            agent.join(40)
+        # Not join: it waits for a pipe that a frozen rank keeps open.
+        wait_until(lambda: all(agent.exitcode is not None for agent in self.agents), 40)
         return [agent.exitcode for agent in self.agents]
 
 
@@ -146,6 +149,34 @@ def test_a_rank_that_ignores_sigterm_is_killed_before_the_next_attempt(tmp_path:
 
     nodes = Nodes(tmp_path, train, nodes=1).start()
     assert nodes.statuses() == [0]
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_rank_that_the_kernel_does_not_end_is_named_and_needs_another_srun(
+    tmp_path: Path, freezer: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], node: int
+) -> None:
+    stuck = 2 * node + 1
+    for name, seconds in (("_CLOSING_SECONDS", 2.0), ("STUCK_SECONDS", 1.0)):
+        monkeypatch.setattr(f"lockstep.distributed.rank_group.{name}", seconds)
+
+    def train(world: World, attempt: int, enter: Callable[[str], None]) -> None:
+        note(tmp_path, world, attempt)
+        if world.rank == stuck:
+            (freezer / "cgroup.procs").write_text("0")
+            (freezer / "freezer.state").write_text("FROZEN")
+        wait_until(lambda: (freezer / "freezer.state").read_text() == "FROZEN\n", 30)
+        if world.rank == 2 - 2 * node:
+            raise ArithmeticError
+        time.sleep(100)
+
+    nodes = Nodes(tmp_path, train).start()
+    assert nodes.statuses() == [1, 0]
+    assert nodes.failure(1).rank == 2 - 2 * node and not list(tmp_path.glob("next.*"))  # the batch script decides
+    process = f"rank {stuck} (process {(tmp_path / f'1.{stuck}.pid').read_text().split()[0]}) on {platform.node()}"
+    assert capfd.readouterr().err == (
+        f"lockstep: the kernel does not end {process}, which may wait for a device or a file system. "
+        "The ranks are not restarted without srun.\n"
+    )
 
 
 @pytest.mark.parametrize("node", [0, 1])

@@ -1,6 +1,7 @@
 """Forked ranks without training: their results, and the report about the first one that fails."""
 
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.waiting import wait_until
 
 from lockstep.core.errors import RunError, UsageError
 from lockstep.core.world import World
@@ -150,3 +152,24 @@ def test_ranks_end_with_the_parent(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_rank_that_the_kernel_does_not_end_is_named(
+    freezer: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lockstep.distributed.ranks._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("lockstep.distributed.rank_group.STUCK_SECONDS", 0.5)
+
+    def train(world: World) -> None:
+        if world.rank == 1:
+            (freezer / "cgroup.procs").write_text("0")
+            (freezer / "freezer.state").write_text("FROZEN")
+        wait_until(lambda: (freezer / "freezer.state").read_text() == "FROZEN\n", 30)
+        raise ArithmeticError
+
+    with pytest.raises(RankFailed, match="rank 0 of 2"):
+        fork_ranks(train, 1, 2)
+    assert re.fullmatch(
+        r"lockstep: the kernel does not end rank 1 \(process \d+\) on \S+, which .* Ctrl-C ends the wait for it.\n",
+        capfd.readouterr().err,
+    )

@@ -6,6 +6,7 @@ failure it ends all ranks, and the restart policy decides whether another attemp
 
 import ctypes
 import os
+import platform
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ from lockstep.distributed.rank_group import (
     STUCK_SECONDS,
     RankGroup,
     RankOutcome,
+    describe_stuck,
     first_failure,
     raise_interrupted,
     set_process_name,
@@ -111,7 +113,7 @@ class Agent:
             self.channel.send({"start": attempt, "rendezvous": rendezvous})
             group = self._fork(attempt, rendezvous, listener)
         running, outcomes = set(self.channel.connections), list[RankOutcome]()
-        signalled, lost, failed_at, is_ending = False, False, None, False
+        signalled, lost, failed_at, is_ending, stuck = False, False, None, False, list[str]()
         while group.running or running:
             new, ready = group.poll(_INTERVAL_SECONDS if failed_at is None else 0.1, list(self.channel.connections.values()))
             for node, message in self.channel.receive(ready):
@@ -122,7 +124,8 @@ class Agent:
                     new.append(_parse_outcome(message))
                 else:
                     running.discard(node)
-                    lost, signalled = lost or bool(message["stuck"]), signalled or bool(message["signal"])
+                    stuck += message["stuck"]
+                    lost, signalled = lost or bool(stuck), signalled or bool(message["signal"])
             outcomes += [outcome for outcome in new if not (is_ending and _is_interruption(outcome))]
             now = time.monotonic()
             if failed_at is None and (lost or any(outcome.ends_others for outcome in outcomes)):
@@ -133,14 +136,14 @@ class Agent:
                 is_ending = True
                 self.channel.send({"end": True})
                 group.end()
-        stuck = self._end_group()
+        stuck += self._end_group()
         failure = first_failure(outcomes)
         together = all(outcome.together for outcome in outcomes if outcome.failure is not None)
         status = 0 if failure is None or (together and not lost) else failure.exit_status
         if self._signal or signalled:  # Slurm kills the ranks that did not end in time
             failure = replace(failure, is_secondary=True) if failure is not None and failure.is_killed else failure
         if stuck:
-            print(f"lockstep: the kernel does not end these processes: {stuck}", file=sys.stderr, flush=True)
+            print(f"{describe_stuck(stuck)} The ranks are not restarted without srun.", file=sys.stderr, flush=True)
         is_final = bool(lost or stuck or signalled or failure is None)
         return _Ended(status or int(bool(lost or stuck)), None if together else failure, is_final)
 
@@ -194,11 +197,13 @@ class Agent:
             self._group.signal(self._signal)
         return self._group
 
-    def _end_group(self) -> list[int]:
-        """End what is left of the ranks and their children, and return the processes that the kernel does not end."""
+    def _end_group(self) -> list[str]:
+        """End what is left of the ranks and their children, and return the names of those that the kernel does not end."""
         group, self._group = self._group, None
         stuck = group.close() if group is not None else []
-        return stuck if stuck or group is None else self._kill_orphans()
+        if group is not None and not stuck:
+            stuck = [f"a child of a rank (process {pid}) on {platform.node()}" for pid in self._kill_orphans()]
+        return stuck
 
     def _kill_orphans(self) -> list[int]:
         """Kill the children of ranks that have ended, and their descendants, which this process adopts in turn.

@@ -108,16 +108,16 @@ def _accept(agents: World, key: bytes, deadline: float) -> dict[int, Connection]
         server.settimeout(1.0)
         while len(connections) < agents.size - 1:
             _send(connections.values(), _HEARTBEAT)  # or these agents would count this one as gone while it waits for others
-            try:
-                accepted, _ = server.accept()
-            except TimeoutError:
-                if time.monotonic() < deadline:
-                    continue
+            if time.monotonic() > deadline:
                 missing = ", ".join(str(node) for node in range(1, agents.size) if node not in connections)
                 raise PeerError(
                     f"The agents of these nodes have not connected to {agents.rendezvous} within {_CONNECT_SECONDS:.0f} s: "
                     f"{missing}. They still import, or cannot reach it; see their output in the folder slurm of the run."
-                ) from None
+                )
+            try:
+                accepted, _ = server.accept()
+            except (TimeoutError, ConnectionAbortedError):
+                continue
             connection = _keep_alive(accepted)
             try:
                 deliver_challenge(connection, key)

@@ -9,6 +9,7 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import platform
 import re
 import signal
 import sys
@@ -233,13 +234,17 @@ class RankGroup:
         for rank in self.ranks:
             rank.process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
-    def close(self, seconds: float = 0.0) -> list[int]:
-        """Kill the ranks that are left after ``seconds``, and return the process ids of those that the kernel does not end."""
+    def close(self, seconds: float = 0.0) -> list[str]:
+        """Kill the ranks that are left after ``seconds``, and return the names of those that the kernel does not end."""
         self.join(seconds)
         for rank in self.ranks:
             rank.process.kill()
         self.join(STUCK_SECONDS)
-        stuck = [rank.pid for rank in self.ranks if rank.process.is_alive()]
+        stuck = [
+            f"rank {rank.world.rank} (process {rank.pid}) on {platform.node()}"
+            for rank in self.ranks
+            if rank.process.is_alive()
+        ]
         for rank in self.ranks:
             rank.close()
         self.ranks = []
@@ -323,6 +328,11 @@ class RankGroup:
                 if seconds > _CLOSING_SECONDS + STUCK_SECONDS:
                     failure = Failure.from_report("The kernel does not end the process.", rank.world)
                     self.outcomes[rank.world.rank] = RankOutcome(failure=replace(failure, is_secondary=True))
+
+
+def describe_stuck(names: Iterable[str]) -> str:
+    """A line that names the processes that ``RankGroup.close`` could not end."""
+    return f"lockstep: the kernel does not end {', '.join(sorted(names))}, which may wait for a device or a file system."
 
 
 def first_failure(outcomes: Iterable[RankOutcome]) -> Failure | None:

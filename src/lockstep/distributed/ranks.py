@@ -1,6 +1,7 @@
-"""Run all ranks of simulated nodes on this machine, for ``launch/local.py`` and the tests."""
+"""Run all ranks of simulated nodes on this machine, for ``lockstep local`` and the tests."""
 
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 from lockstep.core import Interrupted, World
 from lockstep.distributed.phases import PhaseBoard
-from lockstep.distributed.rank_group import RankGroup, first_failure, raise_interrupted
+from lockstep.distributed.rank_group import RankGroup, describe_stuck, first_failure, raise_interrupted
 from lockstep.runs import Failure
 
 T = TypeVar("T")
@@ -63,7 +64,8 @@ def fork_ranks(
             signal.signal(signal.SIGTERM, previous)
             if group is not None:
                 group.signal(signal.SIGTERM)
-                group.close(_GRACE_SECONDS)
+                if stuck := group.close(_GRACE_SECONDS):
+                    print(f"{describe_stuck(stuck)} Ctrl-C ends the wait for it.", file=sys.stderr, flush=True)
 
 
 def _collect(group: RankGroup) -> list[Any]:

@@ -129,8 +129,12 @@ def record_failure(run: Run, attempt: int, failure: Failure) -> Failure:
         temporary.unlink(missing_ok=True)
     what = "lost a peer, which left no report" if failure.is_secondary else "failed first"
     place = f"rank {failure.rank} of {failure.world_size} {failure.place} {what}.\n" if failure.world_size > 1 else ""
-    with run.log(attempt).open("a") as log:
-        log.write(f"lockstep: {place}{failure.report.rstrip()}\n")
+    line = f"lockstep: {place}{failure.report.rstrip()}"
+    try:
+        with run.log(attempt).open("a") as log:
+            log.write(f"{line}\n")
+    except OSError as error:
+        print(f"lockstep: {run.log(attempt)} cannot be written ({error.strerror}). {line}", file=sys.stderr)
     return failure
 
 
