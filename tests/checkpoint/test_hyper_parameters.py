@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,6 +12,7 @@ from support.toy_model import ToyData
 from torch import nn
 
 from lockstep.checkpoint.hyper_parameters import HyperParameters
+from lockstep.checkpoint.serialization import to_plain_types
 from lockstep.config.yaml_files import load_yaml
 from lockstep.trainer.config_parser import instantiate, make_parser
 from lockstep.trainer.saved_config import dump_config
@@ -98,6 +100,12 @@ def test_a_checkpoint_keeps_what_a_class_has_saved(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)["hyper_parameters"]["note"] == "kept"
     _, path = saved({"class_path": f"{__name__}.make_net", "init_args": {"seed": 4}}, tmp_path)
     assert torch.load(path, weights_only=True)["hyper_parameters"] == {}
+
+
+def test_numbers_of_numpy_are_stored_as_plain_numbers() -> None:
+    saved = to_plain_types({"rate": np.float64(0.5), "half": np.float32(0.5), "sizes": [np.int64(3)], "name": np.str_("a")})
+    assert saved == {"rate": 0.5, "half": 0.5, "sizes": [3], "name": "a"}
+    assert [type(value) for value in (*saved.values(), saved["sizes"][0])] == [float, float, list, str, int]
 
 
 def test_a_data_module_loads_too(tmp_path: Path) -> None:

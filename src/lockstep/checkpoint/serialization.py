@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from io import BytesIO
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,9 +52,11 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor], other: Callab
 
 
 def to_plain_types(value: Any) -> Any:
-    """A copy of a nested ``value`` in which ``str(item)`` replaces what ``torch.load(weights_only=True)`` would refuse."""
-    if value is None or isinstance(value, bool | int | float | str | Tensor | torch.dtype):
+    """A copy of a nested ``value`` that ``torch.load(weights_only=True)`` accepts; ``str(item)`` replaces other objects."""
+    if value is None or type(value) in (bool, int, float, str) or isinstance(value, Tensor | torch.dtype):
         return value
+    if isinstance(value, Real):  # torch.load refuses subclasses of numbers, such as np.float64
+        return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, Mapping):
         return {str(key): to_plain_types(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
