@@ -1,5 +1,6 @@
 """``lockstep pack``: what it writes, in this process; then workers, and a packing that is killed at each file it publishes."""
 
+import io
 import json
 import os
 import random
@@ -222,6 +223,9 @@ def test_values_are_named_by_their_kind() -> None:
     named = {"image": image, "label": np.int64(3), "caption": "a", "json": "{}", "mask": image, "id": 4, "__key__": "no"}
     assert list(encode_sample(named, ImageOptions())) == ["png", "cls", "caption.txt", "json", "mask.png", "id"]
     assert list(encode_sample(image, ImageOptions(quality=50))) == ["jpg"]
+    for deep in (np.array([[0, 40_000]], np.uint16), np.array([[-1, 70_000]], np.int32), np.array([[0.5, 300]], np.float32)):
+        stored = encode_sample({"mask": Image.fromarray(deep)}, ImageOptions())
+        assert np.array_equal(np.load(io.BytesIO(stored["mask.npy"])), deep)
     assert list(encode_sample({"jpg": jpeg(), "cls": b"1"}, ImageOptions(raw=True))) == ["npy", "cls"]
     with pytest.raises(ValueError, match="two fields are named png"):
         encode_sample({"image": image, "png": image}, ImageOptions())

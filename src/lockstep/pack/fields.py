@@ -19,22 +19,8 @@ _SAME_KIND = {
     "cls": ("cls2", "index", "id", "count"),
     "txt": ("text", "cls", "json"),
     "bin": (
-        "cls",
-        "txt",
-        "text",
-        "json",
-        "npy",
-        "npz",
-        "pth",
-        "pickle",
-        "pyd",
-        "mp",
-        "msgpack",
-        "cbor",
-        "mp4",
-        "wav",
-        "flac",
-        "webp",
+        *("cls", "txt", "text", "json", "npy", "npz", "pth", "pickle", "pyd"),
+        *("mp", "msgpack", "cbor", "mp4", "wav", "flac", "webp"),
     ),
 }
 """Other names that a value of a kind may have, as in WebDataset."""
@@ -47,9 +33,10 @@ _MAGICS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png"}
 def encode_sample(sample: Any, options: ImageOptions) -> dict[str, bytes]:
     """The content of the fields of a sample, by their names.
 
-    The values of a tuple are named by their kind: an image ``png``, or ``jpg`` with a quality, an integer ``cls``, a text
-    ``txt``, an array ``npy``, bytes ``bin``, others ``json``; a second one of a kind has its position before it: ``2.npy``. The
-    names of a mapping are kept if they end with a kind, as ``jpg`` does; else the kind follows them, as in ``mask.png``.
+    The values of a tuple are named by their kind: an image ``png``, or ``jpg`` with a quality; an integer ``cls``; a text
+    ``txt``; an array, or an image of more than 8 bits, ``npy``; bytes ``bin``; others ``json``. The position precedes the kind
+    of a second one: ``2.npy``. The names of a mapping are kept if they end with a kind, as ``jpg`` does; else the kind follows
+    them, as in ``mask.png``.
 
     Raises:
         TypeError, ValueError: A value cannot be encoded.
@@ -87,6 +74,8 @@ def _encode(value: Any, options: ImageOptions) -> tuple[str, bytes]:
     if isinstance(value, bytes):
         kind = next((kind for magic, kind in _MAGICS.items() if value.startswith(magic)), "bin")
         return ("bin", value) if kind == "bin" else options.store_file(value, kind)
+    if isinstance(value, Image.Image) and value.mode[0] in "IF":  # RGB would clip its 16 or 32 bits to 8
+        value = np.asarray(value)
     if isinstance(value, Image.Image):
         return options.store_pixels(functional.pil_to_tensor(value if value.mode in ("L", "RGB") else value.convert("RGB")))
     if isinstance(value, str):
