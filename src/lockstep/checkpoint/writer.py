@@ -134,7 +134,7 @@ class CheckpointWriter:
             self.wait(0.1)
             self.on_wait()
         if self.world.is_rank_zero and not self.busy:
-            self.remove_debris()
+            self._remove_failed_saves()
         # The other ranks wait for the publication here.
         if (hung := consensus.reduce_max(rank if self.busy else -1, self._reset_in_time)) != -1:
             self._give_up(f"rank {hung} has not verified its share" if hung else "rank 0 has not published it")
@@ -163,14 +163,17 @@ class CheckpointWriter:
         )
 
     def remove_debris(self) -> None:
-        """Remove what failed and killed saves have left; call it where no rank of this attempt is writing."""
+        """Remove what failed saves and killed processes have left; call it before this attempt writes."""
+        self._remove_failed_saves()
+        for path in self.run.folder.glob(".*.*.[0-9]*"):  # of atomic writes
+            if path.suffix != f".{os.getpid()}":
+                path.unlink(missing_ok=True)
+
+    def _remove_failed_saves(self) -> None:
         for path in self.run.checkpoints.glob(".step-*"):
             attempt = path.name.rpartition(".")[2]
             if attempt == "gone" or (attempt.isdigit() and int(attempt) <= self.attempt):
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self.run.folder.glob(".*.*.[0-9]*"):  # of atomic writes
-            if path.suffix != f".{os.getpid()}":
-                path.unlink(missing_ok=True)
 
     def wait(self, seconds: float) -> None:
         """Wait up to ``seconds`` for this rank's save to finish."""
