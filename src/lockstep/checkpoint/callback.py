@@ -32,13 +32,13 @@ from lockstep.strategies import LockstepStrategy
 log = logging.getLogger(__name__)
 
 _SUPERSEDED = 128
-"""What ranks agree on instead of a signal, which is less, where a newer attempt has claimed the run."""
+"""Stop value, above every signal number: a newer attempt has claimed the run."""
 
 _RETRY_MINUTES = 1.0
-"""Time after which a failed save is repeated."""
+"""Minutes after which a failed save is retried."""
 
 _END_PERIOD = 50
-"""Optimizer steps between two exchanges of which rank wants to end training."""
+"""Optimizer steps between two exchanges of the step at which a rank wants to end training."""
 
 _NEVER = 2**62
 
@@ -100,7 +100,7 @@ class CheckpointCallback(Callback):
         if decision.stop == _SUPERSEDED:
             raise self.run.superseded(self.ownership.attempt)
         step, every = trainer.global_step, self.options.every_n_steps
-        # Several optimizers step in one batch, perhaps past the multiple.
+        # Several optimizers may step in one batch, and so skip the multiple.
         is_multiple = every is not None and step // every > self._boundary_step // every
         if step // _END_PERIOD > self._boundary_step // _END_PERIOD:
             self._end_step = consensus.exchange_min(self._end_step)
@@ -120,9 +120,9 @@ class CheckpointCallback(Callback):
     def settle_stop(self, place: str) -> None:
         """Keep ``Trainer.should_stop`` if all ranks have set it at this ``place`` in the loops.
 
-        Otherwise the ranks that have set it continue with the others, and all end after the second multiple of 50 steps from
-        here: they exchange their wish at the first, and know of it at the second. So a restart does not change the last step,
-        and neither does another rank that sets it meanwhile.
+        Otherwise all ranks continue to the second multiple of 50 steps from here: they exchange the end step at the first
+        multiple, so that all know it at the second. Neither a restart nor another rank that sets it meanwhile changes the last
+        step.
         """
         trainer = self.trainer
         assert trainer is not None
@@ -136,15 +136,15 @@ class CheckpointCallback(Callback):
         self._ends = all_meet(point, self._strategy.sharding.world)
         if not self._ends:
             trainer.should_stop, self._end_step = False, (self._boundary_step // _END_PERIOD + 2) * _END_PERIOD
-            text = "should_stop is set on rank %d, but not on all ranks; they end together after step %d"
+            text = "should_stop is set on rank %d, but not on all ranks; training ends on all of them after step %d"
             log.warning(text, trainer.global_rank, self._end_step)
 
     def on_fit_loop_end(self) -> None:
-        """Publish the weights that training has left, after all hooks that may change them, unless a checkpoint has them.
+        """Publish the final weights, after all hooks that may change them, unless a checkpoint already holds them.
 
         Raises:
             SaveError: They cannot be saved.
-            RunError: A hook has changed the weights after their save, and the strategy cannot save them so.
+            RunError: A hook has changed the weights after their save, and the strategy cannot save such changes.
         """
         trainer, consensus, writer = self.trainer, self._consensus, self.writer
         assert trainer is not None and consensus is not None
@@ -161,8 +161,8 @@ class CheckpointCallback(Callback):
                     return
                 if is_partitioned and consensus.reduce_max(int(trainer.is_global_zero and has_changed and is_published)):
                     raise RunError(
-                        "A hook has changed the weights after the last step (on_train_end of the module or of a callback), and "
-                        "ZeRO saves those of its optimizer; use strategy ddp."
+                        "A hook has changed the weights after the last step (on_train_end of the module or of a callback), but "
+                        "ZeRO saves the weights that its optimizer holds; use strategy ddp."
                     )
                 self.save(trainer, has_ended=True)
                 writer.wait_until_finished(consensus)
@@ -180,7 +180,7 @@ class CheckpointCallback(Callback):
 
         Raises:
             RunError: The ranks have different weights.
-            SaveError: The save before this one hangs.
+            SaveError: The previous save hangs.
         """
         if self.writer is None:
             return
@@ -215,7 +215,7 @@ class CheckpointCallback(Callback):
             other_seconds=seconds,
         )
         is_flushed = logger is None or not is_rank_zero or logger.metrics.flush()
-        known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written before"
+        known_error = "" if is_flushed else f"{self.run.metrics.name} could not be written"
         for part in parts.values():
             check_loadable(part)
         self.writer.wait_until_finished(self._consensus)
@@ -236,7 +236,7 @@ class CheckpointCallback(Callback):
         try:
             self._consensus.reduce_max(0, check_deadline)
             return True
-        except (TimeoutError, RuntimeError):  # another rank goes on, or has gone
+        except (TimeoutError, RuntimeError):  # another rank continues, or has exited
             return False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -304,13 +304,13 @@ class CheckpointCallback(Callback):
         return self._resumed is None or trainer.global_step != self._resumed.step
 
     def _weight_sums(self) -> Tensor:
-        """Checksums of the weights in Lightning's checkpoint, and of those that ZeRO saves elsewhere but every rank has."""
+        """Checksums of the weights in Lightning's checkpoint, and of replicated weights that ZeRO saves in shards."""
         strategy = self._strategy
         return weight_sums({**dict(strategy.replicated_weights()), **strategy.lightning_module_state_dict()}.values())
 
     @contextmanager
     def _stops_if_signalled(self, trainer: Trainer) -> Iterator[None]:
-        """After a stop signal, stop without the save that hangs."""
+        """After a stop signal, stop even if a save hangs."""
         try:
             yield
         except SaveError as error:
@@ -324,7 +324,7 @@ class CheckpointCallback(Callback):
         try:
             writer.scores = {int(step): float(score) for step, score in read_json(self._scores_file).items()}
         except (AttributeError, OSError, TypeError, ValueError) as error:
-            log.warning("%s is damaged (%s); the checkpoints so far are kept, whatever their scores", self._scores_file, error)
+            log.warning("%s is damaged (%s); all checkpoints so far are kept", self._scores_file, error)
             writer.protected = {path.name for path in published_checkpoints(self.run.checkpoints)}
 
 

@@ -1,4 +1,4 @@
-"""Checksums of the files of a checkpoint, piece by piece, so that all ranks verify them together.
+"""Checksums of each piece of the files of a checkpoint, so that all ranks share their verification.
 
 A file is described by its size and the SHA-256 of each piece of it. The work to verify a checkpoint is divided by pieces: each
 rank reads an equal share of all bytes, however they are spread over files, and however many ranks have written them.
@@ -19,7 +19,7 @@ PIECE_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**20
 
 FileSums = tuple[int, str]
-"""Size of a file in bytes, and the SHA-256 of each of its pieces, as hexadecimal digits one after the other.
+"""Size of a file in bytes, and the SHA-256 of each of its pieces, as concatenated hexadecimal digits.
 
 An empty file has one piece, so that it is verified too.
 """
@@ -31,12 +31,12 @@ Piece = tuple[str, int, int, str]
 
 
 def write_file(path: Path, content: Any) -> FileSums:
-    """Write ``content`` with ``torch.save``, flush it to disk, and return the checksums of what was to be written."""
+    """Write ``content`` with ``torch.save``, flush it to disk, and return its checksums, computed in memory."""
     with _HashingWriter(FileIO(path, "w")) as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk answers who verifies it on this node
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # verification must read the disk, not the page cache
         return file.tell(), file.sums()
 
 
@@ -44,7 +44,7 @@ def check_sums(name: str, file: FileSums) -> None:
     """Check that each piece of the file ``name`` has a checksum; what lacks one would not be verified.
 
     Raises:
-        ValueError: There are fewer or more.
+        ValueError: The number of checksums is wrong.
     """
     size, sums = file
     needed = max(1, -(-size // PIECE_BYTES))
@@ -88,7 +88,7 @@ def verify_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
                 sha256.update(block[:count])
                 left -= count
         if sha256.hexdigest() != digest:
-            raise ValueError(f"{name} has another checksum than when it was written")
+            raise ValueError(f"{name} has a checksum mismatch")
 
 
 class _HashingWriter(BufferedWriter):

@@ -1,4 +1,4 @@
-"""The arguments of module and DataModule in a checkpoint, from which ``load_from_checkpoint`` makes them again."""
+"""Store the arguments of the module and the DataModule in each checkpoint, so that ``load_from_checkpoint`` needs none."""
 
 import sys
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lockstep.checkpoint.serialization import to_plain_types
 
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
-"""What Lightning calls with hyperparameters that are values of a config: it makes the objects that they describe."""
+"""The function with which Lightning creates the objects that hyperparameters from a config describe."""
 
 
 class HyperParameters(Callback):
-    """Adds to each checkpoint the arguments of the config, in the form that LightningCLI gives them.
+    """Adds the arguments in the config to each checkpoint, in the format of LightningCLI.
 
-    What a class has saved itself, with ``save_hyperparameters``, stays as far as it is numbers, texts, lists and mappings.
+    Values that a class has saved with ``save_hyperparameters`` take precedence if they are numbers, strings, lists or mappings.
 
     Args:
         config: The content of ``config.yaml``, on the rank that writes the checkpoint; empty on others.
@@ -39,10 +39,10 @@ class HyperParameters(Callback):
 
 
 def _arguments(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a class as they are ``given`` in the config, but for those that it has ``saved`` itself."""
+    """The arguments ``given`` in the config, except those that the class has ``saved`` itself."""
     module, _, name = given.get("class_path", "").rpartition(".")
     if not given or not isinstance(found := resolve_name(given["class_path"]), type):
-        return {}  # a function makes it, whose arguments are not those of the class
+        return {}  # a function creates the object, and its arguments are not those of the class
     arguments = {**given.get("init_args", {}), **given.get("dict_kwargs", {})}
     missing = {key: value for key, value in arguments.items() if key not in saved or not _is_plain(saved[key])}
     is_importable = getattr(sys.modules.get(module), name, None) is found  # Lightning refuses a nested class
@@ -50,7 +50,7 @@ def _arguments(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is stored as it is, and not as a text about it or as another type."""
+    """Whether ``to_plain_types`` keeps a value and its type."""
     return not isinstance(value, tuple) and (
         all(map(_is_plain, value.values()))
         if isinstance(value, dict)

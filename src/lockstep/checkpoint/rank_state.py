@@ -26,7 +26,7 @@ from lockstep.strategies import DeepSpeed, ResumePoint
 def capture_state(trainer: Trainer) -> dict[str, Any]:
     """The state of this rank between two steps; tensors are live."""
     module = trainer.lightning_module
-    state: dict[str, Any] = {
+    return {
         "random": capture_rng_state(trainer.strategy.root_device),
         "trainable": [name for name, p in module.named_parameters() if p.requires_grad],
         "metrics": {name: capture_metric(m) for name, m in module.named_modules() if isinstance(m, Metric)},
@@ -34,15 +34,14 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
         "pruned": _pruned_parameters(module),
         "should_stop": trainer.should_stop,
         "streams": stream_records(trainer),
+        "gradients": dict(_accumulating_gradients(trainer)),
     }
-    state["gradients"] = dict(_accumulating_gradients(trainer))
-    return state
 
 
 def _accumulating_gradients(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
     """Gradients that the next backward adds to: those that only user code clears, and of parameters outside the optimizers.
 
-    Before each backward Lightning clears those of what its optimizers step. With ZeRO the engine holds all gradients.
+    Lightning clears the gradients of its optimizers before each backward. With ZeRO the engine holds all gradients.
     """
     module = trainer.lightning_module
     if isinstance(trainer.strategy, DeepSpeed):
@@ -54,7 +53,7 @@ def _accumulating_gradients(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
 
 
 def _pruned_parameters(module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """What ``torch.nn.utils.prune`` has masked, by name. ModelPruning leaves the masks out of its checkpoint."""
+    """Masks and original values of pruned parameters, by name; ModelPruning omits the masks from its checkpoint."""
     buffers, parameters = dict(module.named_buffers()), dict(module.named_parameters())
     names = [name.removesuffix("_orig") for name in parameters if name.endswith("_orig")]
     return {
@@ -66,7 +65,7 @@ def _pruned_parameters(module: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 def _restore_pruned_parameters(module: nn.Module, pruned: Mapping[str, Mapping[str, Tensor]]) -> None:
     is_pruned = _pruned_parameters(module).keys()
-    for name in [name for name in pruned if name not in is_pruned]:  # in this order on all ranks: it is that of the parameters
+    for name in [name for name in pruned if name not in is_pruned]:  # in the order of the parameters, on all ranks
         owner, _, parameter = name.rpartition(".")
         weight = module.get_parameter(name)
         prune.custom_from_mask(module.get_submodule(owner), parameter, pruned[name]["mask"].to(weight.device))  # type: ignore[no-untyped-call]
@@ -90,7 +89,7 @@ def restore_state(trainer: Trainer, point: ResumePoint) -> None:
             for state in states:
                 if name in state["metrics"]:
                     merge_metric(metric, state["metrics"][name])
-            if not states and name in point.shared["metrics"]:  # it has seen nothing, but reduces with the others
+            if not states and name in point.shared["metrics"]:  # without samples, it still takes part in the reduction
                 merge_metric(metric, {"count": point.shared["metrics"][name]["count"], "values": {}})
     trainable = set(point.shared["trainable"])
     for name, parameter in module.named_parameters():
@@ -111,8 +110,8 @@ def restore_state(trainer: Trainer, point: ResumePoint) -> None:
 def undo_changes(trainer: Trainer, hook: str) -> Iterator[None]:
     """Undo what the user's ``hook`` changes in the block: weights, optimizers, schedules, and states of its callbacks.
 
-    A resumed epoch has been through its first hooks already, and the checkpoint holds their effect. With ZeRO the engine holds
-    weights and optimizer, which a hook does not change.
+    A resumed epoch has already run its first hooks, and the checkpoint holds their effect. With ZeRO the engine holds weights
+    and optimizer, which a hook does not change.
     """
     module = trainer.lightning_module
     owners: list[Any] = [callback for callback in trainer.callbacks if is_overridden(hook, callback)]  # type: ignore[attr-defined]
@@ -122,7 +121,7 @@ def undo_changes(trainer: Trainer, hook: str) -> Iterator[None]:
     yield
     for owner, state in zip(owners, states, strict=True):
         if isinstance(owner, nn.Module):
-            owner.load_state_dict(state, strict=False)  # it may leave out what it does not save
+            owner.load_state_dict(state, strict=False)  # its state_dict may be incomplete
         elif state:
             owner.load_state_dict(state)
 

@@ -1,7 +1,7 @@
 """Find checkpoints and verify them.
 
-A checkpoint is a folder such as ``checkpoints/step-00000120``, or ``step-00000120-end`` with what the end of training has
-left, where that differs. It contains:
+A checkpoint is a folder such as ``checkpoints/step-00000120``, or ``step-00000120-end``, which is saved after training if the
+other lacks the final weights. It contains:
 
 - ``model.ckpt``: Lightning's checkpoint with weights, optimizers, schedules, loops and callbacks
 - ``rank-0.pt`` …: per-rank state that Lightning omits, see ``rank_state``
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.ckpt"
 
-_ALONE = World()
+_ONE_RANK = World()
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Checkpoint:
 
     def _rank_state(self, rank: int) -> dict[str, Any]:
         path = self.folder / f"rank-{rank}.pt"
-        allow_plain_classes(path)  # of a stream's state
+        allow_plain_classes(path)  # a stream's state may contain them
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
 
@@ -92,10 +92,10 @@ def published_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=checkpoint_order, reverse=True)
 
 
-def read_checkpoint(folder: Path, world: World = _ALONE, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
+def read_checkpoint(folder: Path, world: World = _ONE_RANK, complain: Callable[[str], None] = log.warning) -> Checkpoint | None:
     """The checkpoint in ``folder`` if every file matches its manifest; else ``complain`` gets the reason on rank zero.
 
-    Every rank of ``world`` must call, and verifies its share of the files: that of its own, if as many ranks have saved it.
+    Every rank of ``world`` must call, and verifies an equal share of the bytes.
     """
     manifest, problem = broadcast_from_rank_zero(lambda: _read_manifest(folder), world, (Manifest, Progress))
     if manifest is not None:
@@ -124,15 +124,15 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def latest_checkpoint(
-    checkpoints: Path, world: World = _ALONE, complain: Callable[[str], None] = log.warning
+    checkpoints: Path, world: World = _ONE_RANK, complain: Callable[[str], None] = log.warning
 ) -> Checkpoint | None:
     """The newest complete checkpoint of a run; every rank of ``world`` must call."""
     folders = broadcast_from_rank_zero(lambda: published_checkpoints(checkpoints), world)
     return next((found for folder in folders if (found := read_checkpoint(folder, world, complain))), None)
 
 
-def find_checkpoint(place: Path, key: str, world: World = _ALONE) -> Checkpoint | Path:
-    """The checkpoint at ``place``: a checkpoint of a run, the newest one of a run folder, or a file of Lightning's.
+def find_checkpoint(place: Path, key: str, world: World = _ONE_RANK) -> Checkpoint | Path:
+    """The checkpoint at ``place``: a checkpoint of a run, the newest one of a run folder, or a checkpoint file of Lightning.
 
     Every rank of ``world`` must call; rank zero searches.
 

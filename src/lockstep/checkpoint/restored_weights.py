@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class RestoredWeights(Callback):
-    """Warns if a hook changes the restored weights before training resumes, as in a plain Trainer it does at each restart."""
+    """Warns if a hook changes the restored weights before training resumes: it would do so at each restart."""
 
     def __init__(self) -> None:
         self._sums: dict[str, int] = {}

@@ -86,7 +86,7 @@ def allow_plain_classes(*files: Path | BinaryIO) -> None:
 
 
 def _refused_globals(file: Path | BinaryIO) -> list[str]:
-    """Import paths in ``file`` that ``torch.load(weights_only=True)`` refuses; those in a format of before 2020 are unknown."""
+    """Import paths in ``file`` that ``torch.load(weights_only=True)`` refuses; none for the format before torch 1.6."""
     if not zipfile.is_zipfile(file):
         return []
     if not isinstance(file, Path):
@@ -95,7 +95,7 @@ def _refused_globals(file: Path | BinaryIO) -> list[str]:
 
 
 class _Placeholder:
-    """Stands for an object of a class that is not here."""
+    """Replaces an object that ``torch.load(weights_only=True)`` refuses."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -105,14 +105,14 @@ class _Placeholder:
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of the ``state_dict`` in Lightning's checkpoint ``file``, on the CPU, whatever else it contains."""
+    """The tensors of the ``state_dict`` in Lightning's checkpoint ``file``, on the CPU; other objects are ignored."""
     with torch.serialization.safe_globals([(_Placeholder, name) for name in _refused_globals(file)]):
         state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     return {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
 
 
 def check_states(trainer: Trainer) -> None:
-    """Raise a UsageError for a ``state_dict`` that a checkpoint cannot hold; ``on_save_checkpoint`` is called by saves only."""
+    """Raise a UsageError if a checkpoint cannot hold a ``state_dict``; each save checks what ``on_save_checkpoint`` adds."""
     owners = [trainer.lightning_module, getattr(trainer, "datamodule", None), *trainer.callbacks]  # type: ignore[attr-defined]
     for owner in filter(None, owners):
         try:

@@ -12,11 +12,11 @@ from lockstep.core import RunError
 from lockstep.distributed import StopConsensus
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-"""2**64 divided by the golden ratio: its multiples have bits all over a word."""
+"""2**64 divided by the golden ratio: the bits of its multiples are spread over a word."""
 
 
 def weight_sums(tensors: Iterable[Any]) -> Tensor:
-    """Checksums of the bits of tensors and their places: shape (tensors,), int64, on the CPU; 0 for what is not a tensor."""
+    """Checksums of the bits of tensors and their order: shape (tensors,), int64, on the CPU; 0 for other objects."""
     nothing = torch.zeros((), dtype=torch.int64)
     sums = [_weight_sum(tensor.detach()) if isinstance(tensor, Tensor) else nothing for tensor in tensors]
     device = next((value.device for value in sums if value.device.type != "cpu"), torch.device("cpu"))
@@ -27,7 +27,7 @@ def weight_sums(tensors: Iterable[Any]) -> Tensor:
 def _weight_sum(tensor: Tensor) -> Tensor:
     """Checksum of a tensor, shape (), in two passes without a copy of it: its words are laid out as a square.
 
-    The sum of each row and of each column, modulo 2**64, gets a factor of its own, so that words that change places show.
+    The sum of each row and of each column, modulo 2**64, gets its own factor, so that swapped words change the checksum.
     """
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     if flat.storage_offset() % 8:  # words must be aligned
@@ -58,6 +58,6 @@ def check_ranks_agree(weights: Mapping[str, Tensor], consensus: StopConsensus, s
     raise RunError(
         f"After step {step} the ranks have different weights: {names[places[0]]}{more} of rank "
         f"{', '.join(map(str, ranks[:8]))}{' …' if len(ranks) > 8 else ''} differ from rank 0; after step {saved_step} they "
-        "were equal. Some code has changed weights or gradients on one rank alone; let it do the same on all ranks. This step "
+        "were equal. Some code has changed weights or gradients on one rank only; it must do the same on all ranks. This step "
         "is not saved."
     )

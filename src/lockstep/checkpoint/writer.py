@@ -30,7 +30,7 @@ SHUTDOWN_SECONDS = 10.0
 """Time that a stop takes besides its save: to reach consensus, to close W&B and to be requeued."""
 
 _EXIT_SECONDS = 60.0
-"""Time after which a process ends in any case once its disk hangs: what it reports may hang too."""
+"""Time after which a process whose disk hangs exits in any case: its error report may hang too."""
 
 
 class CheckpointWriter:
@@ -44,9 +44,9 @@ class CheckpointWriter:
     Attributes:
         seconds: Duration of the last save, up to its publication; 0 before the first.
         error: Why the last save failed on this rank; empty if it did not.
-        published: The newest checkpoint that this rank has published: rank zero, else None.
+        published: The newest checkpoint, which rank zero has published or from which the run has resumed.
         scores: Scores of checkpoints, by step. The best of those that are published are kept in addition to the newest.
-        protected: Names of checkpoints that are kept, whatever their scores.
+        protected: Names of checkpoints that are never removed.
         before_publication: Called on rank zero, in the background, before the next checkpoint is published.
     """
 
@@ -93,14 +93,14 @@ class CheckpointWriter:
         """Save ``parts`` as this rank's files of a checkpoint, by name; every rank must call.
 
         Returns once the parts are copied; without ``async_save``, once the checkpoint is published. A failure does not end
-        the run: it is logged, and in ``error``.
+        the run: it is logged and stored in ``error``.
 
         Args:
-            known_error: The reason for which this rank cannot save, if it cannot.
-            in_background: Whether the parts may be copied. Those that do not fit into memory may not.
+            known_error: Why this rank cannot save; empty if it can.
+            in_background: Whether the parts may be copied; False for those that do not fit into memory.
 
         Raises:
-            SaveError: The save before this one hangs on a rank.
+            SaveError: The previous save hangs on a rank.
         """
         self.wait_until_finished(consensus)
         size = consensus.total(count_bytes(dict(parts)))
@@ -127,7 +127,7 @@ class CheckpointWriter:
         rank = self.world.rank
         while not (self._written.wait(0.1) or self._is_over(self._deadline)):
             self.on_wait()
-        # The ranks tell each other, as no file system may answer.
+        # By a collective, because the file system may hang.
         if (hung := consensus.reduce_max(-1 if self._written.is_set() else rank, self._reset_in_time)) != -1:
             self._give_up(f"rank {hung} has not written its files")
         while self.busy and not self._is_over(self._deadline + self._limit):
@@ -141,14 +141,15 @@ class CheckpointWriter:
         self._thread = None
 
     def _is_over(self, deadline: float) -> bool:
-        """Whether a wait must end: at ``deadline``, or after a stop signal in about the time that a save has taken so far."""
+        """Whether a wait must end: at ``deadline``, or soon after a stop signal, in about the time of two saves."""
         if self.signals.received is not None:
             self._stop_by = min(self._stop_by, time.monotonic() + SHUTDOWN_SECONDS + 2 * (self.seconds or self._limit))
         return time.monotonic() > min(deadline, self._stop_by)
 
     def _reset_in_time(self) -> None:
-        """Reset the watchdog while the ranks may wait for a save; after that it looks for the rank that does not answer."""
-        if self._is_over(math.inf) and time.monotonic() > self._stop_by + SHUTDOWN_SECONDS:  # later than a rank knows of itself
+        """Reset the watchdog while the ranks may wait for a save; later it reports the rank that does not answer."""
+        # The other ranks give up at their own limits first.
+        if self._is_over(math.inf) and time.monotonic() > self._stop_by + SHUTDOWN_SECONDS:
             self._give_up("another rank does not answer during the save")
         if not self._is_over(self._deadline + self._limit):
             self.on_wait()
@@ -159,7 +160,7 @@ class CheckpointWriter:
         timer.start()
         raise SaveError(
             f"{what} of the checkpoint of step {self._step} in {time.monotonic() - self._deadline + self._limit:.0f} s: a disk "
-            "hangs, or writes less than checkpoint.min_mb_per_second."
+            "hangs, or is slower than checkpoint.min_mb_per_second; check the disk, or lower this limit."
         )
 
     def remove_debris(self) -> None:
@@ -218,12 +219,12 @@ class CheckpointWriter:
         reports = gather((dict(files), error), self.world, self._group)
         written = {name: sums for of_rank, _ in reports for name, sums in of_rank.items()}
         shares = share_pieces({} if any(failure for _, failure in reports) else written, self.world.size)
-        # What a rank has written is read on another node, if there is one: its page cache cannot answer.
+        # Another node, if there is one, reads what a rank has written: its page cache does not hold it.
         shift = self.world.local_size % self.world.size
         pieces = scatter([*shares[shift:], *shares[:shift]], self.world, self._group)
         try:
             verify_pieces(folder, pieces)
-        except Exception as exception:  # whatever it is: the other ranks wait for this one's report
+        except Exception as exception:  # of any kind: the other ranks wait for this rank's report
             error = _reason(exception)
         failures = enumerate(gather(error, self.world, self._group))
         return written, next((f"rank {rank}: {failure}" if rank else failure for rank, failure in failures if failure), error)
