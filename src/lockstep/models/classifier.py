@@ -37,9 +37,9 @@ class ClassificationMetrics(nn.Module):
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss (), logits (B, num_classes) and labels (B,), or probabilities (B, num_classes).
 
-        The class of a mixed sample is the most probable one.
+        The label of a mixed sample is its most probable class.
         """
-        samples = labels.shape[0]  # ``len`` takes five times as long
+        samples = labels.shape[0]  # ``len`` is five times slower
         add_to_sum(self.loss, loss.detach().float() * samples)
         add_to_sum(self.samples, samples)
         labels = labels.argmax(1) if labels.ndim == 2 else labels
@@ -117,7 +117,7 @@ class Classifier(LightningModule):
                 "model.network_args is only for a torchvision model by name; set model.network.init_args for a class path."
             )
         self.network = network
-        # To search the network in each step takes longer than a small layer. Not by assignment, which would register it again.
+        # Searching the network in each step takes longer than a small layer. An assignment would register the weight twice.
         vars(self)["_weight"] = next((p for p in network.parameters() if p.is_floating_point()), None)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.optimizer_name, self.optimizer_args = optimizer, optimizer_args or {}
@@ -195,7 +195,7 @@ class Classifier(LightningModule):
         self._log_scores("test")
 
     def predict_step(self, batch: Tensor | Sequence[Any], batch_idx: int) -> Tensor:
-        """Class probabilities, float32 (B, num_classes); ``batch`` is images (B, C, H, W) or a sequence that starts so."""
+        """Class probabilities, float32 (B, num_classes); ``batch`` is images (B, C, H, W), or a sequence of them and more."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self._logits(images).float().softmax(1)
 

@@ -32,9 +32,9 @@ class MLP(nn.Sequential):
 
 
 class ConvNet(nn.Module):
-    """Blocks of two 3×3 convolutions with group norm and SiLU, at half the resolution from block to block; then the mean.
+    """Blocks of two 3×3 convolutions with group norm and SiLU; each block halves the resolution, then the mean is taken.
 
-    Computes the same on any number of ranks. Group norm does not depend on how many samples a rank has, as batch norm does.
+    Computes the same on any number of ranks: group norm, unlike batch norm, does not depend on the samples per rank.
     SiLU is smooth: at the kink of ReLU, rounding that depends on the number of ranks could switch a gradient on or off.
 
     Args:

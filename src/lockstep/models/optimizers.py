@@ -28,7 +28,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, fused: bool, arguments: Mapping[str, Any]) -> Optimizer:
-    """Create ``adamw``, ``sgd`` or an optimizer by import path; the first two in one kernel if ``fused``.
+    """Create ``adamw``, ``sgd`` or an optimizer by import path; ``fused`` selects the fused kernels of the first two.
 
     Raises:
         UsageError: The optimizer is unknown, or does not take one of the arguments.

@@ -15,7 +15,7 @@ class LearningRateSchedule:
     """A linear warm-up to the full learning rate, then a schedule.
 
     The schedule is ``constant``; ``cosine`` from 1 to ``final`` (Loshchilov and Hutter 2017, without restarts), which ends at
-    the last step of the run whatever the warm-up; or ``step``: times ``gamma`` every ``step_size`` steps.
+    the last step of the run for any warm-up; or ``step``: times ``gamma`` every ``step_size`` steps.
 
     Raises:
         UsageError: A number is out of range; names the key.

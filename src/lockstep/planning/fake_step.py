@@ -26,7 +26,7 @@ class ModelInspector(Callback):
     """Profile the module when training starts, and end training after one step.
 
     Args:
-        has_batch: Whether there is a batch to train on; else training ends before its first step.
+        has_batch: Whether there is a batch to train on; if not, training ends before its first step.
 
     Attributes:
         profile: The profile without activations and batch size; None before training starts.
@@ -52,7 +52,7 @@ class ModelInspector(Callback):
             is_fused=all(group.get("fused") for group in optimizer.param_groups),
         )
         trainer.should_stop = not self.has_batch
-        # Else the peak of a small batch would be at the end of backward, with all gradients and no activations.
+        # With gradients, a small batch would peak at the end of backward, without activations.
         for parameter in pl_module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
@@ -145,7 +145,7 @@ def run_fake_step(
 def optimizer_bytes_per_element(optimizer: Optimizer, dtype: torch.dtype) -> float:
     """Bytes of state that ``optimizer`` keeps per element of ``dtype``, measured in a step on a small flat tensor."""
     numel = 1 << 14
-    with real_tensors(), no_torch_function():  # else copies of the tensor would be fake as well
+    with real_tensors(), no_torch_function():  # otherwise copies of the tensor would also be fake
         flat = nn.Parameter(torch.ones(numel, dtype=dtype))
         flat.grad = torch.ones_like(flat)
         groups = optimizer.param_groups[:]

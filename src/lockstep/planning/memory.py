@@ -15,7 +15,7 @@ from typing import Any
 from lockstep.config import DDPOptions, DeepSpeedOptions, deepspeed_config
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
-"""Strategies by communication volume: up to stage 2 it equals that of DDP, stage 3 sends half as much again [R, 7]."""
+"""Strategies by communication volume: up to stage 2 it equals that of DDP, stage 3 sends 50 % more [R, 7]."""
 
 _FLOAT = 4
 _BYTES = {"16": 2, "bf16": 2, "32": 4, "64": 8}
@@ -169,20 +169,21 @@ def _estimate_zero(
     if stage == 1 and (accumulate > 1 or not options.overlap_comm):
         gradients = element * model.trainable  # each rank has all gradients until the last batch of a step
     weights, gathered, startup = element * model.parameters, 0, 0
+    weight_shard = element * -(-model.parameters // ranks)
     if stage == 3:
         threshold = int(settings.get("stage3_param_persistence_threshold", 100_000))
         persistent = sum(numel for numel in model.numels if numel < threshold)
         max_live = int(settings.get("stage3_max_live_parameters", 1_000_000_000))
         startup = weights  # DeepSpeed moves the whole model to the device before it shards it
         gathered = element * min(model.parameters - persistent, max_live)
-        weights = element * (-(-model.parameters // ranks) + persistent)
+        weights = weight_shard + element * persistent
     host = 0
     if is_offloaded:
         host = optimizer + (_FLOAT + element * (stage == 3)) * shard  # with float32 gradients [D]
         optimizer = gradients = 0
     if options.offload_param != "none":
-        host += element * -(-model.parameters // ranks)
-        weights -= element * -(-model.parameters // ranks)
+        host += weight_shard
+        weights -= weight_shard
     return MemoryEstimate(
         weights=weights + model.buffers,
         gradients=gradients,

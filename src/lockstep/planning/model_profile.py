@@ -37,7 +37,7 @@ def profile_model(config: Namespace, precision: str) -> ModelProfile:
         Exception: Whatever the module raises before it trains.
     """
     if precision == "16-mixed":
-        precision = "bf16-mixed"  # as large, and without a scaler that reads values
+        precision = "bf16-mixed"  # the same size, without a scaler that reads values
     precisions = {"ddp": precision, "zero": precision.replace("-mixed", "-true")}
     for op in required_ops(config):
         if op.key == "model.optimizer":
@@ -100,7 +100,7 @@ def make_on_meta(config: Namespace, precision: str) -> LightningModule:
     try:
         with torch.device("meta"):
             module: LightningModule = instantiate_key("model", LightningModule, config)
-    except RuntimeError:  # its __init__ reads values
+    except RuntimeError:  # its __init__ reads tensor contents
         with real_tensors():
             module = instantiate_key("model", LightningModule, config)
     set_optimizer(module, config)
@@ -142,7 +142,7 @@ def batch_source(data: LightningDataModule) -> tuple[Callable[[int], Any] | None
     try:
         data.setup("fit")
         loader = data.train_dataloader()
-        is_sharded = (  # by lockstep, so batch_size is the global batch
+        is_sharded = (  # lockstep shards it, so batch_size is the global batch
             isinstance(loader, DataLoader)
             and not isinstance(loader.dataset, IterableDataset)
             and type(loader.batch_sampler) is BatchSampler

@@ -1,4 +1,4 @@
-"""What all strategies share: sharding of the data, the weight of an uneven last batch, and where a resumed run begins."""
+"""The base of all strategies: sharding of the data, the weight of an uneven last batch, and the point to resume from."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -30,20 +30,20 @@ _STEPS = ("training_step", "validation_step", "test_step")
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What one rank needs to resume, beside Lightning's checkpoint.
+    """What one rank needs to resume, in addition to Lightning's checkpoint.
 
     Attributes:
         epoch: Number of the epoch, from 0.
         positions: Position in each loader of training.
-        loaded_epochs: Epochs in which the loaders of training and of validation were requested; None: not yet.
-        validation_due: With ``val_check_interval`` as a time: whether a validation follows at once.
-        seconds_since_validation: Seconds of training since then.
-        states: This rank's saved state; in a world of another size those of the ranks that it replaces, perhaps none.
-        shared: The state of a rank, for what is equal on all ranks.
-        seed: Seed for the random numbers of a rank that does not have exactly one state.
+        loaded_epochs: Epochs in which the loaders of training and of validation were requested; None: not requested yet.
+        validation_due: With ``val_check_interval`` as a time: whether a validation comes next.
+        seconds_since_validation: Seconds of training since the last validation.
+        states: This rank's saved state; in a world of another size, those of the ranks that it replaces, or none.
+        shared: The state of one rank, for values that are equal on all ranks.
+        seed: Seed of a rank that does not have exactly one state.
         gradient_ready_order: Names of the parameters in the order in which DDP reduces their gradients; None without DDP.
-        should_stop: Whether training was to stop, as ``Trainer.should_stop`` of any rank said.
-        has_ended: Whether training had ended, with all of its hooks.
+        should_stop: Whether ``Trainer.should_stop`` was set on any rank.
+        has_ended: Whether training and all of its hooks had ended.
     """
 
     epoch: int
@@ -67,12 +67,12 @@ class LockstepStrategy(Strategy):
     _known: set[int]
     _frozen: dict[str, nn.Parameter]
     _modules: Set[int] = frozenset()
-    _checked_epoch = -1  # also where a module has got a parameter since
+    _checked_epoch = -1  # also after a module has got a parameter
     _handles: Sequence[Any] = ()
     _sharded_state: ShardedState | None = None
 
     def broadcast(self, obj: T, src: int = 0) -> T:
-        """As Lightning's, for tensors, numbers, texts and collections: nothing that another rank sends is executed."""
+        """As Lightning's, for tensors, numbers, strings and collections: no code that another rank sends is executed."""
         return broadcast(obj, src) if torch.distributed.is_initialized() else obj
 
     @property
@@ -82,7 +82,7 @@ class LockstepStrategy(Strategy):
         return self.lightning_module
 
     def resume_from(self, point: ResumePoint) -> None:
-        """Begin the fit at ``point``."""
+        """Start the fit at ``point``."""
         self._resume_point = point
 
     @property
@@ -123,10 +123,10 @@ class LockstepStrategy(Strategy):
     def prepare_step(self) -> None:
         """Called on all ranks before each ``training_step`` of the module."""
         epoch = self.module.current_epoch
-        if epoch != self._checked_epoch:  # a walk at each step takes too long
+        if epoch != self._checked_epoch:  # walking all modules at each step takes too long
             new = self._new_parameters()
             if new and not is_overridden("on_load_checkpoint", self.module):
-                text = "parameter %s is new; a restart can restore it only if on_load_checkpoint of the module makes it again"
+                text = "parameter %s is new; a restart can restore it only if on_load_checkpoint of the module creates it"
                 log.warning(text, next(iter(new)))
             self._frozen |= new
             self._known |= {id(parameter) for parameter in new.values()}
@@ -159,16 +159,16 @@ class LockstepStrategy(Strategy):
 
     @property
     def is_partitioned(self) -> bool:
-        """Whether each rank saves its part of weights and optimizer state, which Lightning's checkpoint lacks."""
+        """Whether each rank saves its own shard of weights and optimizer state, which Lightning's checkpoint lacks."""
         return False
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether weights or optimizer state are on a disk, and need not fit into memory."""
+        """Whether weights or optimizer state are on a disk, and may not fit into memory."""
         return False
 
     def shards(self) -> State:
-        """Files of a checkpoint, by name, with this rank's part of weights and optimizer state; every rank must call."""
+        """Files of a checkpoint, by name, with this rank's shard of weights and optimizer state; every rank must call."""
         return {}
 
     def global_grad_norm(self) -> Tensor | float | None:
@@ -176,7 +176,7 @@ class LockstepStrategy(Strategy):
         return None
 
     def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that every rank has in full and equal."""
+        """The parameters of which every rank has an equal, full copy."""
         yield from self.module.named_parameters()
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -250,7 +250,7 @@ class LockstepStrategy(Strategy):
 def _without_masks(state_dict: Mapping[str, Tensor], module: nn.Module, is_pruned_again: bool) -> dict[str, Tensor]:
     """``state_dict`` for a ``module`` that is not pruned yet, if ``torch.nn.utils.prune`` has split weights into orig and mask.
 
-    A run that resumes is pruned again when its optimizers have their parameters, so it needs the original ones.
+    A resumed run is pruned after its optimizers have their parameters, so it needs the original weights.
     """
     weights, own = dict(state_dict), module.state_dict().keys()
     for name in [name.removesuffix("_mask") for name in weights if name.endswith("_mask")]:

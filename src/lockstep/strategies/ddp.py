@@ -34,7 +34,7 @@ class SingleDevice(LockstepStrategy, SingleDeviceStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        # Lightning does so on several ranks: what ``setup`` and ``configure_model`` draw must not depend on their number.
+        # As Lightning does on several ranks: ``setup`` and ``configure_model`` must draw the same on any number of ranks.
         reset_seed()
 
 
@@ -74,8 +74,8 @@ class DDP(LockstepStrategy, DDPStrategy):
 
         After its first backward pass, DDP sorts gradients into buckets by the order in which they became ready, which changes
         the order of summation from the second step on. That order is recorded and saved. After a restart a backward pass of
-        zeros repeats it, so that the first step already uses the final buckets. It does so at the first step, when parameters
-        have the names and flags again that they had at the save: pruning, for example, has renamed them after ``setup``.
+        zeros repeats it, so that the first step already uses the final buckets. This happens at the first step, when
+        parameters have the names and flags of the save: pruning, for example, renames them after ``setup``.
         """
         point, self._resume_point, self._is_ordered = self._resume_point, None, True
         if self.options.find_unused_parameters:
@@ -83,19 +83,19 @@ class DDP(LockstepStrategy, DDPStrategy):
         assert isinstance(self.model, DistributedDataParallel)
         parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         order = (point.gradient_ready_order if point is not None else None) or ()
-        is_whole = len(order) == len(parameters) or (self.options.static_graph and len(order) > 0)  # else some may be unused
-        if not is_whole or not parameters.keys() >= set(order):
+        has_all = len(order) == len(parameters) or (self.options.static_graph and len(order) > 0)  # else some may be unused
+        if not has_all or not parameters.keys() >= set(order):
             self._ready = _record_ready_order(list(parameters.values()))
             return
         self._ready = [parameters[name] for name in order]
-        gradients = [parameter.grad for parameter in self._ready]  # accumulated ones, which are restored
+        gradients = [parameter.grad for parameter in self._ready]  # accumulated gradients, restored below
         self.module.zero_grad(set_to_none=True)
         replay_backward(self.model, self._ready)
         for parameter, gradient in zip(self._ready, gradients, strict=True):
             parameter.grad = gradient
 
     def on_unfrozen(self, names: Sequence[str]) -> None:
-        """Wrap the module again: DDP reduces only the gradients of parameters that required one when it wrapped them."""
+        """Wrap the module again: DDP reduces only gradients that were required when it wrapped the module."""
         if self.options.static_graph:
             raise UsageError(f"ddp.static_graph: {names[0]} begins to require a gradient during training; set it to false.")
         trainer, world = self.module.trainer, self.sharding.world
@@ -116,7 +116,7 @@ class DDP(LockstepStrategy, DDPStrategy):
             self._late_handles.pop().remove()
         for name, parameter in self._frozen.items():
             if parameter.is_floating_point() and not parameter.is_inference():
-                parameter.requires_grad_(True)  # else it takes no hook
+                parameter.requires_grad_(True)  # torch refuses a hook otherwise
                 hook = partial(self._note_late, name)
                 self._late_handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
                 parameter.requires_grad_(False)
@@ -170,7 +170,7 @@ class DDP(LockstepStrategy, DDPStrategy):
 
 
 def _record_ready_order(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """A list to which the next backward pass appends ``parameters``, as their gradients become ready."""
+    """A list to which the next backward pass appends each of ``parameters`` when its gradient is ready."""
     order: list[nn.Parameter] = []
     handles: dict[nn.Parameter, Any] = {}
 

@@ -72,7 +72,7 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
         self.set_world_ranks()
         self.init_process_group()
         if self.on_gpu:
-            # DeepSpeed uses the GPU of this number: 0 where Slurm shows each rank only its own GPU.
+            # DeepSpeed uses the GPU with this index: 0 if Slurm shows each rank only its own GPU.
             os.environ["LOCAL_RANK"] = str(self.root_device.index)
 
     @property
@@ -106,7 +106,7 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
     def format_config(self) -> None:
         super().format_config()
         assert isinstance(self.config, dict)
-        # Lightning does not enable a section that the user's JSON contains.
+        # Lightning does not set ``enabled`` in a section that the user's JSON contains.
         for section, precisions in (("fp16", ("16-mixed", "16-true")), ("bf16", ("bf16-mixed", "bf16-true"))):
             if section in self.config:
                 self.config[section]["enabled"] = self.precision_plugin.precision in precisions
@@ -118,7 +118,7 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Do nothing: ``backward`` tells DeepSpeed when to accumulate; stages 2 and 3 allow no other way."""
+        """Do nothing: ``backward`` tells DeepSpeed when to accumulate, which is the only way with stages 2 and 3."""
         yield
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -144,7 +144,7 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         for parameter in self.module.parameters():
-            # DeepSpeed supports no other memory layout, such as channels-last; images and activations keep theirs.
+            # DeepSpeed supports only this memory layout, not channels-last; images and activations keep theirs.
             parameter.data = parameter.data.contiguous()
         try:
             super().init_deepspeed()
@@ -181,7 +181,7 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
         return {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What the shards omit: buffers, and parameters that are neither partitioned nor stepped."""
+        """State that the shards omit: buffers, and parameters that are neither partitioned nor stepped."""
         stepped, first = self._stepped(), parameter_names(self.module)
         parameters = self.module.named_parameters(remove_duplicate=False)
         in_shards = {name for name, p in parameters if first[id(p)] in stepped or is_partitioned(p)}
@@ -194,7 +194,7 @@ class DeepSpeed(LockstepStrategy, LightningDeepSpeedStrategy):
         saved.include_weights(checkpoint["state_dict"], module)
         loaded = set()
         if module.trainer.state.fn == TrainerFn.FITTING:
-            if any(states := checkpoint.get("optimizer_states", ())):  # of DDP; those of ZeRO are in the shards
+            if any(states := checkpoint.get("optimizer_states", ())):  # from DDP; ZeRO saves them in the shards
                 saved.include_optimizer(states[0], self._names)
             _restore_shards(ZeroOptimizer(self.deepspeed_engine), module, saved)
             loaded = self._stepped()
@@ -257,7 +257,7 @@ def _optimizer_keys(zero: ZeroOptimizer) -> list[str]:
 
 
 def _restore_shards(zero: ZeroOptimizer, module: nn.Module, saved: ShardedState) -> None:
-    """Set the weights that the optimizer steps, and its state, on this rank to what is ``saved``."""
+    """Restore this rank's optimizer state, and the weights that the optimizer steps, from ``saved``."""
     inner, keys = zero.inner, saved.keys
     parts = [part for part in zero.fragments(module) if part.flat is not None]
     # The step of a fused optimizer is on the device.

@@ -1,4 +1,4 @@
-"""A private folder for each rank's offload to NVMe, which disappears with its rank or is removed by a later one."""
+"""Private folders for offload to NVMe: a rank removes its own, and those of killed ranks."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ from lockstep.distributed import all_gather
 _PREFIX, _LOCK = "lockstep-", "lock"
 
 _LOCKING_SECONDS = 5.0
-"""How long a rank may take to lock its folder, which is hidden until then."""
+"""Time that a rank may take to lock its folder, which is hidden until then."""
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def private_folder(place: Path | None, world: World) -> Iterator[Path | None]:
 def _remove_abandoned(place: Path) -> None:
     """Remove the folders of ranks that have died."""
     for folder in [*place.glob(f"{_PREFIX}*"), *place.glob(f".{_PREFIX}*")]:
-        # An error means that its rank lives, another user owns it, or another rank was faster.
+        # An error means that its rank is alive, another user owns it, or another rank has removed it.
         with suppress(OSError):
             is_hidden = folder.name.startswith(".")
             if not is_hidden or time.time() - folder.stat().st_mtime >= _LOCKING_SECONDS:
@@ -71,7 +71,7 @@ def _remove_abandoned(place: Path) -> None:
 
 
 def _check_direct_io(folder: Path) -> None:
-    """Check that files in ``folder`` can be written as DeepSpeed writes them: past the cache, in blocks of 1024 bytes."""
+    """Check that files in ``folder`` can be written as DeepSpeed does: with direct I/O, in blocks of 1024 bytes."""
     try:
         with open(folder / "direct", "wb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_DIRECT)) as file:
             file.write(memoryview(mmap.mmap(-1, 4096))[:1024])
@@ -80,5 +80,5 @@ def _check_direct_io(folder: Path) -> None:
             raise
         raise UsageError(
             f"deepspeed.nvme_path: {folder.parent} on {platform.node()} does not support direct I/O in blocks of 1024 bytes, "
-            "for example because it is in memory; choose a folder on another disk."
+            "for example because it is a tmpfs; choose a folder on another disk."
         ) from None

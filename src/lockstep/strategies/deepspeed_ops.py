@@ -46,8 +46,9 @@ class Op:
 
     Attributes:
         builder: Name of its class in ``deepspeed.ops.op_builder``.
-        key, value: What in the config needs it.
-        packages: Debian packages that it takes to compile it.
+        key, value: The config entry that needs it.
+        remedy: How to do without it, for messages.
+        packages: Debian packages that are needed to compile it.
     """
 
     builder: str
@@ -106,7 +107,7 @@ def load_ops(ops: Sequence[Op], world: World, device: torch.device) -> None:
 
 
 def _build_id() -> str:
-    """A name for what decides the machine code of an op: versions, ABI, and the processor (-march=native)."""
+    """Hash of everything that affects the machine code of an op: versions, ABI, and the processor (-march=native)."""
     cpu = Path("/proc/cpuinfo")
     flags = re.search(r"^(flags|Features).*", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     facts = (

@@ -17,13 +17,13 @@ AnyStrategy = SingleDevice | DDP | DeepSpeed
 
 
 def preload(strategy: str) -> None:
-    """Import the libraries of ``strategy`` before ranks are forked, so that each rank need not.
+    """Import the libraries of ``strategy`` before ranks are forked, so that they share the work.
 
-    Not where there are GPUs: DeepSpeed initializes CUDA, which a forked rank could no longer use.
+    Do nothing if there are GPUs: DeepSpeed initializes CUDA, which forked ranks cannot use afterwards.
     """
     if strategy == "deepspeed" and not may_have_gpus():
         select_accelerator(torch.device("cpu"))
-        # Every engine imports it, for seconds: it compiles functions.
+        # Every engine imports this module, which takes seconds because it compiles functions.
         import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 

@@ -1,4 +1,4 @@
-"""Weights and optimizer state that ZeRO has partitioned, saved so that any number of ranks, any stage and DDP can load them.
+"""ZeRO's partitioned weights and optimizer state, saved so that any number of ranks, any stage and DDP can load them.
 
 A rank's ``shard-N.pt`` is a list of dicts, one for each flat tensor that its optimizer steps: ``weight`` and optimizer state
 such as ``exp_avg``. Weights that the optimizer does not step follow, each in a dict of its own.
@@ -12,7 +12,7 @@ such as ``exp_avg``. Weights that the optimizer does not step follow, each in a 
 - ``groups``: options of the parameter groups
 - ``scaler`` and ``counters``: loss scaler and counters of DeepSpeed's engine
 
-A reader maps the shards that hold elements which it needs, and reads only these.
+A reader memory-maps the shards that hold elements it needs, and reads only these elements.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,21 +32,21 @@ WEIGHT = "weight"
 INDEX_FILE = "shards.pt"
 
 _UNPARTITIONED = -1
-"""Stands for a rank: the shard of weights that no rank has partitioned."""
+"""Pseudo-rank whose shard holds the weights that are not partitioned."""
 
 
 def parameter_names(module: nn.Module) -> dict[int, str]:
-    """Names of the parameters by their ``id``; tied parameters have the first of their names."""
+    """Names of the parameters, by ``id``; tied parameters have the first of their names."""
     return {id(p): name for name, p in module.named_parameters()}
 
 
 def shard_file(rank: int) -> str:
-    """Name of the file with the part of ``rank``."""
+    """Name of the file with the shard of ``rank``."""
     return f"shard-{rank}.pt"
 
 
 def join_places(by_rank: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, State]:
-    """Join what each rank knows of its shard: for each parameter its ``shape``, and the ``places`` of its slices.
+    """Join the places from all ranks: for each parameter its ``shape``, and the ``places`` of its slices.
 
     Args:
         by_rank: From each rank, int64 (5, slices): index of the parameter in ``shapes``, first element and number of elements
@@ -73,7 +73,7 @@ def join_places(by_rank: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]) 
 
 @dataclass
 class ShardedState:
-    """All weights and optimizer state of a checkpoint; files are mapped, and only the elements in use are read.
+    """All weights and optimizer state of a checkpoint; files are memory-mapped, and only the elements in use are read.
 
     Attributes:
         folder: Where the shards are.
@@ -98,10 +98,10 @@ class ShardedState:
         return cls(folder, **torch.load(file, map_location="cpu", weights_only=True, mmap=True))
 
     def include_weights(self, state_dict: Mapping[str, Tensor], module: nn.Module) -> None:
-        """Add the weights in ``state_dict`` that are not partitioned, such as frozen ones; now all must be those of ``module``.
+        """Add the weights in ``state_dict`` that are not partitioned, such as frozen ones; then compare all with ``module``.
 
         Raises:
-            UsageError: They are not; names the first parameters that differ.
+            UsageError: Names or shapes differ; the message names the first parameters.
         """
         shapes = {name: full_shape(p) for name, p in module.named_parameters()}
         own = self._shards.setdefault(_UNPARTITIONED, [])
@@ -151,7 +151,7 @@ class ShardedState:
         return found
 
     def _pieces(self, name: str, start: int, end: int) -> Iterator[tuple[int, int, State, int]]:
-        """What the shards hold of elements ``start`` to ``end``: first and last element, tensors, and first element there."""
+        """Where the shards hold elements ``start`` to ``end``: first and last element, tensors, and first element there."""
         if name not in self.slices or start == end:
             return
         places = self.slices[name]["places"]
@@ -167,7 +167,7 @@ class ShardedState:
         return self._shards[rank]
 
     def full_tensor(self, name: str, key: str = WEIGHT) -> Tensor:
-        """One weight in float32, or what the optimizer keeps for it under ``key``."""
+        """One weight in float32, or its optimizer state under ``key``."""
         shape = torch.Size(self.slices[name]["shape"])
         return self.slice(name, key, 0, shape.numel()).reshape(shape)
 
@@ -185,7 +185,7 @@ class ShardedState:
                 **{key: self.full_tensor(names[id(p)], key) for key in keys},
             }
             for index, p in enumerate(parameters)
-            # A frozen parameter's step would not grow, but ZeRO would take it for that of all parameters.
+            # ZeRO takes the step of any parameter for that of all, and a frozen parameter's step would not grow.
             if p.requires_grad
         }
         groups = zip(optimizer.state_dict()["param_groups"], self.groups, strict=True)

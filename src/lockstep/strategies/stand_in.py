@@ -1,4 +1,4 @@
-"""A step on a stand-in batch: a rank whose samples were all skipped takes part in the step, but adds nothing to it."""
+"""A step on a stand-in batch: a rank whose samples were all skipped takes part in the step, but does not change the result."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ def undo_step(module: LightningModule) -> Iterator[None]:
     """Undo what a step of ``module`` changes in its buffers, its metrics and the values that it logs.
 
     Metrics and values that it logs for the first time stay, without a sample: the ranks reduce them together. The newest value
-    of a step is that of the step before, unless the ranks have reduced it, where this rank weighs nothing. Buffers of
+    remains that of the last step, unless the ranks have reduced it: there this rank has weight 0. Buffers of
     synchronized batch norm, which count no sample of an empty batch, keep what the other ranks have added.
     """
     buffers = [
@@ -44,7 +44,7 @@ def undo_step(module: LightningModule) -> Iterator[None]:
 
 
 def without_weight(output: Any) -> Any:
-    """What ``training_step`` returned, with a loss of 0 whose gradients are 0; the mean over no samples is not a number."""
+    """What ``training_step`` returned, with a loss of 0 and gradients of 0: the mean over no samples is NaN."""
     if isinstance(output, Tensor):
         return torch.nan_to_num(output, 0.0, 0.0, 0.0) * 0
     return {**output, "loss": without_weight(output["loss"])} if isinstance(output, dict) and "loss" in output else output

@@ -1,4 +1,4 @@
-"""Batch norm over all ranks on CPUs, where torch has none: a run with ``sync_batchnorm`` is rehearsed without GPUs."""
+"""Synchronized batch norm on CPUs, which torch lacks, so that a run with ``sync_batchnorm`` can be tested without GPUs."""
 
 from typing import Any
 
