@@ -90,7 +90,7 @@ def test_the_bytes_do_not_depend_on_workers_and_a_second_call_checks_them(
     index.write_bytes(index.read_bytes().replace(b"000002", b"000009"))
     capsys.readouterr()
     assert main([str(src), str(tmp_path / "3"), "--shard-size", "3", "--shorter-side", "9", "--workers", "2"]) == 0
-    assert "11 samples in 4 shards, 0.0 MB; 2 shards kept, whose checksums are right" in capsys.readouterr().out
+    assert "11 samples in 4 shards, 0.0 MB; 2 shards kept, checksums verified" in capsys.readouterr().out
     assert content(tmp_path / "3") == expected
 
 
@@ -120,7 +120,7 @@ REFUSED = [
     (["--raw", "--quality", "80"], r"--raw: stores pixels, which have no --quality"),
     (["--quality", "101"], r"--quality: 101 must be 100 or less"),
     (["--dataset.root", "x"], r"--dataset\.root: belongs to --dataset, which is not given"),
-    (["--dataset", "torch.utils.data.TensorDataset"], r"SRC: give a folder of images, or --dataset CLASS; one of them"),
+    (["--dataset", "torch.utils.data.TensorDataset"], r"SRC: give either a folder of images or --dataset CLASS"),
     (["inside"], r"OUT: .*src/out is in SRC"),
     (["missing"], r"SRC: .*/nothing is not a folder"),
     (["classes"], r"SRC: .*train and .*val have different classes: dog only in one of them"),
@@ -317,11 +317,11 @@ def test_a_full_disk_and_a_killed_worker_are_named(src: Path, tmp_path: Path, mo
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(ImageOptions, "store_file", killed)
-    with pytest.raises(RunError, match=r"A worker ended with SIGKILL, perhaps for lack of memory: give fewer --workers; call"):
+    with pytest.raises(RunError, match=r"A worker ended with SIGKILL, perhaps out of memory: use fewer --workers; run"):
         main(arguments)
     monkeypatch.setattr(ImageOptions, "store_file", store_file)
     monkeypatch.setattr("lockstep.pack.shard.fsync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(RunError, match=r"A shard cannot be written \(No space left on device\); call again"):
+    with pytest.raises(RunError, match=r"A shard cannot be written \(No space left on device\); run the command again"):
         main(arguments)
     monkeypatch.undo()
     assert main(arguments) == 0

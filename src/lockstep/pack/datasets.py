@@ -30,7 +30,7 @@ def make_dataset(path: str, keys: Sequence[str]) -> tuple[Any, Mapping[str, Any]
     try:
         config = parser.parse_args(list(keys))
         dataset = parser.instantiate(config).dataset
-    except Exception as error:  # of someone else's class
+    except Exception as error:  # a user's class may raise anything
         raise UsageError(f"--dataset: {path} cannot be made ({' '.join(str(error).split())}).") from error
     return dataset, {"class_path": path, "init_args": config.dataset.as_dict() if known else {}}
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional
 from lockstep.pack.images import ImageOptions
 
 _PLAIN = ("image", "img", "label")
-"""Names of a sample that say no more than the kind of its value."""
+"""Names that the kind of the value replaces."""
 
 _SAME_KIND = {
     "cls": ("cls2", "index", "id", "count"),
@@ -42,14 +42,14 @@ def encode_sample(sample: Any, options: ImageOptions) -> dict[str, bytes]:
         TypeError, ValueError: A value cannot be encoded.
     """
     fields: dict[str, bytes] = {}
-    for name, value in _named(sample):
+    for name, value in _named_values(sample):
         kind, content = _encode(value, options)
         last = name.rpartition(".")[2].lower()
         if name.isdigit():
             name = kind if kind not in fields else f"{name}.{kind}"
         elif name in _PLAIN:
             name = kind
-        elif last in _IMAGES and kind in _IMAGES:  # encoded otherwise than the name says
+        elif last in _IMAGES and kind in _IMAGES:  # its encoding differs from its name
             name = f"{name[: -len(last)]}{kind}"
         elif last != kind and last not in _SAME_KIND.get(kind, ()):
             name = f"{name}.{kind}"
@@ -59,7 +59,7 @@ def encode_sample(sample: Any, options: ImageOptions) -> dict[str, bytes]:
     return fields
 
 
-def _named(sample: Any) -> Iterator[tuple[str, Any]]:
+def _named_values(sample: Any) -> Iterator[tuple[str, Any]]:
     """Names and values; those of a tuple are named by their positions."""
     if isinstance(sample, Mapping):
         yield from ((str(name), value) for name, value in sample.items() if not str(name).startswith("__"))

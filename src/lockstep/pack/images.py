@@ -1,4 +1,4 @@
-"""Resize and encode images as the options of a packing say."""
+"""Resize and encode images by the options of a packing."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ class ImageOptions:
 
     Attributes:
         shorter_side: Pixels of the shorter side of larger images; None: images keep their size.
-        quality: Quality of JPEG, from 1 to 100. Without ``shorter_side`` all images are encoded again; else those that are
-            not larger are stored as they are.
+        quality: Quality of JPEG, from 1 to 100. Without ``shorter_side`` all images are encoded again; with it, those that
+            are not larger are stored as they are.
         raw: Store uint8 pixels, (H, W, 3), as ``.npy``.
     """
 

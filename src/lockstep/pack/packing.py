@@ -25,7 +25,7 @@ class Packed:
 
     Attributes:
         records: Its shards.
-        left_out: Names of what is not in them, and why.
+        left_out: Names of files and samples that are not in them, and why.
         written: Number of shards that this call has written.
     """
 
@@ -52,18 +52,18 @@ def pack(
     workers: int,
     show: Callable[[str, Totals, int], None] = lambda what, totals, samples: None,
 ) -> Packed:
-    """Write the shards of ``source`` to ``folder``; what an interrupted call has written is checked and kept.
+    """Write the shards of ``source`` to ``folder``; shards of an interrupted call are checked and kept.
 
     Args:
         workers: Number of processes; 0: this one.
-        show: Called several times a second with what happens, what of it is done, and the number of samples to do.
+        show: Called several times a second with the activity, the work done, and the number of samples to pack.
 
     Raises:
         UsageError: The folder holds something else, or another process packs into it.
         RunError: The shards cannot be written, or no sample of a shard can be packed.
     """
     if not len(source):
-        raise UsageError("SRC: it has no sample; there is nothing to pack.")
+        raise UsageError("SRC: the source has no samples; there is nothing to pack.")
     writer = ShardWriter(source, folder, options, shard_size)
     plan = _plan(writer)
     work = folder / WORK_FOLDER
@@ -72,7 +72,7 @@ def pack(
         with locked(folder, _LOCK_SECONDS):
             manifest = _read(folder / MANIFEST_FILE)
             _check_same(plan, manifest or _read(work / _PLAN_FILE), folder)
-            known = _known(writer, manifest)
+            known = _known_records(writer, manifest)
             checks = Workers(workers, lambda totals: show("checking", totals, 0))
             intact = checks.run(lambda number, packed: writer.is_intact(known[number]), sorted(known)) if known else {}
             missing = [number for number in range(writer.shards) if not intact.get(number)]
@@ -86,13 +86,14 @@ def pack(
             if work.exists():
                 shutil.rmtree(work)
             records = [known[number] for number in range(writer.shards)]
-            return Packed(records, _left_out(writer, records), len(missing))
+            skipped = [sample for record in records for sample in record.left_out]
+            return Packed(records, [*source.left_out, *skipped], len(missing))
     except OSError as error:
         raise UsageError(f"OUT: {folder} cannot be written ({error.strerror}); choose another folder.") from error
 
 
 def _plan(writer: ShardWriter) -> dict[str, Any]:
-    """All that decides the bytes of the shards."""
+    """Everything that determines the bytes of the shards."""
     encodes = writer.options.encodes or writer.source.encodes
     libraries = {name: version(name) for name in ("torch", "torchvision", "torchcodec")} if encodes else {}
     return {
@@ -104,7 +105,7 @@ def _plan(writer: ShardWriter) -> dict[str, Any]:
     }
 
 
-def _known(writer: ShardWriter, manifest: Mapping[str, Any]) -> dict[int, ShardRecord]:
+def _known_records(writer: ShardWriter, manifest: Mapping[str, Any]) -> dict[int, ShardRecord]:
     """The records of shards that have been written, by their numbers."""
     if manifest:
         records = dict(enumerate(map(ShardRecord.read, manifest.get("shards", []))))
@@ -114,7 +115,7 @@ def _known(writer: ShardWriter, manifest: Mapping[str, Any]) -> dict[int, ShardR
 
 
 def _has_index(folder: Path, known: Mapping[int, ShardRecord]) -> bool:
-    """Whether the index in ``folder`` is intact, and of these shards."""
+    """Whether the index in ``folder`` is intact and lists these shards."""
     try:
         index = ShardIndex.open(folder / INDEX_FILE)
         index.verify()
@@ -140,10 +141,6 @@ def _publish(writer: ShardWriter, plan: Mapping[str, Any], records: list[ShardRe
     fsync(folder)
 
 
-def _left_out(writer: ShardWriter, records: list[ShardRecord]) -> list[tuple[str, str]]:
-    return [*writer.source.left_out, *(sample for record in records for sample in record.left_out)]
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
@@ -152,7 +149,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_same(plan: Mapping[str, Any], other: Mapping[str, Any], folder: Path) -> None:
-    """Raise UsageError if ``folder`` holds shards of another plan, or of none."""
+    """Raise UsageError if ``folder`` holds shards of another plan, or shards without a plan."""
     if not other:
         if any(folder.glob("*.tar")):
             raise UsageError(f"OUT: {folder} holds .tar files that lockstep pack has not made; choose another folder.")

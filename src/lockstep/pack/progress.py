@@ -1,4 +1,4 @@
-"""The progress of a packing: a line at the bottom of a terminal, elsewhere one every half a minute."""
+"""Show the progress of a packing: at the bottom of a terminal, or in a new line every 30 seconds."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ _INTERVAL_SECONDS, _INTERVAL_ELSEWHERE = 0.2, 30.0
 
 
 class PackingLine:
-    """Shows how far the packing of ``folder`` is, while it is entered."""
+    """Context manager that shows the progress of packing ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._name = str(folder)
@@ -30,7 +30,7 @@ class PackingLine:
             self._line.close()
 
     def show(self, what: str, totals: Totals, samples: int) -> None:
-        """Show what happens, and what is done of ``samples``."""
+        """Show the activity ``what``, and how many of ``samples`` are done."""
         now = time.monotonic()
         if what != self._what:
             self._what, self._start, self._next = what, now, now + (_INTERVAL_ELSEWHERE if self._line is None else 0)
@@ -40,13 +40,8 @@ class PackingLine:
         rate = totals.samples / max(now - self._start, 1e-3)
         parts = [f"{what} {self._name}"]
         if samples:
-            left = f"{(samples - totals.samples) / rate:,.0f} s left" if rate else ""
-            parts += [
-                f"{totals.samples:,}/{samples:,} samples",
-                f"{totals.bytes / 1e6:,.0f} MB",
-                f"{rate:,.0f} samples/s",
-                left,
-            ]
+            parts += [f"{totals.samples:,}/{samples:,} samples", f"{totals.bytes / 1e6:,.0f} MB", f"{rate:,.0f} samples/s"]
+            parts.append(f"{(samples - totals.samples) / rate:,.0f} s left" if rate else "")
         else:
             parts.append(count(totals.pieces, "shard"))
         if self._line is not None:

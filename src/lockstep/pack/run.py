@@ -1,4 +1,4 @@
-"""Pack what the options of the command say, and say what was packed."""
+"""Run ``lockstep pack`` with parsed options: pack each folder and print a summary."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -68,17 +68,15 @@ def _folder_source(folder: Path) -> FolderSource:
 
 
 def _describe(folder: Path, packed: Packed) -> str:
-    """What is in a folder, and what was left out, by reason."""
-    whole = (
-        f"{folder}: {count(packed.samples, 'sample')} in {count(len(packed.records), 'shard')}, {packed.bytes / 1e6:,.1f} MB"
-    )
-    kept = len(packed.records) - packed.written
-    lines = [whole + (f"; {count(kept, 'shard')} kept, whose checksums are right" if kept else "")]
+    """Summary of a folder: its samples and shards, and what was left out, by reason."""
+    shards = len(packed.records)
+    kept = f"; {count(shards - packed.written, 'shard')} kept, checksums verified" if shards > packed.written else ""
+    lines = [f"{folder}: {count(packed.samples, 'sample')} in {count(shards, 'shard')}, {packed.bytes / 1e6:,.1f} MB{kept}"]
     reasons: dict[str, list[str]] = {}
     for name, reason in packed.left_out:
         reasons.setdefault(reason, []).append(name)
     for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))[:_MOST_REASONS]:
         lines.append(f"  left out {len(names):,}, {reason}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
     if packed.left_out:
-        lines.append(f"  all {len(packed.left_out):,} that are left out: {folder / MANIFEST_FILE}")
+        lines.append(f"  all {len(packed.left_out):,} that were left out: see {folder / MANIFEST_FILE}")
     return "\n".join(lines)

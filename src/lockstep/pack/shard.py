@@ -16,7 +16,7 @@ from lockstep.pack.sources import LeftOut, Source
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a finished shard.
+    """Description of a finished shard.
 
     Attributes:
         name: Its name in the folder.
@@ -44,7 +44,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes the shards of ``folder``: each has ``shard_size`` neighbours of ``source``, less what is left out."""
+    """Writes the shards of ``folder``: each has ``shard_size`` consecutive samples of ``source``, except those left out."""
 
     source: Source
     folder: Path
@@ -71,11 +71,11 @@ class ShardWriter:
         return self.folder / WORK_FOLDER / f"{number:06d}.json"
 
     def samples_of(self, number: int) -> range:
-        """The samples of a shard, with those that are left out."""
+        """Indices of the samples of a shard, including those that are left out."""
         return range(number * self.shard_size, min(len(self.source), (number + 1) * self.shard_size))
 
     def is_intact(self, record: ShardRecord) -> bool:
-        """Whether a shard is there and has its checksum."""
+        """Whether a shard exists and its size and checksum match."""
         path = self.folder / record.name
         try:
             if path.stat().st_size != record.bytes:
@@ -97,7 +97,7 @@ class ShardWriter:
         """
         partial, left_out, samples = self.folder / WORK_FOLDER / self.name(number), list[tuple[str, str]](), 0
         with partial.open("wb") as raw:
-            file = _Hashed(raw)
+            file = _HashingFile(raw)
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
                 for index in self.samples_of(number):
                     size = 0
@@ -127,8 +127,8 @@ class ShardWriter:
         return max(6, len(str(len(self.source) - 1)))
 
 
-class _Hashed:
-    """A file to write to, with the checksum and the size of what was written."""
+class _HashingFile:
+    """A file to write to that computes the checksum and the size of its content."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file, self.digest, self.size = file, hashlib.sha256(), 0

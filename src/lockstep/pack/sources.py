@@ -1,4 +1,4 @@
-"""What is packed: a folder of images in class folders, or a map-style dataset."""
+"""Sources to pack: a folder of images in class folders, or a map-style dataset."""
 
 import hashlib
 import os
@@ -30,10 +30,10 @@ class Source(Protocol):
     """Samples to be packed.
 
     Attributes:
-        description: What tells it from other sources; packings of sources with different ones are not mixed.
+        description: Identifies the source; a folder holds shards of one description only.
         classes: Names of the classes, if they are known.
-        left_out: Names of what is not a sample, and why.
-        encodes: Whether it encodes its samples, whatever the options are.
+        left_out: Names of files that are not samples, and why.
+        encodes: Whether it encodes its samples with any options.
     """
 
     encodes: bool
@@ -91,7 +91,7 @@ class DatasetSource:
     """The samples of a map-style dataset.
 
     Args:
-        dataset: It has a length, and samples by number.
+        dataset: An object with a length and indexed samples.
         arguments: Its class and arguments.
 
     Raises:
@@ -106,7 +106,7 @@ class DatasetSource:
     def __post_init__(self) -> None:
         name = type(self.dataset).__name__
         if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
-            raise UsageError(f"--dataset: {name} has no length or no samples by number; give a map-style dataset.")
+            raise UsageError(f"--dataset: {name} has no __len__ or no __getitem__; give a map-style dataset.")
         self._name, self._length = name, len(self.dataset)
         known = getattr(self.dataset, "classes", None)
         is_list = isinstance(known, list | tuple) and all(isinstance(each, str) for each in known)
@@ -117,11 +117,11 @@ class DatasetSource:
         return self._length
 
     def fields(self, index: int, options: ImageOptions) -> dict[str, bytes]:
-        """The fields of a sample; what is random in it depends on its number alone."""
+        """The fields of a sample; its random numbers depend on ``index`` only."""
         torch.default_generator.manual_seed(index)
         np.random.seed(index % 2**32)
         random.seed(index)
         try:
             return encode_sample(self.dataset[index], options)
-        except Exception as error:  # of someone else's class
+        except Exception as error:  # a user's class may raise anything
             raise LeftOut(f"{self._name}[{index}]", f"{type(error).__name__}: {explain(error)}") from error

@@ -1,4 +1,4 @@
-"""Do numbered pieces of work in processes, which end with this one."""
+"""Run numbered pieces of work in processes that end with this one."""
 
 import ctypes
 import multiprocessing
@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import torch
 
 from lockstep.core import LockstepError, RunError
 
-_AGAIN = "call again, and finished shards are kept."
+_RETRY = "run the command again: finished shards are kept."
 
 T = TypeVar("T")
 
@@ -35,15 +35,14 @@ class Totals:
 
 @dataclass
 class Workers:
-    """Runs work in ``count`` processes, or, if that is 0, in this one.
+    """Runs work in ``count`` processes; with 0, in this process.
 
     Args:
-        show: Called several times a second with what is done.
+        show: Called several times a second with the work done.
     """
 
     count: int
     show: Callable[[Totals], None]
-    _context: Any = field(default_factory=lambda: multiprocessing.get_context("fork"))
 
     def run(self, work: Work[T], numbers: Sequence[int]) -> dict[int, T]:
         """The results of ``work`` for each of ``numbers``.
@@ -54,12 +53,12 @@ class Workers:
         """
         if not self.count:
             return self._run_here(work, numbers)
-        counts = self._context.Array(ctypes.c_int64, 2 * self.count, lock=False)
-        following, results = self._context.Value(ctypes.c_int64, 0), self._context.SimpleQueue()
+        context: Any = multiprocessing.get_context("fork")
+        counts = context.Array(ctypes.c_int64, 2 * self.count, lock=False)
+        next_position, results = context.Value(ctypes.c_int64, 0), context.SimpleQueue()
+        arguments = work, numbers, next_position, results, counts, os.getpid()
         processes = [
-            self._context.Process(
-                target=_work_in_process, args=(work, numbers, following, results, counts, 2 * slot, os.getpid()), daemon=True
-            )
+            context.Process(target=_work_in_process, args=(*arguments, 2 * slot), daemon=True)
             for slot in range(min(self.count, len(numbers)))
         ]
         sys.stdout.flush()
@@ -83,7 +82,7 @@ class Workers:
                     raise error
                 found[number] = result
             if dead and len(found) < pieces:
-                raise RunError(f"A worker ended with {_ending(dead[0].exitcode or 0)}; {_AGAIN}")
+                raise RunError(f"A worker ended with {_describe_exit(dead[0].exitcode or 0)}; {_RETRY}")
             self.show(Totals(sum(counts[::2]), sum(counts[1::2]), len(found)))
             time.sleep(0.05)
         return found
@@ -103,13 +102,13 @@ class Workers:
 
 
 def _work_in_process(
-    work: Work[T], numbers: Sequence[int], following: Any, results: Any, counts: Any, slot: int, parent: int
+    work: Work[T], numbers: Sequence[int], next_position: Any, results: Any, counts: Any, parent: int, slot: int
 ) -> None:
     """Take numbers until none is left; put results, or the first error, into ``results``."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker writes beside the ones of another call
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives this call and disturbs the next
     if os.getppid() != parent:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the terminal: the parent terminates this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
@@ -118,9 +117,9 @@ def _work_in_process(
         counts[slot + 1] += size
 
     while True:
-        with following.get_lock():
-            position = following.value
-            following.value += 1
+        with next_position.get_lock():
+            position = next_position.value
+            next_position.value += 1
         if position >= len(numbers):
             return
         try:
@@ -128,14 +127,14 @@ def _work_in_process(
         except LockstepError as error:
             results.put((numbers[position], None, error))
         except OSError as error:
-            results.put((numbers[position], None, RunError(f"A shard cannot be written ({error.strerror}); {_AGAIN}")))
+            results.put((numbers[position], None, RunError(f"A shard cannot be written ({error.strerror}); {_RETRY}")))
         except Exception:
             traceback.print_exc()
             os._exit(1)
 
 
-def _ending(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status >= 0:
         return f"status {status}"
-    hint = ", perhaps for lack of memory: give fewer --workers" if status == -signal.SIGKILL else ""
+    hint = ", perhaps out of memory: use fewer --workers" if status == -signal.SIGKILL else ""
     return f"{signal.Signals(-status).name}{hint}"
