@@ -319,6 +319,9 @@ def test_a_full_disk_and_a_killed_worker_are_named(src: Path, tmp_path: Path, mo
     monkeypatch.setattr(ImageOptions, "store_file", killed)
     with pytest.raises(RunError, match=r"A worker ended with SIGKILL, perhaps out of memory: use fewer --workers; run"):
         main(arguments)
+    monkeypatch.setattr(ImageOptions, "store_file", lambda *_: sys.exit(0))
+    with pytest.raises(RunError, match=r"A worker ended with status 0; run"):
+        main(arguments)
     monkeypatch.setattr(ImageOptions, "store_file", store_file)
     monkeypatch.setattr("lockstep.pack.shard.fsync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(RunError, match=r"A shard cannot be written \(No space left on device\); run the command again"):

@@ -75,14 +75,15 @@ class Workers:
     def _collect(self, processes: list[BaseProcess], results: Any, counts: Any, pieces: int) -> dict[int, Any]:
         found: dict[int, Any] = {}
         while len(found) < pieces:
-            dead = [process for process in processes if process.exitcode not in (None, 0)]
+            statuses = [process.exitcode for process in processes]
             while not results.empty():
                 number, result, error = results.get()
                 if error is not None:
                     raise error
                 found[number] = result
-            if dead and len(found) < pieces:
-                raise RunError(f"A worker ended with {_describe_exit(dead[0].exitcode or 0)}; {_RETRY}")
+            failed = next(filter(None, statuses), None)
+            if (failed or None not in statuses) and len(found) < pieces:  # a dataset may exit with status 0
+                raise RunError(f"A worker ended with {_describe_exit(failed or 0)}; {_RETRY}")
             self.show(Totals(sum(counts[::2]), sum(counts[1::2]), len(found)))
             time.sleep(0.05)
         return found
