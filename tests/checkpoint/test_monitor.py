@@ -1,5 +1,7 @@
 """A metric that should rank checkpoints and is not logged: misspelt or late, in this process; then a run of two ranks."""
 
+import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -7,6 +9,7 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from support.runs import SMALL, Launch
 
+from lockstep.checkpoint.checksums import FileSums, write_file
 from lockstep.checkpoint.monitor import check_monitor
 
 
@@ -34,7 +37,14 @@ def test_a_metric_that_may_come_later_only_warns(caplog: pytest.LogCaptureFixtur
     assert f"checkpoint.monitor: '{name}' is not logged yet" in caplog.text
 
 
-def test_a_misspelt_metric_ends_the_run_at_its_first_validation(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_metric_ends_the_run_at_its_first_validation(
+    launch: Launch, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_slowly(path: Path, content: Any) -> FileSums:
+        time.sleep(1)  # validation ends before the save
+        return write_file(path, content)
+
+    monkeypatch.setattr("lockstep.checkpoint.writer.write_file", write_slowly)
     run = launch("--ranks", "2", *SMALL, "--checkpoint.monitor", "val_acc")
     assert run.status == 1 and len(list(run.folder.glob("checkpoints/step-*"))) == 1
     sentence = "lockstep: checkpoint.monitor: 'val_acc' is not logged; did you mean 'val/accuracy'? Resume with --checkpoint."

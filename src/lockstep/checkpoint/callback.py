@@ -250,7 +250,11 @@ class CheckpointCallback(Callback):
         value = trainer.callback_metrics.get(monitor)
         if value is None:
             if not self._has_validated:
-                check_monitor(monitor, trainer, pl_module)
+                try:
+                    check_monitor(monitor, trainer, pl_module)
+                except RunError:
+                    self.writer.wait(SHUTDOWN_SECONDS)  # a resume needs the checkpoint of this step
+                    raise
         elif math.isfinite(value):
             self.writer.scores[trainer.global_step] = float(value)
             self.ownership.check_now()
