@@ -72,10 +72,10 @@ class DDP(LockstepStrategy, DDPStrategy):
     def _order_gradients(self) -> None:
         """Sum gradients in the same order after a restart as before it.
 
-        After its first backward pass, DDP sorts gradients into buckets by the order in which they became ready, which changes
-        the order of summation from the second step on. That order is recorded and saved. After a restart a backward pass of
-        zeros repeats it, so that the first step already uses the final buckets. This happens at the first step, when
-        parameters have the names and flags of the save: pruning, for example, renames them after ``setup``.
+        After its first backward pass, DDP sorts gradients into buckets by the order in which they became ready. From the
+        second step on, this changes the order of summation. The order of readiness is recorded and saved. After a restart a
+        backward pass of zeros repeats it, so that the first step already uses the final buckets. This happens at the first
+        step, when parameters have the names and flags of the save: pruning, for example, renames them after ``setup``.
         """
         point, self._resume_point, self._is_ordered = self._resume_point, None, True
         if self.options.find_unused_parameters:
