@@ -294,10 +294,11 @@ def test_workers_end_with_a_killed_packing_which_a_second_call_completes(tmp_pat
     dataset = ["--dataset", f"{__name__}.Gated", f"--dataset.gate={tmp_path}/gate", "--shard-size", "4", "--workers", "2"]
     process = get_context("fork").Process(target=main, args=([str(tmp_path / "out"), *dataset],))
     process.start()
-    while len(list((tmp_path / "out").glob("*.tar"))) < 5:
-        time.sleep(0.01)
     assert process.pid is not None
-    workers = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
+    children, workers = Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children", list[str]()
+    while len(list((tmp_path / "out").glob("*.tar"))) < 5 or len(workers) < 2:  # the first may be done before the second starts
+        time.sleep(0.01)
+        workers = children.read_text().split()
     process.kill()
     process.join()
     (tmp_path / "gate").touch()
