@@ -29,7 +29,8 @@ export PYTHONSAFEPATH=1
 # Replaces srun below. After each attempt the supervisor decides: finish, restart or requeue.
 supervisor() { apptainer exec --nv --bind /home/user/project --bind /datasets:/datasets --pwd /home/user/project '/shared/my images/lockstep.sif' python -m lockstep.slurm.supervisor /home/user/project/runs/digits/20260101-000000-abcd/slurm "$@"; }
 retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
-  echo "$1; tried $((retries += 1)) of 60 times." | tee /home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.retry" >&2
+  retries=$((retries + 1))  # not in the pipeline, whose parts are subshells
+  echo "$1; tried $retries of 60 times." | tee /home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.retry" >&2
   [ $retries -lt 60 ] && sleep 10
 }
 # Slurm is queried here, because an image has none of its commands.

@@ -138,7 +138,8 @@ _SUPERVISED_SRUN = r"""
 # Replaces srun below. After each attempt the supervisor decides: finish, restart or requeue.
 supervisor() { @supervisor@ @slurm@ "$@"; }
 retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
-  echo "$1; tried $((retries += 1)) of 60 times." | tee @slurm@/"$LOCKSTEP_JOB.retry" >&2
+  retries=$((retries + 1))  # not in the pipeline, whose parts are subshells
+  echo "$1; tried $retries of 60 times." | tee @slurm@/"$LOCKSTEP_JOB.retry" >&2
   [ $retries -lt 60 ] && sleep 10
 }
 # Slurm is queried here, because an image has none of its commands.
