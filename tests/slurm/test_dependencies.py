@@ -28,6 +28,7 @@ def env(tmp_path: Path) -> dict[str, str]:
         ("afterany:1,afternotok:2", "afterany:1,afternotok:2", "job 1 to end, and for job 2 to fail"),
         ("afterany:1 afternotok:2", "afterany:1,afternotok:2", "job 1 to end, and for job 2 to fail"),
         ("after:1+10", "after:1+10", "the start of job 1, and 10 minutes more"),
+        ("after:1+1", "after:1+1", "the start of job 1, and 1 minute more"),
         ("after:1:2", "after:1:2", "jobs 1 and 2 to start"),
         ("afterok:1:2?afterany:3", "afterok:1?afterok:2?afterany:3", None),
         ("aftercorr:8", "aftercorr:8", "the same run of job 8 to finish successfully"),

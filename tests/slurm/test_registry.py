@@ -1,6 +1,7 @@
 """The status of jobs that Slurm no longer knows, from files of the run folder alone."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,14 @@ def test_what_the_batch_script_tries_again_is_in_the_status(run: Run, tmp_path: 
     (run.folder / "slurm/7.retry").write_text("scontrol requeue fails; tried 3 of 60 times.\n")
     view = seen(run, {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"})
     assert (view.state, view.message) == ("running", "scontrol requeue fails; tried 3 of 60 times.")
+
+
+def test_a_state_that_cannot_be_written_is_shown(run: Run, tmp_path: Path) -> None:
+    """As on a full disk."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho '7|7|N/A|TIMEOUT|TimeLimit|N/A|0:01|1:00|n1|0|0|'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    (run.folder / f"slurm/.7.ended.json.{os.getpid()}").mkdir()  # in place of the temporary file
+    assert seen(run, {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}).state == "over its time limit"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What the supervisor decides from files and from an answer of squeue, without Slurm."""
 
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from lockstep.core import UsageError
 from lockstep.distributed import allocation_end_time
 from lockstep.runs import Failure, Owner, Run, RunResult, read_attempts, record_failure, write_failed_result
+from lockstep.slurm import supervisor
 from lockstep.slurm.client import RUNNING_JOBS, is_owner_alive, parse_running_jobs, query_jobs
 from lockstep.slurm.restart_policy import REQUEUE, RESTART
 from lockstep.slurm.restarts import AlreadyFinished, SlurmView, UnknownOwner, finish, start
@@ -173,6 +176,21 @@ def squeue(folder: Path, output: str) -> dict[str, str]:
     (folder / "squeue").write_text(f"#!/bin/sh\ncat <<'EOF'\n{output}EOF\n")
     (folder / "squeue").chmod(0o755)
     return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(supervisor, "load_task", write)
+    assert supervisor.main([str(tmp_path / "slurm"), "start"], {"LOCKSTEP_JOB": "7"}) == 1
+    assert capsys.readouterr().err == f"lockstep: {tmp_path} cannot be read or written (No space left on device).\n"
+
+
+def test_a_squeue_that_fails_without_a_message_is_an_error(tmp_path: Path) -> None:
+    env = squeue(tmp_path, "")
+    (tmp_path / "squeue").write_text("#!/bin/sh\nkill -9 $$\n")
+    assert query_jobs({"7"}, env) == ({}, "exit status -9")
 
 
 @pytest.mark.parametrize(("code", "status"), [("0", 0), ("256", 1), ("15", 143), ("1:0", 1), ("143:0", 143), ("0:9", 137)])

@@ -1,66 +1,65 @@
-"""What Slurm's accounting knows of jobs that slurmctld has forgotten; nothing where there is no accounting."""
+"""Query Slurm's accounting for jobs that slurmctld has forgotten; without accounting all answers are empty."""
 
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lockstep.runs import JobState
-from lockstep.slurm.client import exit_status, query_slurm
+from lockstep.slurm.client import error_message, exit_status, has_command, query_slurm
 
 _FIELDS = ("JobID", "Submit", "State", "Reason", "Start", "Elapsed", "Timelimit", "NodeList", "ExitCode", "MaxRSS", "ReqMem")
 
 _COMMAND = ("sacct", "--duplicates", "--noheader", "--parsable2", f"--format={','.join(_FIELDS)}")
 
-_IS_OFF = re.compile(r"(?i)accounting storage is disabled|job accounting not enabled|only supports")
+_NO_ACCOUNTING = re.compile(r"(?i)accounting storage is disabled|job accounting not enabled|only supports")
 """Errors of sacct where the cluster has no accounting."""
 
-_SECONDS = 20.0
+_TIMEOUT_SECONDS = 20.0
 """How long sacct may take: it waits for a database that does not answer."""
 
-_AT_ONCE = 5000
-"""Jobs of one command: Linux limits the length of an argument."""
+_JOBS_PER_QUERY = 5000
+"""Linux limits the length of an argument."""
 
 
 def query_accounting(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobState], str]:
-    """Return how each of these jobs ended, as far as ``sacct`` knows it, and its error; empty where there is no accounting.
+    """Return how each of these jobs ended, as far as ``sacct`` knows it, and its error; empty without accounting.
 
     Args:
-        ids: Jobs that slurmctld does not know: one that accounting believes to run or wait has been lost with its end.
+        ids: Jobs that slurmctld does not know. One that accounting lists as running or waiting is left out: its end was lost.
     """
     found, error = _query(sorted({id_.partition("_")[0] for id_ in ids}), env)
     return {id_: found[id_] for id_ in ids if id_ in found}, error
 
 
 def accounted_states(job: str, env: Mapping[str, str]) -> set[str]:
-    """How a job that slurmctld has forgotten has ended, or the tasks of an array; empty where accounting does not know it."""
+    """How a job that slurmctld has forgotten ended, or the tasks of an array; empty if accounting does not know it."""
     found, _ = _query([job.partition("_")[0]], env)
     return {state.state for id_, state in found.items() if f"{id_}_".startswith(f"{job}_")}
 
 
 def _query(jobs: Sequence[str], env: Mapping[str, str]) -> tuple[dict[str, JobState], str]:
-    """The jobs among these, arrays by their id, that have ended, and the error of sacct."""
-    if not jobs or shutil.which("sacct", path=env.get("PATH")) is None:
+    """The jobs among these that have ended, and the error of sacct; ``jobs`` names an array by its id."""
+    if not jobs or not has_command("sacct", env):
         return {}, ""
     states: dict[str, JobState] = {}
     env = {**env, "SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "0"}  # tasks of an array in full
-    for first in range(0, len(jobs), _AT_ONCE):
+    for first in range(0, len(jobs), _JOBS_PER_QUERY):
+        names = ",".join(jobs[first : first + _JOBS_PER_QUERY])
         try:
-            answer = query_slurm([*_COMMAND, f"--jobs={','.join(jobs[first : first + _AT_ONCE])}"], env, _SECONDS)
+            answer = query_slurm([*_COMMAND, f"--jobs={names}"], env, _TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
-            return states, f"no answer within {_SECONDS:.0f} s"
+            return states, f"no answer within {_TIMEOUT_SECONDS:.0f} s"
         if answer.returncode:
-            last = (answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"])[-1]
-            return states, "" if _IS_OFF.search(answer.stderr) else last.removeprefix("sacct: error: ")
+            return states, "" if _NO_ACCOUNTING.search(answer.stderr) else error_message(answer)
         states |= {id_: state for id_, state in parse_accounting(answer.stdout).items() if state.has_ended}
     return states, ""
 
 
 @dataclass
 class _Incarnation:
-    """One start of a job, or of waiting tasks of an array, and what its steps add."""
+    """One start of a job, or waiting tasks of an array, with the state and memory of its steps."""
 
     job: str
     submitted: int
@@ -71,16 +70,16 @@ class _Incarnation:
 
     def add_step(self, name: str, state: str, memory: str) -> None:
         if name not in ("batch", "extern"):
-            self.step_state = state  # that of the newest attempt
+            self.step_state = state  # the last step is the newest attempt
         elif state == "OUT_OF_MEMORY":
             self.step_state = self.step_state or state
         if memory:
             self.memory.append((_kilobytes(memory), memory))
 
     def ended(self, restarts: int) -> JobState:
-        """The state of the job, after so many restarts."""
+        """The state of the job, which Slurm has restarted so often."""
         state = self.state.state
-        if state == "FAILED" and self.step_state == "OUT_OF_MEMORY":  # the batch script has ended by itself
+        if state == "FAILED" and self.step_state == "OUT_OF_MEMORY":  # the batch script itself was not killed
             state = "OUT_OF_MEMORY"
         peak = f"{max(self.memory)[1]} of {self.requested}" if self.memory and self.requested else ""
         return replace(self.state, state=state, restarts=restarts, memory=peak)
@@ -91,12 +90,12 @@ def parse_accounting(text: str) -> dict[str, JobState]:
     found: list[_Incarnation] = []
     for line in text.splitlines():
         job, submitted, state, reason, start, elapsed, limit, nodes, code, memory, requested = line.split("|")
-        main, dot, step = job.partition(".")
+        parent, dot, step = job.partition(".")
         if dot:
-            if found and found[-1].job == main:
+            if found and found[-1].job == parent:
                 found[-1].add_step(step, state.partition(" ")[0], memory)
             continue
-        # By Slurm itself, or else the state names the user; None, if it could not be met from the beginning.
+        # Slurm has cancelled it, else the state would name a user. The reason is None if the condition never could hold.
         if state == "CANCELLED" and nodes == "None assigned" and reason in ("Dependency", "None"):
             reason = "DependencyNeverSatisfied"
         began = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(int(start))) if start.isdigit() else ""

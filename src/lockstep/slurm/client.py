@@ -1,4 +1,4 @@
-"""The Slurm client: the questions to Slurm's commands, and the parsers of their answers in all versions.
+"""The Slurm client: queries to Slurm's commands, and parsers of their output in all supported versions.
 
 tests/slurm/golden has what the commands of each version print.
 """
@@ -17,27 +17,19 @@ from lockstep.runs import JobState, Owner
 
 RUNNING_JOBS = (
     *("--me", "--array", "--noheader", "--states=RUNNING,SUSPENDED"),
-    "--Format="
-    + ",".join(f"{name}:|" for name in ("ArrayJobID", "ArrayTaskID", "JobID", "RestartCnt", "EndTime", "PreemptTime")),
+    "--Format=ArrayJobID:|,ArrayTaskID:|,JobID:|,RestartCnt:|,EndTime:|,PreemptTime:|",
 )
 """Arguments of squeue that list the user's running jobs for ``parse_running_jobs``, with SLURM_TIME_FORMAT=%s."""
 
 STATES_OF_JOB = ("squeue", "--all", "--array", "--states=all", "--noheader", "--Format=State")
 """The command that prints the state of each task of the job that ``--jobs`` names; it fails for an unknown one."""
 
-
 JOBS = (
     *("squeue", "--all", "--array", "--states=all", "--noheader", "--me"),
-    "--Format="
-    + ",".join(
-        f"{name}:|"
-        for name in (
-            *("JobID", "ArrayJobID", "ArrayTaskID", "State", "Reason", "StartTime", "TimeUsed", "TimeLimit", "NodeList"),
-            *("exit_code", "RestartCnt", "Dependency"),
-        )
-    ),
+    "--Format=JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,Reason:|,StartTime:|,TimeUsed:|,TimeLimit:|,NodeList:|,exit_code:|,"
+    "RestartCnt:|,Dependency:|",
 )
-"""The command that lists all jobs of the user for ``parse_jobs``. Without --jobs: it fails where Slurm has forgotten one."""
+"""The command that lists all jobs of the user for ``parse_jobs``; with --jobs it would fail if Slurm has forgotten one."""
 
 QUEUED_SCRIPTS = ("squeue", "--me", "--noheader", "--Format=ArrayJobID:|,Command:|")
 """The command that lists the user's jobs and their batch scripts for ``parse_scripts``."""
@@ -61,7 +53,7 @@ def query_slurm(command: list[str], env: Mapping[str, str], timeout: float | Non
 
 
 def start_query(command: list[str], env: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """Start a Slurm command as ``query_slurm`` does, to run beside another one; a context, which waits for its end."""
+    """Start a Slurm command as ``query_slurm`` does, to run beside another one; as a context manager it waits for the end."""
     return subprocess.Popen(command, env=_without_defaults(env), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
@@ -70,8 +62,15 @@ def _without_defaults(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if not name.startswith(defaults)}
 
 
-def _has_command(name: str, env: Mapping[str, str]) -> bool:
+def has_command(name: str, env: Mapping[str, str]) -> bool:
+    """Whether a Slurm command is installed."""
     return shutil.which(name, path=env.get("PATH")) is not None
+
+
+def error_message(answer: "subprocess.CompletedProcess[str]") -> str:
+    """The last line that a failed command printed, or its exit status if it printed nothing."""
+    lines = answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"]
+    return re.sub(r"^\w+:? error: ", "", lines[-1])
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def is_owner_alive(owner: Owner, env: Mapping[str, str]) -> bool | None:
     if owner.job is None:
         is_here = owner.host == platform.node() and owner.started is not None
         return owner == Owner.of_process(owner.pid or 0) if is_here else None
-    if not _has_command("squeue", env):
+    if not has_command("squeue", env):
         return None
     answer = query_slurm(["squeue", *RUNNING_JOBS], {**env, "SLURM_TIME_FORMAT": "%s"})
     return None if answer.returncode else is_running(owner, parse_running_jobs(answer.stdout))
@@ -121,11 +120,11 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
     """Return the state of each job that slurmctld knows, and the error of squeue; empty if it answered."""
     if not ids:
         return {}, ""
-    if not _has_command("squeue", env):
+    if not has_command("squeue", env):
         return {}, "squeue is not installed here."
     answer = query_slurm([*JOBS], env)
     if answer.returncode:
-        return {}, answer.stderr.strip().splitlines()[-1].removeprefix("slurm_load_jobs error: ")
+        return {}, error_message(answer)
     return parse_jobs(answer.stdout), ""
 
 

@@ -1,11 +1,11 @@
-"""Dependencies between jobs, as ``--after`` takes them, ``sbatch --dependency`` gets them and ``squeue`` shows them."""
+"""Dependencies between jobs, in the forms of ``--after``, ``sbatch --dependency`` and ``squeue``."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lockstep.core import UsageError, did_you_mean
+from lockstep.core import UsageError, count, did_you_mean
 from lockstep.slurm.registry import find_job
 
 KINDS = {
@@ -47,14 +47,14 @@ class Condition:
     def describe(self) -> str:
         """What a job waits for, such as ``job 12 to end``."""
         if delays := {job.partition("+")[2] for job in self.jobs} - {""}:
-            waits = " and ".join(f"{int(delay)} minutes" for delay in sorted(delays))
+            waits = " and ".join(count(int(delay), "minute") for delay in sorted(delays))
             return f"the start of {_name(self.ids)}, and {waits} more"
         return KINDS.get(self.kind, f"{self.kind} of {{}}").format(_name(self.ids))
 
 
 @dataclass(frozen=True)
 class Dependency:
-    """Conditions of which all must hold before a job starts, or with ``is_any`` one."""
+    """Conditions that must all hold before a job starts; with ``is_any`` one is enough."""
 
     conditions: tuple[Condition, ...]
     is_any: bool = False
@@ -85,7 +85,7 @@ class Dependency:
             if "?" in text and ("," in text or len(texts) > 1):
                 raise UsageError(
                     f"--after: {' '.join(texts)!r} mixes conditions that must all hold (a comma, or several values) with "
-                    "alternatives (?), which Slurm cannot; use one of them."
+                    "alternatives (?), which Slurm does not support; use one of them."
                 )
             conditions += [_parse_condition(part, text, env) for part in re.split("[,?]", text)]
         return cls(_alternatives(conditions) if any_of else _join(conditions), is_any=bool(any_of))
@@ -103,12 +103,12 @@ class Dependency:
 
 
 def _alternatives(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
-    """Conditions on one job each: where one must hold, one job of a condition is enough."""
+    """Split conditions into one for each job, as only one of all has to hold."""
     return tuple(replace(condition, jobs=(job,) if job else ()) for condition in conditions for job in condition.jobs or ("",))
 
 
 def _join(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
-    """Conditions of the same kind that follow one another as one; each job once."""
+    """Merge neighbouring conditions of the same kind, with each job once."""
     joined: list[Condition] = []
     for condition in conditions:
         if joined and joined[-1].kind == condition.kind:

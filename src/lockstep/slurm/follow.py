@@ -14,11 +14,11 @@ POLL_SECONDS = 2.0
 
 
 def follow(job: SubmittedJob, env: Mapping[str, str], rank: int = 0, seen: RunStatus | None = None) -> int:
-    """Print the log of a rank until the job ends and return its exit status; Ctrl-C ends the following, not the job.
+    """Print the log of a rank until the job ends and return its exit status; Ctrl-C stops the output, not the job.
 
     For a sweep, print one line whenever one of its runs changes; the exit status is that of the first that did not finish. The
-    jobs that follow it are followed in turn, until one does not finish. ``seen`` is a status of just now, whose log was printed
-    already.
+    later jobs of a chain are followed in turn, until one does not finish. ``seen`` is the current status if its log has been
+    printed already.
     """
     for place, link in enumerate(job.links):
         if place:
@@ -53,13 +53,13 @@ def _follow(job: SubmittedJob, env: Mapping[str, str], rank: int, seen: RunStatu
                 return next((status.exit_status for status in statuses if status.exit_status), 0)
     except KeyboardInterrupt:
         command = ("logs", "-f") if job.runs == 1 else ("status",)
-        clear_line(sys.stdout)  # with the ^C of the terminal
+        clear_line(sys.stdout)  # the terminal shows ^C there
         print(f"job {job.job} continues; to follow it: {shell_command('jobs', *command, job.job)}", flush=True)
         return 130
 
 
 class _RankLog:
-    """The log of a rank while it grows, attempt after attempt; that of ``attempt`` was printed already."""
+    """The growing log of a rank, attempt after attempt; the log of ``attempt`` so far was printed already."""
 
     def __init__(self, run: Run, rank: int, attempt: int) -> None:
         self._run, self._rank, self._attempt = run, rank, attempt

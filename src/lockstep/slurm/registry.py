@@ -26,7 +26,7 @@ class SubmittedJob:
         time: Of submission, in seconds since 1970.
         is_recycled: Whether Slurm has given its id to another job since.
         command: What it does: fit, validate, test, predict or export.
-        then: The jobs that start after it, each after the one before has finished.
+        then: The jobs of the chain that follow it, each after the one before has finished.
     """
 
     job: str
@@ -63,8 +63,8 @@ def register_job(job: SubmittedJob, env: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     row = asdict(job) | {"time": time.time()}
     del row["is_recycled"]
-    is_partial = next(_lines_from_end(path), b"") != b""  # after a full disk
-    line = ("\n" if is_partial else "") + json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    is_last_partial = next(_lines_from_end(path), b"") != b""  # after a full disk
+    line = ("\n" if is_last_partial else "") + json.dumps(row, ensure_ascii=False, default=str) + "\n"
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as file:
         file.write(line.encode())  # one write: other launchers append too
 
@@ -73,7 +73,7 @@ def registered_jobs(env: Mapping[str, str], newest: int | None = None) -> list[S
     """Return the submissions to this cluster from this machine whose folder still exists, oldest first.
 
     Args:
-        newest: Return only so many, and read no more of the registry.
+        newest: Return only so many of the newest, and read no more of the registry.
     """
     return list(islice((job for job in _read_registry(env) if job.folder.is_dir()), newest))[::-1]
 
@@ -114,7 +114,7 @@ def _lines_from_end(path: Path) -> Iterator[bytes]:
 def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
     """Return the submission with this job id, run id or run folder, with the jobs that follow it; the newest one if None.
 
-    Of a sweep it may also be one run, such as ``12_3``.
+    The name may also be that of one run of a sweep, such as ``12_3``.
     """
     if name is None:
         jobs = registered_jobs(env, newest=1)
@@ -137,7 +137,7 @@ def find_job(name: str | None, env: Mapping[str, str]) -> SubmittedJob:
 
 
 def state_folder(env: Mapping[str, str]) -> Path:
-    """The folder of what launchers remember for a user."""
+    """The folder in which launchers keep the state of a user."""
     state = env.get("XDG_STATE_HOME") or Path(env.get("HOME") or Path.home()) / ".local" / "state"
     return Path(state) / "lockstep"
 

@@ -1,4 +1,4 @@
-"""The restart policy: when a run that keeps failing is not restarted."""
+"""The restart policy: when to give up a run that keeps failing."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ RESTART, REQUEUE = "restart", "requeue"
 """What the supervisor prints: restart in this allocation, or wait for another one."""
 
 ASK_AGAIN = 75
-"""Exit status of the supervisor where it needs a newer answer of Slurm (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of the supervisor if it needs a newer answer from Slurm (EX_TEMPFAIL of sysexits.h)."""
 
 ALREADY_FINISHED = 76
-"""Exit status of the supervisor where this job has finished its run: Slurm 24.11 requeues a preempted job twice."""
+"""Exit status of the supervisor if this job has finished its run already: Slurm 24.11 requeues a preempted job twice."""
 
 _SAME_FAILURE_LIMIT = 2
 """Attempts in a row with the same step and reason after which the run is given up."""
@@ -24,7 +24,7 @@ _NO_PROGRESS_LIMIT = 25
 
 
 def _max_restarts(run: Run) -> int:
-    """``run.max_restarts`` of the run; its default where the config cannot be read, which then ends the ranks by name."""
+    """``run.max_restarts`` of the run; the default if the config cannot be read, as the ranks then fail and say so."""
     try:
         return int(yaml.safe_load(run.config.read_text())["run"]["max_restarts"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
@@ -32,7 +32,7 @@ def _max_restarts(run: Run) -> int:
 
 
 def _is_same(one: str, other: str) -> bool:
-    """Whether two attempts have failed for the same reason; out of memory each rank has another amount of it."""
+    """Whether two reasons of failed attempts are the same; those of out of memory differ in their amounts."""
     return one == other or (one.startswith(OVER_MEMORY) and other.startswith(OVER_MEMORY))
 
 

@@ -12,7 +12,7 @@ from lockstep.slurm.restart_policy import REQUEUE, RESTART, reason_to_give_up
 
 
 class UnknownOwner(Exception):
-    """Another job has claimed ``attempt``, perhaps after Slurm was queried: query it again."""
+    """Another job has claimed ``attempt``, perhaps after the query to Slurm: query Slurm again."""
 
     def __init__(self, attempt: int) -> None:
         super().__init__(attempt)
@@ -25,7 +25,7 @@ class AlreadyFinished(Exception):
 
 @dataclass(frozen=True)
 class SlurmView:
-    """What the batch script has found out from Slurm.
+    """The jobs that Slurm runs, as the batch script has queried them.
 
     Attributes:
         me: This job.
@@ -72,9 +72,9 @@ def start(run: Run, slurm: Path, view: SlurmView, env: Mapping[str, str]) -> int
     if run.is_finished_by(job) and job in {attempt.job for attempt in attempts.read_attempts(run)}:
         raise AlreadyFinished
     number = run.claim_attempt(view.me, lambda owner: view.is_alive(owner, env))
-    output = slurm / f"{env['LOCKSTEP_JOB']}_0_log.out"
+    output = slurm / f"{job}_0_log.out"
     printed = output.stat().st_size if output.exists() else 0
-    AttemptStart(env["LOCKSTEP_JOB"], time.time(), printed).write(run.start_record(number))
+    AttemptStart(job, time.time(), printed).write(run.start_record(number))
     attempts.record_earlier_attempts(run, number)
     return number
 
@@ -89,7 +89,7 @@ def finish(run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str
 
 
 def restart_in_allocation(run: Run, slurm: Path, status: int, env: Mapping[str, str]) -> int | None:
-    """Record the attempt that has ended and claim the next one, which the agents start without srun; None if they must not.
+    """Record the attempt that ended and claim the next one for the agents to start; None if they must not restart.
 
     Slurm is not queried: it has sent the agents no signal, so it has neither cancelled nor preempted the job.
 
@@ -110,7 +110,7 @@ _GIVE_UP = "give up"
 
 
 def _record(run: Run, attempt: attempts.Attempt) -> None:
-    """Record an attempt, unless the agents have done so and could not start the next one."""
+    """Record an attempt, unless the agents have recorded it but could not start the next one."""
     if attempt.attempt not in {recorded.attempt for recorded in attempts.read_attempts(run)}:
         attempts.append_attempt(run, attempt)
 
@@ -124,15 +124,18 @@ def _newest_own_attempt(run: Run, view: SlurmView, env: Mapping[str, str]) -> in
 def _decide(
     run: Run, slurm: Path, status: int, view: SlurmView, env: Mapping[str, str]
 ) -> tuple[attempts.Attempt, str | int, str]:
-    """The record of the newest attempt; what follows: an exit status, RESTART, REQUEUE or _GIVE_UP; and why it gives up."""
-    number, mine = _newest_own_attempt(run, view, env), view.my_job
-    is_finished = run.is_finished_by(env["LOCKSTEP_JOB"])  # perhaps by an attempt before, whose end nobody has recorded
+    """Return the record of the newest attempt, what follows, and why it gives up.
+
+    What follows is an exit status, RESTART, REQUEUE or _GIVE_UP.
+    """
+    job, number, mine = env["LOCKSTEP_JOB"], _newest_own_attempt(run, view, env), view.my_job
+    is_finished = run.is_finished_by(job)  # perhaps by an earlier attempt, whose end was not recorded
     result, failure = RunResult.read(run.result) if is_finished else run.result_of(number), read_first_failure(run, number)
-    ending = endings.classify_ending(endings.Evidence(result, failure, run.output(slurm, env["LOCKSTEP_JOB"]), status))
+    ending = endings.classify_ending(endings.Evidence(result, failure, run.output(slurm, job), status))
     start, progress = AttemptStart.read(run.start_record(number)), RunProgress.read(run.status)
     attempt = attempts.Attempt(
         attempt=number,
-        job=env["LOCKSTEP_JOB"],
+        job=job,
         reason=ending.reason,
         exit_status=status,
         started_at=start.time if start is not None else 0.0,
@@ -153,8 +156,8 @@ def _decide(
     earlier = [ended for ended in attempts.read_attempts(run) if ended.attempt != number]
     if why := reason_to_give_up(run, [*earlier, attempt], ending.is_explained):
         return attempt, _GIVE_UP, why
-    is_over = ending.is_interrupted and ending.exit_status == 128 + signal.SIGUSR2
-    return attempt, REQUEUE if is_over else RESTART, ""
+    is_out_of_time = ending.is_interrupted and ending.exit_status == 128 + signal.SIGUSR2
+    return attempt, REQUEUE if is_out_of_time else RESTART, ""
 
 
 def _give_up(run: Run, attempt: int, status: int, why: str) -> int:

@@ -1,7 +1,7 @@
 """The status of submitted runs, with or without accounting.
 
-``squeue`` knows a job until a few minutes after its end (MinJobAge), accounting for months. The batch script leaves its exit
-status in ``slurm/<job>.exit``, and whoever asks while Slurm still knows the job keeps the answer in ``slurm/<job>.ended.json``.
+``squeue`` knows a job until a few minutes after its end (MinJobAge), accounting for months. The batch script writes its exit
+status to ``slurm/<job>.exit``. A query while Slurm still knows the ended job writes the answer to ``slurm/<job>.ended.json``.
 """
 
 import re
@@ -52,8 +52,10 @@ _IMPOSSIBLE_REASONS = {
 }
 
 _LIMIT_REASON = re.compile(r"(?P<place>Assoc|QOS)(?:(?P<per_job>Max\w+Per(?:Job|Node)|Min)|Grp|Max)")
+"""Reasons that name a limit, such as AssocMaxWallDurationPerJobLimit and QOSGrpCpuLimit."""
+
 _PLACES = {"Assoc": "account", "QOS": "QOS"}
-"""Reasons of limits, such as AssocMaxWallDurationPerJobLimit and QOSGrpCpuLimit, and where the limit is."""
+"""Where such a limit is set."""
 
 
 @dataclass(frozen=True)
@@ -136,18 +138,23 @@ def query_status(jobs: Iterable[SubmittedJob], env: Mapping[str, str]) -> list[R
     members = [(id_, run, job) for job in jobs for id_, run in job.members]
     states, error = query_jobs({id_ for id_, _, job in members if not job.is_recycled}, env)
     unknown = {
-        id_ for id_, run, job in members if not (error or id_ in states or job.is_recycled or _kept(id_, run, job).exists())
+        id_
+        for id_, run, job in members
+        if not (error or id_ in states or job.is_recycled or _ended_file(id_, run, job).exists())
     }
-    accounted, silence = query_accounting(unknown, env)
+    accounted, accounting_error = query_accounting(unknown, env)
     states |= accounted
     return [
-        replace(_run_status(id_, run, job, None if job.is_recycled else states.get(id_), error, silence), command=job.command)
+        replace(
+            _run_status(id_, run, job, None if job.is_recycled else states.get(id_), error, accounting_error),
+            command=job.command,
+        )
         for id_, run, job in members
     ]
 
 
-def _kept(job: str, run: Run, submitted: SubmittedJob) -> Path:
-    """The file that keeps Slurm's answer."""
+def _ended_file(job: str, run: Run, submitted: SubmittedJob) -> Path:
+    """The file that keeps the state in which Slurm ended the job."""
     return _job_folder(run, submitted) / f"{job}.ended.json"
 
 
@@ -155,13 +162,16 @@ def _job_folder(run: Run, submitted: SubmittedJob) -> Path:
     return submitted.folder / "slurm" if (submitted.folder / "slurm").is_dir() else _slurm_folder(run)
 
 
-def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | None, error: str, silence: str) -> RunStatus:
-    """``error`` is that of squeue, ``silence`` that of accounting."""
-    slurm, kept = _job_folder(run, submitted), _kept(job, run, submitted)
+def _run_status(
+    job: str, run: Run, submitted: SubmittedJob, state: JobState | None, error: str, accounting_error: str
+) -> RunStatus:
+    """Combine what Slurm and the run folder say; ``error`` is that of squeue."""
+    slurm, ended_file = _job_folder(run, submitted), _ended_file(job, run, submitted)
     if state is None:
-        state = JobState.read(kept)
-    elif state.has_ended and not kept.exists() and slurm.is_dir():
-        state.write(kept)
+        state = JobState.read(ended_file)
+    elif state.has_ended and not ended_file.exists() and slurm.is_dir():
+        with suppress(OSError):  # a full disk must not hide the status; the next query tries again
+            state.write(ended_file)
     progress, result = RunProgress.read(run.status), RunResult.read(run.result)
     exit_file = slurm / f"{job}.exit"
     is_known = state is not None or (result is not None and result.is_finished) or exit_file.exists()
@@ -172,7 +182,7 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
         if state.state == "PENDING":
             return RunStatus(job, run, ACTIVE, "waiting", _pending_reason(state), state, progress, result)
         message = f"Attempt {run.newest_attempt} has failed: {failure.reason}" if failure is not None else ""
-        with suppress(OSError):  # what the batch script tries again
+        with suppress(OSError):  # no retry of the batch script
             message = (slurm / f"{job}.retry").read_text(errors="replace").strip() or message
         return RunStatus(job, run, ACTIVE, state.state.lower(), message, state, progress, result)
     was_cancelled = (slurm / f"{job}.cancelled").exists()
@@ -180,7 +190,7 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
     evidence = endings.Evidence(result, failure, output, status, state, was_cancelled, state is None)
     owner = Owner.read(run.owner)
     if owner is not None and owner.job not in (None, job):  # the newest attempt is that of another job
-        # Its supervisor ends a job with 0 only where the run has finished, which another job may train on since.
+        # A job ends with 0 only if the run had finished then; since then another job may have resumed it.
         evidence = replace(evidence, result=RunResult("finished") if status == 0 else None, failure=None)
     elif not run.is_finished_by(job):
         evidence = replace(evidence, result=run.result_of(run.newest_attempt))
@@ -188,8 +198,10 @@ def _run_status(job: str, run: Run, submitted: SubmittedJob, state: JobState | N
     if ending.state == "gone" and not run.newest_attempt and (launch := LaunchRecord.read(run.launch)) and launch.after:
         why = f"It never started: it was cancelled, or {launch.after} did not happen; Slurm has forgotten which."
         ending = endings.Ending("cancelled", endings.TERMINAL_STATES["CANCELLED"][0], why)
-    unsure = f" Accounting does not answer: {silence}" if silence and state is None and ending.state == "gone" else ""
-    return RunStatus(job, run, ending.exit_status, ending.state, ending.reason + unsure, state, progress, result)
+    reason = ending.reason
+    if accounting_error and state is None and ending.state == "gone":
+        reason += f" Accounting does not answer: {accounting_error}"
+    return RunStatus(job, run, ending.exit_status, ending.state, reason, state, progress, result)
 
 
 def _pending_reason(state: JobState) -> str:
@@ -204,10 +216,10 @@ def _pending_reason(state: JobState) -> str:
         return f"It waits for {waits}."
     if state.reason == "None":
         return "Slurm has not scheduled it yet."
-    otherwise = f"for what Slurm calls {state.reason}"
+    default = f"for what Slurm calls {state.reason}"
     if limit is not None:
-        otherwise = f"for jobs that count for a limit of its {_PLACES[limit['place']]} to end (Slurm: {state.reason})"
-    why = _PENDING_REASONS.get(state.reason.partition(",")[0].strip("()"), otherwise)
+        default = f"for jobs that count for a limit of its {_PLACES[limit['place']]} to end (Slurm: {state.reason})"
+    why = _PENDING_REASONS.get(state.reason.partition(",")[0].strip("()"), default)
     return f"It waits {why}." + (f" Expected start: {state.start}." if state.start[:1].isdigit() else "")
 
 

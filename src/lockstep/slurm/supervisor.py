@@ -4,8 +4,8 @@
 ``… FOLDER finish STATUS`` records the attempt and prints what follows: ``restart`` (in this allocation), ``requeue`` (wait for
 another one), or the exit status of the job.
 
-It may run in a container, which has no command of Slurm: both read from standard input what squeue has printed for
-``client.RUNNING_JOBS``, with a last line ``end`` if Slurm has answered.
+It may run in a container without Slurm's commands, so the batch script pipes in the output of squeue for
+``client.RUNNING_JOBS``. The last line is ``end`` if Slurm has answered.
 """
 
 import os
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
     except OSError as error:
-        print(f"lockstep: {error.filename} cannot be read or written ({error.strerror}).", file=sys.stderr)
+        path = error.filename or slurm.parent  # a write to a full disk names no file
+        print(f"lockstep: {path} cannot be read or written ({error.strerror}).", file=sys.stderr)
         return 1
 
 

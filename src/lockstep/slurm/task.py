@@ -19,13 +19,13 @@ from lockstep.runs import Failure, Run, failure, report_phase, verify_snapshot
 log = logging.getLogger(__name__)
 
 ENTRY_POINT = "lockstep.trainer.node:Node"
-"""What an agent runs, resolved by name so that the launcher does not import torch."""
+"""What the agent runs, resolved by name so that the launcher does not import torch."""
 
 EXPORT_ENTRY_POINT = "lockstep.checkpoint.export:ExportNode"
-"""What the agent of an export runs instead."""
+"""What the agent of an export runs."""
 
 _IMPORT_SECONDS = 600.0
-"""Limit of the imports of an agent; from a cold shared file system they take minutes."""
+"""How long the imports of an agent may take; from a cold shared file system they take minutes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class NodeTask:
         setup_logging(agents)
         logging.getLogger("submitit").setLevel(logging.WARNING)
         signal.signal(signal.SIGTERM, _raise_interrupted)
-        # Before training there is nothing to save, and the time of the job is not over yet.
+        # Before training there is nothing to save, and the job still has time.
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
@@ -86,7 +86,7 @@ class NodeTask:
         return World(agents.rank * self.ranks, agents.size * self.ranks, 0, self.ranks)
 
     def _check_environment(self, agents: World) -> list[str]:
-        """Verify the snapshot and what Slurm has allocated; return lines for the log."""
+        """Verify the snapshot and the allocated CPUs, and create the scratch folder; return lines for the log."""
         notes = [f"run folder {self.folder}"]
         if warning := use_writable_caches(os.environ):
             notes.append(warning)
@@ -105,13 +105,13 @@ class NodeTask:
             try:
                 os.makedirs(scratch, exist_ok=True)
             except OSError as error:
-                raise RunError(f"scratch: {scratch} cannot be made on {platform.node()} ({error.strerror}).") from None
+                raise RunError(f"scratch: {scratch} cannot be created on {platform.node()} ({error.strerror}).") from None
             os.environ["TMPDIR"] = scratch
         return notes
 
     @contextmanager
     def _watch_imports(self, run: Run, attempt: int, agents: World) -> Iterator[None]:
-        """Name this node, with the stack, where its imports hang."""
+        """Report this node, with its stack, if its imports hang."""
         if agents.is_rank_zero:
             report_phase(run, attempt, "imports")
 
@@ -127,7 +127,7 @@ class NodeTask:
         timer = threading.Timer(_IMPORT_SECONDS, give_up)
         timer.daemon = True
         timer.start()
-        # It needs neither the GIL, which an import that hangs in the linker holds, nor the disk of the run.
+        # If the timer fails: this needs neither the GIL, which an import that hangs in the linker holds, nor the run folder.
         faulthandler.dump_traceback_later(_IMPORT_SECONDS + 30, exit=True)
         try:
             yield
