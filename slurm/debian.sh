@@ -13,7 +13,7 @@ case ${1-} in
 *) echo "usage: slurm/debian.sh 22.05|24.11 COMMAND…" >&2 && exit 2 ;;
 esac
 shift
-[ "$(id -u)" = 0 ] || { echo "slurm/debian.sh: run it as root; it mounts and changes roots." >&2 && exit 2; }
+[ "$(id -u)" = 0 ] || { echo "slurm/debian.sh: run it as root; it mounts file systems and calls chroot." >&2 && exit 2; }
 command -v debootstrap >/dev/null || apt-get install -y -qq debootstrap >/dev/null ||
   { echo "slurm/debian.sh: install debootstrap (apt-get install debootstrap)." >&2 && exit 2; }
 

@@ -169,10 +169,10 @@ def stubs(slurm_is_here: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_cgroups_that_cannot_be_had_are_refused(stubs: Stubs, tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="this user can make none with a limit of memory below"):
+    with pytest.raises(ClusterError, match="this user cannot create a cgroup with a memory limit below"):
         check_cgroups(tmp_path / "c", root=tmp_path)
     if stubs.has_cgroups:
-        with pytest.raises(ClusterError, match=f"the cluster in {stubs.cluster.folder} has them already"):
+        with pytest.raises(ClusterError, match=f"the cluster in {stubs.cluster.folder} uses cgroups already"):
             check_cgroups(tmp_path / "c")
 
 

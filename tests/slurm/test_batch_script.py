@@ -134,6 +134,11 @@ def test_a_wrong_profile_raises_error_with_key_and_value(tmp_path: Path, text: s
     assert message in error.value.message
 
 
+def test_a_profile_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(UsageError, match=r"^profile: /proc/self/mem cannot be read \(Input/output error\)\.$"):
+        load_profile("/proc/self/mem", {}, [])
+
+
 def test_a_drawn_seed_is_the_same_at_each_start_of_a_run(tmp_path: Path) -> None:
     arguments = [*DIGITS, "--seed_everything=true", f"--run.root={tmp_path}"]
     options = LaunchOptions(tmp_path, sweep={"model.lr": ["0.1", "0.2"]})

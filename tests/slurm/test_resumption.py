@@ -61,17 +61,23 @@ def test_a_resumed_run_has_the_resources_of_its_submission_where_no_flag_says_ot
     )
     cluster.unlink()
     with pytest.raises(
-        UsageError, match=r"--resume: NCCL_DEBUG of the run's environment is not in mine any more; say with --pro"
+        UsageError, match=r"--resume: NCCL_DEBUG of the run's environment is no longer in mine; give the resources with --pro"
     ):
         resources(run)
     LaunchRecord("", 1, 1, slurm={"time": "never"}).write(run.launch)
-    with pytest.raises(UsageError, match=r"--resume: .*launch.yaml: time: 'never' is not a time; .* Or say with --profile"):
+    with pytest.raises(
+        UsageError, match=r"--resume: .*launch.yaml: time: 'never' is not a time; .* Or give the resources with --profile"
+    ):
         resources(run)
+    for damaged in ({"sbatch": 5}, {"environment": 5}):
+        LaunchRecord("", 1, 1, slurm=damaged).write(run.launch)
+        with pytest.raises(UsageError, match=r"launch.yaml: \w+: 5 must be .* Or give the resources with --profile"):
+            resources(run)
     LaunchRecord("", "many", 1, slurm={}).write(run.launch)
-    with pytest.raises(UsageError, match=r"launch.yaml: nodes: 'many' is not a number of nodes; .*; say with --nodes how many"):
+    with pytest.raises(UsageError, match=r"launch.yaml: nodes: 'many' is not a number of nodes; .*; set --nodes"):
         resources(run)
     run.launch.write_text("command: x\nnodes: 1\nranks_per_node: 1\nslurm: [1]\n")
-    with pytest.raises(UsageError, match=r"launch.yaml is damaged: slurm: \[1\]; say with --profile"):
+    with pytest.raises(UsageError, match=r"launch.yaml is damaged: slurm: \[1\]; give the resources with --profile"):
         resources(run)
     LaunchRecord("", 1, 1).write(run.launch)  # of a local run, which submit refuses to resume
     assert resources(run, "--profile", "one-machine")[1] == NodeRange(1, 1)

@@ -7,6 +7,7 @@ from lockstep.slurm.client import (
     STATES_OF_JOB,
     Partition,
     check_slurm_conf,
+    has_command,
     is_owner_alive,
     is_unanswered,
     is_unknown_job,

@@ -31,7 +31,7 @@ export PYTHONPATH=/home/user/project/runs/digits/20260101-000000-abcd/code/proje
 export PYTHONSAFEPATH=1
 export WANDB_MODE=offline
 export LOCKSTEP_SCRATCH="/scratch/$USER/$SLURM_JOB_ID"
-# Replaces srun below. After each attempt the supervisor decides: finish, restart or requeue.
+# Called instead of srun below. After each attempt the supervisor decides: finish, restart or requeue.
 supervisor() { /home/user/.venv/bin/python -m lockstep.slurm.supervisor /home/user/project/runs/digits/20260101-000000-abcd/slurm "$@"; }
 retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
   retries=$((retries + 1))  # not in the pipeline, whose parts are subshells
@@ -41,7 +41,7 @@ retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
 # Slurm is queried here, because an image has none of its commands.
 query() ( unset "${!SQUEUE_@}" SLURM_CLUSTERS; export SLURM_TIME_FORMAT=%s; squeue "$@" 2>/dev/null )
 running_jobs() {
-  local jobs  # whole, so that a supervisor that does not read is not a squeue that does not answer
+  local jobs  # read before it is printed: an error of the supervisor must not look like one of squeue
   for _ in {1..300}; do
     if jobs=$(query --me --array --noheader --states=RUNNING,SUSPENDED '--Format=ArrayJobID:|,ArrayTaskID:|,JobID:|,RestartCnt:|,EndTime:|,PreemptTime:|'); then
       echo "$jobs${jobs:+$'\n'}end"
@@ -59,7 +59,7 @@ cancel_steps() {  # ranks that outlive a killed srun must not train beside those
     fi
     sleep 0.5
   done
-  echo lockstep: ranks of the attempt before still run, and scancel does not end them. >&2
+  echo lockstep: ranks of the previous attempt still run, and scancel does not end them. >&2
   return 1
 }
 srun() {
@@ -73,7 +73,7 @@ srun() {
         echo "lockstep: python: the interpreter of the job cannot be run on $(hostname); set --python or the profile." >&2
         return 127 ;;
       76) return 0 ;;
-      75) seen=$attempt; continue ;;  # another job has claimed the run before: ask Slurm whether that one runs
+      75) seen=$attempt; continue ;;  # another job has claimed the run: query Slurm again for whether it runs
       *) retry "No attempt could be started" || return 1; continue ;;
     esac
     rm -f /home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.retry"

@@ -39,9 +39,9 @@ User - '{user}':AdminLevel='Administrator':DefaultAccount='{account}'
 """
 
 _DATABASE_OPTIONS = (
-    # Only its socket, which lies in a folder of the user, leads to it: nobody else has to be kept out by a password.
+    # No password: only the socket in the private folder of the cluster leads to it.
     *("--skip-networking", "--skip-grant-tables"),
-    # Small and fast. A kill loses nothing that was committed, but a crash of the machine, which the cluster does not survive.
+    # Small and fast. A kill loses no committed data; a crash of the machine may, but it ends the cluster anyway.
     *("--innodb-buffer-pool-size=16M", "--innodb-log-file-size=4M", "--innodb-temp-data-file-path=ibtmp1:4M:autoextend"),
     *("--innodb-flush-method=nosync", "--innodb-flush-log-at-trx-commit=2", "--innodb-doublewrite=0"),
     *("--innodb-file-per-table=0", "--sync-frm=0", "--innodb-stats-persistent=0"),
@@ -50,10 +50,10 @@ _DATABASE_OPTIONS = (
 
 
 def start_database(folder: Path) -> None:
-    """Start MariaDB in the background, with a new database at the first time, and wait until it listens.
+    """Start MariaDB in the background and wait until it listens; create its database first if it has none.
 
     Raises:
-        ClusterError: It failed; with the last lines that it has written.
+        ClusterError: It failed; with the last lines of its output.
     """
     part = folder / "mariadb"
     data, log = part / "data", part / "log"
@@ -62,27 +62,27 @@ def start_database(folder: Path) -> None:
     env = {"PATH": search_path()}
     if not data.exists():
         (data / "mysql").mkdir(parents=True)
-        # slurmdbd makes its database itself, but libmariadb 11.8.9 allows no columns after a connection that has failed.
+        # slurmdbd would create its database itself, but fails to with libmariadb 11.8.9 after a failed connection.
         tables = "use mysql;\n" + _system_tables(env) + "\ncreate database slurm;\n"
         made = subprocess.run([*command, "--bootstrap"], input=tables, env=env, cwd=part, capture_output=True, text=True)
         if made.returncode or "ERROR:" in made.stderr:
             raise _database_error(made.stderr)
     (part / "socket").unlink(missing_ok=True)  # of one that was killed
-    # Through a shell, which ends: it does not go into the background by itself.
+    # Through a shell, which exits: mariadbd does not go into the background by itself.
     script = '"$@" </dev/null >>log 2>&1 & echo $!'
     shell = ["sh", "-c", script, "sh", *command]
     started = subprocess.run(shell, cwd=part, env=env, capture_output=True, text=True, start_new_session=True, check=True)
     pid = int(started.stdout)
 
     deadline = time.monotonic() + _READY_SECONDS
-    while not _listens(part / "socket"):
+    while not listens(part / "socket"):
         if not Path("/proc", str(pid)).exists() or time.monotonic() > deadline:
             raise _database_error(log.read_text(errors="replace"))
         time.sleep(0.02)
 
 
 def _system_tables(env: Mapping[str, str]) -> str:
-    """The SQL that makes the tables of the server itself; stored procedures, which slurmdbd has, need them."""
+    """The SQL that creates the system tables of the server, which the stored procedures of slurmdbd need."""
     shown = subprocess.run(["mariadbd", "--no-defaults", "--help", "--verbose"], env=env, capture_output=True, text=True).stdout
     if found := re.search(r"^character-sets-dir +(\S+)", shown, re.MULTILINE):
         for path in Path(found[1]).parent.glob("m*_system_tables.sql"):  # mysql_…, since MariaDB 11 mariadb_…
@@ -104,23 +104,19 @@ def write_slurmdbd_conf(folder: Path, port: int) -> None:
 
 
 def database_environment(folder: Path) -> dict[str, str]:
-    """Variables with which slurmdbd finds the socket of the database."""
+    """The variable with which slurmdbd finds the socket of the database."""
     return {"MYSQL_UNIX_PORT": f"{folder}/mariadb/socket"}
 
 
-def is_slurmdbd_ready(port: int) -> bool:
-    """Whether slurmdbd answers."""
-    return _listens(port)
-
-
-def _listens(address: Path | int) -> bool:
+def listens(address: Path | int) -> bool:
+    """Whether a process listens on a Unix socket, or on a port of 127.0.0.1."""
     family, target = (socket.AF_UNIX, str(address)) if isinstance(address, Path) else (socket.AF_INET, ("127.0.0.1", address))
     with socket.socket(family) as probe:
         return probe.connect_ex(target) == 0
 
 
 def accounts_command(folder: Path, cluster: str) -> list[str]:
-    """The command that makes the cluster known to slurmdbd, with an account and the user in it; one is quicker than three."""
+    """Write a file with the cluster, an account and its user, and return the command that loads it into slurmdbd."""
     path = folder / "slurmdbd" / "accounts"
     path.write_text(_ACCOUNTS.format(cluster=cluster, account=ACCOUNT, user=user_name()))
     return ["sacctmgr", "--immediate", "--quiet", "load", str(path)]

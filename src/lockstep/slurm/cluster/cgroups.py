@@ -1,4 +1,4 @@
-"""Cgroups of a cluster: what the machine allows, the configuration for it, and the removal of what the nodes leave."""
+"""Cgroups of a cluster: check what the machine allows, configure Slurm for it, and remove what killed nodes leave."""
 
 import contextlib
 import os
@@ -11,23 +11,23 @@ from lockstep.slurm.cluster.conf import ClusterError, ClusterSpec
 _ROOT = Path("/sys/fs/cgroup")
 
 _CONTROLLERS = ("memory", "cpuset", "freezer")
-"""The hierarchies that Slurm uses of version 1."""
+"""The hierarchies of version 1 that Slurm uses."""
 
 _SLURM_CONF = {
     "ProctrackType": "proctrack/cgroup",
     "TaskPlugin": "task/cgroup",
-    "JobAcctGatherParams": "UsePss",  # the kernel keeps the limit of memory
+    "JobAcctGatherParams": "UsePss",  # without OverMemoryKill, as the kernel enforces the limit
 }
 
 _CGROUP_CONF = {
     "v1": "CgroupPlugin=cgroup/v1\n",
-    # Without systemd, which a container has not, and which would make a scope for each node.
+    # Without systemd: a container has none, and it would create a scope for each node.
     "v2": "CgroupPlugin=cgroup/v2\nIgnoreSystemd=yes\nCgroupAutomount=yes\n",
 }
 
 
 def check_cgroups(folder: Path, root: Path = _ROOT) -> None:
-    """Raise ClusterError if this machine or another cluster on it leaves no cgroups to the cluster in ``folder``."""
+    """Raise ClusterError if the cluster in ``folder`` cannot use cgroups on this machine, or another cluster uses them."""
     _version(root)
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -35,8 +35,8 @@ def check_cgroups(folder: Path, root: Path = _ROOT) -> None:
                 other = Path(os.readlink(path / "cwd")).parent
                 if other != folder and "proctrack/cgroup" in (other / "slurm.conf").read_text():
                     raise ClusterError(
-                        f"--cgroups: the cluster in {other} has them already, and the nodes of both would have the same ones; "
-                        "take it down first."
+                        f"--cgroups: the cluster in {other} uses cgroups already, and the nodes of both would share them; "
+                        "stop it first with `down`."
                     )
 
 
@@ -58,18 +58,18 @@ def _version(root: Path) -> str:
                 with contextlib.suppress(OSError):
                     probe.rmdir()
     raise ClusterError(
-        f"--cgroups: this user can make none with a limit of memory below {root}; that needs root, and in a container a "
-        "writable /sys/fs/cgroup (docker run --privileged). Without --cgroups Slurm looks at the memory of a job every second."
+        f"--cgroups: this user cannot create a cgroup with a memory limit below {root}; that needs root, and in a container "
+        "a writable /sys/fs/cgroup (docker run --privileged). Without --cgroups Slurm polls the memory of a job every second."
     )
 
 
 def binds_cpus(spec: ClusterSpec) -> bool:
-    """Whether tasks are bound to CPUs: not where a node has more of them than the machine."""
+    """Whether tasks are bound to CPUs: not if a node has more CPUs than the machine."""
     return spec.cgroups and spec.cpus <= (os.cpu_count() or 1)
 
 
 def slurm_conf_values(spec: ClusterSpec) -> dict[str, str]:
-    """What replaces lines of slurm.conf."""
+    """Values that replace those of slurm.conf."""
     binding = {"TaskPlugin": "task/affinity,task/cgroup"} if binds_cpus(spec) else {}
     return _SLURM_CONF | binding if spec.cgroups else {}
 

@@ -1,4 +1,4 @@
-"""The specification of a cluster and the slurm.conf for it; programs, ports and environment of its daemons."""
+"""The specification of a cluster, its slurm.conf, and the programs, ports and environment of its daemons."""
 
 import contextlib
 import hashlib
@@ -60,7 +60,7 @@ _ACCOUNTING = """\
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={port}
-# Not a password: the socket of munge.
+# The socket of munge, not a password.
 AccountingStoragePass={folder}/munged/socket
 AccountingStorageEnforce=associations,limits,qos
 AccountingStorageTRES=gres/gpu
@@ -72,7 +72,7 @@ class ClusterError(Exception):
 
 
 class ClusterUsageError(ClusterError):
-    """Arguments that are not valid."""
+    """An argument that is not valid."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def slurm_conf(folder: Path, spec: ClusterSpec, ports: Sequence[int], values: Ma
 
 
 def user_name() -> str:
-    """Name of the user, whose daemons and jobs they are."""
+    """Name of the user that the daemons and jobs run as."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:

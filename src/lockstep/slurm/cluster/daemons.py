@@ -173,7 +173,7 @@ class Cluster:
         kill(self.folder, part)
 
     def restore(self, part: str) -> None:
-        """Start a killed daemon again and wait until Slurm uses it. Jobs of a node have then been requeued or have failed.
+        """Restart a killed daemon and wait until Slurm uses it. The jobs of a lost node were requeued or have failed.
 
         Raises:
             ClusterError: It is running already, or failed.
@@ -183,7 +183,7 @@ class Cluster:
             raise ClusterError(f"{part} is not lost: its daemon is running.")
         if part == "slurmdbd" and "mariadb" in self.dead_parts():
             raise ClusterError("slurmdbd needs its database; restore mariadb first.")
-        # As a real node is: if Slurm did not notice the loss, it would believe that the jobs are still running.
+        # Mark the node down, as Slurm marks a lost node in time: else it would believe that its jobs still run.
         is_node = part in self.spec.node_names
         if is_node and not self.node_states()[part].startswith("down"):
             self.command("scontrol", "update", f"NodeName={part}", "State=DOWN", "Reason=lost")
@@ -212,9 +212,8 @@ class Cluster:
         if jobs:
             self.command("scancel", *jobs, timeout=_CANCEL_SECONDS)
             deadline = time.monotonic() + _CANCEL_SECONDS
-            while {process.program for process in self.processes()} & {"slurmstepd", "job", "srun"}:
-                if time.monotonic() > deadline:
-                    break
+            running = {"slurmstepd", "job", "srun"}
+            while running & {process.program for process in self.processes()} and time.monotonic() < deadline:
                 time.sleep(0.05)
 
     def _check_part(self, part: str) -> None:
@@ -244,10 +243,10 @@ class Cluster:
         if self.spec.cgroups and not is_limited(
             self.command("srun", "--quiet", "cat", "/proc/self/cgroup", timeout=_READY_SECONDS)
         ):
-            raise ClusterError("--cgroups: Slurm puts no job of this machine into a cgroup with a limit of memory.")
+            raise ClusterError("--cgroups: Slurm does not put jobs into a cgroup with a memory limit on this machine.")
 
     def _launch(self, part: str) -> None:
-        """Start the daemon of a part; returns when it is in the background."""
+        """Start the daemon of a part in the background."""
         folder = self.folder / part
         if part == "mariadb":
             return accounting.start_database(self.folder)
@@ -270,7 +269,7 @@ class Cluster:
 
     def _wait_for_slurmdbd(self) -> None:
         deadline = time.monotonic() + _READY_SECONDS
-        while not accounting.is_slurmdbd_ready(self.port("slurmdbd") or 0):
+        while not accounting.listens(self.port("slurmdbd") or 0):
             if "slurmdbd" in self.dead_parts() or time.monotonic() > deadline:
                 raise self._failure("slurmdbd", "it does not answer")
             time.sleep(0.02)
@@ -302,7 +301,7 @@ class Cluster:
         return ""
 
     def _failure(self, part: str, reason: str) -> ClusterError:
-        """The error of a part, with the end of its log."""
+        """An error about a part, with the end of its log."""
         log = self.folder / part / "log"
         tail = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
         program = f"slurmd of {part}" if part in self.spec.node_names else part

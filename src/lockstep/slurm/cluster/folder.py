@@ -1,4 +1,4 @@
-"""The folder of a cluster: it is private, marked, and never one of somebody else."""
+"""The folder of a cluster: private, marked by a file, and owned by the user."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def check_folder(folder: Path) -> None:
     """Raise ClusterError if the folder is neither empty nor that of a cluster, or belongs to another user."""
     is_ours = folder.is_dir() and ((folder / _MARKER).exists() or not any(folder.iterdir()))
     if not is_ours or folder.stat().st_uid != os.geteuid():
-        raise ClusterError(f"{folder} exists and is not a cluster's folder of yours; choose another with --folder.")
+        raise ClusterError(f"{folder} is not a cluster's folder, or not yours; choose another with --folder.")
 
 
 def claim_folder(folder: Path, spec: ClusterSpec, ports: Sequence[int]) -> None:
@@ -40,13 +40,13 @@ def claim_folder(folder: Path, spec: ClusterSpec, ports: Sequence[int]) -> None:
         with (folder / _MARKER).open("x") as marker:
             json.dump({"spec": asdict(spec), "ports": ports}, marker)
     except FileExistsError:
-        raise ClusterError(f"{folder} exists already; take the cluster in it down, or choose another folder.") from None
+        raise ClusterError(f"{folder} exists already; stop the cluster in it with `down`, or choose another folder.") from None
     except OSError as error:
         raise ClusterError(f"{folder} cannot be created: {error.strerror}.") from None
 
 
 def read_marker(folder: Path) -> tuple[ClusterSpec, Sequence[int]]:
-    """The specification and the ports of the cluster in a folder; FileNotFoundError without one, ValueError if damaged."""
+    """The specification and the ports of the cluster in a folder; FileNotFoundError without a marker, ValueError if damaged."""
     try:
         facts = json.loads((folder / _MARKER).read_text())
         spec = facts["spec"] | {key: tuple(facts["spec"][key]) for key in ("partitions", "options")}

@@ -1,4 +1,4 @@
-"""Find and kill the processes of a cluster, by their program and folder: pid files may be missing or out of date."""
+"""Find the processes of a cluster by their program and folder, as pid files may be missing or stale, and kill them."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ DAEMONS = ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged")
 """The programs of the parts of a cluster."""
 
 _KILL_ORDER = ("slurmctld", "slurmd", "slurmstepd", "job", "srun", "slurmdbd", "mariadbd", "munged")
-"""Processes that start others, or report their end, come first."""
+"""First those that start other processes, or that would report the end of others."""
 
 _KILL_SECONDS = 10.0
 """How long killed processes may take to disappear."""

@@ -1,9 +1,9 @@
-"""The user's associations and QOS, and their limits, as Slurm's controller and its accounting tell them."""
+"""The user's associations and QOS with their limits, from Slurm's controller and its accounting database."""
 
 import os
 import pwd
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lockstep.slurm import query_slurm, start_query
@@ -26,7 +26,7 @@ _QOS_LIMITS = {
 """Limits of a QOS, and the field of ``sacctmgr show qos`` that has each."""
 
 SHOW_CONFIG = ["scontrol", "show", "config"]
-"""The command that prints slurm.conf, in milliseconds."""
+"""The command that prints Slurm's configuration."""
 
 _ASSOC_MGR = ("scontrol", "--oneliner", "show", "assoc_mgr")
 _SACCTMGR = ("sacctmgr", "--noheader", "--parsable2", "show")
@@ -40,7 +40,7 @@ class Limit:
         name: As ``sacctmgr`` calls it.
         resource: ``cpu``, ``node``, ``gres/gpu`` …; empty for a number of jobs, or minutes.
         most: Memory in MB, times in minutes.
-        used: By jobs that run; of MaxSubmit… by those that wait too.
+        used: By running jobs; for MaxSubmit… by waiting jobs too.
         place: ``QOS small``, ``account tiny``.
     """
 
@@ -55,13 +55,13 @@ class Limit:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What it limits. One of a QOS per user replaces that of the user's association."""
+        """What it limits: a QOS limit per user replaces the limit of the user's association."""
         return self.name.replace("PerUser", "") if "Jobs" in self.name else self.name, self.resource
 
 
 @dataclass(frozen=True)
 class Association:
-    """An account of the user: valid QOS, and that of jobs which name none; for one partition, or all."""
+    """An account of the user, in one partition or (empty) in all, with its valid QOS and its default QOS."""
 
     account: str
     partition: str
@@ -103,9 +103,9 @@ class Accounting:
         return row["Account"] if row is not None else None
 
     def limits(self, account: str | None, qos: str | None, partition: str | None) -> list[Limit]:
-        """The limits that hold for a job of the user; empty where Slurm does not show them. None means the default.
+        """The limits that hold for a job of the user; empty if Slurm does not show them. None means the default.
 
-        Those of a QOS replace those of an association; of these the nearest holds, but for Grp…, where all do.
+        A limit of a QOS replaces that of an association. Of associations the nearest limit holds, but all Grp… limits do.
         """
         own = self._own_record(account, partition)
         if own is None:
@@ -119,7 +119,7 @@ class Accounting:
         return limits
 
     def _own_record(self, account: str | None, partition: str | None = None) -> dict[str, str] | None:
-        """The user's association with an account, or the default one: that for the partition, else that for all."""
+        """The user's association with an account, or the default one: for the partition if there is one, else for all."""
         rows = self._records("flags=assoc", f"users={user_name()}")
         own = [row for row in rows if row["UserName"].partition("(")[0] == user_name()]
         own = [row for row in own if (row["Account"] == account if account else row["DefAssoc"] == "Yes")]
@@ -141,9 +141,9 @@ class Accounting:
         return [_fields(line) for line in lines if line.startswith("ClusterName=")]
 
     def _qos_limits(self, account: str, qos: str | None, partition: str | None) -> list[Limit]:
-        """The limits of the QOS of the job and of its partition; where both have one the larger, as either may come first."""
+        """The limits of the QOS of the job and of its partition; of both the larger one, as either may have precedence."""
         command = [*_SACCTMGR, "qos", f"format=name,{','.join(_QOS_LIMITS.values())}"]
-        with start_query(command, self.env) as query:  # the database takes a moment for each
+        with start_query(command, self.env) as query:  # the database takes a moment, and _default_qos asks it too
             names = {qos or self._default_qos(account), self._partition_qos(partition)}
             rows, _ = query.communicate()
         found: dict[tuple[str, str], Limit] = {}
@@ -208,10 +208,3 @@ def _row_limits(row: Mapping[str, str], place: str) -> Iterator[Limit]:
             if match := re.fullmatch(r"([\d.]+)([KMGT]?)(?:\(([\d.]+)\))?", number):
                 most = float(match[1]) * (1024 ** "MGT".index(match[2]) if match[2] in ("M", "G", "T") else 1)
                 yield Limit(_NAMES.get(name, name), resource, most, float(match[3] or 0), place)
-
-
-def chosen(name: str, value: str | None, arguments: Sequence[str]) -> str | None:
-    """The account or QOS of a profile, perhaps among its arguments of sbatch; Slurm's names are lower case."""
-    flags = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"--{name}=")]
-    text = flags[-1] if flags else value
-    return text.lower() if text is not None else None

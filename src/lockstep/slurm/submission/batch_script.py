@@ -36,11 +36,11 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
     """Build the submitit executor that submits ``request``."""
     profile, options = request.profile, request.options
     executor = ScriptExecutor(folder=request.folder / "slurm", python=_python_command(request))
-    # submitit would have Slurm send SIGUSR2 before the time limit: without a handler yet, it ends a rank. SIGURG is ignored.
+    # By default submitit requests SIGUSR2 before the time limit, which ends a rank without a handler; SIGURG is ignored.
     additional: dict[str, Any] = {"chdir": options.working_directory, "requeue": True, "signal": "URG@90"}
     if options.nodes.is_range:
         # With --ntasks-per-node Slurm would allocate the smallest number of nodes.
-        additional |= {"nodes": str(options.nodes), "cpus-per-task": _node_cpus(profile)}
+        additional |= {"nodes": str(options.nodes), "cpus-per-task": node_cpus(profile)}
     if profile.reservation:
         additional["reservation"] = profile.reservation
     if options.after:
@@ -55,7 +55,7 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
         "time": profile.minutes,
         "nodes": options.nodes.max,
         "ntasks_per_node": 1,  # the agent, which starts the ranks of its node
-        "cpus_per_task": _node_cpus(profile),
+        "cpus_per_task": node_cpus(profile),
         "gpus_per_node": profile.gpus_per_node or None,
         "exclusive": profile.exclusive or None,
         "dependency": str(options.after) if options.after else None,
@@ -75,12 +75,12 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
 
 def _srun_arguments(request: JobRequest) -> list[str]:
     arguments = ["--kill-on-bad-exit=1", "--open-mode=append"]
-    arguments.append(f"--cpus-per-task={_node_cpus(request.profile)}")  # srun does not inherit it
+    arguments.append(f"--cpus-per-task={node_cpus(request.profile)}")  # srun does not inherit it
     return [*arguments, *_pyxis_arguments(request), *request.profile.srun]
 
 
-def _node_cpus(profile: Profile) -> int:
-    """CPUs of the ranks of a node."""
+def node_cpus(profile: Profile) -> int:
+    """CPUs per node."""
     return profile.ranks * (profile.cpus or 1)
 
 
@@ -112,13 +112,13 @@ def _python_command(request: JobRequest) -> str:
 
 
 def _container_mounts(request: JobRequest) -> list[Path]:
-    """Folders that a container needs: the runs of the same name, the working directory, and code without a snapshot."""
+    """Folders that a container needs: all runs of this name, the working directory, and the code if it has no snapshot."""
     wanted = [request.folder.parent, request.options.working_directory, *(path for path in request.code.paths if path.is_dir())]
     return [path for path in dict.fromkeys(wanted) if not any(path != other and path.is_relative_to(other) for other in wanted)]
 
 
 PASSED_PREFIX = "LOCKSTEP_ENV_"
-"""Prefix of the variables of the job that carry the profile's environment, whose values no file shows."""
+"""Prefix of the variables that pass the profile's environment to the job without writing its values to a file."""
 
 _PREAMBLE = r"""
 # Record the exit status: Slurm forgets it where accounting is disabled.
@@ -135,7 +135,7 @@ fi
 
 
 _SUPERVISED_SRUN = r"""
-# Replaces srun below. After each attempt the supervisor decides: finish, restart or requeue.
+# Called instead of srun below. After each attempt the supervisor decides: finish, restart or requeue.
 supervisor() { @supervisor@ @slurm@ "$@"; }
 retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
   retries=$((retries + 1))  # not in the pipeline, whose parts are subshells
@@ -145,7 +145,7 @@ retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
 # Slurm is queried here, because an image has none of its commands.
 query() ( unset "${!SQUEUE_@}" SLURM_CLUSTERS; export SLURM_TIME_FORMAT=%s; squeue "$@" 2>/dev/null )
 running_jobs() {
-  local jobs  # whole, so that a supervisor that does not read is not a squeue that does not answer
+  local jobs  # read before it is printed: an error of the supervisor must not look like one of squeue
   for _ in {1..300}; do
     if jobs=$(query @running_jobs@); then
       echo "$jobs${jobs:+$'\n'}end"
@@ -163,7 +163,7 @@ cancel_steps() {  # ranks that outlive a killed srun must not train beside those
     fi
     sleep 0.5
   done
-  echo lockstep: ranks of the attempt before still run, and scancel does not end them. >&2
+  echo lockstep: ranks of the previous attempt still run, and scancel does not end them. >&2
   return 1
 }
 srun() {
@@ -177,7 +177,7 @@ srun() {
         echo "lockstep: python: the interpreter of the job cannot be run on $(hostname); set --python or the profile." >&2
         return 127 ;;
       @already_finished@) return 0 ;;
-      @ask_again@) seen=$attempt; continue ;;  # another job has claimed the run before: ask Slurm whether that one runs
+      @ask_again@) seen=$attempt; continue ;;  # another job has claimed the run: query Slurm again for whether it runs
       *) retry "No attempt could be started" || return 1; continue ;;
     esac
     rm -f @slurm@/"$LOCKSTEP_JOB.retry"

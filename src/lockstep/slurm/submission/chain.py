@@ -1,4 +1,4 @@
-"""A chain of jobs: a training, and what follows it with its newest checkpoint, each job after the one before has finished."""
+"""A chain of jobs: a training and the jobs that use its newest checkpoint, each after the one before has finished."""
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ from lockstep.slurm.submission.submission import Queued, Submission, register
 LINK_COMMANDS = (*COMMANDS, "export")
 
 _OWN_KEYS = {
-    "ckpt_path": "is the run before",
-    "run.name": "is that of the training, beside whose run folder its own stands",
-    "run.root": "is that of the training, beside whose run folder its own stands",
+    "ckpt_path": "a link uses the newest checkpoint of the run before",
+    "run.name": "a link takes that of the training",
+    "run.root": "a link takes that of the training",
 }
-"""Keys that a link cannot set, and what they are."""
+"""Keys that a link cannot set, and why."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Chain:
-    """A training and the submissions that follow it, with what was typed for each of them; none without ``--then``."""
+    """A training and the submissions that follow it, with the text of each as it was typed."""
 
     training: Submission
     links: tuple[Submission, ...] = ()
@@ -90,7 +90,7 @@ class Chain:
                 link.check_with_slurm(env)
 
     def preview(self, env: Mapping[str, str]) -> str:
-        """The batch scripts and the arguments of all jobs; the ids of jobs that are not queued yet are their names."""
+        """The batch scripts and the arguments of all jobs, with commands such as FIT in place of job ids."""
         parts, before = [self.training.preview(env)], "FIT"
         for link, text in zip(self.links, self.texts, strict=True):
             parts += [
@@ -143,7 +143,7 @@ def _check_exports(links: Sequence[Submission]) -> None:
     """Raise UsageError if two exports write the same file."""
     written: set[Path] = set()
     for link in links:
-        if link.command == "fit":  # those that follow export another run
+        if link.command == "fit":  # later exports write into the folder of this run
             written = {out for out in written if out.is_absolute()}
         elif link.command == "export":
             if (out := _export_options(link.arguments).out) in written:
@@ -153,7 +153,7 @@ def _check_exports(links: Sequence[Submission]) -> None:
 
 @contextmanager
 def _named(text: str) -> Iterator[None]:
-    """Begin the message of a UsageError with the link that it is about."""
+    """Prefix the message of a UsageError with its link."""
     try:
         yield
     except UsageError as error:
@@ -161,7 +161,7 @@ def _named(text: str) -> Iterator[None]:
 
 
 def _link(training: Submission, link: Link, env: Mapping[str, str], launcher_flags: Sequence[str]) -> Submission:
-    """The submission of a link; its run folder stands beside that of the training."""
+    """The submission of a link; its run folder is beside that of the training."""
     here = training.options.working_directory
     if (resume := training.options.resume) is not None and (launch := LaunchRecord.read(resume.launch)) is not None:
         here = Path(launch.folder or here)
@@ -192,7 +192,7 @@ def _link(training: Submission, link: Link, env: Mapping[str, str], launcher_fla
     made = Submission.create([link.command, *training.arguments, *link.keys], link.profile, options, env, launcher_flags)
     for key in _OWN_KEYS:
         if (value := _value(made.config, key)) != _value(training.config, key):
-            raise UsageError(f"{key}: {value!r}: it {_OWN_KEYS[key]}; leave it out.")
+            raise UsageError(f"{key}: {value!r}: {_OWN_KEYS[key]}; leave it out.")
     return replace(made, folder=folder, drawn_seed=training.drawn_seed)
 
 

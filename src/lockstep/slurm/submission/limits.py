@@ -1,13 +1,18 @@
-"""Check a job against the limits of its account and QOS: Slurm queues one that exceeds most of them, and never starts it."""
+"""Check a job against the limits of its account and QOS: beyond most of them Slurm queues a job but never starts it."""
 
 import re
 
 from lockstep.core import UsageError, count, did_you_mean
-from lockstep.slurm.submission.associations import Accounting, Limit, chosen, user_name
-from lockstep.slurm.submission.batch_script import JobRequest
-from lockstep.slurm.submission.profile import parse_size
+from lockstep.slurm.submission.associations import Accounting, Limit, user_name
+from lockstep.slurm.submission.batch_script import JobRequest, node_cpus
+from lockstep.slurm.submission.profile import Profile, parse_size
 
-_KEYS = {"node": ("nodes", "node"), "cpu": ("cpus_per_rank", "CPU"), "mem": ("mem", "MB"), "gres/gpu": ("gpus_per_node", "GPU")}
+_KEYS = {
+    "node": ("nodes", "node"),
+    "cpu": ("cpus_per_rank", "CPU"),
+    "mem": ("mem", "MB"),
+    "gres/gpu": ("gpus_per_node", "GPU"),
+}
 """Key that requests a resource, and a noun for it."""
 
 _OTHERWISE = "or choose another account or QOS"
@@ -17,7 +22,7 @@ def check_limits(request: JobRequest, accounting: Accounting) -> list[str]:
     """Return a sentence about each limit that makes this job wait for others; empty where no limits are enforced.
 
     Raises:
-        UsageError: A limit would keep it waiting for ever.
+        UsageError: A limit would keep it waiting forever.
     """
     if not accounting.enforced & {"limits", "safe", "all"}:
         return []
@@ -37,8 +42,14 @@ def check_limits(request: JobRequest, accounting: Accounting) -> list[str]:
 
 def _charged(request: JobRequest) -> tuple[str | None, str | None]:
     """Account and QOS of the job; None leaves one to Slurm."""
-    profile = request.profile
-    return chosen("account", profile.account, profile.sbatch), chosen("qos", profile.qos, profile.sbatch)
+    return _requested("account", request.profile), _requested("qos", request.profile)
+
+
+def _requested(name: str, profile: Profile) -> str | None:
+    """The account or QOS of a profile, or of its arguments of sbatch, in lower case, as Slurm writes it."""
+    flags = [argument.partition("=")[2] for argument in profile.sbatch if argument.startswith(f"--{name}=")]
+    text: str | None = flags[-1] if flags else getattr(profile, name)
+    return text.lower() if text is not None else None
 
 
 def _minutes(request: JobRequest) -> int | None:
@@ -56,13 +67,14 @@ def _check_time(limit: Limit, request: JobRequest) -> None:
 
 
 def _check_resource(limit: Limit, request: JobRequest) -> str:
-    """Return a sentence if the job must wait until others give a resource back."""
+    """Return a sentence if the job must wait until others release a resource."""
     profile, nodes = request.profile, request.options.nodes.min
     memory = parse_size(profile.mem) / (1 << 20) if profile.mem else 0
-    per_node = {"node": 1, "cpu": profile.ranks * (profile.cpus or 1), "mem": memory, "gres/gpu": profile.gpus_per_node}
+    per_node = {"node": 1, "cpu": node_cpus(profile), "mem": memory, "gres/gpu": profile.gpus_per_node}
     asked = float(per_node.get(limit.resource, 0)) * (1 if limit.name == "MaxTRESPerNode" else nodes)
     key, noun = _KEYS.get(limit.resource, (limit.resource, limit.resource))
-    what = count(round(asked), noun) + (" per node" if limit.name == "MaxTRESPerNode" else "")
+    amount = f"{asked:g} MB" if limit.resource == "mem" else count(round(asked), noun)
+    what = amount + (" per node" if limit.name == "MaxTRESPerNode" else "")
     if "Mins" in limit.name:
         asked *= _minutes(request) or 0
         what = f"{asked:g} minutes of {noun}s"
@@ -74,7 +86,7 @@ def _check_resource(limit: Limit, request: JobRequest) -> str:
 
 
 def explain_policy(error: str, request: JobRequest, accounting: Accounting) -> None:
-    """Raise UsageError with a sentence about what sbatch has said, if it is about the account, the QOS or a limit."""
+    """Raise UsageError with a sentence about an error of sbatch, if it is about the account, the QOS or a limit."""
     if not re.search(r"(?i)invalid (account|qos)|accounting/QOS policy", error):
         return
     (account, qos), user = _charged(request), user_name()
@@ -87,12 +99,12 @@ def explain_policy(error: str, request: JobRequest, accounting: Accounting) -> N
     if qos is not None and valid and qos not in valid:
         raise UsageError(f"qos: {qos!r} is not valid for {user} in account {account}{did_you_mean(qos, valid)}")
     if "policy" in error:
-        _explain_full(error, request, accounting)
+        _explain_limit(error, request, accounting)
     if not accounts:
         raise UsageError(f"account: {user} has no account on this cluster; ask its administrators for one.")
 
 
-def _explain_full(error: str, request: JobRequest, accounting: Accounting) -> None:
+def _explain_limit(error: str, request: JobRequest, accounting: Accounting) -> None:
     """Raise UsageError with the limit that sbatch enforces."""
     check_limits(request, accounting)
     for limit in accounting.limits(*_charged(request), request.profile.partition):

@@ -1,4 +1,4 @@
-"""The launcher's own options: all flags that are neither keys of a profile nor of a config."""
+"""The launcher's own options: the flags that are keys of neither a profile nor a config."""
 
 import argparse
 import re
@@ -47,12 +47,12 @@ class LaunchOptions:
         working_directory: Folder of submission, and current folder of the ranks.
         command_line: The launcher's whole command line, for the record.
         job_name: None takes that of the run.
-        after: What must happen to other jobs first.
+        after: Conditions on other jobs.
         sweep: Keys of the config and the values of each; empty without a sweep.
-        reads_data: Whether the run reads its data: not if only its memory is planned.
+        reads_data: Whether the run reads its data; false if only its memory is planned.
         array_parallelism: How many runs of a sweep may run at the same time.
         resume: A run to resume with its own code; None creates a new one.
-        follows: Folder of the run, or of the sweep, whose newest checkpoint it uses, as it starts after that; None without.
+        follows: Folder of the run or sweep that it starts after, and whose newest checkpoint it uses; None without.
         is_held: Whether it does not start before ``scontrol release``.
         profile: Name or file of the profile, for the record.
     """
@@ -81,8 +81,8 @@ class LaunchOptions:
         has_gpus = profile.gpus_per_node or any("gpu" in argument for argument in profile.sbatch)
         if accelerator in ("gpu", "cuda") and not has_gpus:
             raise UsageError(f"trainer.accelerator: {accelerator!r} needs GPUs; request some with --gpus-per-node.")
-        shares = accelerator == "cpu" or config["distributed"]["backend"] == "gloo"
-        if 0 < profile.gpus_per_node < profile.ranks and not shares:
+        may_share_gpus = accelerator == "cpu" or config["distributed"]["backend"] == "gloo"
+        if 0 < profile.gpus_per_node < profile.ranks and not may_share_gpus:
             raise UsageError(
                 f"ranks_per_node: {profile.ranks} ranks need a GPU each, and gpus_per_node is {profile.gpus_per_node}; request "
                 "as many GPUs as ranks, or use --trainer.accelerator cpu."

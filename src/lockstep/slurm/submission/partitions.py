@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from lockstep.core import UsageError, count
 from lockstep.slurm import Partition, parse_rejection
-from lockstep.slurm.submission.batch_script import JobRequest
+from lockstep.slurm.submission.batch_script import JobRequest, node_cpus
 from lockstep.slurm.submission.profile import parse_minutes
 
 
@@ -16,24 +16,25 @@ def _requested(request: JobRequest, partitions: Sequence[Partition]) -> list[Par
 
 
 def fits_when_all_nodes_are_up(request: JobRequest, partitions: Sequence[Partition]) -> bool:
-    """Whether the job fits once nodes that are down or drained now are back."""
+    """Whether the job fits once all nodes that are now down or drained are up again."""
     profile = request.profile
-    cpus = profile.ranks * (profile.cpus or 1)
     suitable = [
-        p for p in _requested(request, partitions) if int(p.cpus.rstrip("+")) >= cpus and p.gpus >= profile.gpus_per_node
+        p
+        for p in _requested(request, partitions)
+        if int(p.cpus.rstrip("+")) >= node_cpus(profile) and p.gpus >= profile.gpus_per_node
     ]
     return any(p.is_unavailable for p in suitable) and sum(int(p.nodes) for p in suitable) >= request.options.nodes.min
 
 
 def check_time_limit(request: JobRequest, minutes: int, partitions: Sequence[Partition]) -> None:
-    """Raise UsageError if the time limit exceeds that of the partitions; most clusters queue such a job for ever."""
+    """Raise UsageError if the time limit exceeds that of the partitions; most clusters queue such a job forever."""
     limits = [p.time for p in _requested(request, partitions)]
     if limits and not any(limit in ("infinite", "n/a") or parse_minutes(limit) >= minutes for limit in limits):
         raise UsageError(explain_rejection("The time limit exceeds that of the partition", request, partitions))
 
 
 def explain_rejection(output: str, request: JobRequest, partitions: Sequence[Partition]) -> str:
-    """Return a sentence with the error in ``output`` of ``sbatch``, the requested resources, and the available ones."""
+    """Return a sentence with the error of ``sbatch`` in ``output``, the requested and the available resources."""
     profile = request.profile
     plural = "" if request.options.nodes.max == 1 else "s"
     requested = [f"{request.options.nodes} node{plural} of {count(profile.ranks, 'rank')}"]

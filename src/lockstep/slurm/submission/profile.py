@@ -32,7 +32,7 @@ _RESERVED_SRUN = {"ntasks", "ntasks-per-node", "cpus-per-task", "nodes", "output
 _ASSIGNMENT = re.compile(
     r"\b([A-Za-z_]\w*)=[\"']?([^\s,;\"']*)|--(password|passwd|secret|token|api-?key|access-?key)[= ]+(\S+)"
 )
-"""An assignment in a line of a shell, also within another one, or an option of a program that gives it a secret."""
+"""An assignment in a shell line, also inside another assignment, or an option that gives a program a secret."""
 
 _SIZE_UNITS = "KMGT"
 
@@ -108,17 +108,17 @@ class Profile:
         return None if self.time is None else parse_minutes(self.time)
 
     def check_python(self) -> None:
-        """Raise UsageError if the interpreter is a path that neither exists here nor can be made by the setup of the job."""
+        """Raise UsageError if the interpreter is a path that does not exist here and that no setup of the job can create."""
         if self.python is None or self.container is not None or self.modules or self.setup:
             return
         if "/" in self.python and not os.access(self.python, os.X_OK):
             raise UsageError(
-                f"python: {self.python} is not a program here; give the path of an interpreter, or, if the nodes make it, the "
-                "lines that do so in the setup of the profile."
+                f"python: {self.python} is not a program here; give the path of an interpreter, or, if the job creates it, "
+                "add the lines that do so to setup in the profile."
             )
 
     def non_default_values(self) -> dict[str, Any]:
-        """The fields that differ from those of an empty profile; of the environment only the names."""
+        """The fields that differ from those of an empty profile; of the environment only its names."""
         values = {name: value for name, value in vars(self).items() if value != vars(Profile())[name]}
         return values | ({"environment": list(self.environment)} if self.environment else {})
 
@@ -126,11 +126,11 @@ class Profile:
 PROFILE_FLAGS: dict[str, type] = {
     f.name: str if f.type == str | None else int for f in fields(Profile) if f.type in (int, int | None, str | None)
 }
-"""Fields that are flags of the launcher too, and the type of their value: all that hold one text or number."""
+"""Fields that are also flags of the launcher, those of one text or number, and the type of their value."""
 
 
 def check_heterogeneous(arguments: Sequence[str]) -> None:
-    """Raise UsageError if the arguments of a launcher ask for a job of several components, as those of sbatch can."""
+    """Raise UsageError if the arguments of a launcher ask for a heterogeneous job in the syntax of sbatch."""
     for argument in arguments:
         if argument == ":" or argument.partition("=")[0] == "--het-group":
             raise UsageError(f"{argument!r}: {_HETEROGENEOUS}.")
@@ -171,6 +171,8 @@ def load_profile(name: str | None, env: Mapping[str, str], folders: Iterable[Pat
     try:
         # All values as strings: YAML parses 24:00:00 as 86400 and yes as true.
         content = yaml.load(path.read_text(), yaml.BaseLoader) or {}
+    except OSError as error:
+        raise UsageError(f"profile: {path} cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"profile: {path} is not valid YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(content, Mapping):
@@ -266,8 +268,6 @@ def _convert_container(key: str, value: Any) -> Container:
 def _check_values(profile: Profile, place: str) -> None:
     if profile.time is not None:
         _check_time(profile.time, f"{place}time")
-    if profile.time is not None and not 0 < parse_minutes(profile.time, f"{place}time") < _MAX_MINUTES:
-        raise UsageError(f"{place}time: {profile.time!r} must be more than 0, and less than ten years.")
     if profile.mem is not None:
         parse_size(profile.mem, f"{place}mem")
     if profile.gpu_memory is not None and not parse_size(profile.gpu_memory, f"{place}gpu_memory"):
@@ -286,7 +286,7 @@ def _check_values(profile: Profile, place: str) -> None:
                 raise UsageError(
                     f"{place}{name}: {argument!r} is a comment to the shell; write --name=value into sbatch of the profile."
                 )
-    for name in ("sbatch", "srun"):
+    for name, reserved in (("sbatch", {*_RESERVED_SBATCH}), ("srun", _RESERVED_SRUN)):
         for argument in getattr(profile, name):
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?", argument) or "\n" in argument:
                 raise UsageError(f"{place}{name}: {argument!r} must be one line of the form --name or --name=value.")
@@ -298,22 +298,19 @@ def _check_values(profile: Profile, place: str) -> None:
                     f"{place}{name}: {argument!r} is for tasks, and Slurm starts one task per node, whose ranks share the GPUs "
                     "of the node; use gpus_per_node."
                 )
-            if name == "srun" and flag in _RESERVED_SRUN:
-                raise UsageError(f"{place}srun: {argument!r}: the launcher sets {flag} itself{_RESERVED_SBATCH.get(flag, '')}.")
-    for argument in profile.sbatch:
-        if (flag := argument[2:].partition("=")[0]) in _RESERVED_SBATCH:
-            raise UsageError(f"{place}sbatch: {argument!r}: the launcher sets {flag} itself{_RESERVED_SBATCH[flag]}.")
-        if flag in ("cluster", "clusters"):
-            raise UsageError(f"{place}sbatch: {argument!r} selects another cluster; submit on the login node of that cluster.")
+            if flag in reserved:
+                raise UsageError(
+                    f"{place}{name}: {argument!r}: the launcher sets {flag} itself{_RESERVED_SBATCH.get(flag, '')}."
+                )
+            if name == "sbatch" and flag in ("cluster", "clusters"):
+                raise UsageError(f"{place}sbatch: {argument!r} selects another cluster; submit on its login node.")
     if profile.scratch is not None and not re.fullmatch(r"[\w./${}@+-]+", profile.scratch):
-        raise UsageError(
-            f"{place}scratch: {profile.scratch!r} must be a path of letters, digits and . _ - + @, with $VARIABLES."
-        )
+        raise UsageError(f"{place}scratch: {profile.scratch!r} must be a path of letters, digits, $VARIABLES and . _ - + @")
     _check_secrets(profile, place)
 
 
 def _check_time(time: str, key: str) -> None:
-    """Raise UsageError for a time that has two readings, or a part that a clock does not have."""
+    """Raise UsageError for a time that is ambiguous, not a time of a clock, or out of range."""
     if re.fullmatch(r"\d+:\d+", time):
         reading = f"Slurm reads minutes and seconds; write {time}:00 for hours, or {time.partition(':')[0]} for minutes"
         raise UsageError(f"{key}: {time!r} is ambiguous: {reading}.")
@@ -321,6 +318,8 @@ def _check_time(time: str, key: str) -> None:
     hours, *rest = clock.split(":")
     if (days and hours.isdigit() and int(hours) > 23) or any(part.isdigit() and int(part) > 59 for part in rest):
         raise UsageError(f"{key}: {time!r} is not a time; minutes and seconds go to 59, and hours after days to 23.")
+    if not 0 < parse_minutes(time, key) < _MAX_MINUTES:
+        raise UsageError(f"{key}: {time!r} must be more than 0, and less than ten years.")
 
 
 def _check_secrets(profile: Profile, place: str) -> None:

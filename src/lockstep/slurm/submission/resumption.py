@@ -1,7 +1,8 @@
-"""The resources of a run that is resumed: those that it was submitted with, where no flag says otherwise."""
+"""The resources of a resumed run: those of its submission, unless a flag overrides them."""
 
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lockstep.slurm.submission.options import NodeRange
 from lockstep.slurm.submission.profile import Profile, apply_flags, load_profile
 
 _PLACES = {"nodelist", "exclude"}
-"""A flag of one of them replaces both: together they may leave no node."""
+"""A flag for one of them replaces both: together they may exclude every node."""
 
 
 def submitted_nodes(run: Run, launch: LaunchRecord) -> NodeRange:
@@ -19,43 +20,42 @@ def submitted_nodes(run: Run, launch: LaunchRecord) -> NodeRange:
     try:
         return NodeRange.parse(str(launch.nodes))
     except ArgumentTypeError as error:
-        raise UsageError(f"--resume: {run.launch}: nodes: {error}; say with --nodes how many.") from None
+        raise UsageError(f"--resume: {run.launch}: nodes: {error}; set --nodes.") from None
 
 
 def submitted_profile(run: Run, launch: LaunchRecord, flags: Mapping[str, Any], folders: Sequence[Path]) -> Profile:
-    """The profile and flags that ``run`` was submitted with, as ``launch`` records them, but not that it was held.
+    """The resources that ``run`` was submitted with, as ``launch`` records them, without ``--hold``.
 
     Args:
         flags: The flags given now, which will override it; None for those that are not given.
-        folders: Where to look for the profile, which has the values of its environment.
+        folders: Where to look for the profile: the record has only the names of its environment, not the values.
 
     Raises:
-        UsageError: The record is damaged, or the profile is gone whose environment the run had.
+        UsageError: The record is damaged, or the profile no longer has the environment of the run.
     """
-    otherwise = "say with --profile and other flags which resources the run needs"
+    remedy = "give the resources with --profile and other flags"
     if not isinstance(values := launch.slurm or {}, dict):
-        raise UsageError(f"--resume: {run.launch} is damaged: slurm: {values!r}; {otherwise}.")
-    if names := values.get("environment"):
+        raise UsageError(f"--resume: {run.launch} is damaged: slurm: {values!r}; {remedy}.")
+    if isinstance(names := values.get("environment"), list):
         try:
             known = load_profile(launch.profile, {}, folders).environment
         except UsageError:
             known = {}
         if gone := [name for name in names if name not in known]:
             source = launch.profile or "its profile"
-            raise UsageError(f"--resume: {gone[0]} of the run's environment is not in {source} any more; {otherwise}.")
+            raise UsageError(f"--resume: {gone[0]} of the run's environment is no longer in {source}; {remedy}.")
         values = values | {"environment": {name: known[name] for name in names}}
     if any(flags.get(name) is not None for name in _PLACES):
         values = {name: value for name, value in values.items() if name not in _PLACES}
-    if "sbatch" in values:
-        values = values | {"sbatch": [argument for argument in values["sbatch"] if argument != "--hold"]}
     try:
-        return apply_flags(Profile(), values)
+        profile = apply_flags(Profile(), values)
     except UsageError as error:
-        raise UsageError(f"--resume: {run.launch}: {error.message} Or {otherwise}.") from None
+        raise UsageError(f"--resume: {run.launch}: {error.message} Or {remedy}.") from None
+    return replace(profile, sbatch=tuple(argument for argument in profile.sbatch if argument != "--hold"))
 
 
 def describe_resources(nodes: NodeRange, profile: Profile) -> str:
-    """One line: the nodes, and all that differs from an empty profile, in the form of flags."""
+    """The nodes, and all values that differ from an empty profile, as one line of flags."""
     parts = [f"--nodes {nodes}"]
     for name, value in profile.non_default_values().items():
         flag = f"--{name.replace('_', '-')}"

@@ -50,15 +50,15 @@ def scrub_environment(env: MutableMapping[str, str]) -> list[str]:
 
 
 def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
-    """Raise UsageError if Slurm would reject this job: Slurm's own words, the requested and the available resources.
+    """Raise UsageError if Slurm would reject this job, with Slurm's reason, the requested and the available resources.
 
-    It prints which limits in use make the job wait.
+    Print a note about each limit that makes the job wait for other jobs.
     """
     command, script = ["sbatch", "--test-only"], batch_script(request)
     env = {**env, "SBATCH_JOB_NAME": request.name}
     with start_query(SHOW_CONFIG, env) as config:  # beside sbatch, which takes longer
         answer = _with_retries(lambda: subprocess.run(command, input=script, env=env, capture_output=True, text=True))
-        shown = config.communicate()[0] or query_slurm(SHOW_CONFIG, env).stdout  # slurmctld may not have answered at first
+        shown = config.communicate()[0] or query_slurm(SHOW_CONFIG, env).stdout  # slurmctld may have answered only to a retry
         accounting = Accounting.parse(shown, env)
     if answer.returncode:
         limits.explain_policy(answer.stderr, request, accounting)
@@ -75,9 +75,9 @@ def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
 
 
 def check_dependency(dependency: Dependency, runs: int, env: Mapping[str, str]) -> None:
-    """Raise UsageError if Slurm would ignore a condition, or could never start the job, an array of ``runs`` if more than one.
+    """Raise UsageError if Slurm would ignore a condition, or could never start the job of ``runs`` runs.
 
-    Slurm takes a condition on a job that it does not know, and starts the new job at once.
+    Slurm accepts a condition on an unknown job, ignores it, and starts the new job at once.
     """
     problems = [_problem(condition, runs, env) for condition in dependency.conditions]
     if any(problems) if not dependency.is_any else all(problems):
@@ -90,7 +90,7 @@ def _problem(condition: Condition, runs: int, env: Mapping[str, str]) -> str:
         states = _states(job, env)
         if not states:
             raise UsageError(
-                f"--after: Slurm does not know job {job} (any more); leave it out if it ended as {condition} expects."
+                f"--after: Slurm does not know job {job}, or has forgotten it; leave it out if it ended as {condition} expects."
             )
         failed = {state for state in states if state in TERMINAL_STATES and state != "COMPLETED"}
         if (failed and condition.kind == "afterok") or (failed == states and condition.kind == "aftercorr"):
@@ -113,7 +113,7 @@ def _states(job: str, env: Mapping[str, str]) -> set[str]:
 def _missing_counterparts(job: str, runs: int, env: Mapping[str, str]) -> str:
     """Why some runs of a sweep have no run of the same number in ``job``; empty if all have one, or if that is unknown."""
     if runs == 1:
-        return "aftercorr pairs the runs of two sweeps, and this is no sweep; use afterok"
+        return "aftercorr pairs the runs of two sweeps, and this is not a sweep; use afterok"
     with suppress(UsageError):  # not a job of lockstep
         other = find_job(job, env)
         if other.runs < runs:

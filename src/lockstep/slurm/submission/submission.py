@@ -34,7 +34,7 @@ from lockstep.runs import (
     snapshot,
     typed_command,
 )
-from lockstep.slurm import NodeTask, SubmittedJob, member_runs, register_job, state_folder
+from lockstep.slurm import NodeTask, SubmittedJob, has_command, member_runs, register_job, state_folder
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script
 from lockstep.slurm.submission.options import LaunchOptions
 from lockstep.slurm.submission.profile import Profile
@@ -43,7 +43,7 @@ from lockstep.slurm.submission.sbatch import check_dependency, check_schedulable
 log = logging.getLogger(__name__)
 
 _MIN_KEY_LENGTH = 20
-"""Characters. W&B keys have 40 or more; a shorter one is a placeholder, which may be part of innocent words."""
+"""Characters. W&B keys have 40 or more; a shorter one is a placeholder, which other texts may contain by chance."""
 
 _PREVIEWED_RUNS = 10
 
@@ -102,7 +102,7 @@ class Submission:
         env: Mapping[str, str],
         launcher_flags: Sequence[str] = (),
     ) -> "Submission":
-        """Check everything that needs neither torch nor Slurm; ``launcher_flags`` are suggested for misspelt keys."""
+        """Check everything that needs neither torch nor Slurm; errors suggest ``launcher_flags`` for misspelt keys."""
         key = wandb_api_key(env)
         secrets = (key,) if key and len(key) >= _MIN_KEY_LENGTH else ()
         if any(secret in argument for secret in secrets for argument in options.command_line):
@@ -131,7 +131,7 @@ class Submission:
 
     def check_with_slurm(self, env: Mapping[str, str]) -> None:
         """Raise UsageError if Slurm would not run this job, or is not installed here."""
-        if shutil.which("sbatch", path=env.get("PATH")) is None:
+        if not has_command("sbatch", env):
             raise UsageError(
                 "sbatch is not found: this is not a login node of a Slurm cluster; to start one on this machine: "
                 + shell_command("cluster", "up")
@@ -180,11 +180,11 @@ class Submission:
         return job
 
     def queue(self, env: MutableMapping[str, str], code: CodePaths | None = None) -> Queued:
-        """Create the run folders and queue the job; with ``code`` its code is that of the run that it follows."""
+        """Create the run folders and queue the job; ``code`` is that of the run that it follows, if any."""
         if self.options.resume is not None:
             return self._queue_resume(self.options.resume, env)
         new_folders = [folder for folder in (self.folder.parent, *self.folder.parents) if not folder.exists()]
-        # Of two submissions that have drawn the same id, one draws again.
+        # If two submissions have drawn the same id, one of them draws another.
         first = Run.create(self.folder.parent.parent, self.folder.parent.name)
         return replace(self, folder=first.folder)._queue_new(first, new_folders, code, env)
 
