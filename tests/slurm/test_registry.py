@@ -11,6 +11,7 @@ from lockstep.runs.failure import Failure, record_failure
 from lockstep.runs.records import Owner, RunResult
 from lockstep.runs.run import Run
 from lockstep.slurm import registry
+from lockstep.slurm.follow import follow
 from lockstep.slurm.registry import SubmittedJob, find_job, register_job, registered_jobs
 from lockstep.slurm.status import RunStatus, query_status
 
@@ -138,6 +139,17 @@ def test_a_state_that_cannot_be_written_is_shown(run: Run, tmp_path: Path) -> No
     (tmp_path / "squeue").chmod(0o755)
     (run.folder / f"slurm/.7.ended.json.{os.getpid()}").mkdir()  # in place of the temporary file
     assert seen(run, {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}).state == "over its time limit"
+
+
+def test_a_followed_log_continues_where_it_was_printed(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if lines were written after that, before it is followed."""
+    env = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho '7|7|N/A|COMPLETED|None|N/A|0:01|1:00|n1|0|0|'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    log = run.log(1, 0)
+    log.write_text("one\ntwo\n")
+    follow(SubmittedJob("7", run.folder, "x", 1, ""), env, printed=(1, 4))
+    assert capsys.readouterr().out.startswith("two\njob 7: ")
 
 
 @pytest.mark.parametrize(

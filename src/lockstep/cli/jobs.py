@@ -207,7 +207,7 @@ def show_log(job: SubmittedJob, rank: int, tail: int | None, following: bool) ->
     if following and tail is None:
         return follow(job, os.environ, rank)
     status = query_status([job], os.environ)[0]
-    path = status.run.find_log(status.attempt, rank)
+    path = log = status.run.find_log(status.attempt, rank)
     if path is None:
         launch = LaunchRecord.read(status.run.launch)
         if launch is not None and rank >= (ranks := launch.max_nodes * launch.ranks_per_node):
@@ -219,8 +219,9 @@ def show_log(job: SubmittedJob, rank: int, tail: int | None, following: bool) ->
         path = early
     with path.open(errors="replace") as file:
         sys.stdout.writelines(file if tail is None else deque(file, tail))
+        printed = file.buffer.tell() if log is not None else 0  # not the size, which may grow meanwhile
     sys.stdout.flush()
-    return follow(job, os.environ, rank, status) if following else 0
+    return follow(job, os.environ, rank, (status.attempt, printed)) if following else 0
 
 
 def cancel_job(job: SubmittedJob) -> int:

@@ -305,7 +305,7 @@ def _check_values(profile: Profile, place: str) -> None:
             if name == "sbatch" and flag in ("cluster", "clusters"):
                 raise UsageError(f"{place}sbatch: {argument!r} selects another cluster; submit on its login node.")
     if profile.scratch is not None and not re.fullmatch(r"[\w./${}@+-]+", profile.scratch):
-        raise UsageError(f"{place}scratch: {profile.scratch!r} must be a path of letters, digits, $VARIABLES and . _ - + @")
+        raise UsageError(f"{place}scratch: {profile.scratch!r} must be a path of letters, digits, . _ - + @ and $VARIABLES.")
     _check_secrets(profile, place)
 
 
