@@ -177,7 +177,7 @@ def load_profile(name: str | None, env: Mapping[str, str], folders: Iterable[Pat
         raise UsageError(f"profile: {path} is not valid YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(content, Mapping):
         raise UsageError(f"profile: {path}: expected a mapping, got {content!r}.")
-    return _make_profile(content, f"{path}: ")
+    return make_profile(content, f"{path}: ")
 
 
 def _profile_path(name: str, folders: list[Path]) -> Path:
@@ -199,17 +199,18 @@ def apply_flags(base: Profile, flags: Mapping[str, Any]) -> Profile:
     for name, value in flags.items():
         if value is not None:
             values[name] = (*values[name], *value) if name in ("sbatch", "srun") else value
-    return _make_profile(values, "")
+    return make_profile(values)
 
 
-def _make_profile(content: Mapping[Any, Any], place: str) -> Profile:
+def make_profile(content: Mapping[Any, Any], place: str = "") -> Profile:
+    """Build a profile from its values, converted and checked; ``place`` begins an error message."""
     profile = Profile(**_convert_fields(Profile, content, place))
     _check_values(profile, place)
     return profile
 
 
 def _convert_fields(cls: type[Profile | Container], content: Mapping[Any, Any], place: str) -> dict[str, Any]:
-    """``content`` with each value as the type of its field of ``cls``; ``place`` begins an error message."""
+    """``content`` with each value as the type of its field of ``cls``."""
     hints = get_type_hints(cls)
     for key in content:
         if key not in hints:

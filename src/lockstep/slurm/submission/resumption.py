@@ -9,7 +9,7 @@ from typing import Any
 from lockstep.core import UsageError
 from lockstep.runs import LaunchRecord, Run
 from lockstep.slurm.submission.options import NodeRange
-from lockstep.slurm.submission.profile import Profile, apply_flags, load_profile
+from lockstep.slurm.submission.profile import Profile, load_profile, make_profile
 
 _PLACES = {"nodelist", "exclude"}
 """A flag for one of them replaces both: together they may exclude every node."""
@@ -48,7 +48,7 @@ def submitted_profile(run: Run, launch: LaunchRecord, flags: Mapping[str, Any], 
     if any(flags.get(name) is not None for name in _PLACES):
         values = {name: value for name, value in values.items() if name not in _PLACES}
     try:
-        profile = apply_flags(Profile(), values)
+        profile = make_profile(values)
     except UsageError as error:
         raise UsageError(f"--resume: {run.launch}: {error.message} Or {remedy}.") from None
     return replace(profile, sbatch=tuple(argument for argument in profile.sbatch if argument != "--hold"))
