@@ -64,19 +64,18 @@ def make_executor(request: JobRequest) -> ScriptExecutor:
         "wckey": None,
         "job_name": None,
         "setup": _setup_lines(request),
-        "srun_args": _srun_arguments(request),
+        "srun_args": [
+            *("--kill-on-bad-exit=1", "--open-mode=append"),
+            f"--cpus-per-task={node_cpus(profile)}",  # srun does not inherit it
+            *_pyxis_arguments(request),
+            *profile.srun,
+        ],
         "additional_parameters": additional,
     }
     if options.nodes.is_range:
         del parameters["ntasks_per_node"], parameters["cpus_per_task"]
     executor.update_parameters(**parameters)
     return executor
-
-
-def _srun_arguments(request: JobRequest) -> list[str]:
-    arguments = ["--kill-on-bad-exit=1", "--open-mode=append"]
-    arguments.append(f"--cpus-per-task={node_cpus(request.profile)}")  # srun does not inherit it
-    return [*arguments, *_pyxis_arguments(request), *request.profile.srun]
 
 
 def node_cpus(profile: Profile) -> int:
