@@ -62,7 +62,7 @@ def start_database(folder: Path) -> None:
     env = {"PATH": search_path()}
     if not data.exists():
         (data / "mysql").mkdir(parents=True)
-        # slurmdbd would create its database itself, but fails to with libmariadb 11.8.9 after a failed connection.
+        # slurmdbd would create its database itself, but with libmariadb 11.8.9 it cannot after a failed connection.
         tables = "use mysql;\n" + _system_tables(env) + "\ncreate database slurm;\n"
         made = subprocess.run([*command, "--bootstrap"], input=tables, env=env, cwd=part, capture_output=True, text=True)
         if made.returncode or "ERROR:" in made.stderr:
