@@ -153,6 +153,17 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--sweep trainer.max_epochs=1,-5", f"--sweep: {SUBMIT_ONLY}", "trainer.max_epochs: -5 must be 0 or more"),
     ("--strategy zero", "strategy: 'zero' is not valid: expected one of 'ddp', 'deepspeed'", None),
     ("--nodes 2 --data.batch_size 63", "the global batch size 63 is not divisible by 2 ranks; use 62 or 64", None),
+    (
+        "--nodes 2 --sweep data.batch_size=64,63",
+        f"--sweep: {SUBMIT_ONLY}",
+        "the global batch size 63 is not divisible by 2 ranks; use 62 or 64",
+    ),
+    (
+        "--strategy deepspeed --deepspeed.offload_param cpu --sweep deepspeed.stage=3,2",
+        f"--sweep: {SUBMIT_ONLY}",
+        "deepspeed.offload_param: 'cpu' needs deepspeed.stage 3; it is 2.",
+    ),
+    ("--sweep ckpt_path=mine.yaml,/gone", f"--sweep: {SUBMIT_ONLY}", "ckpt_path: /gone does not exist"),
     ("--config imagenet --data.root /nope", "data.root: /nope is not a folder here; give the one with train/ and val/", None),
     (
         "--config imagenet --data lockstep.data.Shards --data.root .",

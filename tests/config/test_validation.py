@@ -14,7 +14,7 @@ from support.runs import REPO
 
 from lockstep.config import with_config
 from lockstep.config.validation.lookup import SourceIndex
-from lockstep.config.validation.validate import ConfigValidator, validate_arguments
+from lockstep.config.validation.validate import ConfigValidator, validate_arguments, validate_sweep
 from lockstep.core.errors import UsageError
 from lockstep.trainer.config_parser import make_parser, parse_config
 
@@ -317,17 +317,16 @@ def test_the_keys_are_those_of_the_parser() -> None:
 
 def test_every_value_of_a_sweep_is_checked_with_the_others(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"model\.lr: 'x' is not valid"):
-        validate_arguments(
-            DIGITS, sweep={"model.network": ["lockstep.models.MLP", "lockstep.models.ConvNet"], "model.lr": ["0.1", "x"]}
-        )
+        validate_sweep(DIGITS, {"model.network": ["lockstep.models.MLP", "lockstep.models.ConvNet"], "model.lr": ["0.1", "x"]})
     # A required argument may come from the sweep alone.
     text = "from lightning.pytorch import LightningModule as L\nclass M(L):\n def __init__(self, width: int, depth: int = 1): 0"
     written(tmp_path, text, "mine.py")
     mine = [*DIGITS, "--model", "mine.M"]
     with pytest.raises(UsageError, match=r"model\.width: must be set"):
-        validate_arguments(mine, folders=[tmp_path], sweep={"model.depth": ["1"]})
-    config = validate_arguments(mine, folders=[tmp_path], sweep={"model.depth": ["1", "2"], "model.width": ["10", "11"]})
-    assert config["model"]["init_args"] == {"depth": 1, "width": 10}
+        validate_sweep(mine, {"model.depth": ["1"]}, folders=[tmp_path])
+    configs = validate_sweep(mine, {"model.depth": ["1", "2"], "model.width": ["10", "11"]}, folders=[tmp_path])
+    points = [{"depth": 1, "width": 10}, {"depth": 2, "width": 10}, {"depth": 1, "width": 11}]
+    assert [config["model"]["init_args"] for config in configs] == points
 
 
 def test_a_module_that_only_the_container_has_is_not_missing(tmp_path: Path) -> None:
@@ -376,7 +375,7 @@ def test_a_secret_is_refused_without_showing_it(arguments: list[str]) -> None:
     assert "the value looks like a secret, which config.yaml, launch.yaml and W&B would show" in message
     assert "hidden" not in message
     with pytest.raises(UsageError, match="looks like a secret"):
-        validate_arguments(list(DIGITS), sweep={"wandb.notes": ["a", "x://me:pw@host"]})
+        validate_sweep(list(DIGITS), {"wandb.notes": ["a", "x://me:pw@host"]})
 
 
 def test_an_evaluation_has_the_config_of_the_run_of_its_checkpoint(tmp_path: Path) -> None:

@@ -153,29 +153,26 @@ def check_start(
     config: Mapping[str, Any],
     world_sizes: Iterable[int],
     env: Mapping[str, str],
-    sweep: Mapping[str, Sequence[str]] | None = None,
     sees_data: bool = True,
     has_checkpoint: bool = False,
 ) -> None:
-    """Check what each way to start a run can know before it starts anything or makes a folder.
+    """Make the checks that every launcher makes before it starts a rank or creates a folder.
 
     Args:
         config: The validated config.
         world_sizes: Each number of ranks that the run may have.
         env: Environment of the ranks.
-        sweep: Keys and the values that they take in turn.
         sees_data: Whether this machine has the files that the ranks read.
-        has_checkpoint: Whether another job leaves the checkpoint before the ranks start.
+        has_checkpoint: Whether an earlier job writes the checkpoint before the ranks start.
 
     Raises:
         UsageError: The ranks would refuse the config.
     """
     if not has_checkpoint:
-        check_checkpoint_path(command, config["ckpt_path"], sweep or {})
+        check_checkpoint_path(command, config["ckpt_path"])
     check_batch_size(config["data"], world_sizes if command == "fit" else ())  # the ranks may share others unevenly
     if sees_data and config["shared_filesystem"]:
-        for root in (sweep or {}).get("data.root", [None]):
-            check_data_root(config["data"], root)
+        check_data_root(config["data"])
     check_deepspeed(config)
     check_wandb_key(config, env)
 
@@ -208,11 +205,10 @@ def check_batch_size(data: Any, world_sizes: Iterable[int]) -> None:
             check_pairs(size, ranks)
 
 
-def check_data_root(data: Any, root: str | None = None) -> None:
-    """Raise UsageError if the folder of a shared DataModule, or another ``root``, neither exists nor can be made."""
+def check_data_root(data: Any) -> None:
+    """Raise UsageError if the folder of a shared DataModule neither exists nor can be created."""
     arguments = data.get("init_args", {}) if isinstance(data, Mapping) else {}
-    root = arguments.get("root") if root is None else os.path.expanduser(root)
-    path = str(data and data.get("class_path"))
+    path, root = str(data and data.get("class_path")), arguments.get("root")
     if not path.startswith("lockstep.data.") or not isinstance(root, str | Path):
         return
     if os.path.isdir(root):  # unlike Path.is_dir, it is false where a folder above cannot be searched
@@ -273,13 +269,11 @@ def check_run_root(root: Path, name: str) -> None:
         raise UsageError(f"run.root: {existing} cannot be written; choose another folder with --run.root.")
 
 
-def check_checkpoint_path(command: str, path: str | None, sweep: Mapping[str, Sequence[str]]) -> None:
+def check_checkpoint_path(command: str, path: str | None) -> None:
     """Raise UsageError if a checkpoint does not exist, or is not set although ``command`` needs one."""
-    paths = sweep.get("ckpt_path", [] if path is None else [path])
-    for given in paths:
-        if not os.path.exists(os.path.expanduser(given)):
-            raise UsageError(f"ckpt_path: {given} does not exist; give a checkpoint or a run folder.")
-    if command != "fit" and not paths:
+    if path is not None and not os.path.exists(path):
+        raise UsageError(f"ckpt_path: {path} does not exist; give a checkpoint or a run folder.")
+    if command != "fit" and path is None:
         raise UsageError(f"ckpt_path: must be set to {command}: a checkpoint, or a run folder; --ckpt_path runs/NAME/ID.")
 
 

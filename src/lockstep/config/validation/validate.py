@@ -39,22 +39,32 @@ def validate_arguments(
     arguments: Sequence[str],
     launcher_flags: Iterable[str] = (),
     folders: Sequence[Path] = (),
-    sweep: Mapping[str, Sequence[str]] | None = None,
     elsewhere: bool = False,
 ) -> dict[str, Any]:
     """Merge ``arguments`` into a config, as far as possible without imports; defaults are those of lockstep's own keys.
-
-    With a sweep, return the config of its first run. Each value of a key is checked once, with the first values of the others.
 
     Args:
         arguments: A command or none, then ``--config FILE`` and keys with their values.
         launcher_flags: Flags of the launcher, without dashes, to suggest for a misspelt one.
         folders: Folders to search for modules before ``sys.path``.
-        sweep: Keys and the values that they take in turn, after ``arguments``.
         elsewhere: Whether the run uses another Python, whose packages need not be installed here.
 
     Raises:
         UsageError: A command, key, value, file or class is certainly wrong.
+    """
+    return validate_sweep(arguments, {}, launcher_flags, folders, elsewhere)[0]
+
+
+def validate_sweep(
+    arguments: Sequence[str],
+    sweep: Mapping[str, Sequence[str]],
+    launcher_flags: Iterable[str] = (),
+    folders: Sequence[Path] = (),
+    elsewhere: bool = False,
+) -> list[dict[str, Any]]:
+    """Merge ``arguments`` with each value of a sweep, and with the first values of its other keys; see ``validate_arguments``.
+
+    The first config is that of the first run.
     """
     config = ConfigValidator(SourceIndex(folders, elsewhere), launcher_flags)
     command, keyed = split_command(arguments)
@@ -66,17 +76,16 @@ def validate_arguments(
     for key, value in keys:
         config.set_key(key, value)
     if any(_is_help_key(key) for key, _ in keys):
-        return config.content
-    common, first = config.content, None
-    start = {key: values[0] for key, values in (sweep or {}).items()}
-    points = [start, *(start | {key: value} for key, values in (sweep or {}).items() for value in values[1:])]
-    for point in points:
+        return [config.content]
+    common, configs = config.content, []
+    start = {key: values[0] for key, values in sweep.items()}
+    for point in [start, *(start | {key: value} for key, values in sweep.items() for value in values[1:])]:
         config.content = copy.deepcopy(common)
         for key, value in point.items():
             config.set_key(key, value)
         config.check_complete(command)
-        first = first or config.content
-    return first or common
+        configs.append(config.content)
+    return configs
 
 
 def shows_only(argument: str) -> bool:

@@ -20,7 +20,7 @@ from lockstep.config import (
     check_sweep_keys,
     sweep_points,
 )
-from lockstep.config.validation import validate_arguments
+from lockstep.config.validation import validate_sweep
 from lockstep.core import UsageError, python_path, shell_command, wandb_api_key
 from lockstep.runs import (
     CodePaths,
@@ -113,7 +113,8 @@ class Submission:
         here = options.working_directory
         other_python = profile.container is not None or profile.python is not None
         other_python = other_python or bool(profile.modules or profile.setup or "PYTHONPATH" in profile.environment)
-        config = validate_arguments(arguments, launcher_flags, [here, *python_path(env)], options.sweep, other_python)
+        configs = validate_sweep(arguments, options.sweep, launcher_flags, [here, *python_path(env)], other_python)
+        config = configs[0]
         name, root = str(config["run"]["name"]), Path(config["run"]["root"]).absolute()
         Run.check_place(root, name)
         check_characters(root, here)
@@ -124,7 +125,8 @@ class Submission:
         sizes = [number * profile.ranks for number in range(options.nodes.min, options.nodes.max + 1)]
         sees_data = options.reads_data and profile.container is None and profile.shared_filesystem
         has_checkpoint = options.follows is not None
-        check_start(command, config, sizes, {**env, **profile.environment}, options.sweep, sees_data, has_checkpoint)
+        for each in configs:
+            check_start(command, each, sizes, {**env, **profile.environment}, sees_data, has_checkpoint)
         options.check(config, profile)
         folder = options.resume.folder if options.resume else root / name / new_run_id()
         return cls(command, tuple(keys), config, profile, options, folder, sweep_points(options.sweep), secrets)
