@@ -36,4 +36,4 @@ from lockstep.config.schema import (
 )
 from lockstep.config.shipped import SHIPPED, describe_files, find_shipped, run_config, with_config
 from lockstep.config.sweep import SweepPoint, check_sweep_keys, parse_sweep, sweep_points
-from lockstep.config.yaml_files import load_yaml, parse_collection, read_config_file, typed_text
+from lockstep.config.yaml_files import dump_yaml, load_yaml, parse_collection, read_config_file, typed_text

@@ -3,11 +3,9 @@
 import re
 from collections.abc import Sequence
 
-import yaml
-
 from lockstep.config.messages import expected_mapping
 from lockstep.config.schema import COMMANDS
-from lockstep.config.yaml_files import read_config_file
+from lockstep.config.yaml_files import dump_yaml, read_config_file
 from lockstep.core import UsageError, did_you_mean
 
 
@@ -85,7 +83,7 @@ def _parts_for(command: str, source: str) -> list[str]:
     if not isinstance(section, dict):
         raise UsageError(expected_mapping(f"config: {source}: {command}", section))
     common = {key: value for key, value in content.items() if key not in COMMANDS}
-    return [yaml.safe_dump(part, sort_keys=False, allow_unicode=True) for part in (common, section) if part]
+    return [dump_yaml(part) for part in (common, section) if part]
 
 
 def _is_flag(argument: str) -> bool:

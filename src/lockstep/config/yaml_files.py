@@ -1,4 +1,4 @@
-"""Read YAML as jsonargparse reads it."""
+"""Read YAML as jsonargparse reads it, and write it so that it is read back unchanged."""
 
 import re
 from pathlib import Path
@@ -31,9 +31,21 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """A YAML dumper that quotes a string such as 1e3, which ``_Loader`` would read as a number."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def load_yaml(text: str) -> Any:
     """Parse a YAML text; raise yaml.YAMLError if it is not valid YAML."""
     return yaml.load(text, _Loader)
+
+
+def dump_yaml(content: Any) -> str:
+    """Write YAML that ``load_yaml`` reads back unchanged."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_collection(value: Any) -> Any:

@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import Callback, Trainer
 
-from lockstep.config import load_yaml
+from lockstep.config import dump_yaml, load_yaml
 from lockstep.core import UsageError, atomic_write_text
 from lockstep.monitoring import run_logger
 from lockstep.trainer.context import RunContext
@@ -142,7 +142,7 @@ def _dump(parser: ArgumentParser, config: Namespace) -> str:
         raise UsageError(f"The config cannot be written as YAML: {' '.join(str(error).split())}.") from None
     if _PLACEHOLDER not in text:
         return text
-    return yaml.safe_dump(_without_placeholders(load_yaml(text), config), sort_keys=False, allow_unicode=True)
+    return dump_yaml(_without_placeholders(load_yaml(text), config))
 
 
 def _without_placeholders(content: Any, config: Any) -> Any:
