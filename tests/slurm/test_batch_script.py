@@ -173,6 +173,8 @@ def test_variables_of_an_enclosing_job_are_scrubbed() -> None:
 
 def test_commas_in_brackets_do_not_separate_the_values_of_a_sweep() -> None:
     assert parse_sweep(["model.lr=0.1,0.03", "a.b=[1,2],[3]"]) == {"model.lr": ["0.1", "0.03"], "a.b": ["[1,2]", "[3]"]}
-    for wrong in (["model.lr"], ["=1"], ["a=1", "a=2"], ["a=1,1"], ["a="]):
+    assert parse_sweep(["a=[[1,2],[3,4]],[[5]]"]) == {"a": ["[[1,2],[3,4]]", "[[5]]"]}
+    assert parse_sweep(["a={b: {c: 1, d: 2}, e: [3,4]},'x,,]',y"]) == {"a": ["{b: {c: 1, d: 2}, e: [3,4]}", "'x,,]'", "y"]}
+    for wrong in (["model.lr"], ["=1"], ["a=1", "a=2"], ["a=1,1"], ["a="], ["a=1,,2"], ["a=,1"], ["a=1,"], ["a=[1,2"]):
         with pytest.raises(UsageError, match="--sweep"):
             parse_sweep(wrong)

@@ -11,10 +11,11 @@ SweepPoint = dict[str, str]
 
 
 def parse_sweep(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Keys and their values from texts ``KEY=A,B,…``; commas inside brackets and quotes do not separate values.
+    """Parse texts of the form ``KEY=A,B,…``; commas inside brackets and quotes do not separate values.
 
     Raises:
-        UsageError: A text has another form, an empty value or the same value twice, or two texts have the same key.
+        UsageError: A text has another form, an empty value, an unclosed bracket or the same value twice, or two texts have the
+            same key.
     """
     sweep: dict[str, list[str]] = {}
     for text in texts:
@@ -23,12 +24,26 @@ def parse_sweep(texts: Sequence[str]) -> dict[str, list[str]]:
             raise UsageError(f"--sweep: {text!r} must have the form KEY=A,B,…, such as model.lr=0.1,0.03.")
         if key in sweep:
             raise UsageError(f"--sweep: {key} is given twice; write all of its values after one --sweep.")
-        if re.search(r",,|^,|,$", values):
+        sweep[key] = _split(values)
+        if "" in sweep[key]:
             raise UsageError(f'--sweep: {text!r} has an empty value; write "" for an empty text.')
-        sweep[key] = re.findall(r"((?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'|[^,])+)", values)
         if len(set(sweep[key])) < len(sweep[key]):
             raise UsageError(f"--sweep: {text!r} has the same value twice; remove one.")
     return sweep
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas outside brackets and quotes."""
+    parts, depth = [""], 0
+    for token in re.findall(r"\"[^\"]*\"|'[^']*'|.", text, re.DOTALL):
+        depth += (token in ("[", "{")) - (token in ("]", "}"))
+        if token == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    if depth > 0:
+        raise UsageError(f"--sweep: {text!r} has a bracket that is not closed; close it, or put it in quotes.")
+    return parts
 
 
 def sweep_points(sweep: Mapping[str, Sequence[str]]) -> tuple[SweepPoint, ...]:
