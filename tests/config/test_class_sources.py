@@ -6,6 +6,7 @@ User sources, then a fresh interpreter that lists its imports, then a comparison
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ def test_errors_about_a_user_module(tmp_path: Path) -> None:
     )
     # The parser knows a class name without its module if that module is imported; a user module may import any.
     assert said([*DIGITS, "--model", "own.inner.Passing", "--trainer.callbacks+=Mine"], tmp_path) == ""
+
+
+def test_a_warning_about_a_user_module_is_not_an_error(tmp_path: Path) -> None:
+    (tmp_path / "escapes.py").write_text(
+        "from lightning import LightningModule\nPATTERN = '\\d'\nclass Net(LightningModule): 0\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert said([*DIGITS, "--model", "escapes.Net"], tmp_path) == ""
 
 
 def test_nothing_is_imported(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import ast
 import sys
 
 from lockstep.config.validation.lookup import NotDefined, SourceIndex
-from lockstep.config.validation.source import Undecidable
+from lockstep.config.validation.source import Undecidable, parse
 from lockstep.core import UsageError
 
 
@@ -22,7 +22,7 @@ def check_imports(sources: SourceIndex, path: str, key: str) -> None:
     if module.file is None or "site-packages" in module.file.parts:
         return
     try:
-        tree = ast.parse(module.text)
+        tree = parse(module.text)
     except SyntaxError as error:
         place = f"{module.file}, line {error.lineno}"
         raise UsageError(f"{key}: {path} cannot be imported: SyntaxError: {error.msg} ({place}).") from None

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -184,8 +185,15 @@ def _class_body(text: str) -> list[ast.stmt]:
         return _parse(text)
 
 
+def parse(text: str) -> ast.Module:
+    """Parse source without warnings, such as that about an invalid escape sequence; importing the module shows them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text)
+
+
 def _parse(text: str) -> list[ast.stmt]:
     try:
-        return ast.parse(text).body
+        return parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise Undecidable from None
