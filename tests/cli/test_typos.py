@@ -15,7 +15,7 @@ import pytest
 from support.runs import REPO
 
 from lockstep import cli
-from lockstep.cli import local, submit
+from lockstep.cli import jobs, local, submit
 from lockstep.config import with_config
 from lockstep.slurm.submission import Submission
 
@@ -233,6 +233,21 @@ def test_a_typo_is_one_sentence_and_leaves_nothing(
     assert said.startswith("lockstep: ") and said.count("\n") == 1, said
     assert expected in said
     assert sorted(path.name for path in here.iterdir()) == ["mine.yaml", "open"]
+
+
+@pytest.mark.parametrize("door", ["lockstep jobs list", "launch/jobs.py", "lockstep submit", "launch/slurm.py"])
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    for module in (jobs, submit):
+        monkeypatch.setattr(module, "check_slurm_conf", interrupt)
+    doors = {
+        **DOORS,
+        "launch/jobs.py": lambda words: jobs.main(["list"]),
+        "lockstep jobs list": lambda words: cli.main(["jobs", "list"]),
+    }
+    assert doors[door]([]) == 130
 
 
 def test_a_command_for_several_ranks_points_to_local(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

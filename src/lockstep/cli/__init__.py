@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``lockstep COMMAND …`` and return its exit status."""
+    """Run ``lockstep COMMAND …`` and return its exit status; 130 after Ctrl-C."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         if name in ("-h", "--help"):
@@ -42,3 +42,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        return 130

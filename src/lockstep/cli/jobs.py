@@ -86,6 +86,8 @@ def main(arguments: Sequence[str], program: str = "lockstep jobs") -> int:
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0

@@ -196,11 +196,13 @@ def main(arguments: Sequence[str], program: str = "lockstep submit", plan_help: 
     except LockstepError as error:
         print(f"lockstep: {error.message}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        return 130
     finally:
         gc.freeze()  # a last garbage collection would take a tenth of the process's time
 
 
-def _submit(arguments: Sequence[str], program: str, plan_help: str | None = None) -> int:
+def _submit(arguments: Sequence[str], program: str, plan_help: str | None) -> int:
     parser = make_parser(program, plan_help)
     check_heterogeneous(arguments)
     flags, trainer_arguments = parser.parse_known_args(spread_jobs(arguments))
