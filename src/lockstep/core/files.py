@@ -47,6 +47,8 @@ def fsync(path: Path) -> None:
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     if isinstance(value, float) and value - value != 0:
         return None
     return value
