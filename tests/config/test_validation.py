@@ -52,6 +52,16 @@ def test_defaults_files_and_flags_are_merged_in_their_order(tmp_path: Path) -> N
     assert validate_arguments(["--trainer.max_epochs", "9", *DIGITS])["trainer"]["max_epochs"] == 20
 
 
+def test_a_file_with_sections_keeps_its_strings(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "run: {name: '12e4567'}\nfit: {wandb: {notes: 2024-01-01, group: '1e3'}}\ntest: {run: {name: other}}\n"
+    )
+    arguments = ["fit", *DIGITS, "--config", path]
+    config, (_, parsed) = validate_arguments(arguments), parse_config(arguments[1:])
+    assert [config["run"]["name"], config["wandb"]["notes"], config["wandb"]["group"]] == ["12e4567", "2024-01-01", "1e3"]
+    assert [parsed.run.name, parsed.wandb.notes, parsed.wandb.group] == ["12e4567", "2024-01-01", "1e3"]
+
+
 def test_a_new_class_keeps_the_arguments_that_it_accepts() -> None:
     network = ["--model.network", "lockstep.models.MLP", "--model.network.hidden", "[1]", "--model.network.num_classes=5"]
     config = validate_arguments([*DIGITS, *network])
@@ -107,6 +117,8 @@ OUT_OF_RANGE = [  # only static validation refuses these
         "data.archive: http://host/a.tar can be replaced on its way, because its address is not encrypted; use https, or set",
     ),
     (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
+    (["--run.hang_timeout_seconds=.nan"], "run.hang_timeout_seconds: nan must be greater than 0."),
+    (["--model.lr=.nan"], "model.lr: nan must be greater than 0."),
     (["--checkpoint.save_top_k", "0"], "checkpoint.save_top_k: 0 must be 1 or more."),
 ]
 WRONG_CLASS = [
@@ -378,7 +390,7 @@ def test_a_secret_is_refused_without_showing_it(arguments: list[str]) -> None:
         validate_sweep(list(DIGITS), {"wandb.notes": ["a", "x://me:pw@host"]})
 
 
-def test_an_evaluation_has_the_config_of_the_run_of_its_checkpoint(tmp_path: Path) -> None:
+def test_an_evaluation_has_the_config_of_the_run_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [tmp_path / name for name in ("one", "two")]
     for run in runs:
         (run / "checkpoints" / "step-00000040").mkdir(parents=True)
@@ -389,6 +401,8 @@ def test_an_evaluation_has_the_config_of_the_run_of_its_checkpoint(tmp_path: Pat
     for place in (runs[0], checkpoint, checkpoint / "model.ckpt"):
         for given in (["--ckpt_path", str(place)], [f"--ckpt_path={runs[1]}", f"--ckpt_path={place}"]):
             assert with_config(["test", *given], default=None) == ["test", "--config", one, *given]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert with_config(["test", "--ckpt_path=~/one"]) == ["test", "--config", one, "--ckpt_path=~/one"]
     given = ["predict", f"--ckpt_path={checkpoint}", "--config", "mine.yaml"]
     assert with_config(given) == given
     assert with_config([f"--ckpt_path={checkpoint}"], default=None) == [f"--ckpt_path={checkpoint}"]  # fit

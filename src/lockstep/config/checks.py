@@ -19,7 +19,7 @@ def check_ranges(config: Mapping[str, Any]) -> None:
     if best is None or best < 1:
         raise UsageError(f"checkpoint.save_top_k: {best} must be 1 or more.")
     for key in _POSITIVE:
-        if (value := _value(config, key)) is None or value <= 0:
+        if (value := _value(config, key)) is None or not value > 0:  # NaN too
             raise UsageError(f"{key}: {value} must be greater than 0.")
     for key, minimum in _MINIMA.items():
         value = _value(config, key)

@@ -53,7 +53,7 @@ def _config_of_run(arguments: Sequence[str], swept: Sequence[str]) -> Path | Non
         if flag == "--ckpt_path" or (equals and name == "--ckpt_path"):
             given = [argument if flag == "--ckpt_path" else value]
         flag = argument
-    places = [Path(place) for place in given if Path(place).exists()]
+    places = [place for place in (Path(text).expanduser() for text in given) if place.exists()]
     configs = {run_config(place) for place in places}
     if len(configs) > 1:
         raise UsageError("ckpt_path: the checkpoints are not of one run, whose config they would have; give one by --config.")

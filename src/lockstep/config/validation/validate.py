@@ -219,7 +219,7 @@ class ConfigValidator:
             return
         arguments = model.get("init_args", {})
         name, lr = arguments.get("optimizer"), arguments.get("lr")
-        if isinstance(lr, int | float) and lr <= 0:
+        if isinstance(lr, int | float) and not lr > 0:  # NaN too
             raise UsageError(f"model.lr: {lr:g} must be greater than 0.")
         if not isinstance(name, str) or name in OPTIMIZERS:
             return
