@@ -1,11 +1,11 @@
 """Distributed training that keeps every rank in lockstep.
 
-The functions for notebooks and scripts are imported when they are used first: ``import lockstep`` costs nothing.
+The functions for notebooks and scripts are imported at their first use, so that ``import lockstep`` takes no time.
 """
 
 __version__ = "0.1.0"
 
-TYPE_CHECKING = False  # but for type checkers; to import typing takes longer than this module
+TYPE_CHECKING = False  # type checkers take it as True; importing typing would take longer than this module
 
 if TYPE_CHECKING:
     from lockstep.cli.functions import (
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         test,
         validate,
     )
-else:  # not for type checkers, which would take any name for one that exists
+else:  # hidden from type checkers, which would accept any name
 
     def __getattr__(name):
         if name not in __all__:

@@ -1,4 +1,4 @@
-"""Parse the flags of the launch scripts and the folders of PYTHONPATH, and write commands that can be pasted."""
+"""Parse the flags of the launch scripts and the folders of PYTHONPATH, and build shell commands for messages."""
 
 import argparse
 import os
@@ -44,18 +44,18 @@ def python_path(env: Mapping[str, str]) -> list[Path]:
 
 
 _SCRIPTS = {"local": "local.py", "submit": "slurm.py", "jobs": "jobs.py"}
-"""The scripts in ``launch/``, by the command of ``lockstep`` that each is."""
+"""The script in ``launch/`` for each command of ``lockstep``."""
 
 
 def shell_command(command: str, *arguments: object) -> str:
-    """A command of lockstep that can be pasted: quoted, with the program that was typed to start this process.
+    """Build a command of lockstep to paste into a shell: quoted, with the program that the user typed to start this process.
 
-    In a process that nobody has typed, such as a job, it is ``lockstep`` or ``python -m lockstep.cli`` of this Python.
+    If no user started it, as in a job, the program is ``lockstep`` or ``python -m lockstep.cli`` of this Python.
     """
     script = Path(sys.argv[0])
     if script.name in _SCRIPTS.values() and command in _SCRIPTS:
         words = [python_command(), str(script.with_name(_SCRIPTS[command]))]
-    elif script.name == "lockstep" and Path(script).is_file():
+    elif script.name == "lockstep" and script.is_file():
         words = [_name_or_path(script), command]
     elif script.name not in (*_SCRIPTS.values(), "__main__.py") and is_on_path("lockstep"):
         words = ["lockstep", command]
@@ -81,7 +81,7 @@ def _found(name: str) -> Path | None:
 
 
 def _name_or_path(program: Path) -> str:
-    """Its name if that is on the PATH, else its path, relative to this folder if it is below it."""
+    """The name of ``program`` if it is on the PATH, else its path, relative if it is below the current folder."""
     path = Path(os.path.abspath(program))
     if _found(path.name) == path:
         return path.name

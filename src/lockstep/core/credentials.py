@@ -50,10 +50,15 @@ _VALUE = re.compile(
 """Passwords in URLs, and the forms of well-known services: OpenAI, GitHub, GitLab, Hugging Face, Slack, Discord, AWS, W&B."""
 
 _REFERENCE = re.compile(r"[\"']?([~$]|\./|/[\w.@-]+(/[\w.@-]*)*[\"']?$|$)")
-"""The beginning of a path or of a shell expansion, which only says where the secret is; or nothing."""
+"""Values that are not secrets: a path or a shell expansion, which say where the secret is, and an empty string."""
 
 
 def is_secret(name: str, value: str, certain: bool = False) -> bool:
-    """Whether ``value`` looks like a secret, by itself or by its name: that of a variable, or if ``certain`` of an argument."""
+    """Whether ``value`` looks like a secret, by its form or by its ``name``.
+
+    Args:
+        name: Name of an environment variable, or of an argument.
+        certain: Whether only names count that certainly mean a secret, as for arguments.
+    """
     named = (_CERTAIN_NAME if certain else _NAME).search(name.rpartition(".")[2])
     return bool(_VALUE.search(value) or (named and not _REFERENCE.match(value)))

@@ -26,7 +26,7 @@ class LockstepError(Exception):
         return text.rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython and Jupyter show of it."""
+        """The text that IPython and Jupyter show."""
         return [f"{type(self).__name__}: {self.message}"]
 
 
@@ -41,23 +41,23 @@ class RunError(LockstepError):
 
 
 class SaveError(RunError):
-    """A checkpoint that training cannot do without was not saved. Another attempt may save it, on other nodes perhaps."""
+    """A required checkpoint was not saved. Another attempt may succeed, perhaps on other nodes."""
 
     is_permanent = False
 
 
 class PeerError(RunError):
-    """Another rank or node did not answer in time. It may answer another attempt."""
+    """Another rank or node did not answer in time. Another attempt may succeed."""
 
     is_permanent = False
 
 
 class FinalTestError(RunError):
-    """User code has failed in the test after training, on some ranks; the weights are trained and saved."""
+    """User code failed in the test after training, on some ranks; the weights are trained and saved."""
 
 
 class Superseded(LockstepError):
-    """A newer attempt has claimed the run: this one stops, and writes nothing that attempts share. Exit status 1."""
+    """A newer attempt owns the run: this one stops and writes no file that attempts share. Exit status 1."""
 
 
 SIGNAL_EXIT_STATUSES = (130, 138, 140, 143)

@@ -48,7 +48,7 @@ def reset_logging() -> None:
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is at the time, as a progress line replaces it; on a terminal, in lines that fit."""
+    """Writes to the current ``sys.stderr``, which a progress line replaces; folds long lines on a terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

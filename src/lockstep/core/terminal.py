@@ -14,18 +14,18 @@ def is_terminal(stream: TextIO, env: Mapping[str, str]) -> bool:
 
 
 def clear_line(stream: TextIO) -> None:
-    """Clear the line that another process, or the terminal itself, has left, if ``stream`` is a terminal."""
+    """Clear what another process, or the terminal itself, left on the current line, if ``stream`` is a terminal."""
     if is_terminal(stream, os.environ):
         stream.write(_CLEAR)
 
 
 def columns(stream: TextIO) -> int:
-    """Width of the terminal ``stream``; 80 where that is unknown."""
+    """Width of the terminal ``stream``; 80 if it is unknown."""
     return os.get_terminal_size(stream.fileno()).columns or 80
 
 
 def fold(line: str, width: int, indent: int) -> str:
-    """Break a line wider than ``width`` where it has two spaces, so that commands, and names and their values, stay whole."""
+    """Break a line wider than ``width`` at double spaces only, which keeps commands and pairs of name and value whole."""
     lines, *rest = line.split("  ")
     length = len(lines)
     for part in rest:
@@ -36,9 +36,9 @@ def fold(line: str, width: int, indent: int) -> str:
 
 
 class LiveLine:
-    """The last line of the terminal that standard error is; ``show`` replaces it.
+    """A progress line at the bottom of the terminal on standard error; ``show`` replaces it.
 
-    While it is open, what Python prints and logs goes above it. The cursor rests in its first column, so that anything else,
+    While it is open, Python prints and logs above it. The cursor rests in its first column, so that anything else,
     such as the ``^C`` of the terminal, writes over it.
     """
 
@@ -55,7 +55,7 @@ class LiveLine:
                     setattr(sys, name, _AboveLine(stream, self))
 
     def show(self, parts: Iterable[str]) -> None:
-        """Replace the line by as many of ``parts``, from the first, as the terminal is wide enough for."""
+        """Replace the line by the first of ``parts``, as many as fit the width of the terminal."""
         if self._terminal is None or self._has_partial_line:
             return
         lines = fold("  ".join(filter(None, parts)), width := columns(self._terminal) - 1, indent=0)
@@ -74,7 +74,7 @@ class LiveLine:
         self._terminal = None
 
     def make_room(self, text: str) -> str:
-        """What to write before ``text``, which is about to be printed."""
+        """Return the control codes to write before ``text``."""
         before = "" if self._has_partial_line else _CLEAR  # the terminal may have written ^C where no line is shown
         self._has_partial_line = not text.endswith("\n") if text else self._has_partial_line
         return before

@@ -1,4 +1,4 @@
-"""Words of messages."""
+"""Format counts and sizes for messages."""
 
 
 def count(number: int | None, noun: str) -> str:

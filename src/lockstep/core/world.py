@@ -18,7 +18,7 @@ class World:
             or ``env://``. Empty for a single process.
         launcher: What started the ranks: ``local``, ``agent`` (on Slurm), ``torchrun``, ``slurm`` (plain srun), ``submitit``,
             or ``process`` for a single one.
-        listener: Descriptor of the socket on which rank zero receives the others; None: it opens one for ``rendezvous``.
+        listener: Descriptor of the socket on which rank zero accepts the other ranks; None if it opens one for ``rendezvous``.
     """
 
     rank: int = 0
