@@ -114,7 +114,7 @@ WRONG_VALUE = [
 OUT_OF_RANGE = [  # only static validation refuses these
     (
         ["--data", "lockstep.data.ImageFolder", "--data.archive", "http://host/a.tar"],
-        "data.archive: http://host/a.tar can be replaced on its way, because its address is not encrypted; use https, or set",
+        "data.archive: http://host/a.tar is not encrypted, so that it can be altered in transit; use https, or set",
     ),
     (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more"),
     (["--run.hang_timeout_seconds=.nan"], "run.hang_timeout_seconds: nan must be greater than 0."),
@@ -407,12 +407,12 @@ def test_an_evaluation_has_the_config_of_the_run_of_its_checkpoint(tmp_path: Pat
     assert with_config(given) == given
     assert with_config([f"--ckpt_path={checkpoint}"], default=None) == [f"--ckpt_path={checkpoint}"]  # fit
     assert with_config(["test"], checkpoints=[str(checkpoint), str(runs[0])])[2] == one
-    with pytest.raises(UsageError, match="the checkpoints are not of one run"):
+    with pytest.raises(UsageError, match="the checkpoints belong to different runs"):
         with_config(["test"], checkpoints=[str(checkpoint), str(runs[1])])
     foreign = runs[1] / "checkpoints" / "epoch=1.ckpt"  # beside the config.yaml of LightningCLI
     foreign.touch()
     with pytest.raises(
-        UsageError, match=r"epoch=1.ckpt is not in a run folder, whose config it would have; give one by --conf"
+        UsageError, match=r"epoch=1.ckpt is not in a run folder, so its config is not known; set one with --conf"
     ):
         with_config(["validate", "--ckpt_path", str(foreign)])
     own = ["validate", "--ckpt_path", str(foreign), "--model=mine.Net"]

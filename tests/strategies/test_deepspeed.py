@@ -209,11 +209,11 @@ def test_activation_checkpointing_changes_no_loss(launch: Launch, capfd: pytest.
         ),
         (
             ["--trainer.gradient_clip_val=1", "--trainer.gradient_clip_algorithm=value"],
-            "trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.",
+            "trainer.gradient_clip_algorithm: 'value' is not supported: ZeRO clips by norm; use strategy ddp.",
         ),
         (
             ["--distributed.backend=gloo", "--trainer.accelerator=gpu"],
-            "distributed.backend: 'gloo' on GPUs is not for ZeRO, which needs nccl there; use strategy ddp.",
+            "distributed.backend: 'gloo' on GPUs is not supported: ZeRO needs nccl there; use strategy ddp.",
         ),
         (
             ["--model", "support.toy_model.TwoOptimizers", "--data", "support.toy_model.ToyData"],
@@ -278,7 +278,7 @@ def test_keys_of_the_json_that_other_keys_decide_are_refused(
         ),
         (
             '{"fp16": {"loss_scale": "auto"}}',
-            "fp16.loss_scale ('auto') in {} is for other trainers; set a value or remove it.",
+            "fp16.loss_scale ('auto') in {} is not filled in by lockstep; set a value or remove it.",
         ),
         (
             '{"zero_optimization": {"offload_optimizer": {"pipeline_write": true}}}',

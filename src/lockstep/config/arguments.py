@@ -22,19 +22,19 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if not arguments or arguments[0].startswith("-"):
         return "fit", list(arguments)
     if re.match(r"\w+([.]\w+)*=", arguments[0]):
-        raise UsageError(f"{arguments[0]!r} has no dashes; keys begin with them: --{arguments[0]}")
+        raise UsageError(f"{arguments[0]!r} has no dashes; write --{arguments[0]}.")
     if arguments[0] not in COMMANDS:
         raise UsageError(f"{arguments[0]!r} is not a command{did_you_mean(arguments[0], COMMANDS)}")
     return arguments[0], list(arguments[1:])
 
 
 def check_not_local(arguments: Sequence[str]) -> None:
-    """Raise UsageError if arguments of a single rank have a flag of ``lockstep local``."""
+    """Raise UsageError if the arguments of ``lockstep train`` have a flag of ``lockstep local``."""
     for flag in (argument.partition("=")[0] for argument in arguments):
         if flag in ("--ranks", "--nodes", "--resume"):
             raise UsageError(
-                f"{flag}: is a flag of lockstep local, which starts several ranks and resumes; train is one rank of torchrun "
-                "or srun, whose flags say how many there are."
+                f"{flag}: is a flag of lockstep local, which starts several ranks and resumes; train is a single rank: set the "
+                "number of ranks with the flags of torchrun or srun."
             )
 
 
@@ -47,7 +47,7 @@ def split_keys(arguments: Sequence[str]) -> list[tuple[str, str]]:
             argument = "--help"
         if not _is_flag(argument) or argument == "--":
             if re.match(r"\w+([.]\w+)*=", argument):
-                raise UsageError(f"{argument!r} has no dashes; keys begin with them: --{argument}")
+                raise UsageError(f"{argument!r} has no dashes; write --{argument}.")
             raise UsageError(
                 f"{argument!r} is not a key: keys begin with --; a command ({', '.join(COMMANDS)}) must be the first argument."
             )
@@ -62,7 +62,7 @@ def split_keys(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def select_section(arguments: Sequence[str], command: str) -> list[str]:
-    """Replace config files that have sections for commands, as LightningCLI's have, by their content for ``command``."""
+    """Replace config files with sections for commands, as LightningCLI accepts them, by their content for ``command``."""
     selected: list[str] = []
     for argument in arguments:
         if selected[-1:] == ["--config"]:
@@ -75,7 +75,7 @@ def select_section(arguments: Sequence[str], command: str) -> list[str]:
 
 
 def _parts_for(command: str, source: str) -> list[str]:
-    """The config file ``source``, or what it has for all commands and for ``command``, as YAML."""
+    """The config file ``source``; if it has sections, YAML of what it sets for all commands and for ``command``."""
     content = read_config_file(source)
     if not content.keys() & set(COMMANDS):
         return [source]

@@ -52,7 +52,7 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _check_trainer_values(trainer: Mapping[str, Any]) -> None:
-    """Raise UsageError for a value that Lightning's Trainer refuses when it is made, or divides by."""
+    """Raise UsageError for a value that Lightning's Trainer refuses at its construction, or divides by."""
     for key in ("overfit_batches", "val_check_interval", *(f"limit_{share}" for share in _SHARES)):
         value = trainer.get(key)
         if isinstance(value, int | float) and not (0 <= value <= 1 or (value > 1 and value % 1 == 0)):
@@ -62,8 +62,8 @@ def _check_trainer_values(trainer: Mapping[str, Any]) -> None:
         raise UsageError("trainer.val_check_interval: 0 must be 1 or more; without validation: --trainer.limit_val_batches 0.")
     if isinstance(interval, float) and trainer.get("check_val_every_n_epoch", 1) is None:
         raise UsageError(
-            f"trainer.val_check_interval: {interval} is a fraction of an epoch, which check_val_every_n_epoch: null does not "
-            "count; give a whole number of batches."
+            f"trainer.val_check_interval: {interval} is a fraction of an epoch, but check_val_every_n_epoch: null counts "
+            "batches over all epochs; give a whole number of batches."
         )
     for key in ("val_check_interval", "max_time"):
         if isinstance(text := trainer.get(key), str) and not re.fullmatch(r"\s*\d+:\d+:\d+:\d+\s*", text):
@@ -79,11 +79,11 @@ _WORDS = {
     "gradient_clip_algorithm": ("norm", "value"),
     "profiler": ("simple", "advanced", "pytorch", "xla"),
 }
-"""The words that some keys of Lightning's Trainer accept, beside classes, which have a dot or a capital letter."""
+"""Words that keys of Lightning's Trainer accept. Classes, which they accept too, have a dot or a capital letter."""
 
 
 def check_secrets(value: Any, key: str = "") -> None:
-    """Raise UsageError if a text in a config looks like a secret: many files and W&B show the config."""
+    """Raise UsageError if a string in a config looks like a secret: files and W&B show the config."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             check_secrets(item, key if name == "init_args" else f"{key}.{name}".lstrip("."))
@@ -101,7 +101,7 @@ def check_archive(archive: str | None, md5: str | None) -> None:
     """Raise UsageError if an archive of images comes from a remote machine without encryption and without a checksum."""
     if archive is not None and "://" in archive and not archive.startswith(("https://", "file://")) and not md5:
         raise UsageError(
-            f"data.archive: {archive} can be replaced on its way, because its address is not encrypted; use https, or set "
+            f"data.archive: {archive} is not encrypted, so that it can be altered in transit; use https, or set "
             "data.archive_md5 to its checksum."
         )
 
@@ -113,22 +113,22 @@ def check_export_format(out: Path) -> None:
 
 
 _IMAGE_FILES = ("lockstep.data.ImageFolder", "lockstep.data.Shards")
-"""DataModules that read files which are there already, unless they come in an archive."""
+"""DataModules that read existing files, unless they get an archive."""
 
 
 def check_mixing(mixup: float, cutmix: float, drop_last: bool) -> None:
-    """Raise UsageError if samples cannot be mixed so."""
+    """Raise UsageError if mixup or cutmix is negative, or the last batch may be incomplete."""
     for key, alpha in (("mixup", mixup), ("cutmix", cutmix)):
         if alpha < 0:
-            raise UsageError(f"data.{key}: {alpha} must be 0, which mixes nothing, or greater.")
+            raise UsageError(f"data.{key}: {alpha} must be 0 (off) or greater.")
         if alpha and not drop_last:
             raise UsageError(
-                f"data.{key}: {alpha} mixes pairs, and the last batch may end with half of one; set data.drop_last: true."
+                f"data.{key}: {alpha} mixes pairs, but the last batch may have an odd size; set data.drop_last: true."
             )
 
 
 def check_pairs(batch_size: int, ranks: int) -> None:
-    """Raise UsageError if a rank would have a part of a pair that is mixed."""
+    """Raise UsageError if mixup or cutmix would get an odd number of samples on a rank."""
     if share := batch_size // ranks % 2:
         raise UsageError(
             f"data.batch_size: {batch_size} gives each of {ranks} ranks an odd number of samples, but mixup and cutmix need "
@@ -178,17 +178,17 @@ def check_start(
 
 
 _RANKS_PER_CPU = 8
-"""A test may share a CPU among a few ranks; more of them start for minutes and hardly train."""
+"""Limit of ranks per CPU. In a test, a few may share one; more take minutes to start and hardly train."""
 
 
 def check_ranks(nodes: int, ranks: int, cpus: int) -> None:
-    """Raise UsageError if this machine, with that many ``cpus``, has far too few for ``nodes`` × ``ranks`` processes."""
+    """Raise UsageError if ``cpus`` CPUs are far too few for ``nodes`` × ``ranks`` processes."""
     if nodes * ranks > _RANKS_PER_CPU * cpus:
         flag, count = ("--ranks", ranks) if ranks > 1 else ("--nodes", nodes)
         each = f" on each of {nodes} nodes" if ranks > 1 and nodes > 1 else ""
         raise UsageError(
-            f"{flag}: {count}{each} would be {nodes * ranks} processes on {cpus} CPUs of this machine, which hardly advance; "
-            f"use at most {_RANKS_PER_CPU * cpus} in all."
+            f"{flag}: {count}{each} would be {nodes * ranks} processes on the {cpus} CPUs of this machine, which are too few; "
+            f"use at most {_RANKS_PER_CPU * cpus} ranks in all."
         )
 
 
@@ -226,11 +226,11 @@ def check_data_root(data: Any) -> None:
 
 
 def _check_shards(root: Path, splits: Sequence[str]) -> None:
-    """Raise UsageError if no split has a shard, or one is not packed to its end."""
+    """Raise UsageError if no split has a shard, or a split is only partly packed."""
     if not any(any((root / split).glob("*.tar*")) for split in splits):
         raise UsageError(
-            f"data.root: {root} has no .tar file in {', '.join(f'{split}/' for split in splits)}; lockstep pack makes them of "
-            "folders of images, which lockstep.data.ImageFolder reads as they are."
+            f"data.root: {root} has no .tar file in {', '.join(f'{split}/' for split in splits)}; lockstep pack makes them "
+            "from folders of images; to read the folders themselves, use lockstep.data.ImageFolder."
         )
     for split in splits:
         if (root / split / ".pack").exists():
@@ -249,10 +249,10 @@ def check_trainer_classes(trainer: Mapping[str, Any]) -> None:
 
 
 def check_wandb_key(config: Mapping[str, Any], env: Mapping[str, str]) -> None:
-    """Raise UsageError if W&B is to be online and ``env`` has no key, for which W&B would ask in the run."""
+    """Raise UsageError if W&B is online and ``env`` has no API key: W&B would ask for it in the run."""
     mode = env.get("WANDB_MODE") if (given := config["wandb"]["mode"]) == "auto" else given
     if mode == "online" and wandb_api_key(env) is None:
-        raise UsageError(f"wandb.mode: online needs an API key, and none is found; {WANDB_KEY_ADVICE}, or set offline.")
+        raise UsageError(f"wandb.mode: online needs an API key, but none is found; {WANDB_KEY_ADVICE}, or set offline.")
 
 
 def check_characters(root: Path, here: Path) -> None:
@@ -278,12 +278,12 @@ def check_checkpoint_path(command: str, path: str | None) -> None:
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
-    """Raise UsageError if DeepSpeed options contradict each other or DeepSpeed's JSON, or DeepSpeed cannot do them."""
+    """Raise UsageError if DeepSpeed options contradict each other or DeepSpeed's JSON, or DeepSpeed does not support them."""
     if config["strategy"] == "deepspeed":
         if config["trainer"].get("gradient_clip_algorithm") == "value":
-            raise UsageError("trainer.gradient_clip_algorithm: 'value' is not for ZeRO, which clips by norm; use strategy ddp.")
+            raise UsageError("trainer.gradient_clip_algorithm: 'value' is not supported: ZeRO clips by norm; use strategy ddp.")
         if config["distributed"]["backend"] == "gloo" and config["trainer"].get("accelerator") in ("gpu", "cuda"):
-            raise UsageError("distributed.backend: 'gloo' on GPUs is not for ZeRO, which needs nccl there; use strategy ddp.")
+            raise UsageError("distributed.backend: 'gloo' on GPUs is not supported: ZeRO needs nccl there; use strategy ddp.")
         options = config["deepspeed"]
         paths = {name: Path(options[name]) for name in ("config", "nvme_path") if options[name]}
         deepspeed_config(DeepSpeedOptions(**{**options, **paths}))

@@ -1,4 +1,4 @@
-"""Make DeepSpeed's JSON config from the options of a run."""
+"""Build DeepSpeed's JSON config from the options of a run."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ _OWNED_KEYS = {
     "zero_optimization.reduce_bucket_size": "deepspeed.reduce_bucket_size",
     "zero_optimization.allgather_bucket_size": "deepspeed.reduce_bucket_size",
 }
-"""Keys of DeepSpeed's JSON, and the key of our config that sets each."""
+"""Keys of DeepSpeed's JSON that a user's file cannot set, with the key of our config that sets each."""
 
 _UNSAFE_KEYS = {
     "zero_optimization.offload_optimizer.pipeline_read": "reads gradients before they are written",
@@ -43,7 +43,7 @@ _UNSAFE_KEYS = {
 
 
 def deepspeed_config(options: DeepSpeedOptions, folder: Path | None = None) -> dict[str, Any]:
-    """DeepSpeed's JSON config: the options, merged with the user's JSON.
+    """Merge the options with the user's JSON file into DeepSpeed's JSON config.
 
     Args:
         folder: Folder for this rank's NVMe offload, instead of ``options.nvme_path``.
@@ -119,7 +119,7 @@ def _read_json_config(path: Path, stage: int) -> dict[str, Any]:
     for name, value in _dotted_items(content):
         where = f"deepspeed.config: {name} ({value!r}) in {path}"
         if value == "auto":
-            raise UsageError(f"{where} is for other trainers; set a value or remove it.")
+            raise UsageError(f"{where} is not filled in by lockstep; set a value or remove it.")
         if name in _OWNED_KEYS and value is not None:
             raise UsageError(f"{where} is set by {_OWNED_KEYS[name]}; remove it.")
         if name in _UNSAFE_KEYS and value and (stage == 1 or name != "data_types.grad_accum_dtype"):

@@ -13,25 +13,24 @@ _OTHER_NAMES = {
     "loss": "criterion", "scheduler": "schedule", "gradient_accumulation_steps": "accumulate_grad_batches",
     "max_grad_norm": "gradient_clip_val", "project": "wandb.project",
 }  # fmt: skip
-"""Names that other programs have for the last part of a key, and ours."""
+"""Names that other programs use for the last part of a key, and our names."""
 
 
-def suggest_key(key: str, valid: Sequence[str], rest: str = "") -> str:
-    """End a sentence about an unknown ``key`` with the valid ones that it may mean; what follows is that of did_you_mean."""
+def suggest_key(key: str, valid: Sequence[str]) -> str:
+    """End a sentence about an unknown ``key``: suggest valid keys, as ``did_you_mean`` does."""
     last = key.rpartition(".")[2]
     wanted = _OTHER_NAMES.get(last.lower(), last)
-    same = sorted({name for name in valid if name == wanted or name.endswith(f".{wanted}")}) if not rest else []
-    if same:
+    if same := sorted({name for name in valid if name == wanted or name.endswith(f".{wanted}")}):
         return f"; did you mean {' or '.join(map(repr, same[:3]))}?"
-    # Names of one group are alike by its name alone: data.root and data.drop_last.
+    # The name of the group alone makes its keys alike, such as data.root and data.drop_last.
     group = key[: -len(last)]
     alike = [name for name in valid if not name.startswith(group) or get_close_matches(last, [name[len(group) :]])]
-    hint = did_you_mean(key, alike if group else valid, rest)
+    hint = did_you_mean(key, alike if group else valid)
     return hint if hint.endswith("?") else did_you_mean("", valid)
 
 
 def unknown_key(key: str, value: object, valid: Sequence[str], owner: str = "") -> str:
-    """Message about a key that does not exist, or is not an argument of the class ``owner``; an empty value is left out."""
+    """Message about a key that does not exist, or is not an argument of the class ``owner``; it omits an empty value."""
     given = f" (value {value})" if value != "" else ""
     first, _, rest = key.partition(".")
     name = {"gpus": "devices", "num_processes": "devices"}.get(rest, rest)  # of Lightning 1
@@ -50,7 +49,7 @@ def wrong_value(key: str, value: object, expected: Sequence[str], choices: Seque
 
     Args:
         choices: The valid words, if any.
-        typed: What a file has, if YAML reads that as another ``value``.
+        typed: The text in the file, if YAML reads it as another ``value``.
     """
     near = did_you_mean(str(value if typed is None else typed), choices)
     hint = near if near.endswith("?") else "."  # the choices are among what is expected
@@ -62,7 +61,7 @@ def wrong_value(key: str, value: object, expected: Sequence[str], choices: Seque
 
 
 def missing_key(key: str, owner: str = "") -> str:
-    """Message about a key that is not set; the class ``owner`` requires it, or every config."""
+    """Message about a missing key, which the class ``owner``, or every config, requires."""
     if owner:
         return f"{key}: must be set; {owner} requires it."
     return f"{key}: must be set, usually in a --config file such as configs/digits.yaml."
@@ -79,5 +78,5 @@ def invalid_key_type(key: str, name: object) -> str:
 
 
 def class_not_set(key: str, inner: str, value: object) -> str:
-    """Message about ``inner``, an argument of the class that ``key`` does not name yet."""
+    """Message about ``inner``, an argument of a class that ``key`` has not set yet."""
     return f"{inner} (value {value}): the class is not known yet; set {key} before its arguments."

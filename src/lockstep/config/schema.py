@@ -35,8 +35,8 @@ RESERVED_TRAINER_KEYS = {
 REFUSED_TRAINER_CLASSES = {
     "LearningRateFinder": "takes trial steps whose losses are those of rank zero alone, so its rate would depend on "
     "the number of ranks; find the rate with Lightning's Tuner in a script of your own, and set it in model",
-    "BatchSizeFinder": "tries what fits the memory of this machine, so a run would train otherwise on another one; see what "
-    "fits with --plan, and set the size in data",
+    "BatchSizeFinder": "sets the size that fits the memory of this machine, so that training would depend on the machine; see "
+    "what fits with --plan, and set the size in data",
     "WandbLogger": "would log every row to W&B again, as trainer.logger is a WandbLogger in every run; remove it and set wandb",
 }
 """Callbacks and loggers of Lightning that a run cannot have, and why."""
@@ -88,8 +88,8 @@ class DistributedOptions:
 
     Args:
         timeout_minutes: Time that a collective waits for all ranks before it fails.
-        backend: ``auto`` is nccl on GPUs and gloo on CPUs. With gloo and accelerator gpu, ranks may share a GPU, slowly: to
-            test several ranks where there is one; strategy ddp only.
+        backend: ``auto`` is nccl on GPUs and gloo on CPUs. With gloo and accelerator gpu, ranks may share a GPU: slow,
+            for tests of several ranks on one GPU; strategy ddp only.
     """
 
     timeout_minutes: int = 30
@@ -179,7 +179,7 @@ class Options:
     Args:
         seed_everything: Seed of initial weights, data order, augmentation and dropout; true draws one, which config.yaml shows.
         strategy: Distributed strategy.
-        tensorboard: Also write what metrics.csv gets as an event file for TensorBoard, in <run folder>/tensorboard.
+        tensorboard: Also write the metrics as a TensorBoard event file, in <run folder>/tensorboard.
         activation_checkpointing: Import paths of module classes, such as torchvision.models.vision_transformer.EncoderBlock.
             Modules of these classes do not store activations; backward recomputes them.
         shared_filesystem: Whether nodes share files: prepare_data then runs once per job, else once per node.

@@ -19,15 +19,15 @@ def with_config(
     default: str | None = DEFAULT,
     checkpoints: Sequence[str] = (),
 ) -> list[str]:
-    """What ``find_shipped`` returns, with a config if it has none.
+    """Resolve the names of shipped configs as ``find_shipped`` does, and add a config if ``arguments`` have none.
 
     Args:
-        resumed: The config of a run to resume, which comes before any other.
-        default: The shipped config of a command that no run gives one; None for none.
-        checkpoints: What is evaluated if ``arguments`` have no ``--ckpt_path``: the values of a sweep.
+        resumed: The config of the run to resume; it precedes all others.
+        default: The shipped config to add if no run has one; None adds none.
+        checkpoints: The checkpoints of a sweep, for ``arguments`` without ``--ckpt_path``.
 
     Raises:
-        UsageError: A checkpoint is to be evaluated that is in no run folder.
+        UsageError: The checkpoint to evaluate is not in a run folder, or the checkpoints belong to different runs.
     """
     found = find_shipped(arguments)
     if resumed is None and any(argument == "--config" or argument.startswith("--config=") for argument in found):
@@ -39,14 +39,14 @@ def with_config(
 
 
 def run_config(place: Path) -> Path | None:
-    """``config.yaml`` of the run whose folder ``place`` is, or that ``place`` is a checkpoint of; None if it is neither."""
+    """``config.yaml`` of the run at ``place``, a run folder or a checkpoint in one; None if it is neither."""
     found = re.fullmatch(r"(.+)/checkpoints/step-[^/]+(/[^/]+)?", str(place.absolute()))
     config = (Path(found[1]) if found else place.absolute()) / "config.yaml"
     return config if config.is_file() else None
 
 
 def _config_of_run(arguments: Sequence[str], swept: Sequence[str]) -> Path | None:
-    """The config of the run that is evaluated; None if no checkpoint is there, or ``arguments`` say what the model is."""
+    """The config of the run to evaluate; None if no checkpoint exists, or ``arguments`` set the model."""
     given, flag = list(swept), ""
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -56,15 +56,15 @@ def _config_of_run(arguments: Sequence[str], swept: Sequence[str]) -> Path | Non
     places = [place for place in (Path(text).expanduser() for text in given) if place.exists()]
     configs = {run_config(place) for place in places}
     if len(configs) > 1:
-        raise UsageError("ckpt_path: the checkpoints are not of one run, whose config they would have; give one by --config.")
+        raise UsageError("ckpt_path: the checkpoints belong to different runs; set their config with --config.")
     config = next(iter(configs), None)
     if places and config is None and not any(re.match(r"--model(=|$)", argument) for argument in arguments):
-        raise UsageError(f"ckpt_path: {places[0]} is not in a run folder, whose config it would have; give one by --config.")
+        raise UsageError(f"ckpt_path: {places[0]} is not in a run folder, so its config is not known; set one with --config.")
     return config
 
 
 def find_shipped(arguments: Sequence[str]) -> list[str]:
-    """``arguments`` with paths for the names of shipped configs, a file of that name coming first, and for ``~/mine.yaml``."""
+    """Replace names of shipped configs by their paths, unless a file has the name, and expand ``~/mine.yaml``."""
     found, is_value = list[str](), False
     for argument in arguments:
         name = argument if is_value else argument.removeprefix("--config=")
