@@ -345,6 +345,9 @@ def test_a_module_that_only_the_container_has_is_not_missing(tmp_path: Path) -> 
     (tmp_path / "mine.py").write_text("from only_in_the_image import Base\nclass Model(Base): pass\n")
     for path in ("only_in_the_image.Model", "mine.Model"):
         validate_arguments([*DIGITS, "--model", path], folders=[tmp_path], elsewhere=True)
+    # The other Python may be newer, with syntax that this one lacks.
+    (tmp_path / "newer.py").write_text("from lightning.pytorch import LightningModule as L\nclass M(L): pass\n\nfuture x = 1\n")
+    assert validate_arguments(["--model", "newer.M"], folders=[tmp_path], elsewhere=True)["data"] is None
     with pytest.raises(UsageError, match="No module named 'only_in_the_image'"):
         validate_arguments([*DIGITS, "--model", "only_in_the_image.Model"], folders=[tmp_path])
     with pytest.raises(UsageError, match=r"mine\.Modle does not exist; did you mean 'mine.Model'"):

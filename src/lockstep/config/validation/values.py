@@ -250,14 +250,15 @@ class ValueMerger:
         if not _is_spec(spec):
             return True
         try:
-            bases = list(class_hierarchy(self._sources, self._sources.find(spec["class_path"])))
+            return any(
+                method in ast.dump(node)
+                for base, module in class_hierarchy(self._sources, self._sources.find(spec["class_path"]))
+                if not module.name.startswith("lightning.")
+                for node in ast.walk(module.tree)  # which has all methods of ``base``
+                if isinstance(node, ast.ClassDef) and node.name == base.name
+            )
         except (Undecidable, NotDefined):
             return True
-        trees = [(base.name, module.tree) for base, module in bases if not module.name.startswith("lightning.")]
-        whole = [
-            node for name, tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name
-        ]
-        return any(method in ast.dump(node) for node in whole)
 
     def check_short_names(self) -> None:
         """Raise UsageError for a class name without its module that no module of this run defines."""
