@@ -81,7 +81,7 @@ def test_configs_become_the_arguments_of_the_command(tmp_path: Path) -> None:
         ({"model.learning_rate": 1}, r"model.learning_rate \(value 1\): unknown argument of lockstep.models.Classifier"),
         ({"trainer": {"max_epoch": 1}}, "trainer.max_epoch .* did you mean 'trainer.max_epochs'"),
         ({"ranks": 2}, "ranks .*unknown key"),
-        ({"help": None}, "--help=null shows something and trains nothing; give it to lockstep local"),
+        ({"help": None}, "--help=null shows help or a config and trains nothing; give it to lockstep local"),
         ({"model": torch.nn.Linear(1, 1)}, "model: an object of Linear cannot be given to the ranks.*'class_path'"),
         ({"model": "__main__.Mine"}, "model: Mine is defined in this notebook or script.*%%writefile mine.py.*'mine.Mine'"),
         ({"model.network": type("Net", (), {"__module__": "__main__"})}, "model.network: Net is defined in this notebook"),

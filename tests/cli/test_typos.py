@@ -55,7 +55,7 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ("--then 'test --ckpt_path /x'", "", "ckpt_path: '/x': a link uses the newest checkpoint of the run before; leave it out."),
     ("--then 'test --run.name other'", "", "run.name: 'other': a link takes that of the training; leave it out."),
     ("--then 'test --sweep model.lr=1,2'", "", "--sweep: is not for one link; give it to the whole chain, before --then."),
-    ("--then 'test --help'", "", "--then 'test --help': --help shows something and runs nothing; leave it out."),
+    ("--then 'test --help'", "", "--then 'test --help': --help shows help or a config and runs nothing; leave it out."),
     ("--then 'test --time 24:00'", "", "--then 'test --time 24:00': time: '24:00' is ambiguous"),
     ('--then "test \'x"', "", "No closing quotation; quote the link as the shell does."),
     ("--then 'export --prt x'", "", "'--prt' is not an argument of export; did you mean '--part'"),
@@ -81,7 +81,7 @@ TYPOS: list[tuple[str, str, str | None]] = [  # arguments; what local says, and 
     ),
     (
         "--config mine.yaml",
-        "config: mine.yaml is a profile, which describes a cluster; give it to lockstep submit by --profile",
+        "config: mine.yaml is a profile, which describes a cluster; give it to lockstep submit with --profile",
         "",
     ),
     (

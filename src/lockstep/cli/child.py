@@ -1,4 +1,4 @@
-"""Run ``lockstep`` in a process of its own, for notebooks and scripts: one that has computed with torch cannot fork ranks."""
+"""Run ``lockstep`` in a subprocess, for notebooks and scripts: a process that has used torch cannot fork ranks."""
 
 import codecs
 import ctypes
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.cli import main
+from lockstep.core import python_path
 from lockstep.runs import Owner
 
 _TAIL = 100_000
@@ -24,7 +25,7 @@ class EndedCommand:
     """A command that has ended.
 
     Attributes:
-        process: By which a run that it has claimed can be found.
+        process: Its process, which the owner record of its run names.
         stdout, stderr: The end of its output.
     """
 
@@ -44,10 +45,10 @@ class EndedCommand:
 
 
 def run_command(arguments: Sequence[str]) -> EndedCommand:
-    """Run ``lockstep`` with ``arguments``, and print its output as it comes.
+    """Run ``lockstep`` with ``arguments``, and print its output immediately.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, or the interruption of the cell: all ranks have saved and stopped. A second one kills them.
+        KeyboardInterrupt: Ctrl-C, or an interrupted cell: all ranks have saved and stopped. A second one kills them.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "lockstep.cli.child", str(os.getpid()), *arguments],
@@ -84,16 +85,15 @@ def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> None:
 
 
 def _python_path() -> list[str]:
-    """PYTHONPATH of the command: what this process has, and the folders that its code has added to ``sys.path``."""
-    shown = subprocess.run([sys.executable, "-c", "import sys; print(*sys.path, sep='\\n')"], capture_output=True, text=True)
-    usual = {"", str(Path.cwd()), *shown.stdout.splitlines()}
-    own = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    """PYTHONPATH of the command: that of this process, and the folders that its code added to ``sys.path``."""
+    default = subprocess.run([sys.executable, "-c", "import sys; print(*sys.path, sep='\\n')"], capture_output=True, text=True)
+    usual = {"", str(Path.cwd()), *default.stdout.splitlines()}
     added = [os.path.abspath(entry) for entry in sys.path if entry not in usual and os.path.exists(entry)]
-    return [*own, *dict.fromkeys(added)]
+    return [*map(str, python_path(os.environ)), *dict.fromkeys(added)]
 
 
 class _Relay:
-    """Prints the output of a process as it comes; ``texts`` has the end of its standard output and error."""
+    """Prints the output of a process immediately; ``texts`` has the end of its standard output and error."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self.texts = ["", ""]
@@ -119,7 +119,7 @@ class _Relay:
                     sys.stdout.flush()
                 else:
                     self._selector.unregister(key.fileobj)
-            if has_ended and not ready:  # what it has left behind, such as the service of W&B, may have the pipes open
+            if has_ended and not ready:  # a process that it left behind, such as the W&B service, may hold the pipes open
                 break
         self._process.wait()
 
@@ -131,7 +131,7 @@ class _Relay:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Let a kernel or script that is killed end what it has started: the ranks save and stop."""
+    """End this process when the kernel or script that started it is killed: the ranks save and stop."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:

@@ -25,7 +25,7 @@ _lockstep_config_files() {{ compgen -W "{configs}" -- "$1"; compgen -f -- "$1"; 
 _lockstep_links() {{ compgen -W "{links}" -- "$1"; }}
 _lockstep_profile_files() {{ compgen -W "{profiles}" -- "$1"; compgen -f -- "$1"; }}
 """
-"""Functions that complete a value; shtab takes those with files in their name for ones that return files."""
+"""Functions that complete a value; shtab completes file names with a function that has ``files`` in its name."""
 
 _BASH_SCRIPTS = """
 # "python launch/local.py ..." is completed like "lockstep local ...".

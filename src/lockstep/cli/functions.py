@@ -63,8 +63,8 @@ def fit(*configs: Config, ranks: int | None = None, nodes: int | None = None, re
 
     Raises:
         UsageError: A key, value or file is wrong.
-        RunError: The run has failed, or a signal has ended it.
-        KeyboardInterrupt: Ctrl-C, or the interruption of the cell; the run is saved and can be resumed.
+        RunError: The run failed, or a signal ended it.
+        KeyboardInterrupt: Ctrl-C, or an interrupted cell; the run is saved and can be resumed.
     """
     return _run_locally("fit", _arguments(configs), ranks, nodes, None if resume is None else Run.open(_folder(resume)))
 
@@ -110,8 +110,8 @@ def submit(
         nodes: Number of nodes, or a range such as ``2-4``; 1 by default, or as many as the run to resume had.
         profile: Name or file of a profile.
         sweep: Keys of the config and the values of each: one run for each combination.
-        then: What follows the training, each as a job after the one before: ``["test", "export --part network"]``; the jobs are
-            in the attribute of that name of what is returned.
+        then: Commands that follow the training, each as a job after the previous one: ``["test", "export --part network"]``.
+            The attribute ``then`` of the result has these jobs.
         flags: Further flags of ``lockstep submit``, such as ``ranks_per_node=4`` or ``resume="runs/digits/<id>"``.
 
     Raises:
@@ -123,7 +123,7 @@ def submit(
     arguments += [f"--then={link}" for link in ([then] if isinstance(then, str) else then)]
     for name, value in flags.items():
         if name in ("follow", "check", "dry_run", "plan"):
-            raise UsageError(f"{name}: shows something and returns no job; use lockstep submit --{name.replace('_', '-')}.")
+            raise UsageError(f"{name}: submits no job; use lockstep submit --{name.replace('_', '-')}.")
         for item in value if isinstance(value, list | tuple) else [value]:
             if item is not None and item is not False:
                 flag = f"--{name.replace('_', '-')}"
@@ -179,7 +179,7 @@ def _number(text: str) -> float:
 
 
 def _folder(run: Place) -> Path:
-    """The path of a run or checkpoint; that of a job is its run folder."""
+    """The path of a run or checkpoint, or the run folder of a job."""
     path = Path(run).expanduser()
     if path.exists():
         return path
@@ -194,20 +194,22 @@ def _folder(run: Place) -> Path:
 def _evaluate(command: str, run: Place, configs: Sequence[Config], ranks: int | None, nodes: int | None) -> FinishedRun:
     place = _folder(run).absolute()
     own = run_config(place)
-    keys = [*_arguments([*([own] if own is not None else []), *configs]), f"--ckpt_path={place}"]
+    keys = [*_arguments(configs if own is None else [own, *configs]), f"--ckpt_path={place}"]
     return _run_locally(command, keys, ranks, nodes, None)
 
 
 def _run_locally(command: str, keys: list[str], ranks: int | None, nodes: int | None, resume: Run | None) -> FinishedRun:
     typed = with_config([command, *keys], str(resume.config) if resume is not None else None)
-    config = validate_arguments(typed, folders=[Path.cwd(), *python_path(os.environ)])["run"]  # at once, not in seconds
+    config = validate_arguments(typed, folders=[Path.cwd(), *python_path(os.environ)])[
+        "run"
+    ]  # an error is found before torch is imported
     flags = {"ranks": ranks, "nodes": nodes, "resume": resume.folder if resume is not None else None}
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     ended = run_command(["local", command, *given, *keys])
     newest = sorted(Path(config["root"], str(config["name"])).absolute().glob("*"), reverse=True)
     run = _claimed_run([resume.folder] if resume is not None else newest, ended.process)
     if run is None and not ended.status:
-        run = resume  # which is finished, so that nothing was done
+        run = resume  # it was finished already, so that no attempt started
     result = RunResult.read(run.result) if run is not None else None
     if run is None or result is None or ended.status:
         raise _error(ended, run, result)
@@ -215,40 +217,38 @@ def _run_locally(command: str, keys: list[str], ranks: int | None, nodes: int | 
 
 
 def _claimed_run(folders: Sequence[Path], process: Owner) -> Run | None:
-    """The first run that a process has claimed; what another one says is about an earlier attempt."""
+    """The run that ``process`` owns; the result of any other run is that of an earlier attempt."""
     return next((run for run in map(Run, folders) if Owner.read(run.owner) == process), None)
 
 
 def _error(ended: EndedCommand, run: Run | None, result: RunResult | None) -> LockstepError:
-    """The exception for a command that has failed."""
+    """The exception for a failed command."""
     reason = result.reason if result is not None and result.reason else ended.error
     if ended.status == UsageError.exit_status:
         return UsageError(reason)
     if run is None:
-        return RunError(f"The run has failed before it began: {reason}")
-    what = "was ended by" if ended.status in SIGNAL_EXIT_STATUSES else "has failed:"
+        return RunError(f"The run failed before it started: {reason}")
+    what = "was ended by" if ended.status in SIGNAL_EXIT_STATUSES else "failed:"
     return RunError(f"The run {run.folder} {what} {reason.rstrip('.')}; lockstep.fit(resume={str(run.folder)!r}) resumes it.")
 
 
 def _arguments(configs: Sequence[Config]) -> list[str]:
-    """The arguments of a command that mean the same as ``configs``."""
+    """Convert ``configs`` into arguments of a command."""
     arguments: list[str] = []
     for config in configs:
         if isinstance(config, Mapping):
             arguments += [f"--{key}={_text(key, value)}" for key, value in _keys(config)]
         else:
             arguments.append(f"--config={os.fspath(config)}")
-    if any(map(shows_only, arguments)):
-        raise UsageError(
-            f"{next(filter(shows_only, arguments))} shows something and trains nothing; give it to lockstep local."
-        )
+    if shown := next(filter(shows_only, arguments), None):
+        raise UsageError(f"{shown} shows help or a config and trains nothing; give it to lockstep local.")
     sets_model = any(isinstance(config, Mapping) and "model" in dict(_keys(config)) for config in configs)
     is_whole = sets_model and all(isinstance(config, Mapping) for config in configs)
-    return ["--config={}", *arguments] if is_whole else arguments  # without the config that a command has by default
+    return ["--config={}", *arguments] if is_whole else arguments  # instead of the default config of a command
 
 
 def _keys(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and values; those of a group, such as ``trainer``, may be a mapping of their own."""
+    """Yield keys and values; the value of a group, such as ``trainer``, may be a mapping of its keys."""
     for key, value in config.items():
         if isinstance(value, Mapping) and "." not in key and "class_path" not in value:
             yield from ((f"{key}.{name}", item) for name, item in value.items())
@@ -257,7 +257,7 @@ def _keys(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _text(key: str, value: Any) -> str:
-    """A value as it is typed on a command line."""
+    """Convert a value into the text of an argument."""
     plain = _plain(key, value)
     return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
@@ -268,7 +268,7 @@ def _sweep_text(key: str, value: Any) -> str:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """A value as YAML has it: a class becomes its import path, and a number of numpy one of Python."""
+    """Convert a value into one that YAML has: a class into its import path, a number of numpy into one of Python."""
     if isinstance(value, str):
         return _importable(key, value)
     if value is None or isinstance(value, bool):
@@ -284,13 +284,13 @@ def _plain(key: str, value: Any) -> Any:
     if inspect.isclass(value) or inspect.isfunction(value):
         return _importable(key, f"{value.__module__}.{value.__qualname__}")
     raise UsageError(
-        f"{key}: an object of {type(value).__name__} cannot be given to the ranks, which are processes of their own; give its "
-        "class and arguments: {'class_path': …, 'init_args': {…}}."
+        f"{key}: an object of {type(value).__name__} cannot be passed to the ranks, which are other processes; give its class "
+        "and arguments: {'class_path': …, 'init_args': {…}}."
     )
 
 
 def _importable(key: str, path: str) -> str:
-    """``path``, unless it is the import path of what only this process has."""
+    """Return ``path``; raise UsageError if only this process has what it names."""
     if path.startswith("__main__.") or "<locals>" in path:
         name = path.rpartition(".")[2]
         raise UsageError(

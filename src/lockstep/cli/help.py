@@ -1,4 +1,4 @@
-"""The help of ``local`` and ``submit``: after the flags, what only shows something, and the shipped configs and profiles."""
+"""The help of ``local`` and ``submit``: their flags, the keys that only show help or a config, the configs and the profiles."""
 
 import argparse
 import shutil
@@ -15,7 +15,7 @@ _SHOW_ONLY = {
 
 
 class LaunchParser(CommandLineParser):
-    """A parser of the flags of a launcher, whose help has ``description`` first, and ends with what else can be given."""
+    """A parser of a launcher's flags, whose help also lists show-only keys, configs, profiles and completion."""
 
     def __init__(self, program: str, description: str | None, lists_profiles: bool = False) -> None:
         super().__init__(

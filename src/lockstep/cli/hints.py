@@ -1,4 +1,4 @@
-"""What was meant by arguments that a launcher refuses: a flag of the other launcher, or a profile instead of a config."""
+"""Explain arguments that a launcher refuses: a flag of the other launcher, or a profile instead of a config."""
 
 import argparse
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,32 +10,34 @@ from typing import Any
 from lockstep.config import SHIPPED, Options, read_config_file
 from lockstep.core import UsageError
 
-_OF_BOTH = {"ranks": "ranks-per-node", "ranks-per-node": "ranks"}
-"""Flags of one launcher for which the other has one of another name."""
+_COUNTERPARTS = {"ranks": "ranks-per-node", "ranks-per-node": "ranks"}
+"""Flags that the other launcher has under another name."""
 
 
 def check_misplaced(arguments: Sequence[str], flags: Collection[str], other: Callable[[str], argparse.ArgumentParser]) -> None:
-    """Raise UsageError if an argument belongs elsewhere; to be called where arguments were refused, because it takes long.
+    """Raise UsageError if an argument belongs elsewhere. It is slow: call it only after arguments were refused.
 
     Args:
         arguments: Those that are not flags of this launcher.
         flags: Its flags, without dashes.
         other: Builds the parser of the other launcher, from the name of its program.
     """
-    program = "lockstep local" if "nodes" in flags and "profile" in flags else "lockstep submit"
+    program = "lockstep local" if "profile" in flags else "lockstep submit"
     others = {name.replace("_", "-") for name in vars(other(program).parse_args([]))} - set(flags)
     for argument in arguments:
         flag = argument.partition("=")[0].removeprefix("--")
         if argument.startswith("--") and flag in others:
-            instead = f"use --{_OF_BOTH[flag]} here" if flag in _OF_BOTH else "leave it out here"
+            instead = f"use --{_COUNTERPARTS[flag]} here" if flag in _COUNTERPARTS else "leave it out here"
             raise UsageError(f"--{flag}: is a flag of {program}; {instead}.")
     for source in _config_files(arguments):
         if not (content := _content(source)) and Path(source).exists():
             continue
         if _is_profile(source, content):
             use = f"--profile {source if Path(source).exists() else Path(source).stem}"
-            raise UsageError(f"config: {source} is a profile, which describes a cluster; give it to lockstep submit by {use}.")
-        # It may not be the first mistake, but the config cannot be used with it.
+            raise UsageError(
+                f"config: {source} is a profile, which describes a cluster; give it to lockstep submit with {use}."
+            )
+        # It may not be the mistake that was reported, but it is one.
         for key in sorted(key for key in content if isinstance(key, str) and key not in _CONFIG_KEYS):
             flag, place = key.replace("_", "-"), f"{key} (value {content[key]}): in {source}, "
             has_flag = flag in others or flag in flags
@@ -56,7 +58,7 @@ def _config_files(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _content(source: str) -> dict[Any, Any]:
-    """What a config file, or YAML in its place, has; empty if it cannot be read."""
+    """The content of a config file, or of YAML in its place; empty if it cannot be read."""
     try:
         return read_config_file(source)
     except UsageError:
@@ -64,7 +66,7 @@ def _content(source: str) -> dict[Any, Any]:
 
 
 def _is_profile(source: str, content: Mapping[Any, Any]) -> bool:
-    """Whether a file has keys of a profile only, or, if it does not exist, has the name of a shipped profile."""
+    """Whether a file has only keys of a profile. A file that does not exist counts if it has the name of a shipped profile."""
     if not content:
         return (SHIPPED / "cluster" / f"{Path(source).stem}.yaml").exists()
     return content.keys() <= _profile_keys()

@@ -5,11 +5,11 @@
     {program} logs [JOB] [--rank N] [--tail N] [-f]
     {program} cancel JOB
 
-JOB is the id that the submission printed, one run of a sweep (12_3), a run id or a run folder; by default the newest job. It
-stands for the jobs that follow it too: of a chain, the first job means all, and `logs` prints that of the job itself.
+JOB is the id that the submission printed, one run of a sweep (12_3), a run id or a run folder; by default the newest job.
+In a chain, JOB includes the jobs that follow it, so that the first job means all; `logs` prints the log of JOB alone.
 
 exit status of status and logs -f:
-    0 finished · 1 failed · 2 usage error, of this command or of the run · 3 waits or runs · 4 cancelled ·
+    0 finished · 1 failed · 2 usage error, of this command or of the run · 3 waiting or running · 4 cancelled ·
     5 over its time limit · 6 out of memory · 7 a node failed · 130, 138, 140, 143 interrupted
 For a sweep: the status of its first run that did not finish.
 """
@@ -39,7 +39,7 @@ from lockstep.slurm import (
 Row = dict[str, str]
 
 SHOWN = 20
-"""How many jobs ``list`` shows; each takes a dozen reads."""
+"""Number of jobs that ``list`` shows; each takes a dozen reads."""
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     status = commands.add_parser("status", help="state and progress of a job")
     for command in (listing, status):
         command.add_argument("--json", action="store_true", help="print JSON")
-    logs = commands.add_parser("logs", help="log of a rank; without JOB, of the job of the newest chain that started last")
+    logs = commands.add_parser(
+        "logs", help="log of a rank; without JOB, of the newest job, or in a chain of the last that started"
+    )
     logs.add_argument("--rank", type=int_at_least(0), default=0, help="which rank (default 0)")
     logs.add_argument("--tail", type=int_at_least(0), metavar="N", help="only the last N lines")
     logs.add_argument(
@@ -124,7 +126,8 @@ def show(job: SubmittedJob, as_json: bool) -> int:
         print("", *(f"sweep {link.folder}" for link in job.links), sep="\n")
     else:
         for place, status in enumerate(statuses):
-            print("\n" * bool(place), end="")
+            if place:
+                print()
             print_facts(status, len(statuses) > 1 or status.command != "fit")
     return next((status.exit_status for status in statuses if status.exit_status), 0)
 
@@ -137,7 +140,7 @@ def sweep_row(status: RunStatus) -> Row:
 
 
 def format_steps(status: RunStatus) -> str:
-    """The step, and the number of steps where it is known."""
+    """The step, and the number of all steps if it is known."""
     result, progress = status.result, status.progress
     step = result.global_step if result is not None else progress.step if progress is not None else None
     total = progress.steps if progress is not None else None
@@ -177,7 +180,7 @@ def print_facts(status: RunStatus, with_command: bool) -> None:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print a table on a terminal, and lines with tabs in a pipe; columns in the order of their appearance."""
+    """Print a table on a terminal, else tab-separated lines; columns are in the order of their appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if not sys.stdout.isatty():
         for row in rows:
@@ -194,12 +197,12 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def newest_link(job: SubmittedJob) -> SubmittedJob:
-    """Of a job and those that follow it, the one that has started last."""
+    """The last job that started, among a job and those that follow it."""
     return next((link for link in reversed(job.links) if any(run.newest_attempt for _, run in link.members)), job)
 
 
 def show_log(job: SubmittedJob, rank: int, tail: int | None, following: bool) -> int:
-    """Print the log of a rank in the newest attempt, or the output of srun where the rank has none yet.
+    """Print the log of a rank in the newest attempt, or the output of srun if the rank has none yet.
 
     Raises:
         UsageError: The log does not exist, or JOB is a sweep.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lockstep.cli.help import LaunchParser
 from lockstep.cli.hints import check_misplaced
-from lockstep.config import check_nvme_path, check_ranks, check_run_root, check_start, with_config
+from lockstep.config import check_nvme_path, check_ranks, check_run_root, check_start, split_command, with_config
 from lockstep.config.validation import shows_only, validate_arguments
 from lockstep.core import LockstepError, UsageError, int_at_least, python_path, use_writable_caches
 from lockstep.runs import LaunchRecord, Run, nothing_left
@@ -41,7 +41,6 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
     parser = make_parser(program)
     try:
         options, rest = parser.parse_known_args(arguments)
-        at = 1 if rest and not rest[0].startswith("-") else 0
         resume = Run.open(options.resume) if options.resume else None
         rest = with_config(rest, str(resume.config) if resume is not None else None)
         flags = [*vars(options), "help"]
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
         ranks = options.ranks or (launched.ranks_per_node if launched is not None else 1)
         if not any(map(shows_only, rest)):
             check_ranks(nodes, ranks, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-            command = rest[0] if at else "fit"
+            command, _ = split_command(rest)
             if resume is not None and command == "fit" and (why := nothing_left(resume, config)):
                 print(f"lockstep: {why}", file=sys.stderr)
                 return 0
@@ -67,8 +66,8 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
                 root, name = Path(config["run"]["root"]).absolute(), str(config["run"]["name"])
                 Run.check_place(root, name)
                 check_run_root(root, name)
-        # In a shell inside a Slurm allocation, this run is not one of its tasks. Nor does it use the W&B service of the program
-        # that started it, which would keep the run of a killed rank in use.
+        # In a shell inside a Slurm allocation, this run is not one of its tasks. It also starts its own W&B service: that of
+        # the program that started it would keep the W&B run of a killed rank in use.
         for name in [name for name in os.environ if name.startswith(("SLURM_", "WANDB_SERVICE")) and name != "SLURM_CONF"]:
             del os.environ[name]
         if warning := use_writable_caches(os.environ):

@@ -1,7 +1,7 @@
-"""Draw the report of a run again, or for the first time while it trains.
+"""Draw the report of a run, which may still train.
 
-It writes report.png and report.html: all metrics over the steps, restarts, the scores of the test, what `predict` has written,
-where the time went, and the config. The page is one file, which a browser opens without a network.
+It writes report.png and report.html: all metrics over the steps, restarts, test scores, predictions, where the time went, and
+the config. The page is one file, which a browser opens without a network.
 """
 
 import argparse

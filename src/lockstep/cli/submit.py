@@ -53,7 +53,7 @@ from lockstep.slurm.submission import (
 
 
 def make_parser(program: str, plan_help: str | None = None) -> argparse.ArgumentParser:
-    """Build the parser of the launcher's own flags; ``plan_help`` replaces the help of what only a submission needs."""
+    """Build the parser of the launcher's own flags; ``plan_help`` is the help of ``lockstep plan``, without flags of jobs."""
     parser = LaunchParser(program, plan_help or __doc__, lists_profiles=True)
     add_resources(parser.add_argument_group("resources"))
     job = parser.add_argument_group("job")
@@ -70,8 +70,8 @@ def make_parser(program: str, plan_help: str | None = None) -> argparse.Argument
         action="append",
         default=[],
         metavar="COMMAND",
-        help="what follows the training, as a job on one node after it: test, validate, predict, fit or export, with keys and "
-        "resources of its own in quotes (test --nodes 2); repeatable",
+        help="command to run after the training, as a job on one node: test, validate, predict, fit or export, with its own "
+        "keys and resources in quotes (test --nodes 2); repeatable",
     )
     job.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,…", help="one run per value; repeatable")
     job.add_argument(
@@ -90,7 +90,7 @@ def make_parser(program: str, plan_help: str | None = None) -> argparse.Argument
 
 
 def add_resources(group: "argparse._ArgumentGroup | argparse.ArgumentParser") -> None:
-    """Add the flags that a link of a chain has too."""
+    """Add the flags of resources, which a link of a chain has too."""
     group.add_argument(
         "--nodes",
         type=NodeRange.parse,
@@ -107,7 +107,7 @@ def add_resources(group: "argparse._ArgumentGroup | argparse.ArgumentParser") ->
 
 
 def parse_link(text: str, base: Profile) -> Link:
-    """Parse a value of ``--then``; resources that it does not name are those of ``base``, on any one node, and not held.
+    """Parse a value of ``--then``; by default it runs on one node, any one, with the other resources of ``base``, not held.
 
     Raises:
         UsageError: It is not a command with keys and flags of resources.
@@ -127,7 +127,7 @@ def parse_link(text: str, base: Profile) -> Link:
             if name.startswith("--") and name[2:].replace("-", "_") in whole:
                 raise UsageError(f"{name}: is not for one link; give it to the whole chain, before --then.")
         if shown := next(filter(shows_only, keys), None):
-            raise UsageError(f"{shown} shows something and runs nothing; leave it out.")
+            raise UsageError(f"{shown} shows help or a config and runs nothing; leave it out.")
         # A list of nodes requests all of them, which are too many for one node.
         base = replace(base, nodelist=None, sbatch=tuple(argument for argument in base.sbatch if argument != "--hold"))
         if flags.profile:
@@ -142,7 +142,7 @@ def parse_link(text: str, base: Profile) -> Link:
 
 
 def flagged(base: Profile, flags: argparse.Namespace) -> Profile:
-    """``base`` with the flags that were given."""
+    """Return ``base`` with the given flags."""
     return apply_flags(base, {name: getattr(flags, name) for name in (*PROFILE_FLAGS, "exclusive", "sbatch", "srun")})
 
 
@@ -154,10 +154,10 @@ def named_profile(flags: argparse.Namespace) -> str | None:
 
 
 def resources(flags: argparse.Namespace, resume: Run | None) -> tuple[Profile, NodeRange]:
-    """The resources that the flags ask for; for the rest, those that the run to ``resume`` was submitted with, which it says.
+    """Take profile and nodes from the flags, and the rest from the submission of the run to ``resume``, which it then prints.
 
     Raises:
-        UsageError: A profile or a value is wrong, or the record of the run.
+        UsageError: A profile, a value or the record of the run is wrong.
     """
     launch = LaunchRecord.read(resume.launch) if resume is not None else None
     if resume is None or launch is None or launch.slurm is None:
@@ -175,7 +175,7 @@ def resources(flags: argparse.Namespace, resume: Run | None) -> tuple[Profile, N
 
 
 def spread_jobs(arguments: Sequence[str]) -> list[str]:
-    """``--after 12 13`` as ``--after=12 --after=13``: argparse would take a command of the trainer for a job too."""
+    """Replace ``--after 12 13`` by ``--after=12 --after=13``: argparse would also read a command of the trainer as a job."""
     spread: list[str] = []
     takes_jobs = False
     for argument in arguments:
