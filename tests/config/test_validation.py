@@ -354,6 +354,13 @@ def test_a_module_that_only_the_container_has_is_not_missing(tmp_path: Path) -> 
         validate_arguments([*DIGITS, "--model", "mine.Modle"], folders=[tmp_path], elsewhere=True)
 
 
+def test_arguments_before_their_class_are_refused() -> None:
+    for value in ("{1: x}", "{lr: 0.1}"):
+        assert (
+            said([f"--model={value}"]) == f"model (value {value}): the class is not known yet; set model before its arguments."
+        )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -33,14 +33,16 @@ INVALID = object()
 
 @dataclass(frozen=True)
 class ExpectedType:
-    """The values that an annotation accepts, as a union of kinds.
+    """The values that an annotation accepts: a union of kinds.
 
     Attributes:
-        simple: Those of int, float, bool, str, Path and null.
+        simple: Any of int, float, bool, str, Path and null.
         choices: Values of a ``Literal``.
         classes: Classes whose instances are accepted; a config gives them by class path.
+        items: The values of a list; None if a list is not accepted.
+        mappings: Whether a mapping is accepted.
         anything: Whether any value may be accepted.
-        default: The default, which is accepted whatever the annotation.
+        default: The default, which is accepted even if the annotation excludes it.
     """
 
     simple: tuple[str, ...] = ()
@@ -64,7 +66,7 @@ class ExpectedType:
 
     @property
     def names(self) -> list[str]:
-        """The kinds in words, for messages."""
+        """Names of the kinds, for messages."""
         names = [name for name in self.simple if name != "null"]
         names += [f"one of {', '.join(map(repr, self.choices))}"] if self.choices else []
         names += [found.path.rpartition(".")[2] for found in self.classes]
@@ -73,7 +75,7 @@ class ExpectedType:
         return [*dict.fromkeys(names), *(["null"] if "null" in self.simple else [])]
 
     def accept(self, value: Any) -> Any:
-        """Convert a value that is neither an item list, a mapping nor a class; return INVALID if it is not accepted."""
+        """Convert a value that is not a list, a mapping or a class; return INVALID if it is not accepted."""
         if type(value) is type(self.default) and value == self.default:
             return value
         for candidate in [parse_scalar(value), value] if isinstance(value, str) else [value]:
@@ -105,7 +107,7 @@ ANYTHING = ExpectedType(anything=True)
 
 
 def expected_type(sources: SourceIndex, argument: Argument) -> ExpectedType:
-    """Derive the accepted values from an argument's annotation and default."""
+    """Derive the accepted values of an argument from its annotation and default."""
     if argument.annotation is None or argument.module.defines_types:
         return ANYTHING
     try:
@@ -164,7 +166,7 @@ def _from_annotation(sources: SourceIndex, module: ModuleSource, node: ast.expr)
     if found.module is not None and isinstance(found.node, ast.Assign | ast.AnnAssign) and found.node.value is not None:
         return _from_annotation(sources, found.module, found.node.value)
     try:
-        # Of an enum, a dataclass, a NewType … a config can give instances in other ways than by class path.
+        # A config can give an enum, a dataclass, a NewType … in other ways than by class path.
         is_plain = not any(cls.decorator_list for cls, _ in class_hierarchy(sources, found))
     except Undecidable:
         return ANYTHING
@@ -187,7 +189,7 @@ def _special_form(sources: SourceIndex, module: ModuleSource, path: str, parts: 
 
 
 def parse_scalar(text: str) -> Any:
-    """Convert a text to the number, boolean or null that it contains; return other texts unchanged."""
+    """Convert a string to the number, boolean or null that it contains; return other strings unchanged."""
     try:
         value = load_yaml(text)
     except yaml.YAMLError:

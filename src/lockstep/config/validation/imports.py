@@ -1,4 +1,4 @@
-"""Find the errors of a user's module that importing it would certainly raise: its syntax, and packages that are missing."""
+"""Find errors that importing a user's module would certainly raise: wrong syntax and missing packages."""
 
 import ast
 import sys

@@ -14,7 +14,7 @@ from lockstep.compat.pytorch_lightning import SAME_PACKAGES
 from lockstep.config.validation.source import Binding, Imported, ModuleSource, Undecidable
 
 _OUTSIDE = {*sys.stdlib_module_names, "typing_extensions"}
-"""Packages whose sources are not read; the names that matter are known."""
+"""Packages whose sources are not read, because validation needs only their names."""
 
 
 class NotDefined(Exception):
@@ -182,7 +182,7 @@ class SourceIndex:
             if (inner := self.submodule(source, binding.name)) is not None:
                 return Definition(inner.name, inner)
             return self.member(source, binding.name, seen)
-        except NotDefined:  # the import fails, or is in a try
+        except NotDefined:  # the import fails, or is inside a try
             raise Undecidable from None
 
     def resolve(self, module: ModuleSource, node: ast.expr, seen: frozenset[tuple[str, str]] = frozenset()) -> Definition:

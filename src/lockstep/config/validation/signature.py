@@ -51,7 +51,7 @@ def signature(sources: SourceIndex, found: Definition) -> Signature:
         closed = not (found.node.decorator_list or found.module.stubbed or _kwargs_uses(found.node))
         return Signature({argument.name: argument for argument in arguments}, closed)
     by_name: dict[str, Argument] = {}
-    passed: set[str] = set()  # by a class to its base
+    passed: set[str] = set()  # arguments that a class passes to its base
     first, closed = 0, True
     try:
         for cls, module in class_hierarchy(sources, found):
@@ -77,7 +77,7 @@ def signature(sources: SourceIndex, found: Definition) -> Signature:
 
 
 def class_hierarchy(sources: SourceIndex, found: Definition) -> Iterator[tuple[ast.ClassDef, ModuleSource]]:
-    """Yield a class and its bases in method resolution order.
+    """Yield a class and its bases in method resolution order (MRO).
 
     Raises:
         Undecidable: A base cannot be read; raised after the classes before it.
@@ -108,7 +108,7 @@ def class_hierarchy(sources: SourceIndex, found: Definition) -> Iterator[tuple[a
 def _constructor(
     sources: SourceIndex, cls: ast.ClassDef, module: ModuleSource
 ) -> tuple[list[Argument], Function | None] | None:
-    """The arguments of a class's own constructor and its ``__init__``, which a dataclass lacks; None without a constructor."""
+    """Return the arguments of a class's own constructor, and its ``__init__`` if it has one; None without a constructor."""
     decorators = [_decorator(sources, node, module) for node in cls.decorator_list]
     own = {name: list(module.bindings_in(cls.body, name)) for name in ("__init__", "__new__", "__signature__")}
     if module.stubbed or "other" in decorators or own["__new__"] or own["__signature__"]:
@@ -188,7 +188,7 @@ def _super_call(init: Function, uses: list[ast.expr]) -> tuple[int, set[str]]:
 
 
 def _stored_kwargs(sources: SourceIndex, found: Definition, init: Function, uses: list[ast.expr]) -> dict[str, Argument]:
-    """Arguments of what gets ``**kwargs`` later, if ``__init__`` only stores them; raise Undecidable if it does more."""
+    """Arguments of later calls with ``**kwargs``, if ``__init__`` only stores them; raise Undecidable if it does more."""
     stored = [node.targets[0] for node in ast.walk(init) if isinstance(node, ast.Assign) and [node.value] == uses]
     if not stored or not isinstance(stored[0], ast.Attribute):
         raise Undecidable

@@ -52,7 +52,7 @@ class ModuleSource:
     @cached_property
     def dynamic(self) -> bool:
         """Whether it may define names without a statement."""
-        # Our package imports its functions late, but has a statement for each of them.
+        # lockstep has a __getattr__, but also a statement for each name.
         return self.name != "lockstep" and any(mark in self.text for mark in _DYNAMIC)
 
     @cached_property
@@ -98,7 +98,7 @@ class ModuleSource:
         return name in self.text and re.search(rf"\b{re.escape(name)}\b", self.text) is not None
 
     def _scan_statements(self, name: str) -> list[Binding]:
-        """As ``bindings``, from top-level statements that contain the name; empty if one of them cannot be parsed."""
+        """Like ``bindings``, but in top-level statements that contain the name; empty if one of them cannot be parsed."""
         word = re.compile(r"import \*" if name == "*" else rf"\b{re.escape(name)}\b")
         found: list[Binding] = []
         for defined, part in self._parts:
@@ -117,7 +117,7 @@ class ModuleSource:
         return [(found[1] if defines and (found := _DEFINITION.search(part)) else "", part) for defines, part in parts]
 
     def bindings_in(self, body: Sequence[ast.stmt], name: str) -> Iterator[Binding]:
-        """As ``bindings``, in these statements."""
+        """Like ``bindings``, but in the statements ``body``."""
         for node in body:
             match node:
                 case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():

@@ -98,7 +98,7 @@ def _is_help_key(key: str) -> bool:
 
 
 def known_keys() -> dict[str, ExpectedType]:
-    """All keys of a config but ``config``, with the arguments of lockstep's own classes, and what each accepts."""
+    """All keys of a config except ``config``, with the arguments of lockstep's own classes, and their values."""
     sources = SourceIndex()
     found = {key: ANYTHING for key in _CLASSES}
     groups = ConfigValidator(sources, ()).groups()
@@ -206,14 +206,13 @@ class ConfigValidator:
         if rest == ["class_path"]:
             rest, value = [], {"class_path": value}
         current, mapping = self.content[key], self._values.mapping(value)
-        if current is None and (
-            rest or (mapping is not None and not any(name.split(".")[0] == "class_path" for name in mapping))
-        ):
+        sets_class = mapping is None or any(str(name).split(".")[0] == "class_path" for name in mapping)
+        if current is None and (rest or not sets_class):
             raise UsageError(messages.class_not_set(key, ".".join([key, *rest]), value))
         self.content[key] = self._values.merge(current, ExpectedType(classes=(_CLASSES[key],)), rest, value, key)
 
     def _check_optimizer(self) -> None:
-        """Raise UsageError if the shared classifier cannot have its optimizer or its learning rate."""
+        """Raise UsageError if the optimizer or the learning rate of the shared classifier is not valid."""
         model = self.content["model"] or {}
         if model.get("class_path") != "lockstep.models.Classifier":
             return
@@ -249,7 +248,7 @@ class ConfigValidator:
         return found
 
     def groups(self) -> dict[str, Signature]:
-        """The keys of each group; those without one are in the group with the empty name."""
+        """The keys of each group; keys without a group have the empty name."""
         return {"": self._keys, **self._groups}
 
     def keys(self) -> list[str]:

@@ -23,7 +23,7 @@ OPTIONAL_CLASSES = {
     "optimizer": Definition("torch.optim.Optimizer"),
     "lr_scheduler": Definition("torch.optim.lr_scheduler.LRScheduler"),
 }
-"""Further keys whose values are classes, made as LightningCLI makes them."""
+"""Further keys whose values are classes, instantiated as LightningCLI does."""
 
 _SPEC_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
@@ -94,7 +94,7 @@ class ValueMerger:
         return [*before, *(self.merge(None, expected.items or expected, [], item, key) for item in items)]
 
     def mapping(self, value: Any) -> dict[Any, Any] | None:
-        """Return a mapping given as such, as YAML or as a file name; None for any other value."""
+        """Return the mapping that is given itself, as YAML or as a file name; None for any other value."""
         plain = parse_collection(value)
         try:
             if isinstance(plain, str) and (self.folder / plain).is_file():
@@ -125,7 +125,7 @@ class ValueMerger:
         return not parameters.closed or name in parameters.arguments or name in _SPEC_KEYS
 
     def _merge_spec(self, current: Any, given: Mapping[str, Any], expected: ExpectedType, key: str) -> Any:
-        """Merge a class and its arguments into ``current``; a new class keeps those old arguments that it accepts."""
+        """Merge a class and its arguments into ``current``; a new class keeps the old arguments that it accepts."""
         if wrong := [name for name in given if not isinstance(name, str)]:
             raise UsageError(messages.invalid_key_type(key, wrong[0]))
         before = current if _is_spec(current) else None
@@ -276,14 +276,14 @@ class ValueMerger:
         return [name for text in texts for name in re.findall(r"^class ([a-zA-Z]\w*)", text, re.MULTILINE)]
 
     def _classes_near(self, path: str) -> list[str]:
-        """Names of the classes in the modules of a class and its bases, which importing the class also imports."""
+        """Names of the classes in the modules of a class and its bases; importing the class imports them too."""
         try:
             return [name for _, module in class_hierarchy(self._sources, self._sources.find(path)) for name in module.classes]
         except (Undecidable, NotDefined):
             return []
 
     def check_required(self, value: Any, expected: ExpectedType, key: str, linked: str = "") -> None:
-        """Raise UsageError if a class in ``value`` lacks a required argument; the key ``linked`` is set by another key."""
+        """Raise UsageError if a class in ``value`` lacks a required argument; another key sets the key ``linked``."""
         if isinstance(value, list) and expected.items:
             for item in value:
                 self.check_required(item, expected.items, key)
