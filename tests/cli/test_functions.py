@@ -82,7 +82,7 @@ def test_configs_become_the_arguments_of_the_command(tmp_path: Path) -> None:
         ({"trainer": {"max_epoch": 1}}, "trainer.max_epoch .* did you mean 'trainer.max_epochs'"),
         ({"ranks": 2}, "ranks .*unknown key"),
         ({"help": None}, "--help=null shows help or a config and trains nothing; give it to lockstep local"),
-        ({"model": torch.nn.Linear(1, 1)}, "model: an object of Linear cannot be given to the ranks.*'class_path'"),
+        ({"model": torch.nn.Linear(1, 1)}, "model: an object of Linear cannot be passed to the ranks.*'class_path'"),
         ({"model": "__main__.Mine"}, "model: Mine is defined in this notebook or script.*%%writefile mine.py.*'mine.Mine'"),
         ({"model.network": type("Net", (), {"__module__": "__main__"})}, "model.network: Net is defined in this notebook"),
     ],
@@ -102,7 +102,7 @@ def test_submit_has_the_flags_of_the_command() -> None:
     with pytest.raises(Recorded) as raised:
         lockstep.submit(then=["test --nodes 2", "export"], after=[12, "runs/x"])
     assert raised.value.args[0][2:] == ["--then=test --nodes 2", "--then=export", "--after=12", "--after=runs/x"]
-    with pytest.raises(lockstep.UsageError, match=r"dry_run: shows something .* lockstep submit --dry-run"):
+    with pytest.raises(lockstep.UsageError, match=r"dry_run: submits no job; use lockstep submit --dry-run"):
         lockstep.submit(dry_run=True)
 
 

@@ -299,6 +299,16 @@ def test_files_in_files_pass(tmp_path: Path) -> None:
     assert validate_arguments([*DIGITS, "--config", outer])["trainer"]["max_epochs"] == 3
 
 
+def test_a_file_that_includes_itself_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, "config: mine.yaml\n", "outer.yaml")
+    assert "includes itself" in said(["--config", written(tmp_path, "config: outer.yaml\n")])
+
+
+def test_a_long_value_is_not_a_file_name() -> None:
+    given = ["test", "--ckpt_path", "a" * 5000]
+    assert with_config(given, default=None) == given
+
+
 @pytest.mark.parametrize("arguments", [arguments for arguments, _ in NO_KEY + WRONG_VALUE + WRONG_CLASS])
 def test_the_parser_refuses_what_validation_refuses(arguments: list[str]) -> None:
     assert not parses([*DIGITS, *arguments])

@@ -1,5 +1,6 @@
 """Shipped configs, which ``--config`` finds by name; ``files`` is the folder ``configs`` of the repository."""
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import takewhile
@@ -53,7 +54,7 @@ def _config_of_run(arguments: Sequence[str], swept: Sequence[str]) -> Path | Non
         if flag == "--ckpt_path" or (equals and name == "--ckpt_path"):
             given = [argument if flag == "--ckpt_path" else value]
         flag = argument
-    places = [place for place in (Path(text).expanduser() for text in given) if place.exists()]
+    places = [place for place in (Path(text).expanduser() for text in given) if os.path.exists(place)]
     configs = {run_config(place) for place in places}
     if len(configs) > 1:
         raise UsageError("ckpt_path: the checkpoints belong to different runs; set their config with --config.")
@@ -67,10 +68,11 @@ def find_shipped(arguments: Sequence[str]) -> list[str]:
     """Replace names of shipped configs by their paths, unless a file has the name, and expand ``~/mine.yaml``."""
     found, is_value = list[str](), False
     for argument in arguments:
-        name = argument if is_value else argument.removeprefix("--config=")
+        prefix = "" if is_value else "--config="
+        name = argument.removeprefix(prefix)
         path = _shipped(name) or (Path(name).expanduser() if name.startswith("~/") else None)
-        if (is_value or name != argument) and path is not None:
-            argument = str(path) if is_value else f"--config={path}"
+        if argument.startswith(prefix) and path is not None:
+            argument = f"{prefix}{path}"
         is_value = argument == "--config" and not is_value
         found.append(argument)
     return found
@@ -78,7 +80,8 @@ def find_shipped(arguments: Sequence[str]) -> list[str]:
 
 def _shipped(name: str) -> Path | None:
     path = SHIPPED / f"{name}.yaml"
-    return path.resolve() if name.replace("_", "").isalnum() and path.is_file() and not Path(name).exists() else None
+    # The functions of os.path are false for a name that is too long; those of Path raise OSError.
+    return path.resolve() if name.replace("_", "").isalnum() and os.path.isfile(path) and not os.path.exists(name) else None
 
 
 def describe_files(folder: Path = SHIPPED) -> dict[str, str]:

@@ -5,6 +5,7 @@ Parsing in the run (``trainer.parse_config``) finds more errors; validation neve
 
 import ast
 import copy
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -127,6 +128,7 @@ class ConfigValidator:
 
     def __init__(self, sources: SourceIndex, launcher_flags: Iterable[str]) -> None:
         options = Options()
+        self._open_files: list[str] = []
         self.content: dict[str, Any] = {**asdict(options), "trainer": {}, **dict.fromkeys(_CLASSES)}
         self._sources, self._values, self._launcher_flags = sources, ValueMerger(sources), list(launcher_flags)
         self._keys = self._keys_of("lockstep.config.schema.Options")
@@ -192,12 +194,16 @@ class ConfigValidator:
             return
         outer, outer_file = self._values.folder, self._values.file
         content = read_config_file(source, outer)
+        if (file := os.path.realpath(outer / source)) in self._open_files:
+            raise UsageError(f"config: {source} includes itself; remove one of the keys config.")
+        self._open_files.append(file)
         self._values.folder, self._values.file = (outer / source).parent, (source, outer)
         for key, value in content.items():
             if not isinstance(key, str):
-                raise UsageError(messages.invalid_key_type(f"config: {source}", key))
+                raise UsageError(messages.invalid_key_type(f"config: {' '.join(source.split())}", key))
             self.set_key(key, value)
         self._values.folder, self._values.file = outer, outer_file
+        self._open_files.pop()
 
     def _set_class(self, key: str, rest: Sequence[str], value: Any) -> None:
         if not rest and (value is None or parse_scalar(str(value)) is None):
