@@ -104,6 +104,8 @@ def test_submit_has_the_flags_of_the_command() -> None:
     assert raised.value.args[0][2:] == ["--then=test --nodes 2", "--then=export", "--after=12", "--after=runs/x"]
     with pytest.raises(lockstep.UsageError, match=r"dry_run: submits no job; use lockstep submit --dry-run"):
         lockstep.submit(dry_run=True)
+    with pytest.raises(lockstep.UsageError, match=r"sweep: seed_everything: '12' must be a list of values"):
+        lockstep.submit(sweep={"seed_everything": "12"})
 
 
 @pytest.mark.usefixtures("recorded")

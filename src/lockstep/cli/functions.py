@@ -119,6 +119,8 @@ def submit(
     """
     arguments = [f"--{name}={value}" for name, value in (("nodes", nodes), ("profile", profile)) if value is not None]
     for key, values in (sweep or {}).items():
+        if isinstance(values, str):  # whose characters would be the values
+            raise UsageError(f"sweep: {key}: {values!r} must be a list of values.")
         arguments.append(f"--sweep={key}={','.join(_sweep_text(key, value) for value in values)}")
     arguments += [f"--then={link}" for link in ([then] if isinstance(then, str) else then)]
     for name, value in flags.items():
