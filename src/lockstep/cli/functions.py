@@ -202,9 +202,8 @@ def _evaluate(command: str, run: Place, configs: Sequence[Config], ranks: int | 
 
 def _run_locally(command: str, keys: list[str], ranks: int | None, nodes: int | None, resume: Run | None) -> FinishedRun:
     typed = with_config([command, *keys], str(resume.config) if resume is not None else None)
-    config = validate_arguments(typed, folders=[Path.cwd(), *python_path(os.environ)])[
-        "run"
-    ]  # an error is found before torch is imported
+    # Here too, so that an error takes milliseconds: the command imports torch.
+    config = validate_arguments(typed, folders=[Path.cwd(), *python_path(os.environ)])["run"]
     flags = {"ranks": ranks, "nodes": nodes, "resume": resume.folder if resume is not None else None}
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     ended = run_command(["local", command, *given, *keys])
