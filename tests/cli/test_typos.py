@@ -235,19 +235,18 @@ def test_a_typo_is_one_sentence_and_leaves_nothing(
     assert sorted(path.name for path in here.iterdir()) == ["mine.yaml", "open"]
 
 
-@pytest.mark.parametrize("door", ["lockstep jobs list", "launch/jobs.py", "lockstep submit", "launch/slurm.py"])
-def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+@pytest.mark.parametrize(
+    ("main", "arguments"), [(cli.main, ["jobs", "list"]), (jobs.main, ["list"]), (cli.main, ["submit"]), (submit.main, [])]
+)
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, main: Callable[[list[str]], int], arguments: list[str]
+) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     for module in (jobs, submit):
         monkeypatch.setattr(module, "check_slurm_conf", interrupt)
-    doors = {
-        **DOORS,
-        "launch/jobs.py": lambda words: jobs.main(["list"]),
-        "lockstep jobs list": lambda words: cli.main(["jobs", "list"]),
-    }
-    assert doors[door]([]) == 130
+    assert main(arguments) == 130
 
 
 def test_a_command_for_several_ranks_points_to_local(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
