@@ -145,7 +145,7 @@ def check_own(command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
     elif command in ("submit", "plan"):
         monkeypatch.setattr(submit, "Submission", CheckedOnly)
         with pytest.raises(Parsed):
-            submit._submit([*arguments, *(["--plan"] if command == "plan" else [])], "lockstep submit")
+            submit._submit([*arguments, *(["--plan"] if command == "plan" else [])], "lockstep submit", None)
     elif command == "local":
         monkeypatch.setattr("lockstep.trainer.local.run_locally", lambda *_: 0)
         assert local.main(arguments) == 0

@@ -222,9 +222,9 @@ def show_log(job: SubmittedJob, rank: int, tail: int | None, following: bool) ->
         if not early.exists():
             raise UsageError(f"job {status.job} ({status.state}) has no log of rank {rank} yet. {status.message}".rstrip())
         path = early
-    with path.open(errors="replace") as file:
-        sys.stdout.writelines(file if tail is None else deque(file, tail))
-        printed = file.buffer.tell() if log is not None else 0  # not the size, which may grow meanwhile
+    with path.open("rb") as file:
+        sys.stdout.writelines(line.decode(errors="replace") for line in (file if tail is None else deque(file, tail)))
+        printed = file.tell() if log is not None else 0  # not the size, which may grow meanwhile
     sys.stdout.flush()
     return follow(job, os.environ, rank, (status.attempt, printed)) if following else 0
 
