@@ -16,6 +16,7 @@ from lockstep.compat import private, private_imports
 
 with private_imports("torch"):
     from torch._C import DisableTorchFunction as no_torch_function  # switches off modes and subclasses of Tensor
+    from torch._C import _disabled_torch_function_impl as plain_results  # as __torch_function__ of a subclass of Tensor
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
     from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from lockstep.config import check_mixing, check_pairs
 from lockstep.core import UsageError
 from lockstep.data.augment import AugmentedSamples, Blends, Mixing, check_transforms, mix
+from lockstep.data.batch_memory import BatchMemory
 from lockstep.data.loading import derive_seed
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class ImageData(LightningDataModule):
         self.transforms, self.mixup, self.cutmix = transforms or [], mixup, cutmix
         self._datasets: dict[Split, Dataset[Any]] = {}
         self._normalization: tuple[Tensor, Tensor] | None = None
+        self._memory = BatchMemory()
 
     def load(self, split: Split) -> Dataset[Any]:
         """The dataset of one split, read from ``root``."""
@@ -159,7 +161,7 @@ class ImageData(LightningDataModule):
             return samples
         images, labels, *drawn = map(list, zip(*samples, strict=True))
         blends = [Blends.collate(drawn[0], range(len(samples)))] if drawn else []
-        return [stack_images(images), default_collate(labels), *blends]
+        return [self._memory.stack(images), default_collate(labels), *blends]
 
     collate.deterministic = True  # type: ignore[attr-defined]  # it draws no random numbers
 
@@ -195,16 +197,6 @@ class ImageData(LightningDataModule):
             self._normalization = mean, 1 / std
         mean, factor = self._normalization
         return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(factor)
-
-
-def stack_images(images: list[Tensor]) -> Tensor:
-    """A batch (B, C, H, W) of ``images`` (C, H, W), in channels-last layout if the first one is."""
-    if not images[0].permute(1, 2, 0).is_contiguous():
-        batch: Tensor = default_collate(images)
-        return batch
-    # A transposition of each image would take longer than decoding it; the device transposes the whole batch.
-    batch = default_collate([image.permute(1, 2, 0) for image in images])
-    return batch.permute(0, 3, 1, 2)
 
 
 class InMemoryImages(Dataset[Any]):

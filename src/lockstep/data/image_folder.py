@@ -20,7 +20,7 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 from lockstep.config import check_archive
 from lockstep.core import RunError, UsageError, World, count
 from lockstep.data.augment import Blends
-from lockstep.data.base import STAGE_SPLITS, ImageData, Split, stack_images
+from lockstep.data.base import STAGE_SPLITS, ImageData, Split
 from lockstep.data.decode import center_crop, random_crop
 from lockstep.data.encoded import Decoder, EncodedBatch, EncodedCrop, check_gpu_decoding
 from lockstep.data.file_index import FileIndex, class_names, printable, publish_index, scan
@@ -210,7 +210,7 @@ class ImageFolder(ImageData):
             return torch.zeros(0, *self.image_shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), corrupt, None
         images, labels, *drawn = map(list, zip(*decoded.values(), strict=True))
         is_encoded = any(isinstance(image, EncodedCrop) for image in images)
-        batch = EncodedBatch.collate(images) if is_encoded else stack_images(images)
+        batch = EncodedBatch.collate(images) if is_encoded else self._memory.stack(images)
         return batch, torch.tensor(labels), corrupt, Blends.collate(drawn[0], list(decoded)) if drawn else None
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
