@@ -17,7 +17,8 @@ from support.faults import fault
 from support.runs import REPO, Launch, Outcome, assert_same_run, metric_rows, resume_run, undisturbed_run
 from support.wandb_reader import read_history
 
-from lockstep.checkpoint.reader import latest_checkpoint, published_checkpoints
+from lockstep.checkpoint.reader import find_checkpoint, latest_checkpoint, published_checkpoints
+from lockstep.core.errors import UsageError
 from lockstep.runs import Owner
 
 DIGITS = (
@@ -142,6 +143,8 @@ def test_a_damaged_checkpoint_is_named_and_ignored(
         file.write_bytes(content[:-1] if damage == "cut" else content)
     found = latest_checkpoint(killed.folder / "checkpoints")
     assert found is not None and found.folder == before
+    with pytest.raises(UsageError, match=rf"^ckpt_path: {file} is damaged; give another checkpoint, or a copy of"):
+        find_checkpoint(file, "ckpt_path")
     capfd.readouterr()
     assert_same_run(resume_run(launch, killed), undisturbed)
     assert f"checkpoint {damaged} is damaged and is ignored: model.ckpt" in capfd.readouterr().err

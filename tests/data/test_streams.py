@@ -4,6 +4,7 @@ import io
 import logging
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from io import BytesIO
 from typing import Any
@@ -239,11 +240,20 @@ def test_other_ranks_and_workers_are_refused() -> None:
         epoch_of(load(DataLoader(Numbers(), batch_size=4, num_workers=2), saved))
 
 
+@dataclass
+class Pair:
+    """A batch of user code."""
+
+    images: Any
+    labels: Any
+
+
 def test_a_fingerprint_covers_all_kinds_of_batches() -> None:
     kinds: list[Any] = [torch.rand(3, 300), torch.rand(3, 300).bfloat16(), torch.zeros(0), torch.ones(2) > 0, "text", 3, None]
     kinds += [{"a": torch.rand(2), "b": ["c"]}, {"a": torch.rand(2), "b": ["c"]}, (torch.tensor(1), 2), object(), np.ones(3)]
     kinds += [np.zeros(3), torch.zeros(3, 300), torch.zeros(300, 3), torch.rand(2, dtype=torch.complex64).conj()]
     kinds.append(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged))
+    kinds += [Pair(torch.ones(2), 1), Pair(torch.zeros(2), 1)]
     assert len({fingerprint(kind) for kind in kinds}) == len(kinds)
     assert [fingerprint(kind) for kind in kinds] == [fingerprint(kind) for kind in kinds]
 

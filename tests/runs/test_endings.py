@@ -27,6 +27,7 @@ def test_who_was_killed_is_named() -> None:
     killed, over = killed_task(KILLED), killed_task(OVER)
     assert killed is not None and killed.sentence.startswith("the agent of n1: Killed") and killed.is_killed
     assert over is not None and over.sentence.startswith("Slurm says: ") and over.is_out_of_memory
+    assert killed_task("torch.OutOfMemoryError: CUDA error: out of memory\n") is None  # of a GPU
 
 
 @pytest.mark.parametrize(

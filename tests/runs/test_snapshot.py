@@ -1,11 +1,13 @@
 """The contents of a snapshot, in a checkout and in a plain folder."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,5 +195,21 @@ def test_a_checkout_that_git_cannot_read_is_one_sentence(project: Path) -> None:
     (project / ".git/index").write_text("damaged")
     with pytest.raises(
         UsageError, match=r"^snapshot: git refuses the checkout around .*index.*; fix that, or use --no-snapshot\.$"
+    ):
+        snapshot_of(project)
+
+
+def test_a_folder_that_cannot_be_read_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "closed").mkdir()
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:  # root reads folders of any mode
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(
+        UsageError, match=r"^snapshot: the folder .*/closed cannot be read \(Permission denied\); make it readable"
     ):
         snapshot_of(project)

@@ -17,10 +17,13 @@ from support.waiting import wait_until
 
 from lockstep.cli import jobs, submit
 from lockstep.compat.submitit import load_task
-from lockstep.runs import LaunchRecord, Run, RunResult
+from lockstep.core import UsageError
+from lockstep.runs import CodePaths, LaunchRecord, Run, RunResult
 from lockstep.slurm import RunStatus, SubmittedJob, find_job, query_status, register_job, registered_jobs
 from lockstep.slurm.cluster import Cluster, ClusterError
 from lockstep.slurm.submission import Chain, LaunchOptions, NodeRange, Profile, Submission, submission
+from lockstep.slurm.submission.chain import _undone
+from lockstep.slurm.submission.submission import Queued
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -49,6 +52,40 @@ def test_each_link_has_resources_keys_and_a_script_of_its_own(tmp_path: Path) ->
     assert [link.job_name for link in chain.links] == ["digits-validate", "digits-test", "out"]
     assert [link.command for link in chain.with_own_keys] == ["test"]
     assert not list(tmp_path.iterdir())
+
+
+def test_all_jobs_of_a_chain_are_cancelled_also_if_a_folder_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "scancel").write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/cancelled\n')
+    (tmp_path / "scancel").chmod(0o755)
+    runs = [Run.create(tmp_path / "runs", f"x{number}") for number in range(2)]
+    folders = [run.folder for run in runs]
+    queued = [
+        Queued(
+            SubmittedJob(str(number), run.folder, "x", 1, ""),
+            CodePaths((), (tmp_path, tmp_path), ""),
+            [run],
+            [run.folder.parent],
+        )
+        for number, run in enumerate(runs)
+    ]
+    remove = shutil.rmtree
+
+    def refuse(folder: Path) -> None:
+        if folder == folders[1]:
+            raise OSError(5, "Input/output error")
+        remove(folder)
+
+    monkeypatch.setattr(submission.shutil, "rmtree", refuse)
+    cause = UsageError("no.")
+    assert (
+        str(_undone(queued, cause, {"PATH": f"{tmp_path}:/bin"}))
+        == "no. What was queued before (0, 1) is cancelled and removed."
+    )
+    assert (tmp_path / "cancelled").read_text() == "1\n0\n"
+    assert not folders[0].parent.exists() and folders[1].exists()
+    assert f"{folders[1]} cannot be removed (Input/output error); remove it yourself" in caplog.text
 
 
 def test_a_chain_is_one_submission_of_the_registry(tmp_path: Path) -> None:

@@ -142,6 +142,8 @@ def find_checkpoint(place: Path, key: str, world: World = _ONE_RANK) -> Checkpoi
     folder = place.parent if place.name == MODEL_FILE else place
     is_published, is_file = broadcast_from_rank_zero(lambda: ((folder / MANIFEST_FILE).exists(), place.is_file()), world)
     found = read_checkpoint(folder, world) if is_published else latest_checkpoint(place / "checkpoints", world)
+    if found is None and is_published:
+        raise UsageError(f"{key}: {place} is damaged; give another checkpoint, or a copy of {MODEL_FILE} to load it as it is.")
     if found is None and not is_file:
         raise UsageError(f"{key}: {place} is neither a complete checkpoint nor a run folder with one in checkpoints/.")
     return found or place

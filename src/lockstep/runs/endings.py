@@ -23,6 +23,7 @@ TERMINAL_STATES = {
 }
 """Slurm's terminal job states, each with the exit status of ``follow`` and ``status``, and a description."""
 
+_OVER_MEMORY = re.compile(r"(?i)(?:srun|slurmstepd\S*): error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)")
 _ENDED_BY_SLURM = re.compile(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|PREEMPTION)")
 _STATES_IN_OUTPUT = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
 """What slurmstepd writes when it ends a job, and the state of the job."""
@@ -196,7 +197,7 @@ def _run_exit_status(status: int) -> int:
 
 def killed_task(output: str) -> LostTask | None:
     """The killed task that Slurm names in the output of an attempt; None if it names none."""
-    if over := re.search(r"(?i)error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)", output):
+    if over := _OVER_MEMORY.search(output):
         return LostTask(f"Slurm says: {over[1].strip().rstrip('.')}.", is_out_of_memory=True)
     killed = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", output)
     if killed is None:

@@ -240,7 +240,13 @@ def _checkout_files(root: Path) -> Iterator[str]:
 
 def _folder_files(root: Path) -> Iterator[str]:
     """Files of a folder outside git, without hidden files, bytecode, virtual environments and run folders."""
-    for folder, folders, files in os.walk(root):
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(
+            f"snapshot: the folder {error.filename} cannot be read ({error.strerror}); make it readable, or use --no-snapshot."
+        )
+
+    for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [
             name
             for name in folders

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ def fingerprint(batch: Any, start: int = 0) -> int:
         batch = [item for pair in batch.items() for item in pair]
     if isinstance(batch, list | tuple):
         return functools.reduce(lambda so_far, item: fingerprint(item, so_far), batch, start)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return fingerprint([getattr(batch, part.name) for part in fields(batch)], start)
     known = batch if isinstance(batch, str | bytes | int | float | bool | None) else type(batch).__name__
     return zlib.crc32(repr(known).encode(), start)
 

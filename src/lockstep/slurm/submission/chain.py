@@ -130,9 +130,11 @@ class Chain:
 
 
 def _undone(queued: Sequence[Queued], error: BaseException, env: Mapping[str, str]) -> BaseException:
-    """Cancel all jobs, the last first, and return the error to raise."""
+    """Cancel all jobs, the last first, remove what was created for them, and return the error to raise."""
     for part in reversed(queued):
-        part.undo(env)
+        part.cancel(env)
+    for part in reversed(queued):
+        part.remove()
     if not isinstance(error, UsageError):
         return error
     jobs = ", ".join(part.job.job for part in queued)

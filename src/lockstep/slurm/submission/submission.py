@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import randbelow
@@ -57,15 +58,21 @@ class Queued:
     created: Sequence[Run] = ()
     new_folders: Sequence[Path] = ()
 
-    def undo(self, env: Mapping[str, str]) -> None:
-        """Cancel the job, if it was queued, and remove what was created for it."""
+    def cancel(self, env: Mapping[str, str]) -> None:
+        """Cancel the job, if it was queued."""
         scripts = self.job.folder.glob("slurm/*_submission.sh") if self.created else ()
         for job in {self.job.job, *(script.name.partition("_")[0] for script in scripts)} - {""}:
             subprocess.run(["scancel", job], env=dict(env), capture_output=True)
+
+    def remove(self) -> None:
+        """Remove what was created for the job, as far as possible."""
         for run in self.created:
-            shutil.rmtree(run.folder)
+            try:
+                shutil.rmtree(run.folder)
+            except OSError as error:
+                log.warning("%s cannot be removed (%s); remove it yourself", run.folder, error.strerror)
         for folder in sorted(self.new_folders, key=lambda path: len(path.parts), reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
+            with suppress(OSError):  # it is not empty, or is gone
                 folder.rmdir()
 
 
@@ -202,7 +209,9 @@ class Submission:
             code = self._code(env) if code is None else self._share_code(code, env)
             job = submit_job(self._request(code), self._tasks(code), env)
         except BaseException as error:
-            Queued(self._submitted("", env), self.live_code(env), created, new_folders).undo(env)
+            queued = Queued(self._submitted("", env), self.live_code(env), created, new_folders)
+            queued.cancel(env)
+            queued.remove()
             if isinstance(error, OSError):
                 raise UsageError(f"The run folder {self.folder} cannot be written ({error}); nothing was queued.") from None
             raise
