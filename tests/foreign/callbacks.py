@@ -209,7 +209,7 @@ ROWS = (
     Row(
         "`BatchSizeFinder`",
         callback("BatchSizeFinder", max_trials=2),
-        refused="trainer.callbacks: BatchSizeFinder tries what fits the memory of this machine",
+        refused="trainer.callbacks: BatchSizeFinder sets the size that fits the memory of this machine",
     ),
     Row(
         "a callback with a `state_dict`, which changes the weights",

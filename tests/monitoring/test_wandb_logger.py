@@ -71,7 +71,7 @@ def test_mode_follows_the_config_then_the_environment_then_the_key(
 
 def test_online_without_a_key_is_refused_by_the_launcher(launch: Launch, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(*SMALL, "--wandb.mode", "online").status == 2
-    assert "wandb.mode: online needs an API key, and none is found; set WANDB_API_KEY, or run" in capfd.readouterr().err
+    assert "wandb.mode: online needs an API key, but none is found; set WANDB_API_KEY, or run" in capfd.readouterr().err
 
 
 def test_online_without_a_key_is_offline_in_a_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -250,7 +250,7 @@ class ChangesWeights(Callback):
     ("unfreezes", "status", "message"),
     [
         ("true", 2, "strategy: deepspeed shards the parameters that require a gradient before training, and layers.0.weight"),
-        ("false", 1, "A hook has changed the weights after the last step (on_train_end of the module or of a callback), and"),
+        ("false", 1, "A hook has changed the weights after the last step (on_train_end of the module or of a callback), but"),
     ],
 )
 def test_weights_that_the_optimizer_does_not_have_are_refused(
