@@ -76,7 +76,7 @@ def read_config_file(source: str, folder: Path = Path()) -> dict[Any, Any]:
     if isinstance(content, dict):
         return content
     if text is None:
-        names = [other.name for other in path.parent.glob("*.yaml")] + [shipped.stem for shipped in SHIPPED.glob("*.yaml")]
+        names = [other.name for other in path.parent.glob("[!.]*.yaml")] + [shipped.stem for shipped in SHIPPED.glob("*.yaml")]
         raise UsageError(f"config: {source} does not exist{did_you_mean(path.name, names)}")
     if isinstance(content, yaml.YAMLError):
         raise UsageError(f"config: {source} is not valid YAML ({' '.join(str(content).split())}).")
