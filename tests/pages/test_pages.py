@@ -93,7 +93,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             (tmp_path / root / split).mkdir(parents=True)
     (tmp_path / "data/packed/train").mkdir(parents=True)
     (tmp_path / "data/packed/train/000000.tar").touch()
-    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], "USER": "me"})
+    # Not another object as os.environ: a module that is imported meanwhile would keep it.
+    for name in {*os.environ} - {"PATH"}:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USER", "me")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
