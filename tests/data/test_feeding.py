@@ -19,7 +19,7 @@ from lockstep.data.loading.feeding import DeviceFeeder, FeedingFetcher
 
 
 class FakeStream:
-    """A stream that records what it is told."""
+    """A stream that records its calls."""
 
     def __init__(self, log: list[str], name: str) -> None:
         self.log, self.name = log, name

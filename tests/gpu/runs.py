@@ -101,7 +101,7 @@ def difference(run: Outcome, other: Outcome) -> str:
 
 
 def killed_and_resumed(place: Place, name: str, *arguments: str, exact: bool = True, rank: int = 0) -> Line:
-    """Kill a rank with SIGKILL after step 17, resume from step 14, and compare with a run that nobody disturbs."""
+    """Kill a rank with SIGKILL after step 17, resume from step 14, and compare with an undisturbed run."""
     from support.faults import fault
 
     undisturbed = launch(place, *arguments)

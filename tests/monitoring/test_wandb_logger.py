@@ -56,7 +56,7 @@ def test_the_metrics_file_gets_new_columns_and_continues_after_a_restart(tmp_pat
         ("auto", {"WANDB_MODE": "disabled", "WANDB_API_KEY": "x" * 40}, "", "disabled"),
         ("auto", {}, "machine api.wandb.ai login user password 123", "online"),
         ("auto", {"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password 123", "offline"),
-        ("auto", {}, "this is no netrc", "offline"),
+        ("auto", {}, "this is not a netrc", "offline"),
         ("offline", {"WANDB_API_KEY": "x" * 40}, "", "offline"),
         ("disabled", {"WANDB_MODE": "online"}, "", "disabled"),
     ],

@@ -70,7 +70,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "22.05": {"killed": ("FAILED", "JobLaunchFailure", 137, 0, ""), "node-failed": ("NODE_FAIL", "NodeDown", 0, 0, "")},
     "24.11": {"killed": ("FAILED", "RaisedSignal:9(Killed)", 137, 0, ""), "node-failed": ("NODE_FAIL", "NodeDown", 129, 0, "")},
 }
-"""What the client does not make equal, because nobody reads it."""
+"""States that differ between the versions; lockstep does not read the parts that differ."""
 
 
 def test_the_states_of_all_jobs(printed: Printed) -> None:

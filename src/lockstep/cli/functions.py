@@ -142,7 +142,7 @@ def load(run: Place, device: str = "cpu") -> "LightningModule":
     Its class is imported in this process, from the current folder or ``sys.path``.
 
     Raises:
-        UsageError: There is no checkpoint, or the module cannot be imported or made.
+        UsageError: The run has no checkpoint, or the module cannot be imported or instantiated.
         RunError: The weights do not fit the module.
     """
     from lockstep.trainer.loading import load_module  # torch and Lightning take seconds to import
@@ -164,7 +164,7 @@ def read_metrics(run: Place) -> list[dict[str, float]]:
     A row has only what was logged then: ``[(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]``.
 
     Raises:
-        UsageError: There is no such file, or it is damaged.
+        UsageError: The run has no ``metrics.csv``, or it is damaged.
     """
     path = Run(_folder(run)).metrics
     try:

@@ -74,8 +74,8 @@ def _collect(group: RankGroup) -> list[Any]:
     interval = 1.0  # the phases are watched in between
     while group.running and (deadline is None or time.monotonic() < deadline):
         new, _ = group.poll(interval if deadline is None else max(0.0, min(interval, deadline - time.monotonic())))
-        # Its peers fail too, and may report sooner: wait for them before naming the first. There is no deadline after a stop
-        # signal, because the ranks still have work to finish.
+        # The peers of a failed rank fail too, and may report sooner: wait for all reports before naming the first failure.
+        # A stop signal sets no deadline, because the ranks still have work to finish.
         if deadline is None and any(outcome.ends_others for outcome in new):
             deadline = time.monotonic() + 0.3
     if failure := first_failure(group.outcomes.values()):

@@ -25,7 +25,7 @@ def load_module(place: Path) -> LightningModule:
         place: A run folder, whose newest checkpoint is loaded, or a checkpoint in one.
 
     Raises:
-        UsageError: There is no checkpoint, it is not in a run folder, or the module cannot be imported or instantiated.
+        UsageError: ``place`` has no checkpoint or is not in a run folder, or the module cannot be imported or instantiated.
         RunError: The weights do not fit the module.
     """
     found = find_checkpoint(place, "run")

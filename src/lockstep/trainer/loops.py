@@ -4,7 +4,7 @@ Differences from Lightning:
 
 - A run resumes at exactly the boundary that was saved: after a step, before the validation that may follow it. Lightning's
   own restarts repeat or skip steps, depending on where the checkpoint was saved.
-- There is no broadcast at each step, which would make the host wait for the device. ``StopConsensus`` replaces it.
+- ``StopConsensus`` replaces the broadcast at each step, which would make the host wait for the device.
 - With ``val_check_interval`` as a time, the clock of rank zero decides for all ranks.
 - A clock measures how long the host waits for data.
 """

@@ -32,7 +32,7 @@ def run_prediction(
 
     Raises:
         UsageError: The module or the data cannot predict.
-        RunError: There is no batch, the outputs of ``predict_step`` do not fit into one file, or writing failed.
+        RunError: The loader has no batches, the outputs of ``predict_step`` do not fit into one file, or writing failed.
     """
     if not is_overridden("predict_dataloader", data) and not is_overridden("predict_dataloader", module):
         raise UsageError(
