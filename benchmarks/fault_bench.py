@@ -125,9 +125,9 @@ class Job(slurm_jobs.Job):
         """Send a signal to a rank; -1 is the last one."""
         os.kill(self.ranks()[rank], number)
 
-    def history(self) -> list[dict[str, float]]:
-        """The rows of the run in W&B, in order, without values that measure time."""
-        rows = self.bench.server.history(self.folder.name) if self.is_online else read_history(self.folder)
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of the run in W&B, in order, without values that measure time; ``a.b`` is part ``b`` of a picture ``a``."""
+        rows = map(_flat, self.bench.server.history(self.folder.name)) if self.is_online else read_history(self.folder)
         return [
             {name: value for name, value in row.items() if name == "_step" or not name.startswith(("rate/", "_"))}
             for row in rows
@@ -141,6 +141,14 @@ class Job(slurm_jobs.Job):
     def losses(self) -> list[float]:
         """The loss of each logged step."""
         return [row["train/loss"] for row in self.history() if "train/loss" in row]
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the server has it, with names as in W&B's files."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        flat |= {f"{name}.{part}": each for part, each in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _parent(pid: int) -> int:
