@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Show, follow and cancel jobs: the same as ``lockstep jobs``."""
 
-import sys
-
-from lockstep.cli.jobs import main
+from lockstep.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], "python launch/jobs.py"))
+    run_script("jobs", "python launch/jobs.py")

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Train on this machine: the same as ``lockstep local``."""
 
-import sys
-
-from lockstep.cli.local import main
+from lockstep.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], "python launch/local.py"))
+    run_script("local", "python launch/local.py")

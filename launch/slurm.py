@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Submit a run, or a sweep, to Slurm: the same as ``lockstep submit``."""
 
-import sys
-
-from lockstep.cli.submit import main
+from lockstep.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], "python launch/slurm.py"))
+    run_script("submit", "python launch/slurm.py")

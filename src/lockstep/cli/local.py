@@ -18,7 +18,7 @@ from lockstep.cli.help import LaunchParser
 from lockstep.cli.hints import check_misplaced
 from lockstep.config import check_nvme_path, check_ranks, check_run_root, check_start, split_command, with_config
 from lockstep.config.validation import shows_only, validate_arguments
-from lockstep.core import LockstepError, UsageError, int_at_least, python_path, use_writable_caches
+from lockstep.core import LockstepError, UsageError, fast_imports, int_at_least, python_path, use_writable_caches
 from lockstep.runs import LaunchRecord, Run, nothing_left
 
 
@@ -72,8 +72,8 @@ def main(arguments: Sequence[str], program: str = "lockstep local") -> int:
             del os.environ[name]
         if warning := use_writable_caches(os.environ):
             print(f"lockstep: {warning}", file=sys.stderr)
-        # Imported only now: torch and Lightning take seconds, which a usage error should not cost.
-        from lockstep.trainer.local import run_locally
+        with fast_imports():  # only now: torch and Lightning take seconds, which a usage error should not cost
+            from lockstep.trainer.local import run_locally
 
         return run_locally(rest, nodes, ranks, program.split(), arguments, resume)
     except LockstepError as error:

@@ -24,6 +24,7 @@ from lockstep.core.errors import (
     did_you_mean,
 )
 from lockstep.core.files import atomic_write, atomic_write_json, atomic_write_text, fsync, read_json
+from lockstep.core.imports import fast_imports
 from lockstep.core.logging import setup_logging
 from lockstep.core.terminal import LiveLine, clear_line, is_terminal
 from lockstep.core.text import count, format_bytes

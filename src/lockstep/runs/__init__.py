@@ -15,6 +15,17 @@ from lockstep.runs.finished import nothing_left
 from lockstep.runs.metrics import METRICS_ROW, read_metrics
 from lockstep.runs.origin import git_state, lockstep_state, typed_command
 from lockstep.runs.ownership import OWNER_SECONDS, Ownership, claim_heartbeat
-from lockstep.runs.records import AttemptStart, Durations, LaunchRecord, Owner, RunProgress, RunResult, SweepRun, iso_time
+from lockstep.runs.records import (
+    AttemptStart,
+    Durations,
+    GitState,
+    LaunchRecord,
+    Owner,
+    RunProgress,
+    RunResult,
+    SoftwareState,
+    SweepRun,
+    iso_time,
+)
 from lockstep.runs.run import Run, checkpoint_order, describe_run, new_run_id, report_phase, update_status
 from lockstep.runs.snapshot import CodePaths, verify_snapshot

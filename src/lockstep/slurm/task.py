@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 
-from lockstep.core import Interrupted, RunError, World, count, setup_logging, use_writable_caches
+from lockstep.core import Interrupted, RunError, World, count, fast_imports, setup_logging, use_writable_caches
 from lockstep.runs import Failure, Run, failure, report_phase, verify_snapshot
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class NodeTask:
         status = 1
         try:
             notes = self._check_environment(agents)
-            with self._watch_imports(run, attempt, agents):
+            with self._watch_imports(run, attempt, agents), fast_imports():
                 entry_point = EXPORT_ENTRY_POINT if self.command == "export" else ENTRY_POINT
                 node = resolve_name(entry_point)(self, agents, run, attempt, notes)
             status = node.run()

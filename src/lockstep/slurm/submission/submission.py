@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +26,10 @@ from lockstep.config.validation import validate_sweep
 from lockstep.core import UsageError, python_path, shell_command, wandb_api_key
 from lockstep.runs import (
     CodePaths,
+    GitState,
     LaunchRecord,
     Run,
+    SoftwareState,
     SweepRun,
     frozen_config,
     git_state,
@@ -206,8 +209,11 @@ class Submission:
             for run in self._runs:
                 if run != first:
                     created.append(Run.create(run.folder.parent.parent, run.name, run.id))
-            code = self._code(env) if code is None else self._share_code(code, env)
-            job = submit_job(self._request(code), self._tasks(code), env)
+            with ThreadPoolExecutor() as threads:  # git runs while the code is copied
+                checkout = threads.submit(git_state, self.options.working_directory)
+                software = threads.submit(lockstep_state)
+                code = self._code(env) if code is None else self._share_code(code, env)
+            job = submit_job(self._request(code), self._tasks(code, checkout, software), env)
         except BaseException as error:
             queued = Queued(self._submitted("", env), self.live_code(env), created, new_folders)
             queued.cancel(env)
@@ -266,15 +272,15 @@ class Submission:
             frozen_config.check_not_ignored(self.config, code, self.options.working_directory, env)
         return code
 
-    def _tasks(self, code: CodePaths) -> list[NodeTask]:
+    def _tasks(self, code: CodePaths, checkout: Future[GitState | None], software: Future[SoftwareState]) -> list[NodeTask]:
         """Write the launch record of each run, freeze its config files, and return its task."""
         freezer = frozen_config.ConfigFreezer(code, self.folder / "configs", self.secrets)
         record = LaunchRecord(
             typed_command(self.options.command_line, sys.orig_argv),
             str(self.options.nodes),
             self.profile.ranks,
-            git_state(self.options.working_directory),
-            lockstep_state(),
+            checkout.result(),
+            software.result(),
             sys.executable,
             folder=str(self.options.working_directory),
             profile=self.options.profile,
