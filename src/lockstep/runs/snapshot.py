@@ -145,11 +145,13 @@ def _copy(root: Path, into: Path, files: Iterator[str], secrets: tuple[str, ...]
             raise UsageError(f"snapshot: the code in {root} is larger than {LIMIT_MB} MB, {detail}; {_REMEDY}.")
         links = {Path(name) for name, state in states.items() if state is not None and S_ISLNK(state.st_mode)}
         # Skip pipes, sockets, and what is tracked below a folder that is a link now.
+        folders = {
+            folder for folder in set(map(os.path.dirname, states)) if links.isdisjoint((Path(folder), *Path(folder).parents))
+        }
         found = {
             name: state
             for name, state in states.items()
-            if state is not None and (S_ISLNK(state.st_mode) or S_ISREG(state.st_mode))
-            if not links or links.isdisjoint(Path(name).parents)
+            if state is not None and (S_ISLNK(state.st_mode) or S_ISREG(state.st_mode)) and os.path.dirname(name) in folders
         }
         for folder in dict.fromkeys(os.path.dirname(name) for name in found):
             (into / folder).mkdir(parents=True, exist_ok=True)
