@@ -3,11 +3,11 @@
     python benchmarks/step.py [--ranks 2] [--steps 300] [--rounds 5] [--networks "tiny MLP" "small conv net"]
     python benchmarks/step.py --ranks 1 --networks ResNet-50 ViT-B/16 --batch-size 256 --precision bf16-mixed --channels-last
 
-All use the same model, data, batch size, ranks and optimizer, which decays no biases. Images of ImageNet's size are on the
-device from the start, so that no loader is measured. They take turns, and the median over
-the rounds counts. The hand-written loop computes only the loss. The stock Trainer logs the loss at each step (``self.log``) to
-a CSV file. lockstep counts loss and accuracy at each step, logs them every 50 steps and checks for NaN. Ratios are to the
-first of the trainers, by default the hand-written loop.
+All use the same model, data, batch size, ranks and optimizer, which decays no biases. As in a Slurm job, each rank has its own
+CPUs; with --unbound, the ranks share them. Images of ImageNet's size are on the device from the start, so that no loader is
+measured. The trainers take turns, and the median over the rounds counts. The hand-written loop computes only the loss. The
+stock Trainer logs the loss at each step (``self.log``) to a CSV file. lockstep counts loss and accuracy at each step, logs
+them every 50 steps and checks for NaN. Ratios are to the first of the trainers, by default the hand-written loop.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from lockstep.distributed import (
     fork_ranks,
     init_process_group,
     local_devices,
+    share_cpus,
 )
 from lockstep.distributed.consensus import Decision
 from lockstep.models.optimizers import parameter_groups
@@ -239,10 +240,13 @@ TRAINERS: dict[str, Callable[[World, Setup, int], None]] = {
 }
 
 
-def measure(trainer: str, setup: Setup, ranks: int, steps: int) -> float:
-    """Train in forked ranks and return the seconds per step on rank zero."""
+def measure(trainer: str, setup: Setup, ranks: int, steps: int, is_bound: bool = True) -> float:
+    """Train in forked ranks and return the seconds per step on rank zero; ``is_bound`` gives each rank its own CPUs."""
+    shares = share_cpus(ranks, {"SLURM_CPUS_ON_NODE": str(os.cpu_count())}) if is_bound else None
 
     def run(world: World) -> tuple[float, float]:
+        if shares is not None:
+            os.sched_setaffinity(0, shares[world.local_rank])
         TRAINERS[trainer](world, setup, steps)
         begin, end = StepTimer.timestamps
         return begin, end
@@ -263,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed", "bf16-true"], default="32-true")
     parser.add_argument("--channels-last", action="store_true", help="images and filters in this memory format")
     parser.add_argument("--compile", action="store_true", help="compile the network")
+    parser.add_argument("--unbound", action="store_true", help="let the ranks share all CPUs")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
@@ -279,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds: dict[str, list[float]] = {trainer: [] for trainer in options.trainers}
         for _ in range(options.rounds):
             for trainer, rounds in seconds.items():
-                rounds.append(measure(trainer, setup, options.ranks, options.steps))
+                rounds.append(measure(trainer, setup, options.ranks, options.steps, not options.unbound))
         medians = {trainer: statistics.median(rounds) for trainer, rounds in seconds.items()}
         for trainer, median in medians.items():
             samples = options.batch_size * options.ranks / median

@@ -20,7 +20,6 @@ from support.waiting import wait_until
 
 from lockstep.core import World
 from lockstep.distributed import Agent, Channel, Plan, init_process_group
-from lockstep.distributed.cpus import divide, share_cpus
 from lockstep.runs import Failure
 
 pytestmark = pytest.mark.timeout(60)
@@ -295,17 +294,3 @@ def test_a_stranger_is_refused(tmp_path: Path) -> None:
     assert intrude(b"") == b""  # says nothing, and is dropped
     nodes.start(1, 2)
     assert nodes.statuses() == [0, 0, 0]
-
-
-def test_cpus_near_a_gpu_go_to_its_rank() -> None:
-    low, high = set(range(8)), set(range(8, 16))
-    assert divide(low | high, [high, high, low, low], 4) == [{8, 9, 10, 11}, {12, 13, 14, 15}, {0, 1, 2, 3}, {4, 5, 6, 7}]
-    assert divide(low | high, [low, low, low, low], 4) == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}]
-    assert divide(set(range(7)), [low] * 3, 3) == [{0, 1}, {2, 3}, {4, 5}]
-
-
-def test_cpus_that_slurm_has_not_bound_are_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    assert share_cpus(2, {"SLURM_CPUS_ON_NODE": "8"}) is None and share_cpus(2, {}) is None
-    assert share_cpus(2, {"SLURM_CPUS_ON_NODE": "16"}) == [set(range(8)), set(range(8, 16))]
-    assert share_cpus(32, {"SLURM_CPUS_ON_NODE": "16"}) is None

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from lockstep.compat.nvml import cpus_near_gpus
 
 
@@ -29,3 +31,14 @@ def divide(cpus: set[int], near: Sequence[set[int]], ranks: int) -> list[set[int
         share |= set(sorted(left)[: count - len(share)])
         left -= share
     return shares
+
+
+def set_threads(on_gpu: bool, ranks: int) -> None:
+    """Set the number of threads of an operation on the CPU, unless OMP_NUM_THREADS does; for one of ``ranks`` of this node."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    # On CPUs one thread, as with torchrun: else the last digit of a sum would depend on how the ranks are spread over nodes.
+    # With GPUs those of the rank's own CPUs, or its share of all. Without the variable, Lightning would divide them again.
+    own = min(len(os.sched_getaffinity(0)), max(1, (os.cpu_count() or 1) // ranks)) if on_gpu else 1
+    torch.set_num_threads(own)
+    os.environ["OMP_NUM_THREADS"] = str(own)

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import pickle
 import re
 import socket
@@ -28,6 +27,7 @@ from lockstep.core import (
     World,
     atomic_write,
 )
+from lockstep.distributed.cpus import set_threads
 from lockstep.runs import Run
 
 log = logging.getLogger(__name__)
@@ -91,16 +91,11 @@ def init_process_group(
     set_rank_zero(world.rank)
     if world.size == 1 and not alone:
         return
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        # As torchrun does: the ranks of a node share its cores. Without the variable, Lightning would use cores / ranks of the
-        # node, and the last digit of a sum would depend on how the ranks are spread over nodes.
-        torch.set_num_threads(1)
-        os.environ["OMP_NUM_THREADS"] = "1"
+    set_threads(device.type == "cuda", world.local_size)
     if backend == "auto":
-        backend = "nccl" if on_gpu else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
     store = _make_store(world, timeout)
     torch.distributed.init_process_group(
         backend=backend,

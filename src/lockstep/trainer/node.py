@@ -5,8 +5,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from lockstep.core import LockstepError, World, count, setup_logging
 from lockstep.distributed import Agent, Channel, Plan, phase_limits, share_cpus
 from lockstep.runs import Failure, Run, record_failure, write_failed_result
@@ -52,10 +50,7 @@ class Node:
     def _train(self, world: World, attempt: int, enter: Callable[[str], None]) -> None:
         """Run one attempt as one rank."""
         if self.shares is not None:
-            share = self.shares[world.local_rank]
-            os.sched_setaffinity(0, share)
-            if "OMP_NUM_THREADS" not in os.environ:  # OpenMP has counted the CPUs of all ranks
-                torch.set_num_threads(len(share))
+            os.sched_setaffinity(0, self.shares[world.local_rank])
         setup_logging(world)
         for note in self.notes:
             log.info(note)
