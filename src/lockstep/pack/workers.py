@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -55,32 +56,43 @@ class Workers:
             return self._run_here(work, numbers)
         context: Any = multiprocessing.get_context("fork")
         counts = context.Array(ctypes.c_int64, 2 * self.count, lock=False)
-        next_position, results = context.Value(ctypes.c_int64, 0), context.SimpleQueue()
-        arguments = work, numbers, next_position, results, counts, os.getpid()
-        processes = [
-            context.Process(target=_work_in_process, args=(*arguments, 2 * slot), daemon=True)
-            for slot in range(min(self.count, len(numbers)))
-        ]
+        arguments = work, numbers, context.Value(ctypes.c_int64, 0), counts, os.getpid()
+        processes: list[BaseProcess] = []
+        receivers: list[Connection] = []
         sys.stdout.flush()
-        for process in processes:
-            process.start()
         try:
-            return self._collect(processes, results, counts, len(numbers))
+            for slot in range(min(self.count, len(numbers))):
+                receiver, sender = context.Pipe(duplex=False)
+                receivers.append(receiver)
+                process = context.Process(target=_work_in_process, args=(*arguments, sender, 2 * slot), daemon=True)
+                process.start()
+                processes.append(process)
+                sender.close()  # before the next fork: a pipe ends with its process, also in the middle of a result
+            return self._collect(processes, receivers, counts, len(numbers))
         finally:
             for process in processes:
                 process.terminate()
             for process in processes:
                 process.join()
+            for receiver in receivers:
+                receiver.close()
 
-    def _collect(self, processes: list[BaseProcess], results: Any, counts: Any, pieces: int) -> dict[int, Any]:
+    def _collect(self, processes: list[BaseProcess], receivers: list[Connection], counts: Any, pieces: int) -> dict[int, Any]:
         found: dict[int, Any] = {}
         while len(found) < pieces:
             statuses = [process.exitcode for process in processes]
-            while not results.empty():
-                number, result, error = results.get()
-                if error is not None:
-                    raise error
-                found[number] = result
+            while ready := wait(receivers, timeout=0):
+                for receiver in ready:
+                    assert isinstance(receiver, Connection)
+                    try:
+                        number, result, error = receiver.recv()
+                    except (EOFError, OSError):  # OSError: killed in the middle of a result
+                        receivers.remove(receiver)
+                        receiver.close()
+                        continue
+                    if error is not None:
+                        raise error
+                    found[number] = result
             failed = next(filter(None, statuses), None)
             if (failed or None not in statuses) and len(found) < pieces:  # a dataset may exit with status 0
                 raise RunError(f"A worker ended with {_describe_exit(failed or 0)}; {_RETRY}")
@@ -103,9 +115,9 @@ class Workers:
 
 
 def _work_in_process(
-    work: Work[T], numbers: Sequence[int], next_position: Any, results: Any, counts: Any, parent: int, slot: int
+    work: Work[T], numbers: Sequence[int], next_position: Any, counts: Any, parent: int, results: Connection, slot: int
 ) -> None:
-    """Take numbers until none is left; put results, or the first error, into ``results``."""
+    """Take numbers until none is left; send results, or the first error, to ``results``."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives this call and disturbs the next
     if os.getppid() != parent:
         os._exit(1)
@@ -124,11 +136,11 @@ def _work_in_process(
         if position >= len(numbers):
             return
         try:
-            results.put((numbers[position], work(numbers[position], packed), None))
+            results.send((numbers[position], work(numbers[position], packed), None))
         except LockstepError as error:
-            results.put((numbers[position], None, error))
+            results.send((numbers[position], None, error))
         except OSError as error:
-            results.put((numbers[position], None, RunError(f"A shard cannot be written ({error.strerror}); {_RETRY}")))
+            results.send((numbers[position], None, RunError(f"A shard cannot be written ({error.strerror}); {_RETRY}")))
         except Exception:
             traceback.print_exc()
             os._exit(1)
