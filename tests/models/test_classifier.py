@@ -5,6 +5,7 @@ Forked ranks, then single modules, then short runs.
 
 import json
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +69,13 @@ def test_any_torchvision_classifier_by_name(name: str) -> None:
 def test_argument_that_a_torchvision_model_does_not_take_raises_error() -> None:
     with pytest.raises(UsageError, match=r"model.network_args: torchvision's resnet18 raised: .*dropouts"):
         make_torchvision_model("resnet18", 7, {"dropouts": 0.1})
+
+
+def test_weights_without_internet_name_the_command_that_downloads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(UsageError, match=r"weights: 'DEFAULT' of resnet18 cannot be .*refused.*get_model\('resnet18'"):
+        make_torchvision_model("resnet18", 1000, {"weights": "DEFAULT"})
 
 
 def test_network_args_with_a_module_raises_error() -> None:

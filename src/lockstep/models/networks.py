@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
 
@@ -65,7 +66,7 @@ def make_torchvision_model(name: str, num_classes: int, arguments: Mapping[str, 
     """Create the torchvision classification model ``name`` with ``num_classes`` outputs.
 
     Raises:
-        UsageError: The model is unknown, or does not take one of the arguments.
+        UsageError: The model is unknown, does not take one of the arguments, or its weights cannot be downloaded.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if "." in name:
@@ -81,4 +82,11 @@ def make_torchvision_model(name: str, num_classes: int, arguments: Mapping[str, 
         model: nn.Module = torchvision.models.get_model(name, num_classes=num_classes, **arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(f"model.network_args: torchvision's {name} raised: {error}.") from None
+    except OSError as error:  # URLError too
+        weights = arguments.get("weights")
+        raise UsageError(
+            f"model.network_args.weights: {weights!r} of {name} cannot be downloaded ({error}); where there is internet, run: "
+            f'python -c "import torchvision; torchvision.models.get_model({name!r}, weights={weights!r})", which keeps them in '
+            f"{torch.hub.get_dir()}."
+        ) from None
     return model
