@@ -5,6 +5,7 @@ Ranks, the supervisor of a Slurm job, local launches and ``jobs.py status`` all 
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lockstep.core import SIGNAL_EXIT_STATUSES
 from lockstep.runs.failure import Failure
@@ -82,8 +83,7 @@ class Evidence:
     is_forgotten: bool = False
 
 
-@dataclass(frozen=True)
-class LostTask:
+class LostTask(NamedTuple):
     """A task that srun or slurmstepd says has ended without a report.
 
     Attributes:
@@ -97,8 +97,7 @@ class LostTask:
     is_out_of_memory: bool = False
 
 
-@dataclass(frozen=True)
-class Ending:
+class Ending(NamedTuple):
     """Why a run or an attempt ended.
 
     Attributes:

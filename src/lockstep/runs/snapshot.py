@@ -15,10 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from stat import S_IMODE, S_ISLNK, S_ISREG
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from lockstep.core import RunError, UsageError
 from lockstep.runs.copied_files import CopiedFiles
@@ -39,8 +38,7 @@ _THREADS, _PROBED, _SLOW_SECONDS = 8, 32, 0.0003
 _REMEDY = "add it to .gitignore, submit from a folder with only your code, or use --no-snapshot"
 
 
-@dataclass(frozen=True)
-class CodePaths:
+class CodePaths(NamedTuple):
     """Where the Python modules of a run are imported from.
 
     Attributes:

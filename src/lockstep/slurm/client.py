@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lockstep.core import UsageError, count
 from lockstep.runs import JobState, Owner
@@ -73,8 +74,7 @@ def error_message(answer: "subprocess.CompletedProcess[str]") -> str:
     return re.sub(r"^\w+:? error: ", "", lines[-1])
 
 
-@dataclass(frozen=True)
-class RunningJob:
+class RunningJob(NamedTuple):
     """A job that runs, or is suspended.
 
     Attributes:

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lockstep.core import UsageError, count, did_you_mean
 from lockstep.slurm.registry import find_job
@@ -24,8 +24,7 @@ _JOB = re.compile(r"\d+(_(\d+|\*))?")
 _EXAMPLES = "give job ids, run folders, or a dependency of Slurm, such as afterany:12:13,singleton"
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(NamedTuple):
     """One condition on some jobs.
 
     Attributes:
@@ -52,8 +51,7 @@ class Condition:
         return KINDS.get(self.kind, f"{self.kind} of {{}}").format(_name(self.ids))
 
 
-@dataclass(frozen=True)
-class Dependency:
+class Dependency(NamedTuple):
     """Conditions that must all hold before a job starts; with ``is_any`` one is enough."""
 
     conditions: tuple[Condition, ...]
@@ -104,7 +102,7 @@ class Dependency:
 
 def _alternatives(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
     """Split conditions into one for each job, as only one of all has to hold."""
-    return tuple(replace(condition, jobs=(job,) if job else ()) for condition in conditions for job in condition.jobs or ("",))
+    return tuple(condition._replace(jobs=(job,) if job else ()) for condition in conditions for job in condition.jobs or ("",))
 
 
 def _join(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
@@ -112,7 +110,7 @@ def _join(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
     joined: list[Condition] = []
     for condition in conditions:
         if joined and joined[-1].kind == condition.kind:
-            joined[-1] = replace(joined[-1], jobs=tuple(dict.fromkeys((*joined[-1].jobs, *condition.jobs))))
+            joined[-1] = joined[-1]._replace(jobs=tuple(dict.fromkeys((*joined[-1].jobs, *condition.jobs))))
         else:
             joined.append(condition)
     return tuple(joined)

@@ -3,8 +3,9 @@
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lockstep.runs import AttemptStart, Owner, Run, RunProgress, RunResult, attempts, endings, read_first_failure, update_status
 from lockstep.slurm.client import RunningJob, is_owner_alive, is_running, parse_running_jobs
@@ -23,8 +24,7 @@ class AlreadyFinished(Exception):
     """This job has finished its run, and Slurm has started it again."""
 
 
-@dataclass(frozen=True)
-class SlurmView:
+class SlurmView(NamedTuple):
     """The jobs that Slurm runs, as the batch script has queried them.
 
     Attributes:

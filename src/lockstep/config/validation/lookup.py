@@ -6,9 +6,9 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from lockstep.compat.pytorch_lightning import SAME_PACKAGES
 from lockstep.config.validation.source import Binding, Imported, ModuleSource, Undecidable
@@ -29,8 +29,7 @@ class NotDefined(Exception):
         self.module, self.classes = module, classes
 
 
-@dataclass(frozen=True)
-class Definition:
+class Definition(NamedTuple):
     """A class, function, assignment or module that an import path leads to.
 
     Attributes:

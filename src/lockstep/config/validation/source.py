@@ -4,9 +4,9 @@ import ast
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 _DYNAMIC = ("__getattr__", "globals(", "exec(", "sys.modules", "__path__")
 """Text in a module that may define names without a statement."""
@@ -18,8 +18,7 @@ class Undecidable(Exception):
     """The source does not decide the question; only an import would."""
 
 
-@dataclass(frozen=True)
-class Imported:
+class Imported(NamedTuple):
     """A name from another module: ``from module import name``, or ``import module`` if the name is empty."""
 
     module: str

@@ -4,7 +4,7 @@ import os
 import pwd
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lockstep.slurm import query_slurm, start_query
 from lockstep.slurm.submission.profile import parse_minutes
@@ -32,8 +32,7 @@ _ASSOC_MGR = ("scontrol", "--oneliner", "show", "assoc_mgr")
 _SACCTMGR = ("sacctmgr", "--noheader", "--parsable2", "show")
 
 
-@dataclass(frozen=True)
-class Limit:
+class Limit(NamedTuple):
     """One limit.
 
     Attributes:
@@ -59,8 +58,7 @@ class Limit:
         return self.name.replace("PerUser", "") if "Jobs" in self.name else self.name, self.resource
 
 
-@dataclass(frozen=True)
-class Association:
+class Association(NamedTuple):
     """An account of the user, in one partition or (empty) in all, with its valid QOS and its default QOS."""
 
     account: str
@@ -69,8 +67,7 @@ class Association:
     default_qos: str
 
 
-@dataclass(frozen=True)
-class Accounting:
+class Accounting(NamedTuple):
     """What slurm.conf says about accounting.
 
     Attributes:
@@ -154,7 +151,7 @@ class Accounting:
             used = self._usage_of_qos(name, account)
             for limit in _row_limits(dict(zip(_QOS_LIMITS, values, strict=True)), f"QOS {name}"):
                 if limit.key not in found or found[limit.key].most < limit.most:
-                    found[limit.key] = replace(limit, used=used.get((limit.name, limit.resource), 0.0))
+                    found[limit.key] = limit._replace(used=used.get((limit.name, limit.resource), 0.0))
         return list(found.values())
 
     def _default_qos(self, account: str) -> str:

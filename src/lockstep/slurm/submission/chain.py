@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lockstep.config import COMMANDS, check_export_format
 from lockstep.core import CommandLineParser, UsageError, did_you_mean
@@ -25,8 +25,7 @@ _OWN_KEYS = {
 """Keys that a link cannot set, and why."""
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """A value of ``--then``.
 
     Attributes:
@@ -44,8 +43,7 @@ class Link:
     job_name: str | None = None
 
 
-@dataclass(frozen=True)
-class Chain:
+class Chain(NamedTuple):
     """A training and the submissions that follow it, with the text of each as it was typed."""
 
     training: Submission
@@ -204,8 +202,7 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     return config
 
 
-@dataclass(frozen=True)
-class _Export:
+class _Export(NamedTuple):
     out: Path
     part: str | None
 

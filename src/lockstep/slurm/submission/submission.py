@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import randbelow
-from typing import Any
+from typing import Any, NamedTuple
 
 from lockstep.config import (
     SweepPoint,
@@ -52,8 +52,7 @@ _MIN_KEY_LENGTH = 20
 _PREVIEWED_RUNS = 10
 
 
-@dataclass(frozen=True)
-class Queued:
+class Queued(NamedTuple):
     """A queued job, its code, and what was created for it."""
 
     job: SubmittedJob
