@@ -190,6 +190,9 @@ def test_without_one_agent_the_others_end_with_their_ranks(tmp_path: Path, node:
     os.kill(nodes.agents[node].pid, number)
     nodes.agents[1 - node].join(40)
     assert nodes.agents[1 - node].exitcode == 1
+    if number == signal.SIGSTOP:  # else srun names the agent
+        what = f"(node {node}, {platform.node()}): its agent has not answered for 3 s: it is stopped, or its node hangs."
+        assert nodes.failure(1).reason == f"rank {2 * node} {what}"
     nodes.agents[node].kill()  # as Slurm does when another task has failed
     pids = [int(path.read_text().split()[0]) for path in tmp_path.glob("*.pid")]
     wait_until(lambda: not any(map(is_alive, pids)), 20)

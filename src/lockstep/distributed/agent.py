@@ -48,7 +48,8 @@ class Plan:
         train: Runs one attempt as one rank; its third argument reports the phase that the rank enters.
         log: Log file of a rank in an attempt.
         limits: As in ``PhaseBoard``.
-        record: Records why an attempt failed, from the failure of the rank that failed first; called on node 0.
+        record: Records why an attempt failed, from the failure of the rank that failed first. Called on node 0, and on another
+            node if the agent of node 0 does not answer.
         next_attempt: Claims the next attempt if the restart policy allows one in this allocation after an attempt with this
             exit status; else returns None. Called on node 0.
     """
@@ -82,7 +83,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._pass_on)
         try:
-            return self._lead(attempt) if self.agents.is_rank_zero else self._follow()
+            return self._lead(attempt) if self.agents.is_rank_zero else self._follow(attempt)
         finally:
             self._end_group()
             self.channel.close()
@@ -117,9 +118,11 @@ class Agent:
         while group.running or running:
             new, ready = group.poll(_INTERVAL_SECONDS if failed_at is None else 0.1, list(self.channel.connections.values()))
             for node, message in self.channel.receive(ready):
-                if message is None:  # srun reports the reason, and the batch script restarts the agents
+                if message is None:  # the batch script restarts the agents
                     lost = True
                     running.discard(node)
+                    if node in self.channel.silent:  # else srun reports the reason
+                        new.append(RankOutcome(failure=self._silence(node)))
                 elif "failure" in message:
                     new.append(_parse_outcome(message))
                 else:
@@ -147,7 +150,7 @@ class Agent:
         is_final = bool(lost or stuck or signalled or failure is None)
         return _Ended(status or int(bool(lost or stuck)), None if together else failure, is_final)
 
-    def _follow(self) -> int:
+    def _follow(self, attempt: int) -> int:
         (leader,) = self.channel.connections.values()
         while True:
             group = self._group
@@ -160,16 +163,25 @@ class Agent:
                         self.channel.send(_outcome_message(outcome, outcome.failure))
                 messages = self.channel.receive(ready)
             for _, message in messages:
-                if message is None:
-                    return 1  # the agent of node 0 is gone; the ranks of this node end with this process
+                if message is None:  # the agent of node 0 is gone; the ranks of this node end with this process
+                    if self.channel.silent:
+                        self.plan.record(attempt, self._silence(0))
+                    return 1
                 if "start" in message:
-                    self._fork(message["start"], message["rendezvous"], None)
+                    attempt = message["start"]
+                    self._fork(attempt, message["rendezvous"], None)
                 elif "end" in message and group is not None:
                     group.end()
                 elif "exit" in message:
                     return 0
             if group is not None and not group.running:
                 self.channel.send({"stuck": self._end_group(), "signal": self._signal})
+
+    def _silence(self, node: int) -> Failure:
+        """The failure of an agent that has been silent for too long, as that of its first rank."""
+        report = f"its agent has not answered for {self.channel.silent_seconds:.0f} s: it is stopped, or its node hangs."
+        ranks, host = self.ranks, self.channel.hosts.get(node, "")
+        return Failure(node * ranks, self.agents.size * ranks, node, host, report)
 
     def _fork(self, attempt: int, rendezvous: str, listener: socket.socket | None) -> RankGroup:
         size, first = self.agents.size * self.ranks, self.agents.rank * self.ranks

@@ -16,10 +16,9 @@ from typing import Any
 
 from lockstep.core import PeerError, UsageError, World
 from lockstep.distributed.process_group import listen, parse_rendezvous
+from lockstep.runs import host_name
 
 Message = dict[str, Any]
-
-_HEARTBEAT: Message = {}
 
 _CONNECT_SECONDS = 600.0
 """How long the leader waits for the other agents, and they for it: imports from a cold shared file system take minutes."""
@@ -32,10 +31,16 @@ class Channel:
 
     Args:
         silent_seconds: Time without a message or heartbeat after which the agent at the other end counts as gone.
+
+    Attributes:
+        hosts: Names of the machines at the other ends, as far as they are known.
+        silent: Nodes whose agents are gone because they were silent for too long.
     """
 
     def __init__(self, connections: dict[int, Connection], silent_seconds: float) -> None:
-        self.connections, self._silent_seconds = connections, silent_seconds
+        self.connections, self.silent_seconds = connections, silent_seconds
+        self.hosts: dict[int, str] = {}
+        self.silent: set[int] = set()
         self._heard = dict.fromkeys(connections, time.monotonic())
         self._next_heartbeat = 0.0
 
@@ -69,23 +74,26 @@ class Channel:
         """
         now = time.monotonic()
         if now > self._next_heartbeat:
-            self._next_heartbeat = now + self._silent_seconds / 10
-            self.send(_HEARTBEAT)
+            self._next_heartbeat = now + self.silent_seconds / 10
+            self.send(_heartbeat())
         received: list[tuple[int, Message | None]] = []
         for node, connection in list(self.connections.items()):
-            message: Message | None = _HEARTBEAT
+            message: Message | None = {}
             if connection in ready:
                 self._heard[node] = now
                 try:
                     message = json.loads(connection.recv_bytes())
                 except (EOFError, OSError):
                     message = None
-            elif now - self._heard[node] > self._silent_seconds:
+            elif now - self._heard[node] > self.silent_seconds:
+                self.silent.add(node)
                 message = None
             if message is None:
                 connection.close()
                 del self.connections[node]
-            if message != _HEARTBEAT:
+            elif "host" in message:
+                self.hosts[node] = message.pop("host")
+            if message != {}:
                 received.append((node, message))
         return received
 
@@ -93,6 +101,10 @@ class Channel:
         """Close all connections. A forked rank calls it too: its copies would otherwise keep those of a killed agent open."""
         for connection in self.connections.values():
             connection.close()
+
+
+def _heartbeat() -> Message:
+    return {"host": host_name()}
 
 
 def _send(connections: Iterable[Connection], message: Message) -> None:
@@ -107,7 +119,7 @@ def _accept(agents: World, key: bytes, deadline: float) -> dict[int, Connection]
     with listen(address, port, agents.size) as server:
         server.settimeout(1.0)
         while len(connections) < agents.size - 1:
-            _send(connections.values(), _HEARTBEAT)  # or these agents would count this one as gone while it waits for others
+            _send(connections.values(), _heartbeat())  # or these agents would count this one as gone while it waits for others
             if time.monotonic() > deadline:
                 missing = ", ".join(str(node) for node in range(1, agents.size) if node not in connections)
                 raise PeerError(

@@ -4,6 +4,7 @@ from lockstep.runs.attempts import Attempt, append_attempt, read_attempts, recor
 from lockstep.runs.endings import OVER_MEMORY, TERMINAL_STATES, Ending, Evidence, JobState, classify_ending
 from lockstep.runs.failure import (
     Failure,
+    host_name,
     is_connection_loss,
     read_first_failure,
     record_failure,

@@ -52,7 +52,7 @@ class Failure(Record):
     @classmethod
     def from_report(cls, report: str, world: World) -> "Failure":
         """The failure of a rank on this machine that could not report it itself."""
-        return cls(world.rank, world.size, world.node_rank, _host(), report)
+        return cls(world.rank, world.size, world.node_rank, host_name(), report)
 
     @classmethod
     def from_exception(cls, error: BaseException, world: World) -> "Failure":
@@ -98,7 +98,7 @@ class Failure(Record):
         return f"(node {self.node}{', ' if self.host else ''}{self.host})"
 
 
-def _host() -> str:
+def host_name() -> str:
     """Name of this machine, as Slurm calls it where this is a job."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
