@@ -74,6 +74,7 @@ def test_argument_that_a_torchvision_model_does_not_take_raises_error() -> None:
 def test_weights_without_internet_name_the_command_that_downloads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies of its first use
     with pytest.raises(UsageError, match=r"weights: 'DEFAULT' of resnet18 cannot be .*refused.*get_model\('resnet18'"):
         make_torchvision_model("resnet18", 1000, {"weights": "DEFAULT"})
 
