@@ -316,7 +316,8 @@ def random_kills(*arguments: str) -> Injector:
                     kills += 1
                     print(f"  kill {kills}: {command}", file=sys.stderr)
         if kills < 20:
-            raise SystemExit(f"only {kills} processes were killed before the run ended")
+            status = job.status()
+            raise SystemExit(f"only {kills} processes were killed before the run ended: {status['state']}. {status['message']}")
         return job
 
     return inject
