@@ -91,11 +91,12 @@ def init_process_group(
     set_rank_zero(world.rank)
     if world.size == 1 and not alone:
         return
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
-    set_threads(device.type == "cuda", world.local_size)
+    set_threads(on_gpu, world.local_size)
     if backend == "auto":
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if on_gpu else "gloo"
     store = _make_store(world, timeout)
     torch.distributed.init_process_group(
         backend=backend,
