@@ -7,6 +7,7 @@ import platform
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class NodeTask:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+            weakref.finalize._exitfunc()  # type: ignore[attr-defined]  # removes the temporary folders that W&B makes at import
             os._exit(status)  # srun waits for this task, not for threads of the libraries
 
     def _first_rank(self, agents: World) -> World:
