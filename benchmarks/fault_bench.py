@@ -172,12 +172,14 @@ class FaultBench:
     Attributes:
         mounts: File systems to unmount at the end.
         baselines: Undisturbed runs, by options.
+        jobs: All jobs, in the order of their submission.
     """
 
     def __init__(self, cluster: Cluster, server: WandbServer, folder: Path, nodes: int, options: Sequence[str]) -> None:
         self.cluster, self.server, self.folder, self.nodes, self.options = cluster, server, folder, nodes, options
         self.mounts: list[Path] = []
         self.baselines: dict[tuple[str, ...], Job] = {}
+        self.jobs: list[Job] = []
         self.env = slurm_jobs.login_environment(cluster, folder)
 
     def with_arguments(self, *arguments: str) -> "FaultBench":
@@ -224,7 +226,8 @@ class FaultBench:
     def _submit(self, project: Path, is_online: bool, *arguments: str) -> Job:
         shell = slurm_jobs.Shell(self.cluster, project, self.env | (self.server.env if is_online else {}))
         job = shell.submit("--nodes", str(self.nodes), *arguments)
-        return Job(shell, job.id, job.folder, self, is_online)
+        self.jobs.append(Job(shell, job.id, job.folder, self, is_online))
+        return self.jobs[-1]
 
     def sync(self, job: Job) -> None:
         """Upload the metrics that W&B has missed."""

@@ -5,10 +5,12 @@
     python benchmarks/faults.py --stage 3          with DeepSpeed ZeRO
 
 Each row is one run of four ranks on four nodes, compared with an undisturbed run: attempts, steps done twice, seconds lost,
-whether the weights are equal bit for bit, and whether W&B's history has the same rows with the same values.
+whether the weights are equal bit for bit, and whether W&B's history has the same rows with the same values. The runs of a row
+that does not meet its promises are kept in build/faults.
 """
 
 import argparse
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,7 +170,7 @@ def judge(row: Row, job: Job, status: dict[str, Any], baseline: Job) -> tuple[li
 
 def run_row(row: Row, bench: FaultBench) -> tuple[list[str], bool]:
     """Run one row; return its cells, and whether it meets its promises. An error becomes the first cell."""
-    start = time.monotonic()
+    start, earlier = time.monotonic(), len(bench.jobs)
     state, reasons = "", []
     try:
         bench = bench.with_arguments(*row.arguments)
@@ -179,6 +181,12 @@ def run_row(row: Row, bench: FaultBench) -> tuple[list[str], bool]:
         cells, is_good = judge(row, job, status, baseline)
     except (SystemExit, Exception) as error:  # the other rows still run
         cells, is_good = [str(error), "", "", "", ""], False
+    if not is_good:
+        for job in bench.jobs[earlier:]:
+            kept = Path("build", "faults", f"{row.label}-{job.folder.name}")
+            shutil.copytree(job.folder, kept)
+            (kept / "status.txt").write_text(job.describe())
+            shutil.copy(bench.cluster.folder / "slurmctld" / "log", kept / "slurmctld.log")
     cells = [row.label, row.name, *cells, state]
     print(f"{time.monotonic() - start:.0f} s | {' | '.join(cells)} | {reasons}", file=sys.stderr)
     return cells, is_good

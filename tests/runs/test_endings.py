@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lockstep.core import World
-from lockstep.runs.endings import Evidence, JobState, classify_ending, killed_task
+from lockstep.runs.endings import LOST_AGENT, Evidence, JobState, classify_ending, killed_task
 from lockstep.runs.failure import Failure
 from lockstep.runs.records import RunResult
 
@@ -14,6 +14,7 @@ srun: error: n4: task 3: Exited with exit code 1
 srun: error: n2: task 1: Exited with exit code 1
 """
 RAISED = "srun: error: n2: task 1: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n"
+ALONE = f"srun: error: n1: task 0: Exited with exit code {LOST_AGENT}\n"
 OVER = "slurmstepd: error: Detected 1 oom_kill event in StepId=10.0. Some of the step tasks have been OOM Killed.\n" + KILLED
 
 FINISHED, STOPPED = RunResult("finished"), RunResult("interrupted", reason="SIGUSR2", exit_status=140)
@@ -25,7 +26,7 @@ SIGNALLED = Failure(2, 4, 2, "n3", "it was ended by SIGTERM.", 143)
 
 def test_who_was_killed_is_named() -> None:
     killed, over = killed_task(KILLED), killed_task(OVER)
-    assert killed is not None and killed.sentence.startswith("the agent of n1: Killed") and killed.is_killed
+    assert killed is not None and killed.sentence.startswith("the agent of n1: Killed") and not killed.is_explained
     assert over is not None and over.sentence.startswith("Slurm says: ") and over.is_out_of_memory
     assert killed_task("torch.OutOfMemoryError: CUDA error: out of memory\n") is None  # of a GPU
 
@@ -40,6 +41,8 @@ def test_who_was_killed_is_named() -> None:
         (KILLED.replace("Killed", "Segmentation fault"), None, True),
         (OVER, None, True),
         ("srun: error: n4: task 3: Exited with exit code 1\n", None, True),
+        (ALONE, None, False),
+        (ALONE + "srun: error: n4: task 3: Exited with exit code 1\n", None, True),
         ("", None, False),
     ],
 )
@@ -76,6 +79,13 @@ def test_a_kill_from_outside_tells_nothing(text: str, failure: Failure | None, i
         (Evidence(None, None, "", 1, JobState("PREEMPTED")), "preempted", 7, "not requeued"),
         (Evidence(STOPPED, None, KILLED, 137), "interrupted", 140, "SIGUSR2"),
         (Evidence(None, LOST, KILLED, 1), "failed", 1, "the agent of n1: Killed"),
+        (
+            Evidence(None, None, ALONE, LOST_AGENT),
+            "failed",
+            1,
+            "the agent of n1 has lost its connection to the agent of another",
+        ),
+        (Evidence(None, None, ALONE + RAISED, LOST_AGENT), "failed", 1, "the agent of n1: Killed"),
         (Evidence(None, SIGNALLED, "", 143), "interrupted", 143, "SIGTERM"),
         (Evidence(None, LOST, "", 143), "interrupted", 1, "gloo"),
         (Evidence(None, None, "", 143), "interrupted", 143, "exit status 143"),

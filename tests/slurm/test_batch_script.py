@@ -77,7 +77,8 @@ def test_a_hostile_path_is_quoted(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("pwned"))
 
 
-def test_a_job_whose_attempts_cannot_be_claimed_gives_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sleep", [":", "return 137"], ids=["waits", "is killed"])
+def test_a_job_whose_attempts_cannot_be_claimed_gives_up(tmp_path: Path, sleep: str) -> None:
     """As on a full disk: the supervisor fails each time."""
     for name, text in (("squeue", "exit 0"), ("python", "cat >/dev/null; exit 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -88,7 +89,7 @@ def test_a_job_whose_attempts_cannot_be_claimed_gives_up(tmp_path: Path) -> None
         "x", tmp_path, CodePaths((tmp_path,), None, ""), Profile(python=f"{tmp_path}/python"), LaunchOptions(tmp_path)
     )
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
-    text = "sleep() { :; }\n" + batch_script(request)
+    text = f"sleep() {{ {sleep}; }}\n" + batch_script(request)
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.endswith("No attempt could be started; tried 60 of 60 times.\n"), done.stderr
     assert (tmp_path / "slurm/7.exit").read_text() == "1\n"

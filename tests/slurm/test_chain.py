@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -183,6 +184,7 @@ def test_a_chain_waits_for_a_requeued_training_and_is_cancelled_as_one(chains: C
         ["command", "fit"], ["command", "test"], ["command", "export"],
     ]  # fmt: skip
     chains.cluster.command("scontrol", "requeue", fit.job)
+    time.sleep(2)  # a node refuses a job that it has killed in the same second, and Slurm 24.11 then ends the job
     run = Run(fit.folder)
 
     def restarted() -> bool:

@@ -19,7 +19,7 @@ from support.slurm_jobs import Job, Shell
 from support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(150)
-SOON = 15.0
+SOON = 30.0
 """Seconds within which the truth must be told."""
 
 

@@ -1,7 +1,9 @@
 """What the supervisor decides from files and from an answer of squeue, without Slurm."""
 
 import errno
+import io
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from lockstep.core import UsageError
 from lockstep.distributed import allocation_end_time
 from lockstep.runs import Failure, Owner, Run, RunResult, read_attempts, record_failure, write_failed_result
-from lockstep.slurm import supervisor
+from lockstep.slurm import NodeTask, supervisor
 from lockstep.slurm.client import RUNNING_JOBS, is_owner_alive, parse_running_jobs, query_jobs
 from lockstep.slurm.restart_policy import REQUEUE, RESTART
 from lockstep.slurm.restarts import AlreadyFinished, SlurmView, UnknownOwner, finish, start
@@ -99,6 +101,16 @@ def test_an_attempt_is_recorded_and_counted_once(run: Run) -> None:
     assert [attempt.attempt for attempt in read_attempts(run)] == [1]
 
 
+def test_an_agent_that_is_killed_while_it_claims_the_next_attempt_does_not_end_the_job(run: Run) -> None:
+    begin(run, "7_0")
+    record_failure(run, 1, Failure(0, 1, 0, "", "ValueError: once"))
+    owner = run.owner.read_text()
+    assert run.claim_attempt(Owner(job="7_0")) == 2
+    run.owner.write_text(owner)  # killed before it became the owner
+    assert end(run, "7_0", 1, status=137) == RESTART
+    assert begin(run, "7_0") == 3
+
+
 def interrupt(run: Run, attempt: int, number: int) -> None:
     RunResult("interrupted", attempts=attempt, reason="a signal", exit_status=number).write(run.result)
 
@@ -163,6 +175,21 @@ def test_a_finished_run_that_cannot_be_resumed_stays_finished_but_its_job_fails(
     assert [attempt.reason for attempt in read_attempts(run)] == ["", "ValueError: once", "size mismatch"]
     with pytest.raises(AlreadyFinished):
         begin(run, "5_0")
+
+
+def test_each_attempt_has_a_free_port_and_a_key_of_its_own(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = NodeTask(run.folder, run.folder, "fit", (), "", 1, None)
+    monkeypatch.setattr(supervisor, "load_task", lambda path: task)
+    monkeypatch.setattr(supervisor.sys, "stdin", io.StringIO(ARRAY))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        ports = iter([taken.getsockname()[1] - 15000, 5])
+        monkeypatch.setattr(supervisor.secrets, "randbelow", lambda stop: next(ports))
+        assert supervisor.main([str(run.folder), "start"], environment("7_2")) == 0
+    attempt, ends, port, key = capsys.readouterr().out.split()
+    assert (attempt, ends, port) == ("1", "1795717375", "15005") and len(key) == 64
 
 
 def test_a_job_that_slurm_has_ended_is_not_restarted(run: Run) -> None:

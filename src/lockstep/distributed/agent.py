@@ -31,7 +31,7 @@ from lockstep.distributed.rank_group import (
     raise_interrupted,
     set_process_name,
 )
-from lockstep.runs import Failure
+from lockstep.runs import LOST_AGENT, Failure
 
 _INTERVAL_SECONDS = 1.0
 """How often the agent checks the phases of the ranks."""
@@ -148,7 +148,7 @@ class Agent:
         if stuck:
             print(f"{describe_stuck(stuck)} The ranks are not restarted without srun.", file=sys.stderr, flush=True)
         is_final = bool(lost or stuck or signalled or failure is None)
-        return _Ended(status or int(bool(lost or stuck)), None if together else failure, is_final)
+        return _Ended(status or (LOST_AGENT if lost else int(bool(stuck))), None if together else failure, is_final)
 
     def _follow(self, attempt: int) -> int:
         (leader,) = self.channel.connections.values()
@@ -166,7 +166,7 @@ class Agent:
                 if message is None:  # the agent of node 0 is gone; the ranks of this node end with this process
                     if self.channel.silent:
                         self.plan.record(attempt, self._silence(0))
-                    return 1
+                    return LOST_AGENT
                 if "start" in message:
                     attempt = message["start"]
                     self._fork(attempt, message["rendezvous"], None)

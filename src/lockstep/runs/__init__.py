@@ -1,7 +1,7 @@
 """The run folder: its layout, the records in it, the code snapshot, and how a run ended."""
 
 from lockstep.runs.attempts import Attempt, append_attempt, read_attempts, record_earlier_attempts
-from lockstep.runs.endings import OVER_MEMORY, TERMINAL_STATES, Ending, Evidence, JobState, classify_ending
+from lockstep.runs.endings import LOST_AGENT, OVER_MEMORY, TERMINAL_STATES, Ending, Evidence, JobState, classify_ending
 from lockstep.runs.failure import (
     Failure,
     host_name,

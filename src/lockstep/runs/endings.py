@@ -24,6 +24,9 @@ TERMINAL_STATES = {
 }
 """Slurm's terminal job states, each with the exit status of ``follow`` and ``status``, and a description."""
 
+LOST_AGENT = 74
+"""Exit status of an agent that has lost its connection to another one (EX_IOERR of sysexits.h)."""
+
 _OVER_MEMORY = re.compile(r"(?i)(?:srun|slurmstepd\S*): error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)")
 _ENDED_BY_SLURM = re.compile(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|PREEMPTION)")
 _STATES_IN_OUTPUT = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
@@ -88,12 +91,12 @@ class LostTask(NamedTuple):
 
     Attributes:
         sentence: What they say, with its cause.
-        is_killed: Whether SIGKILL from outside ended it; the cause is unknown.
+        is_explained: Whether the cause is known: not if SIGKILL from outside ended it, or if it lost the agent of another node.
         is_out_of_memory: Whether Slurm ended it because it exceeded its memory limit.
     """
 
     sentence: str
-    is_killed: bool = False
+    is_explained: bool = True
     is_out_of_memory: bool = False
 
 
@@ -146,7 +149,7 @@ def classify_ending(evidence: Evidence) -> Ending:
         return Ending(word, status, "Slurm says so in the output of the job.")
     lost = lost or exited_task(evidence.output, failure)
     if lost is not None and not was_interrupted:
-        return Ending("failed", 1, lost.sentence, is_explained=not lost.is_killed)
+        return Ending("failed", 1, lost.sentence, is_explained=lost.is_explained)
     if result is not None and result.reason and (was_interrupted or failure is None):
         return Ending(result.status, result.exit_status or _run_exit_status(evidence.exit_status or 1), result.reason)
     if failure is not None:
@@ -202,14 +205,19 @@ def killed_task(output: str) -> LostTask | None:
     if killed is None:
         return None
     sentence = f"the agent of {killed[1]}: {killed[3]} (a signal ended it; SIGKILL may be the kernel, out of memory)."
-    return LostTask(sentence, is_killed=killed[3] == "Killed")
+    return LostTask(sentence, is_explained=killed[3] != "Killed")
 
 
 def exited_task(output: str, failure: Failure | None) -> LostTask | None:
-    """The first task that srun says exited without a signal; None if it names none."""
+    """The first task that srun says exited by itself and without a signal; None if it names none."""
     if (found := re.search(r"error: (execve\(\): .+)", output)) and failure is None:
         return LostTask(f"Slurm says: {found[1].rstrip('.')}.")
-    first = re.search(r"srun: error: (\S+): tasks? ([\d,-]+): Exited with exit code (\d+)", output)
-    if first is None or int(first[3]) in (130, 143):
+    exited = re.findall(r"srun: error: (\S+): tasks? [\d,-]+: Exited with exit code (\d+)", output)
+    if not exited:
         return None
-    return LostTask(f"the agent of {first[1]} ended with exit status {first[3]} and without a report.")
+    host, status = min(exited, key=lambda task: int(task[1]) == LOST_AGENT)  # which does not know the cause
+    if int(status) == LOST_AGENT:
+        return LostTask(f"the agent of {host} has lost its connection to the agent of another node.", is_explained=False)
+    if int(status) in (130, 143):
+        return None
+    return LostTask(f"the agent of {host} ended with exit status {status} and without a report.")

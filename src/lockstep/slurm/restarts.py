@@ -116,9 +116,12 @@ def _record(run: Run, attempt: attempts.Attempt) -> None:
 
 
 def _newest_own_attempt(run: Run, view: SlurmView, env: Mapping[str, str]) -> int:
-    """The newest attempt of this job: that of its batch script, or one that its agents have claimed since."""
-    held = Owner.read(run.owner)
-    return held.attempt if held == view.me else int(env["LOCKSTEP_ATTEMPT"])
+    """The newest attempt of this job: that of its batch script, or one that its agents have claimed since.
+
+    An agent that was killed while it claimed one has perhaps not become the owner of the run.
+    """
+    claims = (Owner.read(run.owner), run.owner_of(run.newest_attempt))
+    return max([int(env["LOCKSTEP_ATTEMPT"]), *(claim.attempt for claim in claims if claim is not None and claim == view.me)])
 
 
 def _decide(

@@ -1,16 +1,19 @@
 """The supervisor of a Slurm job, which its batch script calls before and after each attempt, outside of srun.
 
-``python -m lockstep.slurm.supervisor FOLDER start [SEEN]`` claims an attempt and prints its number and when the job ends.
-``… FOLDER finish STATUS`` records the attempt and prints what follows: ``restart`` (in this allocation), ``requeue`` (wait for
-another one), or the exit status of the job.
+``python -m lockstep.slurm.supervisor FOLDER start [SEEN]`` claims an attempt and prints its number, when the job ends, and the
+port and the key of the agents. ``… FOLDER finish STATUS`` records the attempt and prints what follows: ``restart`` (in this
+allocation), ``requeue`` (wait for another one), or the exit status of the job.
 
 It may run in a container without Slurm's commands, so the batch script pipes in the output of squeue for
 ``client.RUNNING_JOBS``. The last line is ``end`` if Slurm has answered.
 """
 
 import os
+import secrets
+import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lockstep.compat.submitit import load_task
@@ -28,7 +31,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         jobs = sys.stdin.read()
         if what == "start":
             view = SlurmView.parse(jobs, env, *map(int, rest))
-            print(start(run, slurm, view, env), view.my_job.end if view.my_job is not None else 0)
+            end = view.my_job.end if view.my_job is not None else 0
+            print(start(run, slurm, view, env), end, _free_port(), secrets.token_hex(32))
         else:
             print(finish(run, slurm, int(rest[0]), SlurmView.parse(jobs, env), env))
         return 0
@@ -44,6 +48,15 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         path = error.filename or slurm.parent  # a write to a full disk names no file
         print(f"lockstep: {path} cannot be read or written ({error.strerror}).", file=sys.stderr)
         return 1
+
+
+def _free_port() -> int:
+    """A random port of this node, the first of the job, that is not in use; below those that systems give to clients."""
+    while True:
+        port = 15000 + secrets.randbelow(10000)
+        with socket.socket() as server, suppress(OSError):
+            server.bind(("", port))
+            return port
 
 
 if __name__ == "__main__":

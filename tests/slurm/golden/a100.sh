@@ -40,7 +40,9 @@ supervisor() { /home/user/.venv/bin/python -m lockstep.slurm.supervisor /home/us
 retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
   retries=$((retries + 1))  # not in the pipeline, whose parts are subshells
   echo "$1; tried $retries of 60 times." | tee /home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.retry" >&2
-  [ $retries -lt 60 ] && sleep 10
+  [ $retries -lt 60 ] || return 1
+  sleep 10
+  return 0  # also if sleep was killed
 }
 # Slurm is queried here, because an image has none of its commands.
 query() ( unset "${!SQUEUE_@}" SLURM_CLUSTERS; export SLURM_TIME_FORMAT=%s; squeue "$@" 2>/dev/null )
@@ -56,10 +58,13 @@ running_jobs() {
   echo lockstep: squeue has not answered for ten minutes. >&2
 }
 cancel_steps() {  # ranks that outlive a killed srun must not train beside those of the next attempt
+  local step steps running
   for _ in {1..1200}; do
     if steps=$(query --steps --noheader --jobs="$LOCKSTEP_JOB" --format=%i); then
-      steps=$(grep '[.][0-9][0-9]*$' <<<"$steps") || return 0
-      scancel $steps
+      running=()
+      for step in $steps; do [[ $step =~ \.[0-9]+$ ]] && running+=("$step"); done
+      [ ${#running[@]} -gt 0 ] || return 0
+      scancel "${running[@]}"
     fi
     sleep 0.5
   done
@@ -69,7 +74,7 @@ cancel_steps() {  # ranks that outlive a killed srun must not train beside those
 srun() {
   retries=0 seen=
   while :; do
-    attempt=$(running_jobs | supervisor start $seen)
+    printed=$(running_jobs | supervisor start $seen)
     case $? in
       0) ;;
       2) return 2 ;;
@@ -77,18 +82,12 @@ srun() {
         echo "lockstep: python: the interpreter of the job cannot be run on $(hostname); set --python or the profile." >&2
         return 127 ;;
       76) return 0 ;;
-      75) seen=$attempt; continue ;;  # another job has claimed the run: query Slurm again for whether it runs
+      75) seen=$printed; continue ;;  # another job has claimed the run: query Slurm again for whether it runs
       *) retry "No attempt could be started" || return 1; continue ;;
     esac
     rm -f /home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.retry"
-    LOCKSTEP_ATTEMPT=${attempt% *} LOCKSTEP_ENDS=${attempt#* }
-    # Port and key of the agents on the first node: random, so that they cannot be guessed; the next port while it is in use.
-    MASTER_PORT=$((15000 + $(od -An -N4 -tu4 /dev/urandom) % 10000))
-    while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
-      MASTER_PORT=$((15000 + (MASTER_PORT - 15000 + 1009) % 10000))
-    done
-    LOCKSTEP_KEY=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
-    export LOCKSTEP_ATTEMPT LOCKSTEP_ENDS LOCKSTEP_KEY MASTER_PORT
+    claimed=($printed)
+    export LOCKSTEP_ATTEMPT=${claimed[0]} LOCKSTEP_ENDS=${claimed[1]} MASTER_PORT=${claimed[2]} LOCKSTEP_KEY=${claimed[3]}
     command srun "$@"
     status=$?
     [ $status -le 128 ] || cancel_steps || return 1
