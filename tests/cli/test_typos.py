@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.runs import REPO
+from support.waiting import wait_until
 
 from lockstep import cli
 from lockstep.cli import jobs, local, submit
@@ -233,6 +235,27 @@ def test_a_typo_is_one_sentence_and_leaves_nothing(
     assert said.startswith("lockstep: ") and said.count("\n") == 1, said
     assert expected in said
     assert sorted(path.name for path in here.iterdir()) == ["mine.yaml", "open"]
+
+
+def test_a_typo_is_told_while_slurm_does_not_answer(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sbatch", "scontrol"):
+        (here / name).write_text(f"#!/bin/sh\necho $$ >{here}/{name}.pid\nexec sleep 100\n")
+        (here / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+    create = submit.Submission.create
+
+    def create_late(*arguments: Any) -> Submission:
+        wait_until(lambda: all((here / f"{name}.pid").exists() for name in ("sbatch", "scontrol")), 20)
+        return create(*arguments)
+
+    monkeypatch.setattr(submit.Submission, "create", create_late)
+    assert submit.main(["--trainer.max_epoch", "3"]) == 2
+    assert "did you mean 'trainer.max_epochs'" in capsys.readouterr().err
+    for name in ("sbatch", "scontrol"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((here / f"{name}.pid").read_text()), 0)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from lockstep.slurm.submission import (
     Profile,
     Submission,
     apply_flags,
+    begin_trial,
     check_heterogeneous,
     describe_resources,
     load_profile,
@@ -202,6 +204,16 @@ def main(arguments: Sequence[str], program: str = "lockstep submit", plan_help: 
         gc.freeze()  # a last garbage collection would take a tenth of the process's time
 
 
+def _plan(submission: Submission, flags: argparse.Namespace) -> int:
+    """Print which strategies fit into the memory."""
+    table, unknown = plan_memory(submission, os.environ)
+    if flags.sweep or flags.then:
+        print(f"--plan covers only the {'first run of the sweep' if flags.sweep else 'training'}.")
+    print(unknown, file=sys.stderr, end="")
+    print(table, end="")
+    return 0
+
+
 def _submit(arguments: Sequence[str], program: str, plan_help: str | None) -> int:
     parser = make_parser(program, plan_help)
     check_heterogeneous(arguments)
@@ -230,22 +242,19 @@ def _submit(arguments: Sequence[str], program: str, plan_help: str | None) -> in
         profile=named_profile(flags),
     )
     names = [name.replace("_", "-") for name in (*vars(flags), "help")]
-    try:
-        submission = Submission.create(trainer_arguments, profile, options, os.environ, names)
-    except UsageError:
-        check_misplaced(trainer_arguments, names, local.make_parser)
-        raise
-    chain = Chain.create(submission, [parse_link(text, profile) for text in flags.then], os.environ, names)
-    if flags.plan:
-        table, unknown = plan_memory(submission, os.environ)
-        if flags.sweep or flags.then:
-            print(f"--plan covers only the {'first run of the sweep' if flags.sweep else 'training'}.")
-        print(unknown, file=sys.stderr, end="")
-        print(table, end="")
-        return 0
     has_slurm = shutil.which("sbatch") is not None
-    if has_slurm or not flags.dry_run:
-        chain.check_with_slurm(os.environ)
+    # Slurm judges the resources while the config is checked, whose errors are told first.
+    with nullcontext() if flags.plan else begin_trial(profile, options, os.environ) as trial:
+        try:
+            submission = Submission.create(trainer_arguments, profile, options, os.environ, names)
+        except UsageError:
+            check_misplaced(trainer_arguments, names, local.make_parser)
+            raise
+        chain = Chain.create(submission, [parse_link(text, profile) for text in flags.then], os.environ, names)
+        if flags.plan:
+            return _plan(submission, flags)
+        if has_slurm or not flags.dry_run:
+            chain.check_with_slurm(os.environ, trial)
     if flags.dry_run or flags.check:
         config = resolve_config(submission, os.environ)
         for own in chain.with_own_keys:

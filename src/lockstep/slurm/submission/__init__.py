@@ -13,4 +13,4 @@ from lockstep.slurm.submission.profile import (
 )
 from lockstep.slurm.submission.resumption import describe_resources, submitted_nodes, submitted_profile
 from lockstep.slurm.submission.sbatch import scrub_environment
-from lockstep.slurm.submission.submission import Submission
+from lockstep.slurm.submission.submission import Submission, begin_trial

@@ -12,7 +12,7 @@ from lockstep.runs import LaunchRecord, new_run_id
 from lockstep.slurm import Dependency, SubmittedJob
 from lockstep.slurm.submission.options import NodeRange
 from lockstep.slurm.submission.profile import Profile
-from lockstep.slurm.submission.sbatch import release_job
+from lockstep.slurm.submission.sbatch import Trial, release_job
 from lockstep.slurm.submission.submission import Queued, Submission, register
 
 LINK_COMMANDS = (*COMMANDS, "export")
@@ -80,9 +80,9 @@ class Chain(NamedTuple):
         """The links whose config differs from that of the training."""
         return [link for link in self.links if link.command != "export" and link.arguments != self.training.arguments]
 
-    def check_with_slurm(self, env: Mapping[str, str]) -> None:
-        """Raise UsageError if Slurm would not run one of the jobs."""
-        self.training.check_with_slurm(env)
+    def check_with_slurm(self, env: Mapping[str, str], trial: Trial | None = None) -> None:
+        """Raise UsageError if Slurm would not run one of the jobs; a ``trial`` has the resources of the training."""
+        self.training.check_with_slurm(env, trial)
         for link, text in zip(self.links, self.texts, strict=True):
             with _named(text):
                 link.check_with_slurm(env)

@@ -49,17 +49,53 @@ def scrub_environment(env: MutableMapping[str, str]) -> list[str]:
     return names
 
 
-def check_schedulable(request: JobRequest, env: Mapping[str, str]) -> None:
+class Trial:
+    """A job that Slurm is asked to judge, while this process does something else; a context manager.
+
+    It judges the resources only, so it can be asked before the config has been checked.
+    """
+
+    def __init__(self, request: JobRequest, env: Mapping[str, str]) -> None:
+        self._script, self._env = batch_script(request), {**env, "SBATCH_JOB_NAME": request.name}
+        self._config = start_query(SHOW_CONFIG, env)
+        self._sbatch: subprocess.Popen[str] | None = self._start()
+
+    def __enter__(self) -> "Trial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in filter(None, (self._sbatch, self._config)):
+            with process:
+                process.kill()  # nobody waits for the answer any more
+
+    def judge(self) -> "tuple[subprocess.CompletedProcess[str], Accounting]":
+        """The answer of ``sbatch --test-only``, and what slurmctld says about accounting."""
+        answer = _with_retries(self._ask)
+        shown = self._config.communicate()[0] or query_slurm(SHOW_CONFIG, self._env).stdout  # it may have been down at first
+        return answer, Accounting.parse(shown, self._env)
+
+    def _ask(self) -> "subprocess.CompletedProcess[str]":
+        sbatch, self._sbatch = self._sbatch or self._start(), None
+        output, errors = sbatch.communicate()
+        return subprocess.CompletedProcess(sbatch.args, sbatch.returncode, output, errors)
+
+    def _start(self) -> "subprocess.Popen[str]":
+        pipe = subprocess.PIPE
+        sbatch = subprocess.Popen(["sbatch", "--test-only"], env=self._env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        assert sbatch.stdin is not None
+        with suppress(BrokenPipeError), sbatch.stdin as script:
+            script.write(self._script)
+        sbatch.stdin = None  # communicate() would write to it
+        return sbatch
+
+
+def check_schedulable(request: JobRequest, env: Mapping[str, str], trial: Trial | None = None) -> None:
     """Raise UsageError if Slurm would reject this job, with Slurm's reason, the requested and the available resources.
 
-    Print a note about each limit that makes the job wait for other jobs.
+    Print a note about each limit that makes the job wait for other jobs. The ``trial`` has the same resources.
     """
-    command, script = ["sbatch", "--test-only"], batch_script(request)
-    env = {**env, "SBATCH_JOB_NAME": request.name}
-    with start_query(SHOW_CONFIG, env) as config:  # beside sbatch, which takes longer
-        answer = _with_retries(lambda: subprocess.run(command, input=script, env=env, capture_output=True, text=True))
-        shown = config.communicate()[0] or query_slurm(SHOW_CONFIG, env).stdout  # slurmctld may have answered only to a retry
-        accounting = Accounting.parse(shown, env)
+    with trial or Trial(request, env) as asked:
+        answer, accounting = asked.judge()
     if answer.returncode:
         limits.explain_policy(answer.stderr, request, accounting)
         # Unlike a submission, --test-only considers only nodes that are up: during maintenance it rejects jobs that can wait.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import randbelow
@@ -42,7 +42,7 @@ from lockstep.slurm import NodeTask, SubmittedJob, has_command, member_runs, reg
 from lockstep.slurm.submission.batch_script import JobRequest, batch_script
 from lockstep.slurm.submission.options import LaunchOptions
 from lockstep.slurm.submission.profile import Profile
-from lockstep.slurm.submission.sbatch import check_dependency, check_schedulable, submit_job
+from lockstep.slurm.submission.sbatch import Trial, check_dependency, check_schedulable, submit_job
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +140,8 @@ class Submission:
         folder = options.resume.folder if options.resume else root / name / new_run_id()
         return cls(command, tuple(keys), config, profile, options, folder, sweep_points(options.sweep), secrets)
 
-    def check_with_slurm(self, env: Mapping[str, str]) -> None:
-        """Raise UsageError if Slurm would not run this job, or is not installed here."""
+    def check_with_slurm(self, env: Mapping[str, str], trial: Trial | None = None) -> None:
+        """Raise UsageError if Slurm would not run this job, or is not installed here; a ``trial`` has its resources."""
         if not has_command("sbatch", env):
             raise UsageError(
                 "sbatch is not found: this is not a login node of a Slurm cluster; to start one on this machine: "
@@ -149,7 +149,7 @@ class Submission:
             )
         if self.options.after is not None:
             check_dependency(self.options.after, len(self.sweep_points), env)
-        check_schedulable(self._request(self.live_code(env)), env)
+        check_schedulable(self._request(self.live_code(env)), env, trial)
 
     def live_code(self, env: Mapping[str, str]) -> CodePaths:
         """The code where it is now, without a snapshot."""
@@ -306,6 +306,15 @@ class Submission:
 
     def _request(self, code: CodePaths) -> JobRequest:
         return JobRequest(self.job_name, self.folder, code, self.profile, self.options, len(self.sweep_points))
+
+
+def begin_trial(profile: Profile, options: LaunchOptions, env: Mapping[str, str]) -> AbstractContextManager[Trial | None]:
+    """Ask Slurm whether it would run a job with these resources; None if it is not installed here."""
+    if not has_command("sbatch", env):
+        return nullcontext()
+    here = options.working_directory
+    name, runs = options.job_name or "lockstep", len(sweep_points(options.sweep))
+    return Trial(JobRequest(name, here, snapshot.live_code(here, python_path(env)), profile, options, runs), env)
 
 
 def register(job: SubmittedJob, env: Mapping[str, str]) -> None:
