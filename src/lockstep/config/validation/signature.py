@@ -167,7 +167,9 @@ def _arguments(function: Function, module: ModuleSource) -> list[Argument]:
 
 def _kwargs_uses(function: Function) -> list[ast.expr]:
     """Expressions in a function that are its ``**kwargs``."""
-    name = function.args.kwarg.arg if function.args.kwarg else None
+    if function.args.kwarg is None:
+        return []
+    name = function.args.kwarg.arg
     return [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
 
 

@@ -76,7 +76,7 @@ class ModuleSource:
 
     def bindings(self, name: str) -> list[Binding]:
         """Statements and imports that bind ``name`` in the module, also inside ``if`` and ``try``."""
-        if not self._has_word(name):
+        if not _has_word(self.text, name):
             return []
         return self._scan(name) or list(self.bindings_in(self.tree.body, name))
 
@@ -86,22 +86,18 @@ class ModuleSource:
 
     def mentions(self, name: str) -> bool:
         """Whether the module assigns ``name`` anywhere, or contains it as a string."""
-        return self._has_word(name) and any(
+        return _has_word(self.text, name) and any(
             (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store))
             or (isinstance(node, ast.Constant) and node.value == name)
             or (isinstance(node, ast.Global) and name in node.names)
             for node in ast.walk(self.tree)
         )
 
-    def _has_word(self, name: str) -> bool:
-        return name in self.text and re.search(rf"\b{re.escape(name)}\b", self.text) is not None
-
     def _scan_statements(self, name: str) -> list[Binding]:
         """Like ``bindings``, but in top-level statements that contain the name; empty if one of them cannot be parsed."""
-        word = re.compile(r"import \*" if name == "*" else rf"\b{re.escape(name)}\b")
         found: list[Binding] = []
         for defined, part in self._parts:
-            if defined in ("", name) and (name in part or name == "*") and word.search(part):
+            if defined in ("", name) and ("import *" in part if name == "*" else _has_word(part, name)):
                 try:
                     body = _class_body(part) if defined else _parse(part)
                 except Undecidable:  # not a statement, but lines of a string that look like one
@@ -152,11 +148,13 @@ def statements(text: str, indent: str = "") -> Iterator[str]:
 
     Text before the first statement belongs to it. Lines in triple quotes belong to their statement.
     """
-    begin = re.compile(rf"^{indent}(?=[^\s#)\]}}])(?!(?:else|elif|except|finally)\b)", re.MULTILINE)
+    begin = re.compile(
+        rf"\n{indent}(?=[^\s#)\]}}])(?!(?:else|elif|except|finally)\b)"
+    )  # faster than ^, which has no first character
     start = seen = quotes = 0
     decorated = True  # no statement yet
-    for found in begin.finditer(text):
-        at = found.start()
+    for found in begin.finditer(f"\n{text}"):
+        at = found.start()  # in text, the beginning of the line
         quotes += text.count('"""', seen, at) + text.count("'''", seen, at)
         seen = at
         if quotes % 2:
@@ -164,8 +162,18 @@ def statements(text: str, indent: str = "") -> Iterator[str]:
         if not decorated:
             yield text[start:at]
             start = at
-        decorated = text.startswith("@", found.end())
+        decorated = text.startswith("@", at + len(indent))
     yield text[start:]
+
+
+def _has_word(text: str, word: str) -> bool:
+    """Whether ``word`` is in ``text``, and not only within other words; faster than to compile a pattern for each word."""
+    end = 0
+    while (start := text.find(word, end)) >= 0:
+        end = start + len(word)
+        if not any(near.isalnum() or near == "_" for near in text[start - 1 : start] + text[end : end + 1]):
+            return True
+    return False
 
 
 def _class_body(text: str) -> list[ast.stmt]:
