@@ -64,8 +64,7 @@ class JobState(Record):
         return self.state in TERMINAL_STATES
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """What is known about an ending.
 
     Attributes:

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,8 +152,7 @@ def parse_scripts(text: str) -> dict[str, str]:
     return {job.strip(): script for job, script, *_ in (line.split("|") for line in text.splitlines())}
 
 
-@dataclass(frozen=True)
-class Partition:
+class Partition(NamedTuple):
     """Nodes of one kind in a partition, as ``sinfo`` prints them; where they differ, ``cpus`` and ``memory`` end with +."""
 
     name: str

@@ -191,9 +191,9 @@ def _run_status(
     owner = Owner.read(run.owner)
     if owner is not None and owner.job not in (None, job):  # the newest attempt is that of another job
         # A job ends with 0 only if the run had finished then; since then another job may have resumed it.
-        evidence = replace(evidence, result=RunResult("finished") if status == 0 else None, failure=None)
+        evidence = evidence._replace(result=RunResult("finished") if status == 0 else None, failure=None)
     elif not run.is_finished_by(job):
-        evidence = replace(evidence, result=run.result_of(run.newest_attempt))
+        evidence = evidence._replace(result=run.result_of(run.newest_attempt))
     ending = endings.classify_ending(evidence)
     if ending.state == "gone" and not run.newest_attempt and (launch := LaunchRecord.read(run.launch)) and launch.after:
         why = f"It never started: it was cancelled, or {launch.after} did not happen; Slurm has forgotten which."

@@ -4,9 +4,8 @@ import ast
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -31,8 +30,7 @@ INVALID = object()
 """Returned by ``ExpectedType.accept`` for a value that is certainly not valid."""
 
 
-@dataclass(frozen=True)
-class ExpectedType:
+class ExpectedType(NamedTuple):
     """The values that an annotation accepts: a union of kinds.
 
     Attributes:
@@ -118,10 +116,10 @@ def expected_type(sources: SourceIndex, argument: Argument) -> ExpectedType:
         return found
     default = _constant_value(sources, argument.module, argument.default)
     if default is None and "null" not in found.simple:
-        found = replace(found, simple=(*found.simple, "null"))
+        found = found._replace(simple=(*found.simple, "null"))
     # A computed default may be a string that the annotation does not allow; jsonargparse accepts it nevertheless.
     computed = default is INVALID and not isinstance(argument.default, ast.Call)
-    return replace(found, default=default, anything=found.anything or (computed and not (found.classes or found.items)))
+    return found._replace(default=default, anything=found.anything or (computed and not (found.classes or found.items)))
 
 
 def _constant_value(sources: SourceIndex, module: ModuleSource, node: ast.expr) -> Any:

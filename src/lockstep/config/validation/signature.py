@@ -1,8 +1,9 @@
 """Find the arguments of a class or function as jsonargparse does: its own, and those that its ``**kwargs`` reach."""
 
 import ast
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 from lockstep.config.validation.lookup import Definition, SourceIndex
 from lockstep.config.validation.source import ModuleSource, Undecidable
@@ -21,8 +22,7 @@ _TRANSPARENT_DECORATORS = {"_defaults_from_env_vars", "override", "abstractmetho
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):
     """An argument in its source.
 
     Attributes:
@@ -36,11 +36,10 @@ class Argument:
     default: ast.expr | None = None
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(NamedTuple):
     """The known arguments of a class or function by name; ``closed`` if there are certainly no others."""
 
-    arguments: dict[str, Argument] = field(default_factory=dict)
+    arguments: Mapping[str, Argument] = MappingProxyType({})
     closed: bool = False
 
 

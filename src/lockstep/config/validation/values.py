@@ -4,7 +4,6 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,7 @@ class ValueMerger:
     def _expected_network(self, value: str, expected: ExpectedType, key: str) -> ExpectedType:
         """Narrow the annotation of ``Classifier.network``: an import path or a torchvision model, not any text."""
         if "." in value:
-            return replace(expected, simple=())
+            return expected._replace(simple=())
         if value.isidentifier():
             try:
                 self._sources.find(f"torchvision.models.{value}")

@@ -4,9 +4,8 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lockstep.compat.submitit import ScriptExecutor, batch_script_text
 from lockstep.runs import CodePaths
@@ -15,8 +14,7 @@ from lockstep.slurm.submission.options import LaunchOptions
 from lockstep.slurm.submission.profile import Profile
 
 
-@dataclass(frozen=True)
-class JobRequest:
+class JobRequest(NamedTuple):
     """A job to submit, or an array of ``runs``; scripts, pickles and the output of srun go into ``folder/slurm``."""
 
     name: str

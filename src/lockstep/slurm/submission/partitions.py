@@ -1,7 +1,6 @@
 """The partitions of a cluster, and the explanation of why Slurm rejects a job there."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from lockstep.core import UsageError, count
 from lockstep.slurm import Partition, parse_rejection
@@ -45,9 +44,9 @@ def explain_rejection(output: str, request: JobRequest, partitions: Sequence[Par
     requested += [f"an array of {request.runs} runs (limited by MaxArraySize in slurm.conf)"] if request.runs > 1 else []
     kinds: dict[Partition, int] = {}
     for partition in _requested(request, partitions):
-        kind = replace(partition, nodes="", state="")
+        kind = partition._replace(nodes="", state="")
         kinds[kind] = kinds.get(kind, 0) + int(partition.nodes)
-    available = "; ".join(str(replace(kind, nodes=str(nodes))) for kind, nodes in kinds.items())
+    available = "; ".join(str(kind._replace(nodes=str(nodes))) for kind, nodes in kinds.items())
     if not available:
         names = dict.fromkeys(p.name for p in partitions)
         available = f"partitions are {', '.join(names)}" if names else "sinfo lists no partitions"

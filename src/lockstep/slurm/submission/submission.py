@@ -231,7 +231,7 @@ class Submission:
         code = CodePaths(tuple(map(Path, launch.paths)), None, launch.code or "")
         task = self._task(run, self.arguments, code)
         options = replace(self.options, working_directory=Path(launch.folder))
-        return Queued(self._submitted(submit_job(replace(self._request(code), options=options), [task], env), env), code)
+        return Queued(self._submitted(submit_job(self._request(code)._replace(options=options), [task], env), env), code)
 
     def _submitted(self, job: str, env: Mapping[str, str]) -> SubmittedJob:
         conf = env.get("SLURM_CONF", "")
