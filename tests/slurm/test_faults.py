@@ -159,6 +159,7 @@ def test_cancelled_and_lost_node(shell: Shell) -> None:
     status = cancelled.wait(seconds=SOON)
     assert (status["exit"], status["state"]) == (4, "cancelled")
     nothing_is_left(cancelled)
+    assert (cancelled.folder / "slurm" / f"{cancelled.id}.exit").read_text() == "143\n"
     shell.cluster.lose("n4")
     status = lost.wait("waiting", seconds=SOON)
     assert "for nodes that are down" in status["message"] or "for its start time" in status["message"]

@@ -123,6 +123,7 @@ export LOCKSTEP_JOB="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+
 exit_file=@slurm@/"$LOCKSTEP_JOB.exit"
 rm -f "$exit_file"
 trap 'echo $? >"$exit_file"' EXIT
+trap 'exit 143' TERM  # when srun has ended; without this the status would be that of the command before it, 0
 # Loading a pickle runs code: only the owner may write to this folder.
 if [ -n "$(find @folder@ @slurm@ -maxdepth 0 \( ! -uid "$(id -u)" -o -perm /022 \) 2>&1)" ]; then
   echo lockstep: others can write to @folder@, so no code is loaded from it. Run chmod go-w on it and submit again. >&2
