@@ -11,9 +11,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -107,48 +107,37 @@ class Agent:
 
     def _lead_attempt(self, attempt: int) -> "_Ended":
         """Run one attempt on all nodes until its last rank has ended."""
-        address = parse_rendezvous(self.agents.rendezvous)[0] if self.agents.size > 1 else "127.0.0.1"
-        with listen(address, 0, self.agents.size) as listener:
-            host = f"[{address}]" if ":" in address else address
-            rendezvous = f"tcp://{host}:{listener.getsockname()[1]}"
-            self.channel.send({"start": attempt, "rendezvous": rendezvous})
-            group = self._fork(attempt, rendezvous, listener)
-        running, outcomes = set(self.channel.connections), list[RankOutcome]()
-        signalled, lost, failed_at, is_ending, stuck = False, False, None, False, list[str]()
-        while group.running or running:
-            new, ready = group.poll(_INTERVAL_SECONDS if failed_at is None else 0.1, list(self.channel.connections.values()))
+        group = self._fork_on_all_nodes(attempt)
+        state = _AttemptState(set(self.channel.connections))
+        while group.running or state.running:
+            seconds = _INTERVAL_SECONDS if state.failed_at is None else 0.1
+            new, ready = group.poll(seconds, list(self.channel.connections.values()))
             for node, message in self.channel.receive(ready):
-                if message is None:  # the batch script restarts the agents
-                    lost = True
-                    running.discard(node)
+                if message is None:
+                    state.lose(node)
                     if node in self.channel.silent:  # else srun reports the reason
                         new.append(RankOutcome(failure=self._silence(node)))
                 elif "failure" in message:
                     new.append(_parse_outcome(message))
                 else:
-                    running.discard(node)
-                    stuck += message["stuck"]
-                    lost, signalled = lost or bool(stuck), signalled or bool(message["signal"])
-            outcomes += [outcome for outcome in new if not (is_ending and _is_interruption(outcome))]
-            now = time.monotonic()
-            if failed_at is None and (lost or any(outcome.ends_others for outcome in outcomes)):
-                failed_at = now
-            has_cause = lost or any(_is_cause(outcome) for outcome in outcomes)
-            patience = _CAUSE_SECONDS if has_cause else _SECONDARY_SECONDS
-            if failed_at is not None and now - failed_at > patience and not is_ending:
-                is_ending = True
+                    state.end(node, message)
+            state.add(new)
+            if state.must_end():
                 self.channel.send({"end": True})
                 group.end()
-        stuck += self._end_group()
-        failure = first_failure(outcomes)
-        together = all(outcome.together for outcome in outcomes if outcome.failure is not None)
-        status = 0 if failure is None or (together and not lost) else failure.exit_status
-        if self._signal or signalled:  # Slurm kills the ranks that did not end in time
-            failure = replace(failure, is_secondary=True) if failure is not None and failure.is_killed else failure
-        if stuck:
-            print(f"{describe_stuck(stuck)} The ranks are not restarted without srun.", file=sys.stderr, flush=True)
-        is_final = bool(lost or stuck or signalled or failure is None)
-        return _Ended(status or (LOST_AGENT if lost else int(bool(stuck))), None if together else failure, is_final)
+        state.stuck += self._end_group()
+        if state.stuck:
+            print(f"{describe_stuck(state.stuck)} The ranks are not restarted without srun.", file=sys.stderr, flush=True)
+        return state.ended(bool(self._signal))
+
+    def _fork_on_all_nodes(self, attempt: int) -> RankGroup:
+        """Open the rendezvous of an attempt, tell the other agents to fork their ranks, and fork those of this node."""
+        address = parse_rendezvous(self.agents.rendezvous)[0] if self.agents.size > 1 else "127.0.0.1"
+        with listen(address, 0, self.agents.size) as listener:
+            host = f"[{address}]" if ":" in address else address
+            rendezvous = f"tcp://{host}:{listener.getsockname()[1]}"
+            self.channel.send({"start": attempt, "rendezvous": rendezvous})
+            return self._fork(attempt, rendezvous, listener)
 
     def _follow(self, attempt: int) -> int:
         (leader,) = self.channel.connections.values()
@@ -241,6 +230,72 @@ class _Ended:
     status: int
     failure: Failure | None
     is_final: bool
+
+
+@dataclass
+class _AttemptState:
+    """An attempt on all nodes, as the agent of node 0 sees it.
+
+    Attributes:
+        running: The other nodes whose ranks run.
+        outcomes: Of the ranks that have ended.
+        stuck: Names of processes that the kernel does not end.
+        is_lost: Whether an agent is gone.
+        is_signalled: Whether another agent has got a signal.
+        failed_at: When the first failure became known.
+        is_ending: Whether all ranks have been told to end.
+    """
+
+    running: set[int]
+    outcomes: list[RankOutcome] = field(default_factory=list)
+    stuck: list[str] = field(default_factory=list)
+    is_lost: bool = False
+    is_signalled: bool = False
+    failed_at: float | None = None
+    is_ending: bool = False
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether these agents cannot run another attempt."""
+        return self.is_lost or bool(self.stuck)
+
+    def lose(self, node: int) -> None:
+        """The agent of a node is gone."""
+        self.is_lost = True
+        self.running.discard(node)
+
+    def end(self, node: int, message: Mapping[str, Any]) -> None:
+        """All ranks of a node have ended."""
+        self.running.discard(node)
+        self.stuck += message["stuck"]
+        self.is_signalled = self.is_signalled or bool(message["signal"])
+
+    def add(self, outcomes: Sequence[RankOutcome]) -> None:
+        """These ranks have ended; those that were told to do not count as failed."""
+        self.outcomes += [outcome for outcome in outcomes if not (self.is_ending and _is_interruption(outcome))]
+        if self.failed_at is None and (self.is_broken or any(outcome.ends_others for outcome in self.outcomes)):
+            self.failed_at = time.monotonic()
+
+    def must_end(self) -> bool:
+        """Whether to end all ranks now: once, when reports of earlier failures had time to arrive."""
+        has_cause = self.is_broken or any(_is_cause(outcome) for outcome in self.outcomes)
+        patience = _CAUSE_SECONDS if has_cause else _SECONDARY_SECONDS
+        if self.is_ending or self.failed_at is None or time.monotonic() - self.failed_at <= patience:
+            return False
+        self.is_ending = True
+        return True
+
+    def ended(self, has_signal: bool) -> _Ended:
+        """How the attempt has ended; ``has_signal``: this agent has got one."""
+        failure = first_failure(self.outcomes)
+        together = all(outcome.together for outcome in self.outcomes if outcome.failure is not None)
+        status = 0 if failure is None or (together and not self.is_broken) else failure.exit_status
+        if (has_signal or self.is_signalled) and failure is not None and failure.is_killed:
+            failure = replace(failure, is_secondary=True)  # Slurm kills the ranks that did not end in time
+        is_final = self.is_broken or self.is_signalled or failure is None
+        return _Ended(
+            status or (LOST_AGENT if self.is_lost else int(bool(self.stuck))), None if together else failure, is_final
+        )
 
 
 def _is_interruption(outcome: RankOutcome) -> bool:
