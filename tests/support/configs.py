@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+from jsonargparse import ArgumentError
+
 from lockstep.config.validation import validate_arguments
 from lockstep.core import UsageError
+from lockstep.trainer.config_parser import make_parser
 from support.runs import REPO
 
 DIGITS = ("--config", str(REPO / "configs/digits.yaml"))
@@ -16,6 +19,15 @@ def said(arguments: list[str], *folders: Path) -> str:
     except UsageError as error:
         return error.message
     return ""
+
+
+def parses(arguments: list[str]) -> bool:
+    """Whether jsonargparse, without static validation, accepts ``arguments``."""
+    try:
+        make_parser().parse_args(arguments)
+    except ArgumentError:
+        return False
+    return True
 
 
 def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
