@@ -1,7 +1,9 @@
 """The status of jobs that Slurm no longer knows, from files of the run folder alone."""
 
+import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,9 @@ from lockstep.runs.failure import Failure, record_failure
 from lockstep.runs.records import Owner, RunResult
 from lockstep.runs.run import Run
 from lockstep.slurm import registry
-from lockstep.slurm.follow import follow
+from lockstep.slurm.follow import _RankLog, follow
 from lockstep.slurm.registry import SubmittedJob, find_job, register_job, registered_jobs
-from lockstep.slurm.status import RunStatus, query_status
+from lockstep.slurm.status import ACTIVE, RunStatus, mark_cancelled, query_status
 
 
 @pytest.fixture
@@ -59,6 +61,30 @@ def test_a_job_that_was_refused_does_not_end_as_the_attempt_of_another_job(run: 
     ended(run, 2, "lockstep: The run is being trained by job 8; end that first.\n")
     view = seen(run, env)
     assert view.exit_status == 2 and "is being trained by job 8" in view.message
+
+
+def test_a_character_that_is_half_written_is_shown_whole(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "Größe".encode()
+    log = _RankLog(run, 0, 0, 0)
+    for part in (text[:3], text[3:]):
+        with run.log(1).open("ab") as file:
+            file.write(part)
+        log.print_news()
+    assert capsys.readouterr().out == "Größe"
+
+
+def test_a_full_disk_does_not_hide_that_a_job_is_cancelled(
+    run: Run, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    active = replace(seen(run, env), exit_status=ACTIVE)
+    monkeypatch.setattr(Path, "touch", refuse)
+    mark_cancelled([active])
+    monkeypatch.undo()
+    mark_cancelled([active])
+    assert (run.folder / "slurm/7.cancelled").exists()
 
 
 def test_the_first_failure_is_told(run: Run, env: dict[str, str]) -> None:

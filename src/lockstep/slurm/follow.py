@@ -2,6 +2,7 @@
 
 import sys
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Mapping
 
 from lockstep.core import clear_line, shell_command
@@ -63,14 +64,17 @@ class _RankLog:
 
     def __init__(self, run: Run, rank: int, attempt: int, read: int) -> None:
         self._run, self._rank, self._attempt, self._read = run, rank, attempt, read
+        self._decoder = getincrementaldecoder("utf-8")(errors="replace")  # keeps a character that is not written whole yet
 
     def print_news(self) -> None:
         """Print what was written since the last call."""
         for attempt in range(max(1, self._attempt), self._run.newest_attempt + 1):
             if attempt != self._attempt:
                 self._attempt, self._read = attempt, 0
+                self._decoder.reset()
             if (path := self._run.find_log(attempt, self._rank)) is not None:
-                with path.open(errors="replace", newline="") as file:
+                with path.open("rb") as file:
                     file.seek(self._read)
-                    print(file.read(), end="", flush=True)
-                    self._read = file.tell()
+                    new = file.read()
+                self._read += len(new)
+                print(self._decoder.decode(new), end="", flush=True)

@@ -126,7 +126,8 @@ def mark_cancelled(statuses: Iterable[RunStatus]) -> None:
     """Record that these runs were cancelled: Slurm soon forgets a run of a sweep that never started."""
     for status in statuses:
         if status.is_active and (folder := _slurm_folder(status.run)).is_dir():
-            (folder / f"{status.job}.cancelled").touch()
+            with suppress(OSError):  # a full disk must not hide that the job is cancelled
+                (folder / f"{status.job}.cancelled").touch()
 
 
 def query_status(jobs: Iterable[SubmittedJob], env: Mapping[str, str]) -> list[RunStatus]:
