@@ -25,6 +25,7 @@ from lockstep.data import ShardDataset, Shards
 from lockstep.data.image_folder import CorruptFile, ImageFiles
 from lockstep.data.packed import scan
 from lockstep.data.packed.index import ShardIndex
+from lockstep.data.packed.mapping import MappedFile
 from lockstep.pack.command import main
 
 LONG = "folder.with.dots/" + "long/" * 40
@@ -192,6 +193,22 @@ def test_a_damaged_shard_is_named_with_its_member(tmp_path: Path, damage: Callab
     damage(path)
     with pytest.raises(UsageError, match=rf"^data\.root: .*{message}"):
         ShardDataset(tmp_path / "train")
+
+
+def test_pixels_that_are_truncated_after_the_file_was_mapped_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(9000))
+
+    def read() -> None:
+        mapped = MappedFile(tmp_path / "a", 9000)
+        assert mapped.view(5000, 4000).sum() == 0
+        os.truncate(tmp_path / "a", 4096)
+        with pytest.raises(OSError, match="its disk fails, or it was truncated"):
+            mapped.view(5000, 4000).sum()
+
+    process = get_context("fork").Process(target=read)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_shard_that_changes_while_it_is_read_is_named(tmp_path: Path) -> None:

@@ -46,22 +46,25 @@ class MappedFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """A copy of ``length`` bytes from ``offset``; OSError if the disk fails or the file was truncated."""
-        self._prepare(offset, length)
-        if self._libc.madvise(*self._newest, _POPULATE_READ) and (number := ctypes.get_errno()) != errno.EINVAL:
-            raise OSError(errno.EIO, f"its disk fails, or it was truncated ({os.strerror(number)})")
+        self._populate(offset, length)
         return ctypes.string_at(self._start + offset, length)
 
     def view(self, offset: int, length: int) -> Tensor:
-        """``length`` bytes from ``offset``, uint8 (length,), without a copy; a write to it crashes the process."""
-        self._prepare(offset, length)
+        """``length`` bytes from ``offset``, uint8 (length,), without a copy; a write to it crashes the process.
+
+        OSError if the disk fails or the file was truncated.
+        """
+        self._populate(offset, length)
         return self._content[offset : offset + length]
 
-    def _prepare(self, offset: int, length: int) -> None:
-        """Release the pages of the last read, and prefetch exactly those of the next one."""
+    def _populate(self, offset: int, length: int) -> None:
+        """Release the pages of the last read, and read exactly those of the next one, if Linux can say whether that worked."""
         self._libc.madvise(*self._newest, _DONT_NEED)
         before = offset % mmap.PAGESIZE
         self._newest = self._start + offset - before, length + before
         self._libc.madvise(*self._newest, _WILL_NEED)
+        if self._libc.madvise(*self._newest, _POPULATE_READ) and (number := ctypes.get_errno()) != errno.EINVAL:
+            raise OSError(errno.EIO, f"its disk fails, or it was truncated ({os.strerror(number)})")
 
 
 def _libc() -> Any:
