@@ -140,7 +140,9 @@ def classify_ending(evidence: Evidence) -> Ending:
     if failure is not None and failure.is_cause:
         if failure.is_out_of_memory:
             return _out_of_memory(None, failure)
-        return Ending("failed", _run_exit_status(failure.exit_status), failure.reason, is_explained=not is_killed)
+        told = (result.reason or "") if result is not None and result.status == "failed" else ""
+        reason = told if failure.reason in told else failure.reason  # the result may also tell why no attempt followed
+        return Ending("failed", _run_exit_status(failure.exit_status), reason, is_explained=not is_killed)
     if evidence.is_forgotten and evidence.was_cancelled:
         return Ending("cancelled", 4)
     if evidence.is_forgotten and (why := _ENDED_BY_SLURM.search(evidence.output)):
