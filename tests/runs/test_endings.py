@@ -20,6 +20,7 @@ OVER = "slurmstepd: error: Detected 1 oom_kill event in StepId=10.0. Some of the
 FINISHED, STOPPED = RunResult("finished"), RunResult("interrupted", reason="SIGUSR2", exit_status=140)
 CAUSE, LOST = Failure(1, 4, 1, "n2", "ValueError: no"), Failure(0, 4, 0, "n1", "RuntimeError: gloo", is_secondary=True)
 GIVEN_UP = RunResult("failed", reason=f"It has failed 2 times in a row: {CAUSE.reason}")
+LEFT = RunResult("failed", reason="25 attempts in a row: the agent of n1 has lost its connection to the agent of another node.")
 KILLED_RANK = Failure(2, 4, 2, "n3", "The process was killed by SIGKILL.", is_killed=True)
 HUNGRY = replace(KILLED_RANK, report="it had 2 GiB.", is_out_of_memory=True)
 SIGNALLED = Failure(2, 4, 2, "n3", "it was ended by SIGTERM.", 143)
@@ -60,6 +61,7 @@ def test_a_kill_from_outside_tells_nothing(text: str, failure: Failure | None, i
         (Evidence(STOPPED, CAUSE, "", 1), "failed", 1, "ValueError: no"),
         (Evidence(GIVEN_UP, CAUSE, "", 1), "failed", 1, "It has failed 2 times in a row: rank 1 (node 1, n2): ValueError: no"),
         (Evidence(GIVEN_UP, HUNGRY, "", 1), "out of memory", 6, "it had 2 GiB."),
+        (Evidence(LEFT, None, ALONE, 1), "failed", 1, "25 attempts in a row: the agent of n1 has lost"),
         (Evidence(None, LOST, OVER, 1), "out of memory", 6, "--mem"),
         (Evidence(None, None, "", 137, JobState("CANCELLED")), "cancelled", 4, ""),
         (Evidence(None, None, OVER, 137, JobState("CANCELLED")), "out of memory", 6, "oom_kill"),

@@ -125,7 +125,14 @@ class Ending(NamedTuple):
 
 
 def classify_ending(evidence: Evidence) -> Ending:
-    """Decide why a run or an attempt ended; the strongest evidence comes first."""
+    """Decide why a run or an attempt ended; the reason also tells why no attempt followed, if the result does."""
+    ending, result = _strongest(evidence), evidence.result
+    told = (result.reason or "") if result is not None and result.status == "failed" else ""
+    return ending._replace(reason=told) if ending.reason and ending.reason in told else ending
+
+
+def _strongest(evidence: Evidence) -> Ending:
+    """What the evidence says; the strongest comes first."""
     result, failure, job = evidence.result, evidence.failure, evidence.job
     lost = killed_task(evidence.output)
     if job is not None and job.state not in ("COMPLETED", "FAILED"):
@@ -140,9 +147,7 @@ def classify_ending(evidence: Evidence) -> Ending:
     if failure is not None and failure.is_cause:
         if failure.is_out_of_memory:
             return _out_of_memory(None, failure)
-        told = (result.reason or "") if result is not None and result.status == "failed" else ""
-        reason = told if failure.reason in told else failure.reason  # the result may also tell why no attempt followed
-        return Ending("failed", _run_exit_status(failure.exit_status), reason, is_explained=not is_killed)
+        return Ending("failed", _run_exit_status(failure.exit_status), failure.reason, is_explained=not is_killed)
     if evidence.is_forgotten and evidence.was_cancelled:
         return Ending("cancelled", 4)
     if evidence.is_forgotten and (why := _ENDED_BY_SLURM.search(evidence.output)):
