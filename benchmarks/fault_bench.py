@@ -102,12 +102,13 @@ class Job(slurm_jobs.Job):
         return sorted(found, key=lambda pid: found[pid])
 
     def processes(self) -> list[tuple[int, str]]:
-        """Process id and command of all processes of the job, except the batch script and Slurm's own."""
-        return [
-            (pid, " ".join(command.split())[-70:])
-            for pid, command, _ in self._processes()
-            if "slurm_script" not in command and "slurmstepd" not in command
-        ]
+        """Process id and name of all processes of the job, except the batch script and Slurm's own."""
+        found = []
+        for pid, command, _ in self._processes():
+            if "slurm_script" not in command and "slurmstepd" not in command:
+                with contextlib.suppress(OSError):
+                    found.append((pid, Path(f"/proc/{pid}/comm").read_text().strip()))
+        return found
 
     def _processes(self) -> Iterator[tuple[int, str, dict[str, str]]]:
         """Process id, command line and environment of all processes of the job."""

@@ -310,11 +310,11 @@ def random_kills(*arguments: str) -> Injector:
                 job.wait_for_progress()
             time.sleep(generator.uniform(0, 8))
             if processes := job.processes():
-                pid, command = generator.choice(processes)
+                pid, name = generator.choice(processes)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     kills += 1
-                    print(f"  kill {kills}: {command}", file=sys.stderr)
+                    print(f"  kill {kills}: {name}", file=sys.stderr)
         if kills < 20:
             status = job.status()
             raise SystemExit(f"only {kills} processes were killed before the run ended: {status['state']}. {status['message']}")
