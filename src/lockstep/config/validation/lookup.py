@@ -3,6 +3,7 @@
 import ast
 import builtins
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -221,6 +222,8 @@ def _read_module(name: str, path: Path) -> ModuleSource | None:
             return _module_source(name, file.read_text(), stubbed=file.with_suffix(".pyi").is_file(), file=file)
     except (OSError, UnicodeDecodeError):
         raise Undecidable from None
-    if any(other.suffix in (".so", ".pyd", ".pyc") for other in path.parent.glob(f"{path.name}.*")):
+    if path.parent.is_dir() and any(
+        name.startswith(f"{path.name}.") and name.endswith((".so", ".pyd", ".pyc")) for name in os.listdir(path.parent)
+    ):
         raise Undecidable  # compiled
     return ModuleSource(name, "", path) if path.is_dir() else None
