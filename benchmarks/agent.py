@@ -74,6 +74,10 @@ class Node:
         assert self.process.poll() is None or self.steps() >= count, self._output()
         return time.monotonic()
 
+    def wait_for_attempt(self, attempt: int) -> None:
+        """Wait until this attempt has begun."""
+        wait_until(lambda: self.run.newest_attempt == attempt, 60, self._output, interval=0.01)
+
     def ranks(self) -> list[int]:
         """Process ids of the ranks, by rank."""
         found = {}
@@ -128,7 +132,7 @@ def measure(ranks: int, kills: int, folder: Path) -> tuple[str, ...]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(node.ranks()[number % ranks], signal.SIGKILL)
             # A step or two may still end after the kill.
-            wait_until(lambda: node.run.newest_attempt == number + 2, 60, interval=0.01)  # noqa: B023
+            node.wait_for_attempt(number + 2)
             steps = max(steps, node.steps())
             restarts.append(node.wait_for_steps(steps + 1) - killed)
             node.wait_for_steps(steps + 12)

@@ -61,7 +61,8 @@ def test_a_resumed_run_has_the_resources_of_its_submission_where_no_flag_says_ot
     )
     cluster.unlink()
     with pytest.raises(
-        UsageError, match=r"--resume: NCCL_DEBUG of the run's environment is no longer in mine; give the resources with --pro"
+        UsageError,
+        match=r"--resume: the run had the environment variable NCCL_DEBUG, which mine no longer sets; give the resources",
     ):
         resources(run)
     LaunchRecord("", 1, 1, slurm={"time": "never"}).write(run.launch)

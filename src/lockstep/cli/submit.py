@@ -243,7 +243,7 @@ def _submit(arguments: Sequence[str], program: str, plan_help: str | None) -> in
     )
     names = [name.replace("_", "-") for name in (*vars(flags), "help")]
     has_slurm = shutil.which("sbatch") is not None
-    # Slurm judges the resources while the config is checked, whose errors are told first.
+    # Slurm checks the resources while this process checks the config. If both are wrong, the config is named.
     with nullcontext() if flags.plan else begin_trial(profile, options, os.environ) as trial:
         try:
             submission = Submission.create(trainer_arguments, profile, options, os.environ, names)

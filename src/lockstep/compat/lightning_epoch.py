@@ -48,13 +48,17 @@ def is_log_step(trainer: Trainer) -> bool:
     return _is_regular(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
-def _is_due(trainer: Trainer) -> bool:
+def _log_interval(trainer: Trainer) -> int:
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every != 0 and (_is_regular(trainer) or trainer.should_stop)
+    return every
+
+
+def _is_due(trainer: Trainer) -> bool:
+    return _log_interval(trainer) != 0 and (_is_regular(trainer) or trainer.should_stop)
 
 
 def _is_regular(trainer: Trainer) -> bool:
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    every = _log_interval(trainer)
     return every != 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
 

@@ -43,7 +43,9 @@ def submitted_profile(run: Run, launch: LaunchRecord, flags: Mapping[str, Any], 
             known = {}
         if gone := [name for name in names if name not in known]:
             source = launch.profile or "its profile"
-            raise UsageError(f"--resume: {gone[0]} of the run's environment is no longer in {source}; {remedy}.")
+            raise UsageError(
+                f"--resume: the run had the environment variable {gone[0]}, which {source} no longer sets; {remedy}."
+            )
         values = values | {"environment": {name: known[name] for name in names}}
     if any(flags.get(name) is not None for name in _PLACES):
         values = {name: value for name, value in values.items() if name not in _PLACES}

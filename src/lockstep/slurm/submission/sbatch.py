@@ -66,7 +66,7 @@ class Trial:
     def __exit__(self, *_: object) -> None:
         for process in filter(None, (self._sbatch, self._config)):
             with process:
-                process.kill()  # nobody waits for the answer any more
+                process.kill()  # its answer is not needed any more
 
     def judge(self) -> "tuple[subprocess.CompletedProcess[str], Accounting]":
         """The answer of ``sbatch --test-only``, and what slurmctld says about accounting."""
