@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,12 +193,28 @@ def test_a_stream_resumes_in_and_after_an_epoch_that_is_not_its_first(kind: str)
     assert batches_of(epoch_of(load(streams()[kind], ended, 4))) == batches_of(whole)
 
 
-def test_a_resume_reads_few_batches_again() -> None:
-    stream = Numbers(400)
-    saved = epoch_of(load(DataLoader(Numbers(400), batch_size=4)))[89][1]
-    resumed = load(DataLoader(stream, batch_size=4), saved)
-    next(iter(resumed))
-    assert stream.loaded == 1 and stream.read <= 4 * 20
+def test_a_resume_reads_few_batches_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Timed(Numbers):
+        """A sample takes 1 ms, a state 0.1 ms."""
+
+        def sample(self, number: int) -> Any:
+            nonlocal now
+            now += 1e-3
+            return super().sample(number)
+
+        def state_dict(self) -> dict[str, Any]:
+            nonlocal now
+            now += 1e-4
+            return super().state_dict()
+
+    monkeypatch.setattr("lockstep.data.loading.streams.time", SimpleNamespace(perf_counter=lambda: now))
+    stream = Timed(400)
+    saved = epoch_of(load(DataLoader(Timed(400), batch_size=4)))
+    assert now == pytest.approx(0.4 + 34 * 1e-4)  # 100 batches, a state after each third
+    next(iter(load(DataLoader(stream, batch_size=4), saved[89][1])))
+    assert stream.loaded == 1 and stream.read <= 4 * 5
 
 
 def test_a_state_that_leads_elsewhere_is_named(caplog: pytest.LogCaptureFixture) -> None:
