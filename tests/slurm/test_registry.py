@@ -55,6 +55,24 @@ def test_what_a_script_ends_with_is_not_taken_for_a_word_of_slurms(
     assert "nvidia-smi: no devices" in view.message
 
 
+def test_a_job_that_a_signal_ended_may_have_been_requeued_while_slurm_does_not_answer(
+    run: Run, env: dict[str, str], tmp_path: Path
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'squeue: error: Unable to contact slurm controller (connect failure)' >&2; exit 1\n")
+    squeue.chmod(0o755)
+    env["PATH"] = str(tmp_path)
+    ended(run, 143)
+    view = seen(run, env)
+    assert (view.exit_status, view.state) == (ACTIVE, "unknown")
+    assert "connect failure" in view.message and "ended by SIGTERM, and may have been requeued" in view.message
+    mark_cancelled([view])
+    assert (seen(run, env).exit_status, seen(run, env).state) == (4, "cancelled")
+    (run.folder / "slurm/7.cancelled").unlink()
+    ended(run, 1)
+    assert (seen(run, env).exit_status, seen(run, env).state) == (1, "failed")
+
+
 def test_a_job_that_was_refused_does_not_end_as_the_attempt_of_another_job(run: Run, env: dict[str, str]) -> None:
     run.claim_attempt(Owner(job="8"))
     RunResult("interrupted", attempts=1, reason="SIGTERM", exit_status=143).write(run.result)

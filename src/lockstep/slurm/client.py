@@ -37,6 +37,9 @@ QUEUED_SCRIPTS = ("squeue", "--me", "--noheader", "--Format=ArrayJobID:|,Command
 PARTITIONS = ("sinfo", "--all", "--exact", "--noheader", "--format=%R|%P|%D|%c|%m|%G|%l|%T")
 """The command that lists the nodes of each partition for ``parse_partitions``."""
 
+NO_SQUEUE = "squeue is not installed here."
+"""The error of ``query_jobs`` on a machine without Slurm."""
+
 _NO_ANSWER = re.compile(r"(?i)unable to contact|connect failure|connection refused|timed out|zero bytes")
 
 
@@ -120,7 +123,7 @@ def query_jobs(ids: set[str], env: Mapping[str, str]) -> tuple[dict[str, JobStat
     if not ids:
         return {}, ""
     if not has_command("squeue", env):
-        return {}, "squeue is not installed here."
+        return {}, NO_SQUEUE
     answer = query_slurm([*JOBS], env)
     if answer.returncode:
         return {}, error_message(answer)

@@ -5,12 +5,14 @@ status to ``slurm/<job>.exit``. A query while Slurm still knows the ended job wr
 """
 
 import re
+import signal
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lockstep.core import SIGNAL_EXIT_STATUSES
 from lockstep.runs import (
     JobState,
     LaunchRecord,
@@ -24,7 +26,7 @@ from lockstep.runs import (
     read_first_failure,
 )
 from lockstep.slurm.accounting import query_accounting
-from lockstep.slurm.client import query_jobs
+from lockstep.slurm.client import NO_SQUEUE, query_jobs
 from lockstep.slurm.dependencies import Dependency
 from lockstep.slurm.registry import SubmittedJob
 
@@ -174,10 +176,14 @@ def _run_status(
         with suppress(OSError):  # a full disk must not hide the status; the next query tries again
             state.write(ended_file)
     progress, result = RunProgress.read(run.status), RunResult.read(run.result)
-    exit_file = slurm / f"{job}.exit"
-    is_known = state is not None or (result is not None and result.is_finished) or exit_file.exists()
-    if error and not is_known:
-        return RunStatus(job, run, ACTIVE, "unknown", f"Slurm does not answer: {error}", state, progress, result)
+    status, was_cancelled = _read_exit_status(slurm / f"{job}.exit"), (slurm / f"{job}.cancelled").exists()
+    # A signal also ends the batch script of a job that Slurm requeues.
+    is_told = status is not None and (status not in SIGNAL_EXIT_STATUSES or error == NO_SQUEUE)
+    if error and not (state is not None or was_cancelled or is_told or (result is not None and result.is_finished)):
+        message = f"Slurm does not answer: {error}"
+        if status is not None:
+            message += f" It was ended by {signal.Signals(status - 128).name}, and may have been requeued."
+        return RunStatus(job, run, ACTIVE, "unknown", message, state, progress, result)
     failure = read_first_failure(run, run.newest_attempt)
     if state is not None and not state.has_ended:
         if state.state == "PENDING":
@@ -186,9 +192,7 @@ def _run_status(
         with suppress(OSError):  # no retry of the batch script
             message = (slurm / f"{job}.retry").read_text(errors="replace").strip() or message
         return RunStatus(job, run, ACTIVE, state.state.lower(), message, state, progress, result)
-    was_cancelled = (slurm / f"{job}.cancelled").exists()
-    output, status = run.output(slurm, job), _read_exit_status(exit_file)
-    evidence = endings.Evidence(result, failure, output, status, state, was_cancelled, state is None)
+    evidence = endings.Evidence(result, failure, run.output(slurm, job), status, state, was_cancelled, state is None)
     owner = Owner.read(run.owner)
     if owner is not None and owner.job not in (None, job):  # the newest attempt is that of another job
         # A job ends with 0 only if the run had finished then; since then another job may have resumed it.
