@@ -77,7 +77,7 @@ def test_a_hostile_path_is_quoted(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("pwned"))
 
 
-@pytest.mark.parametrize("sleep", [":", "return 137"], ids=["waits", "is killed"])
+@pytest.mark.parametrize("sleep", ["echo $1 >>waits", "return 137"], ids=["waits", "is killed"])
 def test_a_job_whose_attempts_cannot_be_claimed_gives_up(tmp_path: Path, sleep: str) -> None:
     """As on a full disk: the supervisor fails each time."""
     for name, text in (("squeue", "exit 0"), ("python", "cat >/dev/null; exit 1")):
@@ -93,6 +93,9 @@ def test_a_job_whose_attempts_cannot_be_claimed_gives_up(tmp_path: Path, sleep: 
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.endswith("No attempt could be started; tried 60 of 60 times.\n"), done.stderr
     assert (tmp_path / "slurm/7.exit").read_text() == "1\n"
+    if "waits" in sleep:
+        waits = [int(line) for line in (tmp_path / "waits").read_text().splitlines()]
+        assert waits[0] == 1 and max(waits) == 10 and sum(waits) > 9 * 60
 
 
 @pytest.mark.parametrize(

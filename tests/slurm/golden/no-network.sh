@@ -34,11 +34,11 @@ export WANDB_MODE=offline
 export LOCKSTEP_SCRATCH="/scratch/$USER/$SLURM_JOB_ID"
 # Called instead of srun below. After each attempt the supervisor decides: finish, restart or requeue.
 supervisor() { /home/user/.venv/bin/python -m lockstep.slurm.supervisor /home/user/project/runs/digits/20260101-000000-abcd/slurm "$@"; }
-retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
+retry() {  # for nine minutes: a killed supervisor, which is back at once; a full disk, no slurmctld
   retries=$((retries + 1))  # not in the pipeline, whose parts are subshells
   echo "$1; tried $retries of 60 times." | tee /home/user/project/runs/digits/20260101-000000-abcd/slurm/"$LOCKSTEP_JOB.retry" >&2
   [ $retries -lt 60 ] || return 1
-  sleep 10
+  sleep $((retries < 10 ? retries : 10))
   return 0  # also if sleep was killed
 }
 # Slurm is queried here, because an image has none of its commands.

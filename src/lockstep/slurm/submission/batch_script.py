@@ -135,11 +135,11 @@ fi
 _SUPERVISED_SRUN = r"""
 # Called instead of srun below. After each attempt the supervisor decides: finish, restart or requeue.
 supervisor() { @supervisor@ @slurm@ "$@"; }
-retry() {  # for ten minutes: a full disk, no slurmctld, a killed supervisor
+retry() {  # for nine minutes: a killed supervisor, which is back at once; a full disk, no slurmctld
   retries=$((retries + 1))  # not in the pipeline, whose parts are subshells
   echo "$1; tried $retries of 60 times." | tee @slurm@/"$LOCKSTEP_JOB.retry" >&2
   [ $retries -lt 60 ] || return 1
-  sleep 10
+  sleep $((retries < 10 ? retries : 10))
   return 0  # also if sleep was killed
 }
 # Slurm is queried here, because an image has none of its commands.
