@@ -3,9 +3,11 @@
 Runs of real ranks on this machine, cheapest first.
 """
 
+import errno
 import json
 import os
 import platform
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from support.faults import fault
 from support.runs import REPO, Launch, Outcome, assert_same_run, metric_rows, resume_run, undisturbed_run
 from support.wandb_reader import read_history
 
+from lockstep.checkpoint.callback import CheckpointCallback
 from lockstep.checkpoint.reader import find_checkpoint, latest_checkpoint, published_checkpoints
 from lockstep.core.errors import UsageError
 from lockstep.runs import Owner
@@ -148,6 +151,55 @@ def test_a_damaged_checkpoint_is_named_and_ignored(
     capfd.readouterr()
     assert_same_run(resume_run(launch, killed), undisturbed)
     assert f"checkpoint {damaged} is damaged and is ignored: model.ckpt" in capfd.readouterr().err
+    assert (damaged.parent / f"damaged-{damaged.name}").is_dir()  # where it does not count as one to keep
+
+
+@pytest.mark.parametrize("what", ["open", "listdir"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    undisturbed = undisturbed_run(launch, *DIGITS)
+    killed = launch(*DIGITS, *fault(tmp_path / "once", "SIGKILL", step=38))
+    names = sorted(os.listdir(killed.folder / "checkpoints"))
+
+    def stale(*_: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "model.ckpt")
+
+    with monkeypatch.context() as patch:
+        where = "published_checkpoints" if what == "listdir" else "verify_pieces"
+        patch.setattr(f"lockstep.checkpoint.reader.{where}", stale)
+        failed = resume_run(launch, killed)
+    assert failed.status == 1 and failed.result["status"] != "finished"
+    failure = json.loads((failed.folder / "logs/2/failure.json").read_text())
+    assert "Stale file handle" in failure["report"] and not failure.get("is_permanent", False)
+    assert sorted(os.listdir(killed.folder / "checkpoints")) == names
+    assert_same_run(resume_run(launch, killed), undisturbed)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_run_stops_in_time_in_an_evaluation(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    undisturbed = undisturbed_run(launch, "--ranks", "2", *DIGITS)
+    marker = tmp_path / "once"
+
+    def is_out_of_time(callback: CheckpointCallback) -> bool:
+        if callback.trainer is None or callback.trainer.state.stage is None or callback.trainer.state.stage.value != stage:
+            return False
+        is_later = callback.trainer.global_step >= 40
+        if is_later:
+            marker.touch()
+        return is_later
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointCallback, "_is_out_of_time", is_out_of_time)
+        stopped = launch("--ranks", "2", *DIGITS)
+        assert marker.exists() and stopped.status == 128 + signal.SIGUSR2
+        resumed = resume_run(launch, stopped)  # it has made no step since: an evaluation must not be stopped for ever
+    if stage == "validate":
+        assert resumed.status == 128 + signal.SIGUSR2  # after 20 more steps
+        resumed = resume_run(launch, resumed)
+    assert_same_run(resumed, undisturbed)
 
 
 @pytest.mark.parametrize("damage", ["", '{"20": 0.'])

@@ -1,5 +1,6 @@
 """The list of an image folder's files: its content, one walk for all processes, then runs whose files change."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 from support.runs import Launch, resume_run
 
-from lockstep.core.errors import RunError
+from lockstep.core.errors import RunError, StorageError
 from lockstep.data import file_index
 from lockstep.data.file_index import FileIndex, publish_index, scan
 from lockstep.data.image_folder import ImageFolder
@@ -128,6 +129,22 @@ def test_a_run_walks_once_and_reads_the_same_files_in_all_attempts(
     assert resume_run(launch, run, "--trainer.max_steps", "4").status == USAGE
     assert "1 file (dog/b.png) of" in capfd.readouterr().err
     assert resume_run(launch, run, "--trainer.max_steps", "4", "--data.on_corrupt", "skip").status == 0
+
+
+def test_an_image_that_cannot_be_read_now_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the run would have other samples than an undisturbed one."""
+    write_files(tmp_path / "train", {"cat": ["a.png"], "dog": ["a.png"]})
+    write_files(tmp_path / "val", {"cat": ["a.png"], "dog": ["a.png"]})
+    data = ImageFolder(tmp_path, size=8, batch_size=2, num_workers=0, on_corrupt="skip")
+    data.prepare_data()
+    data.setup("fit")
+
+    def stale(*_: Any) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("lockstep.data.image_folder.ImageFiles.read", stale)
+    with pytest.raises(StorageError, match=r"a.png cannot be read \(Stale file handle\)\."):
+        next(iter(data.train_dataloader()))
 
 
 def counting(log: Path) -> Callable[[file_index._Walk, Path], None]:

@@ -3,6 +3,7 @@
 Cheapest first: files alone, then processes that claim, then trainings that lose their run.
 """
 
+import errno
 import multiprocessing
 import os
 import time
@@ -21,6 +22,20 @@ from lockstep.runs import Failure, Owner, Run, RunProgress, RunResult, claim_hea
 from lockstep.slurm import is_owner_alive
 
 ROUNDS, CLAIMANTS = 200, 6
+
+
+def test_a_run_whose_owner_cannot_be_read_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path, "x")
+    run.claim_attempt(Owner(job="7"))
+
+    def stale(path: Path) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", stale)
+        with pytest.raises(OSError, match="Stale"):
+            run.claim_attempt(Owner(job="8"))
+    assert run.newest_attempt == 1
 
 
 def claim(run: Run, owner: Owner) -> int | None:

@@ -231,6 +231,22 @@ def test_a_job_whose_submission_was_not_confirmed_is_not_queued_twice(shell: She
     ]
 
 
+def test_a_job_that_is_never_confirmed_is_cancelled(shell: Shell, tmp_path: Path) -> None:
+    real, wrapper = shutil.which("sbatch", path=shell.env["PATH"]), tmp_path / "bin" / "sbatch"
+    wrapper.parent.mkdir()
+    wrapper.write_text(
+        f'#!/bin/sh\n{real} "$@" >/dev/null; case "$*" in *--test-only*) exit 0;; esac; touch {tmp_path}/queued\n'
+        "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1\n"
+    )
+    wrapper.chmod(0o755)
+    impatient = "import sys; from lockstep.slurm.submission import sbatch; sbatch._RETRY_SECONDS = 0.0\n"
+    impatient += "from lockstep.cli import run_script; run_script('submit', 'python launch/slurm.py')"
+    before = set(shell.queue())
+    done = shell("-c", impatient, *HELD, PATH=f"{wrapper.parent}:{shell.env['PATH']}")
+    assert done.returncode == 2 and "timed out" in done.stderr and "queued nevertheless" not in done.stderr, done.stderr
+    assert (tmp_path / "queued").exists() and set(shell.queue()) == before
+
+
 def test_pickles_are_not_loaded_from_a_folder_that_others_can_write(shell: Shell) -> None:
     job = shell.submit(*HELD)
     job.folder.chmod(0o777)

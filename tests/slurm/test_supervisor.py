@@ -15,12 +15,12 @@ from lockstep.runs import Failure, Owner, Run, RunResult, read_attempts, record_
 from lockstep.slurm import NodeTask, supervisor
 from lockstep.slurm.client import RUNNING_JOBS, is_owner_alive, parse_running_jobs, query_jobs
 from lockstep.slurm.restart_policy import REQUEUE, RESTART
-from lockstep.slurm.restarts import AlreadyFinished, SlurmView, UnknownOwner, finish, start
+from lockstep.slurm.restarts import AlreadyFinished, SlurmView, UnknownOwner, finish, restart_in_allocation, start
 
-LAST = "7|2|7|0|1795717375|N/A|RUNNING|"
+LAST = "7|2|7|0|4102444800|N/A|RUNNING|"
 """The last run of the array 7, as squeue prints it: its own job id is that of the array."""
 
-ARRAY = f"7|0|8|0|1795717375|N/A|\n7|1|9|1|NONE|1795716793|\n{LAST}\nend\n"
+ARRAY = f"7|0|8|0|4102444800|N/A|\n7|1|9|1|NONE|1795716793|\n{LAST}\nend\n"
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def end(run: Run, job: str, attempt: int, status: int = 143, squeue: str = ARRAY
 def test_each_run_of_an_array_is_a_job_of_its_own() -> None:
     jobs = parse_running_jobs(ARRAY.removesuffix("end\n"))
     assert {name: (job.restarts, job.end, job.is_preempted) for name, job in jobs.items()} == {
-        "7_0": (0, 1795717375, False),
+        "7_0": (0, 4102444800, False),
         "7_1": (1, 0, True),
-        "7_2": (0, 1795717375, False),
+        "7_2": (0, 4102444800, False),
     }
     assert "7" not in jobs
 
@@ -189,7 +189,31 @@ def test_each_attempt_has_a_free_port_and_a_key_of_its_own(
         monkeypatch.setattr(supervisor.secrets, "randbelow", lambda stop: next(ports))
         assert supervisor.main([str(run.folder), "start"], environment("7_2")) == 0
     attempt, ends, port, key = capsys.readouterr().out.split()
-    assert (attempt, ends, port) == ("1", "1795717375", "15005") and len(key) == 64
+    assert (attempt, ends, port) == ("1", "4102444800", "15005") and len(key) == 64
+
+
+def test_a_job_asks_again_while_slurm_does_not_say_whether_the_owner_runs(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(run, "5_0")
+    task = NodeTask(run.folder, run.folder, "fit", (), "", 1, None)
+    monkeypatch.setattr(supervisor, "load_task", lambda path: task)
+    for answer, status in (("", 1), (ARRAY.replace("7|0|8", "5|0|8"), 2)):
+        monkeypatch.setattr(supervisor.sys, "stdin", io.StringIO(answer))
+        assert supervisor.main([str(run.folder), "start"], environment("7_2")) == status
+        error = capsys.readouterr().err
+        assert "is being trained by job 5_0" in error and ("Slurm does not answer" in error) == (status == 1)
+
+
+@pytest.mark.parametrize(("left", "decision"), [(5, REQUEUE), (300, RESTART)])
+def test_no_attempt_starts_in_the_last_seconds_of_an_allocation(run: Run, left: int, decision: str) -> None:
+    ends = str(int(time.time()) + left)
+    attempt = begin(run, "7_0")
+    record_failure(run, attempt, Failure(0, 1, 0, "", "ValueError: once"))
+    warm = restart_in_allocation(run, run.folder, 1, environment("7_0", attempt=attempt) | {"LOCKSTEP_ENDS": ends})
+    assert warm == (None if decision == REQUEUE else 2)
+    if warm is None:
+        assert end(run, "7_0", attempt, status=1, squeue=ARRAY.replace("4102444800", ends)) == decision
 
 
 def test_a_job_that_slurm_has_ended_is_not_restarted(run: Run) -> None:

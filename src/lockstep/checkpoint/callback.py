@@ -270,10 +270,18 @@ class CheckpointCallback(Callback):
 
     def _raise_if_signalled(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Stop without consensus: an evaluation has no state to save, and the step before it is saved."""
-        if self.signals.received is not None:
+        received = self.signals.received
+        # Only if it trained since it resumed: an evaluation that takes longer than an allocation would be repeated in each.
+        if (
+            self._is_out_of_time()
+            and self.writer is not None
+            and trainer.global_step > (self._resumed.step if self._resumed else 0)
+        ):
+            received = received or signal.SIGUSR2
+        if received is not None:
             if self.writer is not None:
                 self.writer.wait(SHUTDOWN_SECONDS)
-            raise Stopped(self.signals.received, trainer.global_step, together=False)
+            raise Stopped(received, trainer.global_step, together=False)
         if trainer.is_global_zero:
             self.ownership.check()
 
@@ -285,11 +293,12 @@ class CheckpointCallback(Callback):
             return _SUPERSEDED
         if self.signals.received is not None:
             return int(self.signals.received)
-        if self._allocation_end is not None and trainer.is_global_zero:
-            save = self.writer.seconds if self.writer is not None else 0.0
-            if time.time() > self._allocation_end - SHUTDOWN_SECONDS - 2 * save:
-                return int(signal.SIGUSR2)
-        return 0
+        return int(signal.SIGUSR2) if trainer.is_global_zero and self._is_out_of_time() else 0
+
+    def _is_out_of_time(self) -> bool:
+        """Whether the allocation ends before much more than a save."""
+        save = self.writer.seconds if self.writer is not None else 0.0
+        return self._allocation_end is not None and time.time() > self._allocation_end - SHUTDOWN_SECONDS - 2 * save
 
     def _wants_to_save(self, trainer: Trainer) -> bool:
         """Whether ``every_n_minutes`` have passed since the last save; rank zero decides."""

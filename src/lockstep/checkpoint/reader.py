@@ -13,6 +13,7 @@ No file points to the newest checkpoint: it is the last one whose files match it
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from lockstep.checkpoint.checksums import share_pieces, verify_pieces
 from lockstep.checkpoint.manifest import MANIFEST_FILE, Manifest, Progress
 from lockstep.checkpoint.serialization import allow_plain_classes
-from lockstep.core import UsageError, World
+from lockstep.core import StorageError, UsageError, World, may_pass
 from lockstep.data.loading import DataPosition, derive_seed
 from lockstep.distributed import all_gather, broadcast_from_rank_zero
 from lockstep.runs import checkpoint_order
@@ -87,8 +88,12 @@ class Checkpoint:
 
 
 def published_checkpoints(checkpoints: Path) -> list[Path]:
-    """All published checkpoints, newest first."""
-    found = [path for path in checkpoints.glob("step-*") if checkpoint_order(path) and path.is_dir()]
+    """All published checkpoints, newest first; OSError if they cannot be listed."""
+    try:
+        paths = [checkpoints / name for name in os.listdir(checkpoints)]  # glob hides errors, and a run would start anew
+    except FileNotFoundError:
+        return []
+    found = [path for path in paths if path.name.startswith("step-") and checkpoint_order(path) and path.is_dir()]
     return sorted(found, key=checkpoint_order, reverse=True)
 
 
@@ -96,14 +101,20 @@ def read_checkpoint(folder: Path, world: World = _ONE_RANK, complain: Callable[[
     """The checkpoint in ``folder`` if every file matches its manifest; else ``complain`` gets the reason on rank zero.
 
     Every rank of ``world`` must call, and verifies an equal share of the bytes.
+
+    Raises:
+        StorageError: It cannot be read now, so that it is not known whether it is complete.
     """
-    manifest, problem = broadcast_from_rank_zero(lambda: _read_manifest(folder), world, (Manifest, Progress))
+    manifest, problem, passes = broadcast_from_rank_zero(lambda: _read_manifest(folder), world, (Manifest, Progress))
     if manifest is not None:
         try:
             verify_pieces(folder, share_pieces(manifest.files, world.size)[world.rank])
         except (OSError, ValueError) as error:
-            problem = _reason(error)
-        problem = next(filter(None, all_gather(problem, world)), "")
+            problem, passes = _reason(error), may_pass(error)
+        found = all_gather((passes, problem), world)
+        passes, problem = max(found, key=lambda one: (one[0], bool(one[1])))
+    if passes:
+        raise StorageError(f"checkpoint {folder} cannot be read: {problem}.")
     if manifest is not None and not problem:
         return Checkpoint(folder, manifest)
     if world.is_rank_zero:
@@ -111,12 +122,12 @@ def read_checkpoint(folder: Path, world: World = _ONE_RANK, complain: Callable[[
     return None
 
 
-def _read_manifest(folder: Path) -> tuple[Manifest | None, str]:
-    """The manifest in ``folder``, or why it cannot be read."""
+def _read_manifest(folder: Path) -> tuple[Manifest | None, str, bool]:
+    """The manifest in ``folder``, or why it cannot be read, and whether that may pass."""
     try:
-        return Manifest.read(folder), ""
+        return Manifest.read(folder), "", False
     except (OSError, ValueError) as error:
-        return None, _reason(error)
+        return None, _reason(error), may_pass(error)
 
 
 def _reason(error: OSError | ValueError) -> str:
@@ -124,11 +135,32 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def latest_checkpoint(
-    checkpoints: Path, world: World = _ONE_RANK, complain: Callable[[str], None] = log.warning
+    checkpoints: Path, world: World = _ONE_RANK, complain: Callable[[str], None] = log.warning, set_aside: bool = False
 ) -> Checkpoint | None:
-    """The newest complete checkpoint of a run; every rank of ``world`` must call."""
-    folders = broadcast_from_rank_zero(lambda: published_checkpoints(checkpoints), world)
-    return next((found for folder in folders if (found := read_checkpoint(folder, world, complain))), None)
+    """The newest complete checkpoint of a run; every rank of ``world`` must call.
+
+    Args:
+        set_aside: Rename damaged ones that are newer, so that they do not count as those to keep. Only for the run itself.
+
+    Raises:
+        StorageError: One that is newer cannot be read now.
+    """
+    for folder in broadcast_from_rank_zero(lambda: _list_checkpoints(checkpoints), world):
+        if found := read_checkpoint(folder, world, complain):
+            return found
+        if set_aside and world.is_rank_zero:
+            try:
+                folder.rename(folder.with_name(f"damaged-{folder.name}"))
+            except OSError as error:
+                complain(f"checkpoint {folder} could not be renamed ({error.strerror}).")
+    return None
+
+
+def _list_checkpoints(checkpoints: Path) -> list[Path]:
+    try:
+        return published_checkpoints(checkpoints)
+    except OSError as error:
+        raise StorageError(f"{checkpoints} cannot be listed ({error.strerror}).") from error
 
 
 def find_checkpoint(place: Path, key: str, world: World = _ONE_RANK) -> Checkpoint | Path:

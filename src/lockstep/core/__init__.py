@@ -19,9 +19,12 @@ from lockstep.core.errors import (
     RunError,
     SaveError,
     Stopped,
+    StorageError,
     Superseded,
     UsageError,
     did_you_mean,
+    file_error,
+    may_pass,
 )
 from lockstep.core.files import atomic_write, atomic_write_json, atomic_write_text, fsync, read_json
 from lockstep.core.imports import fast_imports

@@ -1,5 +1,6 @@
 """Exceptions with their exit statuses, and suggestions for misspelt names."""
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -44,6 +45,32 @@ class SaveError(RunError):
     """A required checkpoint was not saved. Another attempt may succeed, perhaps on other nodes."""
 
     is_permanent = False
+
+
+class StorageError(RunError):
+    """A file could not be read for a reason that may pass, such as a stale NFS handle. Another attempt may succeed."""
+
+    is_permanent = False
+
+
+_MAY_PASS = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+        *(errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    }
+)
+"""Errors of a file system whose server is slow, restarts or was replaced, and of a node that is short of something."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether ``error`` is one of a file system that may be gone in another attempt; not that of a missing file."""
+    return isinstance(error, OSError) and error.errno in _MAY_PASS
+
+
+def file_error(error: OSError, message: str, otherwise: type[LockstepError] = RunError) -> LockstepError:
+    """The exception to raise for ``error``: StorageError if it may pass, else ``otherwise``."""
+    return (StorageError if may_pass(error) else otherwise)(message)
 
 
 class PeerError(RunError):

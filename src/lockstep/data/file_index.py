@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep.core import UsageError, fsync
+from lockstep.core import LockstepError, UsageError, file_error, fsync
 from lockstep.data.packed import IndexFile, encode_index
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -137,8 +137,8 @@ def _find_images(folder: Path) -> FoundImages:
     return FoundImages(files, classes, sorted([*loose, *walk.others]), walk.changed)
 
 
-def _unreadable(path: str | Path, error: OSError) -> UsageError:
-    return UsageError(f"data.root: {printable(path)} cannot be read ({error.strerror}).")
+def _unreadable(path: str | Path, error: OSError) -> LockstepError:
+    return file_error(error, f"data.root: {printable(path)} cannot be read ({error.strerror}).", UsageError)
 
 
 def index_content(files: Iterable[tuple[str, int]], classes: list[str], folder: Path, changed: Mapping[str, int]) -> bytes:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
 
 from lockstep.config import check_archive
-from lockstep.core import RunError, UsageError, World, count
+from lockstep.core import RunError, StorageError, UsageError, World, count, may_pass
 from lockstep.data.augment import Blends
 from lockstep.data.base import STAGE_SPLITS, ImageData, Split
 from lockstep.data.decode import center_crop, random_crop
@@ -319,6 +319,8 @@ class ImageFiles(Dataset[Any]):
             return self.decoder(content, self.place, index), int(self.index.labels[index])
         except OSError as error:
             name = printable(self.place(index))
+            if may_pass(error):  # to skip it would change the samples of the run
+                raise StorageError(f"{name} cannot be read ({error.strerror}).") from error
             return CorruptFile(name, f"{name} cannot be read ({error.strerror}); restore it, or set --data.on_corrupt skip.")
         except (RuntimeError, ValueError) as error:
             return CorruptFile.damaged(printable(self.place(index)), error)

@@ -116,10 +116,13 @@ def _send(connections: Iterable[Connection], message: Message) -> None:
 def _accept(agents: World, key: bytes, deadline: float) -> dict[int, Connection]:
     address, port = parse_rendezvous(agents.rendezvous)
     connections: dict[int, Connection] = {}
+    next_heartbeat = 0.0
     with listen(address, port, agents.size) as server:
         server.settimeout(1.0)
         while len(connections) < agents.size - 1:
-            _send(connections.values(), _heartbeat())  # or these agents would count this one as gone while it waits for others
+            if time.monotonic() > next_heartbeat:  # or these agents would count this one as gone while it waits for others
+                next_heartbeat = time.monotonic() + 1.0
+                _send(connections.values(), _heartbeat())
             if time.monotonic() > deadline:
                 missing = ", ".join(str(node) for node in range(1, agents.size) if node not in connections)
                 raise PeerError(

@@ -27,6 +27,9 @@ TERMINAL_STATES = {
 LOST_AGENT = 74
 """Exit status of an agent that has lost its connection to another one (EX_IOERR of sysexits.h)."""
 
+_EXITED_FIRST = re.compile(rf"\A(?:(?!: Killed).)*: Exited with exit code (?!{LOST_AGENT}\b)", re.DOTALL)
+"""Output in which a task exits by itself before another is killed: srun then kills all others."""
+
 _OVER_MEMORY = re.compile(r"(?i)(?:srun|slurmstepd\S*): error: .*?(exceeded .*memory.*|out[- ]of[- ]memory.*|oom.kill.*)")
 _ENDED_BY_SLURM = re.compile(r"CANCELLED AT \S+ DUE TO (TIME LIMIT|NODE FAILURE|PREEMPTION)")
 _STATES_IN_OUTPUT = {"TIME LIMIT": "TIMEOUT", "NODE FAILURE": "NODE_FAIL", "PREEMPTION": "PREEMPTED"}
@@ -153,7 +156,8 @@ def _strongest(evidence: Evidence) -> Ending:
     if evidence.is_forgotten and (why := _ENDED_BY_SLURM.search(evidence.output)):
         status, word = TERMINAL_STATES[_STATES_IN_OUTPUT[why[1]]]
         return Ending(word, status, "Slurm says so in the output of the job.")
-    lost = lost or exited_task(evidence.output, failure)
+    if lost is None or (not lost.is_explained and _EXITED_FIRST.search(evidence.output)):
+        lost = exited_task(evidence.output, failure) or lost
     if lost is not None and not was_interrupted:
         return Ending("failed", 1, lost.sentence, is_explained=lost.is_explained)
     if result is not None and result.reason and (was_interrupted or failure is None):

@@ -45,14 +45,20 @@ class Record:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
-    def read(cls, path: Path) -> Self | None:
-        """Read the record; None if the file is missing, or damaged, which is logged."""
+    def read(cls, path: Path, strict: bool = False) -> Self | None:
+        """Read the record; None if the file is missing, or damaged, which is logged.
+
+        Args:
+            strict: Raise OSError if the file cannot be read although it may exist.
+        """
         try:
             text = path.read_text()
             return cls.from_dict(yaml.load(text, _Loader) if path.suffix == ".yaml" else json.loads(text))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            if strict and isinstance(error, OSError):
+                raise
             log.warning("%s is damaged and ignored: %s", path, " ".join(str(error).split()))
             return None
 

@@ -163,10 +163,11 @@ class Run:
 
         Raises:
             UsageError: Another owner has the run.
+            OSError: It cannot be known who has it.
         """
         attempt = self.newest_attempt
         while True:
-            held = self.owner_of(attempt)
+            held = Owner.read(self.claim(attempt), strict=True)
             if held is not None and held != owner and self._is_held(held, is_alive(held)):
                 raise UsageError(f"The run {self.folder} is being trained by {held}; end that first.")
             attempt += 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from stat import S_IMODE, S_ISLNK, S_ISREG
 from typing import NamedTuple, TypeVar
 
-from lockstep.core import RunError, UsageError
+from lockstep.core import RunError, UsageError, file_error
 from lockstep.runs.copied_files import CopiedFiles
 from lockstep.runs.run import RUN_ID_PATTERN
 
@@ -109,7 +109,7 @@ def verify_snapshot(run: Path, digest: str) -> int:
     try:
         manifest = (run / "code.sha256").read_bytes()
     except OSError as error:
-        raise RunError(f"{run}/code.sha256 cannot be read ({error.strerror}); submit again.") from None
+        raise file_error(error, f"{run}/code.sha256 cannot be read ({error.strerror}); submit again.") from None
     if hashlib.sha256(manifest).hexdigest() != digest:
         raise RunError(f"{run}/code.sha256 is not what was submitted; submit again.")
     lines = [line.partition("  ") for line in manifest.decode(errors="surrogateescape").splitlines()]
@@ -123,7 +123,10 @@ def verify_snapshot(run: Path, digest: str) -> int:
 
 def _digest(path: Path) -> str:
     """SHA-256 of the file's content; empty if it is not a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return ""
 
 
 def _copy(root: Path, into: Path, files: Iterator[str], secrets: tuple[str, ...], caches: Path) -> dict[str, str]:

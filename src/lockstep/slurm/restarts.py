@@ -108,6 +108,9 @@ def restart_in_allocation(run: Run, slurm: Path, status: int, env: Mapping[str, 
 
 _GIVE_UP = "give up"
 
+_START_SECONDS = 20.0
+"""An attempt is not started in an allocation that ends earlier, but in the next one."""
+
 
 def _record(run: Run, attempt: attempts.Attempt) -> None:
     """Record an attempt, unless the agents have recorded it but could not start the next one."""
@@ -160,6 +163,9 @@ def _decide(
     if why := reason_to_give_up(run, [*earlier, attempt], ending.is_explained):
         return attempt, _GIVE_UP, why
     is_out_of_time = ending.is_interrupted and ending.exit_status == 128 + signal.SIGUSR2
+    end = mine.end if mine is not None else int(env.get("LOCKSTEP_ENDS") or 0)
+    if end and time.time() > end - _START_SECONDS:  # Slurm requeues no job that it ends at its time limit
+        is_out_of_time = True
     return attempt, REQUEUE if is_out_of_time else RESTART, ""
 
 

@@ -26,6 +26,7 @@ from lockstep.slurm.restarts import AlreadyFinished, SlurmView, UnknownOwner, fi
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     """Run ``FOLDER start [SEEN]`` or ``FOLDER finish STATUS`` and return the exit status."""
     slurm, what, *rest = Path(arguments[0]), *arguments[1:]
+    jobs = ""
     try:
         run = Run(load_task(slurm / f"{env['LOCKSTEP_JOB']}_submitted.pkl").folder)
         jobs = sys.stdin.read()
@@ -42,8 +43,9 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     except AlreadyFinished:
         return ALREADY_FINISHED
     except LockstepError as error:
-        print(f"lockstep: {error.message}", file=sys.stderr)
-        return error.exit_status
+        is_unknown = what == "start" and jobs.splitlines()[-1:] != ["end"]  # whether the owner of the run still runs
+        print(f"lockstep: {'Slurm does not answer. ' if is_unknown else ''}{error.message}", file=sys.stderr)
+        return 1 if is_unknown else error.exit_status
     except OSError as error:
         path = error.filename or slurm.parent  # a write to a full disk names no file
         print(f"lockstep: {path} cannot be read or written ({error.strerror}).", file=sys.stderr)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 
-from lockstep.core import Interrupted, RunError, World, count, fast_imports, setup_logging, use_writable_caches
+from lockstep.core import Interrupted, World, count, fast_imports, file_error, setup_logging, use_writable_caches
 from lockstep.runs import Failure, Run, failure, report_phase, verify_snapshot
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,9 @@ class NodeTask:
             try:
                 os.makedirs(scratch, exist_ok=True)
             except OSError as error:
-                raise RunError(f"scratch: {scratch} cannot be created on {platform.node()} ({error.strerror}).") from None
+                raise file_error(
+                    error, f"scratch: {scratch} cannot be created on {platform.node()} ({error.strerror})."
+                ) from None
             os.environ["TMPDIR"] = scratch
         return notes
 

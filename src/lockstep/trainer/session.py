@@ -31,6 +31,7 @@ from lockstep.core import (
     PeerError,
     RunError,
     Stopped,
+    StorageError,
     Superseded,
     UsageError,
     World,
@@ -203,7 +204,7 @@ class TrainingSession:
         context, path = self.context, self.context.config.ckpt_path
         if path is None and context.command != "fit":
             raise UsageError(f"ckpt_path: must be set to {context.command}: a checkpoint, or a run folder.")
-        own = latest_checkpoint(context.run.checkpoints, context.world) if context.command == "fit" else None
+        own = latest_checkpoint(context.run.checkpoints, context.world, set_aside=True) if context.command == "fit" else None
         if own is not None or path is None:
             return own, own is not None
         return find_checkpoint(Path(path), "ckpt_path", context.world), False
@@ -265,7 +266,7 @@ class TrainingSession:
         """SHA-256 of the trained weights, as the published checkpoint has them; None without checkpoints.
 
         Raises:
-            RunError: The checkpoint cannot be read.
+            StorageError: The checkpoint cannot be read.
         """
         writer, world = self.checkpoints.writer if self.checkpoints is not None else None, self.context.world
         if writer is None:
@@ -273,7 +274,7 @@ class TrainingSession:
         published = broadcast_from_rank_zero(lambda: writer.published, world)
         found = None if published is None else read_checkpoint(published, world)
         if found is None:
-            raise RunError(f"The checkpoint {published} of the trained weights is gone or damaged; resume the run.")
+            raise StorageError(f"The checkpoint {published} of the trained weights is gone or damaged; resume the run.")
         if not world.is_rank_zero:
             return None
         allow_plain_classes(found.model)

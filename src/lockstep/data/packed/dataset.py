@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from torchcodec.decoders import decode_image
 
-from lockstep.core import RunError, UsageError
+from lockstep.core import RunError, UsageError, file_error
 from lockstep.data.packed.index import Entry
 from lockstep.data.packed.pixels import explain
 from lockstep.data.packed.reader import ShardReader
@@ -67,7 +67,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             content = self.reader.read(entry)
             return decode_field(entry.field, content) if self.decode else content
         except OSError as error:
-            raise RunError(f"{self.reader.place(index, entry)} cannot be read ({error.strerror}).") from error
+            raise file_error(error, f"{self.reader.place(index, entry)} cannot be read ({error.strerror}).") from error
         except (RuntimeError, ValueError) as error:
             raise RunError(
                 f"{self.reader.place(index, entry)} is damaged ({explain(error)}); set decode=False to get its bytes."

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lockstep.core import RunError, UsageError, atomic_write, count, read_json
+from lockstep.core import RunError, UsageError, atomic_write, count, file_error, read_json
 from lockstep.data.packed.index import IndexBuilder, ShardFile, ShardIndex
 from lockstep.data.packed.tar import COMPRESSED_SUFFIXES, Member, compressed, members
 
@@ -89,7 +89,7 @@ def list_shards(folder: Path) -> list[ShardFile]:
             if entry.name.endswith(".tar") and entry.is_file()
         ]
     except OSError as error:
-        raise UsageError(f"data.root: {folder} cannot be read ({error.strerror}).") from error
+        raise file_error(error, f"data.root: {folder} cannot be read ({error.strerror}).", UsageError) from error
     if (folder / WORK_FOLDER).exists():
         raise UsageError(f"data.root: packing of {folder} has not finished; run the same lockstep pack command again.")
     for entry in entries:
@@ -139,7 +139,7 @@ def index_shards(folder: Path, shards: list[ShardFile], classes: list[str] | Non
                         builder.add_sample(key, [(name, member.offset, member.size) for name, member in fields.items()])
                         labels.add(content, fields)
         except OSError as error:
-            raise UsageError(f"data.root: {path} cannot be read ({error.strerror}).") from error
+            raise file_error(error, f"data.root: {path} cannot be read ({error.strerror}).", UsageError) from error
         builder.end_shard(shard)
     return builder.content(*labels.numbered(classes))
 

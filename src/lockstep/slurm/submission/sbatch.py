@@ -175,10 +175,11 @@ def submit_job(request: JobRequest, tasks: Sequence[NodeTask], env: MutableMappi
                     jobs = [executor.submit(task) for task in tasks]
                 return str(jobs[0].job_id).partition("_")[0]
             except SUBMISSION_ERRORS as error:
-                if not retries.wait_after(str(error)):
-                    found = query_partitions(env)
-                    raise UsageError(partitions.explain_rejection(str(error), request, found)) from None
-                _cancel_unconfirmed(request, env)
+                will_retry = retries.wait_after(str(error))
+                is_clean = not (will_retry or is_unanswered(str(error))) or _cancel_unconfirmed(request, env, retries)
+                if not will_retry:
+                    why = partitions.explain_rejection(str(error), request, query_partitions(env))
+                    raise UsageError(why if is_clean else f"{why} It may be queued nevertheless: see squeue --me.") from None
     finally:
         for name in added:
             del env[name]
@@ -191,20 +192,23 @@ def release_job(job: str, env: Mapping[str, str]) -> None:
         raise UsageError(f"job {job} cannot be released: {' '.join(answer.stderr.split())}")
 
 
-def _cancel_unconfirmed(request: JobRequest, env: Mapping[str, str]) -> None:
-    """Cancel a job that Slurm queued although ``sbatch`` failed, and remove its files."""
+def _cancel_unconfirmed(request: JobRequest, env: Mapping[str, str], retries: "_Retries") -> bool:
+    """Cancel a job that Slurm queued although ``sbatch`` failed, and remove its files; return whether Slurm has answered."""
     slurm = request.folder / "slurm"
-    answer = _with_retries(lambda: query_slurm([*QUEUED_SCRIPTS], env))
+    answer = _with_retries(lambda: query_slurm([*QUEUED_SCRIPTS], env), retries)
     for job, script in parse_scripts(answer.stdout).items():
         if script.startswith(f"{slurm}/.submission_file"):
             subprocess.run(["scancel", job], env=dict(env), capture_output=True)
     for path in (*slurm.glob(".submission_file_*.sh"), *slurm.glob("*.pkl")):
         if not path.name.endswith("_submitted.pkl"):
             path.unlink()
+    return not answer.returncode
 
 
-def _with_retries(run: "Callable[[], subprocess.CompletedProcess[str]]") -> "subprocess.CompletedProcess[str]":
-    retries = _Retries()
+def _with_retries(
+    run: "Callable[[], subprocess.CompletedProcess[str]]", retries: "_Retries | None" = None
+) -> "subprocess.CompletedProcess[str]":
+    retries = retries or _Retries()
     while True:
         answer = run()
         if not (answer.returncode and retries.wait_after(answer.stderr)):
