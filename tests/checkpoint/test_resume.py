@@ -130,6 +130,17 @@ def test_the_losses_continue_on_another_number_of_ranks(launch: Launch, tmp_path
     assert finished.result["metrics"]["test/samples"] == 360
 
 
+def test_sparse_gradients_are_kept(launch: Launch, tmp_path: Path) -> None:
+    sparse = (
+        *("--model", "foreign.optimizers.Sparse", "--data", "foreign.base.Points", "--trainer.max_epochs", "2"),
+        *("--trainer.log_every_n_steps", "1", "--checkpoint.every_n_steps", "4"),
+    )
+    undisturbed = undisturbed_run(launch, *sparse)
+    killed = launch(*sparse, *fault(tmp_path / "once", "SIGKILL", step=15))
+    assert killed.newest.step > 0
+    assert_same_run(resume_run(launch, killed), undisturbed)
+
+
 @pytest.mark.parametrize("damage", ["cut", "bit", "missing"])
 def test_a_damaged_checkpoint_is_named_and_ignored(
     launch: Launch, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
@@ -158,8 +169,8 @@ def test_a_damaged_checkpoint_is_named_and_ignored(
 def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    undisturbed = undisturbed_run(launch, *DIGITS)
-    killed = launch(*DIGITS, *fault(tmp_path / "once", "SIGKILL", step=38))
+    undisturbed = undisturbed_run(launch, "--ranks", "2", *DIGITS)
+    killed = launch("--ranks", "2", *DIGITS, *fault(tmp_path / "once", "SIGKILL", step=38))
     names = sorted(os.listdir(killed.folder / "checkpoints"))
 
     def stale(*_: Any) -> Any:

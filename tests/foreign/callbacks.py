@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, LambdaCallback
+from lightning.pytorch.callbacks import BaseFinetuning, LambdaCallback, LearningRateFinder
 from support.runs import Outcome
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +16,20 @@ def callback(name: str, **arguments: object) -> str:
     """Flags that add a callback."""
     flags = [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={value}" for key, value in arguments.items())]
     return " ".join(flags)
+
+
+class LoadBest(Callback):
+    """The first epoch is the best one here: the weights of the end would show that it was forgotten."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert trainer.checkpoint_callback is not None
+        best = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)
+        pl_module.load_state_dict(best["state_dict"])
+
+
+class FindsRate(Regression):
+    def configure_callbacks(self) -> Any:
+        return [LearningRateFinder()]
 
 
 class Backbone(Regression):
@@ -162,6 +176,15 @@ ROWS = (
         callback("EarlyStopping", monitor="train/loss", patience=0, min_delta=9, check_on_train_epoch_end="true")
         + " --trainer.max_epochs 9 --trainer.check_val_every_n_epoch 5",
         check=ends_after(12),
+    ),
+    Row(
+        "a callback that loads the best weights of `ModelCheckpoint` at the end",
+        f"{callback('ModelCheckpoint', monitor='val/loss', mode='max')} {callback('foreign.callbacks.LoadBest')}",
+    ),
+    Row(
+        "`LearningRateFinder` from `configure_callbacks`",
+        model=FindsRate,
+        refused="configure_callbacks: LearningRateFinder",
     ),
     Row(
         "a custom `ModelCheckpoint`",

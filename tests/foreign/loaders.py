@@ -33,6 +33,16 @@ class Several(Regression):
         self.log("val/loss", self.loss(batch), sync_dist=True)
 
 
+class GeneratorLoader(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+class OwnIteration(Points):
+    def train_dataloader(self) -> Any:
+        return GeneratorLoader(points(), batch_size=BATCH_SIZE)
+
+
 class DictOfLoaders(Points):
     def train_dataloader(self) -> Any:
         return {"a": loader(), "b": loader(2, 24)}
@@ -305,6 +315,7 @@ ROWS = (
         kill_step=11,
         own_order=OWN_ORDER,
     ),
+    Row("a DataLoader whose `__iter__` is a generator", data=OwnIteration),
     Row("several loaders for validation", model=Several, data=SeveralForValidation),
     Row("an `IterableDataset` that shards itself", data=Streamed, per_rank="the dataset shards itself"),
     Row(

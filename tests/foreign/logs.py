@@ -21,6 +21,7 @@ class StepAndEpoch(Regression):
         loss = self.loss(batch)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True)
         self.log("train/most", loss, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+        self.log("train/least", loss, on_step=False, on_epoch=True, reduce_fx=min, sync_dist=True)
         self.log("train/samples", float(len(batch[0])), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
         self.log("train/weighted", loss, on_step=False, on_epoch=True, batch_size=1 + batch_idx, sync_dist=True)
         return loss

@@ -252,6 +252,14 @@ class Compiled(Regression):
             self.layers = torch.compile(self.layers, backend="eager")
 
 
+class Settled(Normalized):
+    """Stops to update the statistics of batch norm in the second epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 7:
+            self.layers[1].eval()
+
+
 def has_statistics(run: Outcome) -> None:
     """Check that batch norm has counted every step."""
     assert run.weights["layers.1.num_batches_tracked"] == 12
@@ -262,6 +270,7 @@ OWN_DROPOUT = "each rank draws its own dropout"
 
 ROWS = (
     Row("batch norm", model=Normalized, per_rank=RANK_STATISTICS, check=has_statistics),
+    Row("batch norm that a hook switches to `eval()`", model=Settled, per_rank=RANK_STATISTICS),
     Row("`sync_batchnorm`", "--trainer.sync_batchnorm true", model=Normalized, check=has_statistics),
     Row("dropout", model=Dropped, own_order="each rank seeds its own dropout", per_rank=OWN_DROPOUT),
     Row("frozen parameters", model=Frozen),

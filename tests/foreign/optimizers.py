@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from support.runs import Outcome
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from foreign.base import Regression, Row
@@ -115,6 +115,31 @@ class Unstepped(Regression):
         return torch.optim.SGD(self.layers.parameters(), lr=0.05)
 
 
+class Sparse(Regression):
+    """An embedding with sparse gradients, by manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.embedding = nn.Embedding(8, 1, sparse=True)
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self.layers(x) + self.embedding((x[:, 0] > 0).long()), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.layers.parameters(), lr=0.05), torch.optim.SparseAdam(self.embedding.parameters(), lr=0.05)
+
+
 def steps(number: int) -> Any:
     """A check that the run took ``number`` steps."""
 
@@ -128,6 +153,7 @@ ROWS = (
     Row("`AdamW`", model=Adam),
     Row("`LBFGS`", model=Lbfgs),
     Row("two optimizers by manual optimization, one accumulating", model=TwoManually, kill_step=14),
+    Row("sparse gradients, on several ranks", model=Sparse, refused="embedding: DDP divides all other gradients twice"),
     Row("a schedule by step, every second step", model=ByStep),
     Row("a schedule by epoch", model=ByEpoch),
     Row("`ReduceLROnPlateau`", "--trainer.max_epochs 3", model=Plateau, kill_step=15),

@@ -1,5 +1,6 @@
 """Samplers and batch samplers."""
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -157,6 +158,25 @@ class OwnBatchSampler(NumberedPoints):
         return DataLoader(Numbered(), batch_sampler=OwnBatches())
 
 
+class PlainBatches:
+    """Like ``OwnBatches``, without a base class and with a generator of its own."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(3)
+
+    def __len__(self) -> int:
+        return SAMPLES // BATCH_SIZE
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.random.sample(range(len(self)), len(self)):
+            yield list(range(batch * BATCH_SIZE, (batch + 1) * BATCH_SIZE))
+
+
+class PlainBatchSampler(NumberedPoints):
+    def train_dataloader(self) -> Any:
+        return DataLoader(Numbered(), batch_sampler=PlainBatches())
+
+
 class Distributed(NumberedPoints):
     def train_dataloader(self) -> Any:
         world, rank = self.trainer.world_size, self.trainer.global_rank
@@ -191,6 +211,13 @@ ROWS = (
         data=OwnBatchSampler,
         own_order=OWN_ORDER,
         per_rank="each rank takes all batches",
+    ),
+    Row(
+        "a custom batch sampler without a base class, with a generator in an attribute",
+        model=Counting,
+        data=PlainBatchSampler,
+        own_order=OWN_ORDER,
+        logged_per_rank="each rank takes all batches",
     ),
     Row(
         "a custom `DistributedSampler`",

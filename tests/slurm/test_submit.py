@@ -239,10 +239,13 @@ def test_a_job_that_is_never_confirmed_is_cancelled(shell: Shell, tmp_path: Path
         "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1\n"
     )
     wrapper.chmod(0o755)
-    impatient = "import sys; from lockstep.slurm.submission import sbatch; sbatch._RETRY_SECONDS = 0.0\n"
-    impatient += "from lockstep.cli import run_script; run_script('submit', 'python launch/slurm.py')"
+    script = tmp_path / "impatient.py"
+    script.write_text(
+        "from lockstep.cli import run_script\nfrom lockstep.slurm.submission import sbatch\n"
+        "sbatch._RETRY_SECONDS = 0.0\nrun_script('submit', 'python launch/slurm.py')\n"
+    )
     before = set(shell.queue())
-    done = shell("-c", impatient, *HELD, PATH=f"{wrapper.parent}:{shell.env['PATH']}")
+    done = shell(str(script), *HELD, PATH=f"{wrapper.parent}:{shell.env['PATH']}")
     assert done.returncode == 2 and "timed out" in done.stderr and "queued nevertheless" not in done.stderr, done.stderr
     assert (tmp_path / "queued").exists() and set(shell.queue()) == before
 

@@ -29,6 +29,7 @@ def capture_state(trainer: Trainer) -> dict[str, Any]:
     return {
         "random": capture_rng_state(trainer.strategy.root_device),
         "trainable": [name for name, p in module.named_parameters() if p.requires_grad],
+        "in_eval_mode": [name for name, child in module.named_modules() if not child.training],
         "metrics": {name: capture_metric(m) for name, m in module.named_modules() if isinstance(m, Metric)},
         **capture_logged_values(trainer),
         "pruned": _pruned_parameters(module),
@@ -94,6 +95,9 @@ def restore_state(trainer: Trainer, point: ResumePoint) -> None:
     trainable = set(point.shared["trainable"])
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
+    in_eval_mode = set(point.shared["in_eval_mode"])
+    for name, child in module.named_modules():
+        child.training = name not in in_eval_mode
     restore_logged_values(trainer, states, point.shared, is_mid_epoch=not point.has_ended)
     trainer.should_stop = point.should_stop and (not states or any(state["should_stop"] for state in states))
     for state in states[:1] if not isinstance(trainer.strategy, DeepSpeed) else ():

@@ -35,7 +35,8 @@ def count_bytes(value: Any) -> int:
     sizes: list[int] = []
 
     def add(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.nbytes)
+        parts = (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)
+        sizes.extend(part.nbytes for part in parts)
         return tensor
 
     _map_tensors(value, add)

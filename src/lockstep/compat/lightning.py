@@ -278,7 +278,12 @@ class _RestoredMetadata(_Metadata):
     """How a value was logged; equal with and without ``sync_dist``, which Lightning ignores on a single rank."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Metadata) and vars(self) | {"_sync": None} == vars(other) | {"_sync": None}
+        return isinstance(other, _Metadata) and self._comparable(self) == self._comparable(other)
+
+    @staticmethod
+    def _comparable(metadata: _Metadata) -> dict[str, Any]:
+        """Lightning takes Python's ``max`` for that of torch."""
+        return vars(metadata) | {"_sync": None, "reduce_fx": metadata.reduce_fx.__name__}
 
 
 def _capture_result(result: Any, trainer: Trainer) -> dict[str, Any]:

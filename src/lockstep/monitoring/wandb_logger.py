@@ -88,6 +88,11 @@ class RunLogger(WandbLogger):
         return self.run or self._experiment
 
     @property
+    def version(self) -> str:
+        """The name of the run folder; callbacks put it into paths, and a disabled W&B run has another id in each attempt."""
+        return self.metrics.path.parent.name
+
+    @property
     def url(self) -> str:
         """URL of the W&B run; empty if it is offline or was not started."""
         return "" if self.run is None or self.run.offline else str(self.run.url)

@@ -149,6 +149,7 @@ class DDP(LockstepStrategy, DDPStrategy):
             ) from error
 
     def configure_ddp(self) -> None:
+        self._refuse_sparse_gradients()
         if self.root_device.type == "cpu":
             run_sync_batchnorm_on_cpu(self.module)
         self._wait_for_device()
@@ -158,6 +159,14 @@ class DDP(LockstepStrategy, DDPStrategy):
         if (name := self.options.gradient_compression) != "none":  # not ``ddp_comm_hook=``, which Lightning ignores on CPUs
             assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(None, getattr(default_hooks, f"{name}_compress_hook"))
+
+    def _refuse_sparse_gradients(self) -> None:
+        for name, child in self.module.named_modules():
+            if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.sparse and child.weight.requires_grad:
+                raise UsageError(
+                    f"{name}: DDP divides all other gradients twice where a module has sparse ones (seen with torch 2.15); set "
+                    "sparse=False, or train on one rank."
+                )
 
     def _wait_for_device(self) -> None:
         """Wait for all streams: Lightning wraps the module in a stream of its own, where rank zero's weights are sent.

@@ -2,12 +2,13 @@
 
 import sys
 import warnings
+from collections.abc import Iterable
 from os import environ
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Checkpoint,
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lockstep.checkpoint import CheckpointCallback, CheckpointWriter, HyperParameters, RestoredWeights
 from lockstep.compat.lightning import keep_original_weights
@@ -44,14 +46,25 @@ from lockstep.trainer.saved_config import AttemptConfig
 def check_trainer_objects(arguments: Namespace, strategy: AnyStrategy) -> None:
     """Raise UsageError if lockstep or the strategy does not support a callback or logger."""
     for key in ("callbacks", "logger"):
-        for value in _as_list(arguments[key]):
-            if isinstance(value, LearningRateFinder | BatchSizeFinder | WandbLogger):
-                base = next(cls.__name__ for cls in type(value).__mro__ if cls.__name__ in REFUSED_TRAINER_CLASSES)
-                raise UsageError(f"trainer.{key}: {type(value).__name__} {REFUSED_TRAINER_CLASSES[base]}.")
-    for callback in _as_list(arguments.callbacks) if isinstance(strategy, DeepSpeed) else ():
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging | ModelPruning):
-            name = type(callback).__name__
-            raise UsageError(f"trainer.callbacks: {name} copies the weights, which ZeRO partitions; use strategy ddp.")
+        _check_objects(f"trainer.{key}", _as_list(arguments[key]), strategy)
+
+
+def _check_objects(key: str, values: Iterable[object], strategy: object) -> None:
+    for value in values:
+        name = type(value).__name__
+        if isinstance(value, LearningRateFinder | BatchSizeFinder | WandbLogger):
+            base = next(cls.__name__ for cls in type(value).__mro__ if cls.__name__ in REFUSED_TRAINER_CLASSES)
+            raise UsageError(f"{key}: {name} {REFUSED_TRAINER_CLASSES[base]}.")
+        if isinstance(strategy, DeepSpeed) and isinstance(value, WeightAveraging | StochasticWeightAveraging | ModelPruning):
+            raise UsageError(f"{key}: {name} copies the weights, which ZeRO partitions; use strategy ddp.")
+
+
+class _ModuleCallbacks(Callback):
+    """Checks the callbacks that the module's ``configure_callbacks`` has added."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if is_overridden("configure_callbacks", pl_module):
+            _check_objects("configure_callbacks", trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
 
 
 def build_trainer(
@@ -92,6 +105,7 @@ def build_trainer(
         run, throughput, context.attempt, not has_bar, not has_bar and not is_live, lambda: writer.error if writer else ""
     )
     callbacks += [
+        _ModuleCallbacks(),
         stopwatch,
         NanGuard(),
         throughput,

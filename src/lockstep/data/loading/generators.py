@@ -68,12 +68,12 @@ def _find(owner: object, seen: set[int]) -> Iterator[_Generator]:
     if id(owner) in seen:
         return
     seen.add(id(owner))
-    for value in list(getattr(owner, "__dict__", {}).values()):
+    for name, value in list(getattr(owner, "__dict__", {}).items()):
         if isinstance(value, _Generator):
             if id(value) not in seen:
                 seen.add(id(value))
                 yield value
-        elif isinstance(value, _PARTS):
+        elif isinstance(value, _PARTS) or name in ("sampler", "batch_sampler"):  # they need no base class
             yield from _find(value, seen)
         elif type(value) in (list, tuple) and value and isinstance(value[0], _PARTS):
             for part in value:

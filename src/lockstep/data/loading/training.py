@@ -1,9 +1,10 @@
 """The training data of a run: one loader or several, from any position in an epoch."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -60,7 +61,9 @@ class LoaderPasses:
         self._is_first = False
         if isinstance(self.loader, ShardedLoader):
             with self.loader.global_batches.starting_at(self.position):
-                batches = iter(self.loader)
+                batches: Iterator[Any] = iter(self.loader)
+                if isinstance(batches, Generator):  # of a user's ``__iter__``: it begins to read with its first batch
+                    batches = chain([*islice(batches, 1)], batches)
             return self._count_samples(batches, self.loader.global_batches.drawn_sizes)
         position, world = self.position, self.sharding.world
         place = position.epoch, position.cycle
