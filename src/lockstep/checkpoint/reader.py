@@ -14,6 +14,7 @@ No file points to the newest checkpoint: it is the last one whose files match it
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,9 @@ class Checkpoint:
     def _rank_state(self, rank: int) -> dict[str, Any]:
         path = self.folder / f"rank-{rank}.pt"
         allow_plain_classes(path)  # a stream's state may contain them
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Validating sparse tensor invariants")  # gradients
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
 
     def weights(self) -> Iterator[tuple[str, Any]]:
