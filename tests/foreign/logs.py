@@ -10,6 +10,7 @@ from support.wandb_reader import read_history
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
+from torchmetrics.wrappers import MinMaxMetric, Running
 
 from foreign.base import Regression, Row
 
@@ -64,6 +65,29 @@ class Metrics(Regression):
         x, y = batch
         self.val_errors.update(self.layers(x), y)
         self.log_dict(self.val_errors, on_step=False, on_epoch=True)
+
+
+class Wrapped(Regression):
+    """Wrappers of torchmetrics that keep a part of their state in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extremes, self.running = MinMaxMetric(MeanSquaredError()), Running(MeanMetric(), window=3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/running", self.running(loss.detach()), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        self.extremes.update(self.layers(x), y)
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            values = self.extremes.compute()
+            self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
+        self.extremes.reset()
 
 
 class ComputedByHand(Regression):
@@ -157,6 +181,7 @@ ROWS = (
         model=Metrics,
         logged_per_rank="a step logs the metric of rank zero's own batch",
     ),
+    Row("`MinMaxMetric` and `Running` of torchmetrics", "--trainer.max_epochs 3", model=Wrapped, kill_step=15),
     Row("a metric computed and reset by hand at the end of validation", model=ComputedByHand),
     Row("`self.log` without `sync_dist`", model=NotReduced, logged_per_rank="rank zero logs its own half of the batch"),
     Row("`self.log` in hooks", model=InHooks),

@@ -115,6 +115,27 @@ class Unstepped(Regression):
         return torch.optim.SGD(self.layers.parameters(), lr=0.05)
 
 
+class DoubleMomentum(torch.optim.Optimizer):
+    """SGD with momentum whose state is float64 for parameters in float32."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        with torch.no_grad():
+            for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter, dtype=torch.float64))
+                momentum.mul_(0.9).add_(parameter.grad)
+                parameter.sub_(0.01 * momentum)
+        return loss
+
+
+class Precise(Regression):
+    def configure_optimizers(self) -> Any:
+        return DoubleMomentum(self.parameters())
+
+
 class Sparse(Regression):
     """An embedding with sparse gradients, by manual optimization."""
 
@@ -153,6 +174,7 @@ ROWS = (
     Row("`AdamW`", model=Adam),
     Row("`LBFGS`", model=Lbfgs),
     Row("two optimizers by manual optimization, one accumulating", model=TwoManually, kill_step=14),
+    Row("an optimizer whose state has another dtype than the weights", model=Precise),
     Row("sparse gradients, on several ranks", model=Sparse, refused="embedding: DDP divides all other gradients twice"),
     Row("a schedule by step, every second step", model=ByStep),
     Row("a schedule by epoch", model=ByEpoch),

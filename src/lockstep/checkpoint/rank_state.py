@@ -14,13 +14,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lockstep.checkpoint.serialization import copy_to_cpu
 from lockstep.compat.lightning import capture_logged_values, restore_logged_values
 from lockstep.compat.torchmetrics import capture_metric, merge_metric
 from lockstep.data.loading import stream_records
-from lockstep.strategies import DeepSpeed, ResumePoint
+from lockstep.strategies import DeepSpeed, ResumePoint, keep_state_dtypes
 
 
 def capture_state(trainer: Trainer) -> dict[str, Any]:
@@ -128,6 +129,8 @@ def undo_changes(trainer: Trainer, hook: str) -> Iterator[None]:
             owner.load_state_dict(state, strict=False)  # its state_dict may be incomplete
         elif state:
             owner.load_state_dict(state)
+            if isinstance(owner, Optimizer):
+                keep_state_dtypes(owner, state)
 
 
 def capture_rng_state(device: torch.device) -> dict[str, Any]:

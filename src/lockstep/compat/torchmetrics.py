@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric, SumMetric
+from torchmetrics.wrappers import MinMaxMetric, Running
 
 from lockstep.compat import private
 
 for _name in ("_update_count", "_forward_cache", "_defaults", "_reductions", "_computed"):
     private("torchmetrics", SumMetric(), _name)
 private("torchmetrics", SumMetric(), "sum_value")
+private("torchmetrics", Running(SumMetric()), "_num_vals_seen")
 
 
 def add_to_sum(metric: SumMetric, value: Tensor | float) -> None:
@@ -29,9 +31,18 @@ def sum_on_rank(metric: SumMetric) -> Tensor:
     return total
 
 
+_PLAIN: dict[type[Metric], tuple[str, ...]] = {MinMaxMetric: ("min_val", "max_val"), Running: ("_num_vals_seen",)}
+"""What these wrappers keep in attributes instead of states."""
+
+
 def capture_metric(metric: Metric) -> dict[str, Any]:
     """Number of updates and state of ``metric`` on this rank: live tensors, or lists of them, by name."""
-    return {"count": metric._update_count, "values": {name: getattr(metric, name) for name in metric._defaults}}
+    plain = {name: getattr(metric, name) for cls, names in _PLAIN.items() if isinstance(metric, cls) for name in names}
+    return {
+        "count": metric._update_count,
+        "values": {name: getattr(metric, name) for name in metric._defaults},
+        "plain": plain,
+    }
 
 
 def copy_states(metric: Metric) -> dict[str, Any]:
@@ -72,5 +83,7 @@ def merge_metric(metric: Metric, saved: Mapping[str, Any], reduce: Callable[[Ten
         value = value.to(metric.device)
         combine: Any = reduce or metric._reductions[name]
         setattr(metric, name, value if is_new or combine is None else combine(torch.stack([own, value])))
+    for name, value in saved.get("plain", {}).items():
+        setattr(metric, name, value.to(metric.device) if isinstance(value, Tensor) else value)
     metric._update_count += saved["count"]
     metric._computed = None

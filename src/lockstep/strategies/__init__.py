@@ -1,6 +1,6 @@
 """How ranks train together: DDP, or DeepSpeed ZeRO."""
 
-from lockstep.strategies.base import LockstepStrategy, ResumePoint
+from lockstep.strategies.base import LockstepStrategy, ResumePoint, keep_state_dtypes
 from lockstep.strategies.deepspeed import DeepSpeed
 from lockstep.strategies.deepspeed_nvme import private_folder
 from lockstep.strategies.deepspeed_ops import load_ops, required_ops

@@ -28,6 +28,26 @@ T = TypeVar("T")
 _STEPS = ("training_step", "validation_step", "test_step")
 
 
+def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of all groups, in the order in which a ``state_dict`` numbers them."""
+    return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+
+
+def keep_state_dtypes(optimizer: Optimizer, loaded: Mapping[str, Any]) -> None:
+    """Undo what ``load_state_dict(loaded)`` has done: a cast of states to the dtype of their parameters.
+
+    An example is the float32 momentum of bfloat16 weights. Optimizers that wrap others may have a ``state_dict`` of their own.
+    """
+    if not {"param_groups", "state"} <= loaded.keys():
+        return
+    numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, optimizer_parameters(optimizer), strict=True):
+        state = optimizer.state.get(parameter, {})
+        for key, value in loaded["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and isinstance(state.get(key), Tensor) and state[key].dtype != value.dtype:
+                state[key] = value.to(state[key].device, copy=True)
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """What one rank needs to resume, in addition to Lightning's checkpoint.
@@ -202,6 +222,10 @@ class LockstepStrategy(Strategy):
             state = self._sharded_state.optimizer_state(self.optimizers[0], parameter_names(self.module))
             checkpoint = {**checkpoint, "optimizer_states": [state]}
         super().load_optimizer_state_dict(checkpoint)
+        dtypes = {value.dtype for value in checkpoint.get("state_dict", {}).values() if isinstance(value, Tensor)}
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if {parameter.dtype for parameter in optimizer_parameters(optimizer)} <= dtypes:  # or the precision is another one
+                keep_state_dtypes(optimizer, saved)
         for optimizer in self.optimizers:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():

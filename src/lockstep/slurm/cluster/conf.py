@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from lockstep.core import count
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "scancel", "scontrol", "squeue", "srun")
 _ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "sacct", "sacctmgr")
+
+_EPOCH = 1767225600
+"""The start of 2026, in seconds since 1970."""
 
 _SLURM_CONF = """\
 ClusterName={name}
@@ -29,6 +33,8 @@ CredType=cred/munge
 # A requeued job starts again when its credential has expired; the default is 120 s.
 AuthInfo=socket={folder}/munged/socket,cred_expire=5
 StateSaveLocation={folder}/slurmctld
+# No id of an earlier cluster: a run that its job 1 has finished would look finished to the job 1 that resumes it.
+FirstJobId={first_job}
 SlurmctldPidFile={folder}/slurmctld/pid
 SlurmctldLogFile={folder}/slurmctld/log
 SlurmdSpoolDir={folder}/%n
@@ -135,6 +141,7 @@ def slurm_conf(folder: Path, spec: ClusterSpec, ports: Sequence[int], values: Ma
         user=user_name(),
         folder=folder,
         memory_per_cpu=memory // spec.cpus,
+        first_job=1 + int(time.time() - _EPOCH) % 60_000_000,  # the largest id is 67,043,328
     )
     if host_is_loopback():
         text += "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
