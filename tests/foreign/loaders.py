@@ -1,10 +1,8 @@
 """DataLoaders and datasets."""
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from support.runs import Outcome
@@ -264,22 +262,6 @@ class ReadByLists(Points):
         return ByLists()
 
 
-class Augmented(Dataset[Any]):
-    """Points with noise from torch, numpy and python."""
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        x, y = points()[index]
-        return x + 0.1 * torch.randn(4) + 0.1 * float(np.random.randn()) + 0.1 * random.random(), y
-
-
-class AugmentedPoints(Points):
-    def dataset(self) -> Dataset[Any]:
-        return Augmented()
-
-
 def steps(number: int) -> Any:
     """A check that the run took ``number`` steps."""
 
@@ -360,15 +342,4 @@ ROWS = (
     Row("loaders on the module, no DataModule", model=OwnLoaders, data=None),
     Row("`batch_size=None`: the dataset gives batches", data=AlreadyBatched, logged_per_rank="each rank takes all batches"),
     Row("a dataset with `__getitems__` alone", data=ReadByLists),
-    Row(
-        "random augmentation by torch, numpy and python",
-        data=AugmentedPoints,
-        own_order="random numbers of a sample depend on seed, epoch and position",
-    ),
-    Row(
-        "random augmentation with workers",
-        "--data.workers 2",
-        data=AugmentedPoints,
-        own_order="random numbers of a sample depend on seed, epoch and position",
-    ),
 )

@@ -3,13 +3,20 @@
 Otherwise their state would depend on how often this process has used them, and so on restarts, ranks and workers.
 """
 
+import functools
 import hashlib
+import inspect
 import random
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
@@ -27,6 +34,15 @@ def derive_seed(*parts: int) -> int:
 _Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 _PARTS = (Dataset, Sampler, DataLoader)
 
+_NESTED = 0x6E6573746564
+"""Makes the seeds of nested generators differ from those of the others."""
+
+_OBJECTS, _ITEMS = 10_000, 1_000
+"""How many objects are searched for generators, and how many items of one."""
+
+_ELSEWHERE = (type, ModuleType, Tensor, np.ndarray, Sampler, DataLoader, Trainer, LightningModule, LightningDataModule)
+"""What is not searched: it has no generators, or they have seeds of their own."""
+
 _first_states: dict[int, tuple[_Generator, int]] = {}
 """Each generator reseeded with ``keep_seed``, and a hash of its initial state."""
 
@@ -40,15 +56,37 @@ def reseed_generators(owner: object, seed: int, keep_seed: bool = False) -> None
         keep_seed: Whether the new state also depends on the initial one, which the owner may choose for each rank.
     """
     for number, generator in enumerate(_find(owner, set())):
-        own = derive_seed(seed, number, *([_first_state(generator)] if keep_seed else []))
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(own >> 1)
-        elif isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = type(generator.bit_generator)(own).state
-        elif isinstance(generator, np.random.RandomState):
-            generator.seed(own & 0xFFFFFFFF)
-        else:
-            generator.seed(own)
+        _seed(generator, derive_seed(seed, number, *([_first_state(generator)] if keep_seed else [])))
+
+
+class NestedGenerators:
+    """The generators that a dataset or ``collate_fn`` reaches and ``reseed_generators`` does not, such as those of a transform.
+
+    They are looked for once, in attributes, lists, dicts, closures, and the global names that methods use.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+        self._found: list[_Generator] | None = None
+
+    def reseed(self, seed: int) -> None:
+        """Seed them."""
+        if self._found is None:
+            direct = set(map(id, _find(self._owner, set())))
+            self._found = [each for each in _find_nested(self._owner) if id(each) not in direct]
+        for number, generator in enumerate(self._found):
+            _seed(generator, derive_seed(seed, number, _NESTED))
+
+
+def _seed(generator: _Generator, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed >> 1)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(seed & 0xFFFFFFFF)
+    else:
+        generator.seed(seed)
 
 
 def _first_state(generator: _Generator) -> int:
@@ -78,3 +116,46 @@ def _find(owner: object, seen: set[int]) -> Iterator[_Generator]:
         elif type(value) in (list, tuple) and value and isinstance(value[0], _PARTS):
             for part in value:
                 yield from _find(part, seen)
+
+
+def _find_nested(owner: object) -> Iterator[_Generator]:
+    """Generators in everything that ``owner`` reaches, the nearest first."""
+    seen: set[int] = set()
+    queue: deque[Any] = deque([owner])
+    while queue and len(seen) < _OBJECTS:
+        value = queue.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, _Generator):
+            yield value
+        elif not isinstance(value, _ELSEWHERE):
+            queue.extend(_parts(value))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What ``value`` consists of."""
+    if isinstance(value, dict):
+        yield from islice(value.values(), _ITEMS)
+    elif isinstance(value, list | tuple | set | deque):
+        yield from islice(value, _ITEMS)
+    elif isinstance(value, MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, FunctionType):
+        yield from _generators_of_function(value)
+        yield from inspect.getclosurevars(value).nonlocals.values()
+    else:
+        yield from getattr(value, "__dict__", {}).values()
+        for cls in type(value).__mro__:
+            for function in vars(cls).values():
+                if isinstance(function, FunctionType):
+                    yield from _generators_of_function(function)
+
+
+def _generators_of_function(function: FunctionType) -> Iterator[_Generator]:
+    """Generators among the global names that the code of ``function`` uses."""
+    for name in function.__code__.co_names:
+        if isinstance(found := function.__globals__.get(name), _Generator):
+            yield found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from lockstep.data.loading.generators import derive_seed, reseed_generators
+from lockstep.data.loading.generators import NestedGenerators, derive_seed, reseed_generators
 
 SampleKey = tuple[int, int, Any]
 """One sample of one pass over the data: seed of the pass, position in it, and what the sampler yields there."""
@@ -99,6 +99,7 @@ class SeededDataset(Dataset[Any]):
 
     def __init__(self, dataset: Dataset[Any], times: Tensor | None = None) -> None:
         self.dataset, self.batch_seed, self._times = dataset, 0, times
+        self._nested = NestedGenerators(dataset)
 
     def __getitems__(self, keys: list[SampleKey]) -> Any:
         """The samples of ``keys``, in that order."""
@@ -123,6 +124,7 @@ class SeededDataset(Dataset[Any]):
                 own = derive_seed(seed, position)
                 seed_cpu(own)
                 reseed_generators(self.dataset, own)
+                self._nested.reseed(own)
                 sample = self._read([index])
                 if not isinstance(sample, list):
                     return self._read(indices)
@@ -145,8 +147,11 @@ class SeededCollate:
 
     def __init__(self, collate: Callable[[Any], Any], dataset: SeededDataset) -> None:
         self.collate, self.dataset = collate, dataset
+        self._nested = NestedGenerators(collate)
 
     def __call__(self, samples: Any) -> Any:
         with preserve_rng_state():
             seed_cpu(self.dataset.batch_seed)
+            reseed_generators(self.collate, self.dataset.batch_seed)
+            self._nested.reseed(self.dataset.batch_seed)
             return self.collate(samples)
