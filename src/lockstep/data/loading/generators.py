@@ -5,10 +5,10 @@ Otherwise their state would depend on how often this process has used them, and 
 
 import functools
 import hashlib
-import inspect
 import random
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -40,7 +40,7 @@ _NESTED = 0x6E6573746564
 _OBJECTS, _ITEMS = 10_000, 1_000
 """How many objects are searched for generators, and how many items of one."""
 
-_ELSEWHERE = (type, ModuleType, Tensor, np.ndarray, Sampler, DataLoader, Trainer, LightningModule, LightningDataModule)
+_ELSEWHERE = (ModuleType, Tensor, np.ndarray, Sampler, DataLoader, Trainer, LightningModule, LightningDataModule)
 """What is not searched: it has no generators, or they have seeds of their own."""
 
 _first_states: dict[int, tuple[_Generator, int]] = {}
@@ -136,26 +136,22 @@ def _find_nested(owner: object) -> Iterator[_Generator]:
 def _parts(value: Any) -> Iterator[Any]:
     """What ``value`` consists of."""
     if isinstance(value, dict):
-        yield from islice(value.values(), _ITEMS)
+        yield from islice(list(value.values()), _ITEMS)
     elif isinstance(value, list | tuple | set | deque):
-        yield from islice(value, _ITEMS)
+        yield from islice(list(value), _ITEMS)
     elif isinstance(value, MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, FunctionType):
-        yield from _generators_of_function(value)
-        yield from inspect.getclosurevars(value).nonlocals.values()
+        used = (value.__globals__.get(name) for name in value.__code__.co_names)
+        yield from (found for found in used if isinstance(found, _Generator))
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # it is not set yet
+                yield cell.cell_contents
+    elif isinstance(value, type):
+        for cls in value.__mro__:
+            yield from (member for member in list(vars(cls).values()) if isinstance(member, FunctionType | _Generator))
     else:
-        yield from getattr(value, "__dict__", {}).values()
-        for cls in type(value).__mro__:
-            for function in vars(cls).values():
-                if isinstance(function, FunctionType):
-                    yield from _generators_of_function(function)
-
-
-def _generators_of_function(function: FunctionType) -> Iterator[_Generator]:
-    """Generators among the global names that the code of ``function`` uses."""
-    for name in function.__code__.co_names:
-        if isinstance(found := function.__globals__.get(name), _Generator):
-            yield found
+        yield from list(getattr(value, "__dict__", {}).values())
+        yield type(value)
