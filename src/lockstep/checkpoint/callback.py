@@ -271,13 +271,9 @@ class CheckpointCallback(Callback):
     def _raise_if_signalled(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Stop without consensus: an evaluation has no state to save, and the step before it is saved."""
         received = self.signals.received
-        # Only if it trained since it resumed: an evaluation that takes longer than an allocation would be repeated in each.
-        if (
-            self._is_out_of_time()
-            and self.writer is not None
-            and trainer.global_step > (self._resumed.step if self._resumed else 0)
-        ):
-            received = received or signal.SIGUSR2
+        may_stop = self.writer is not None and trainer.global_step > 0  # not twice in one evaluation, which may be too long
+        if received is None and may_stop and self._has_trained(trainer) and self._is_out_of_time():
+            received = signal.SIGUSR2
         if received is not None:
             if self.writer is not None:
                 self.writer.wait(SHUTDOWN_SECONDS)
@@ -291,9 +287,8 @@ class CheckpointCallback(Callback):
         """Number of the signal for which this rank wants to stop, or _SUPERSEDED; 0 for neither."""
         if trainer.is_global_zero and self.ownership.is_lost():
             return _SUPERSEDED
-        if self.signals.received is not None:
-            return int(self.signals.received)
-        return int(signal.SIGUSR2) if trainer.is_global_zero and self._is_out_of_time() else 0
+        late = signal.SIGUSR2 if trainer.is_global_zero and self._is_out_of_time() else 0
+        return int(self.signals.received or late)
 
     def _is_out_of_time(self) -> bool:
         """Whether the allocation ends before much more than a save."""
@@ -352,5 +347,4 @@ def _is_last_step(trainer: Trainer) -> bool:
 
 def _completed_epochs(trainer: Trainer) -> int:
     """Epochs whose steps are all done."""
-    progress: Any = trainer.fit_loop.epoch_progress.current
-    return int(progress.processed)
+    return int(vars(trainer.fit_loop.epoch_progress.current)["processed"])

@@ -22,6 +22,7 @@ from lockstep.core import (
     PeerError,
     RunError,
     SaveError,
+    StorageError,
     Superseded,
     UsageError,
     World,
@@ -37,7 +38,18 @@ T = TypeVar("T")
 _NO_LIMIT = timedelta(days=365)
 """The timeout of collectives whose callers have their own limits."""
 
-_SAFE_TYPES = (PosixPath, Run, LockstepError, UsageError, RunError, SaveError, PeerError, FinalTestError, Superseded)
+_SAFE_TYPES = (
+    PosixPath,
+    Run,
+    LockstepError,
+    UsageError,
+    RunError,
+    SaveError,
+    PeerError,
+    StorageError,
+    FinalTestError,
+    Superseded,
+)
 """Classes that a rank accepts from another one, besides those that ``torch.load(weights_only=True)`` accepts."""
 
 

@@ -205,9 +205,8 @@ class TrainingSession:
         if path is None and context.command != "fit":
             raise UsageError(f"ckpt_path: must be set to {context.command}: a checkpoint, or a run folder.")
         own = latest_checkpoint(context.run.checkpoints, context.world, set_aside=True) if context.command == "fit" else None
-        if own is not None or path is None:
-            return own, own is not None
-        return find_checkpoint(Path(path), "ckpt_path", context.world), False
+        is_own = own is not None or path is None
+        return (own, own is not None) if is_own else (find_checkpoint(Path(path), "ckpt_path", context.world), False)
 
     def _resume(self, strategy: AnyStrategy, checkpoint: Checkpoint, is_same_run: bool) -> None:
         """Restore progress from ``checkpoint``; in the same run also the row count, so that no row is logged twice."""
@@ -268,8 +267,8 @@ class TrainingSession:
         Raises:
             StorageError: The checkpoint cannot be read.
         """
-        writer, world = self.checkpoints.writer if self.checkpoints is not None else None, self.context.world
-        if writer is None:
+        world = self.context.world
+        if self.checkpoints is None or (writer := self.checkpoints.writer) is None:
             return None
         published = broadcast_from_rank_zero(lambda: writer.published, world)
         found = None if published is None else read_checkpoint(published, world)
