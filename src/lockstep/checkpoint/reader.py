@@ -94,7 +94,7 @@ def published_checkpoints(checkpoints: Path) -> list[Path]:
     """All published checkpoints, newest first; OSError if they cannot be listed."""
     try:
         paths = [checkpoints / name for name in os.listdir(checkpoints)]  # glob hides errors, and a run would start anew
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     found = [path for path in paths if path.name.startswith("step-") and checkpoint_order(path) and path.is_dir()]
     return sorted(found, key=checkpoint_order, reverse=True)
