@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from support.faults import fault
 from support.runs import REPO, Launch, Outcome, assert_same_run, metric_rows, resume_run, undisturbed_run
+from support.toy_model import ToyModel
 from support.wandb_reader import read_history
 
 from lockstep.checkpoint.callback import CheckpointCallback
@@ -128,6 +129,24 @@ def test_the_losses_continue_on_another_number_of_ranks(launch: Launch, tmp_path
     assert finished.status == 0
     assert finished.series("train/loss") == pytest.approx(undisturbed.series("train/loss"), abs=1e-4)
     assert finished.result["metrics"]["test/samples"] == 360
+
+
+class Evaluated(ToyModel):
+    """Ends its training with ``eval()``, and would not train on in that mode."""
+
+    def on_train_start(self) -> None:
+        assert self.training
+
+    def on_train_end(self) -> None:
+        self.eval()
+        with torch.no_grad():
+            next(self.parameters()).mul_(1.01)  # so that it is saved once more
+
+
+def test_a_run_that_ended_in_eval_mode_trains_on(launch: Launch) -> None:
+    run = launch("--model", f"{__name__}.Evaluated", *OWN[2:])
+    assert run.status == 0 and run.newest.folder.name.endswith("-end")
+    assert resume_run(launch, run, "--trainer.max_epochs", "5").status == 0
 
 
 def test_sparse_gradients_are_kept(launch: Launch, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def restore_state(trainer: Trainer, point: ResumePoint) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
     in_eval_mode = set(point.shared["in_eval_mode"])
-    for name, child in module.named_modules():
+    for name, child in module.named_modules() if "" not in in_eval_mode else ():  # eval() of the module ends training
         child.training = name not in in_eval_mode
     restore_logged_values(trainer, states, point.shared, is_mid_epoch=not point.has_ended)
     trainer.should_stop = point.should_stop and (not states or any(state["should_stop"] for state in states))
