@@ -93,7 +93,7 @@ class Checkpoint:
 def published_checkpoints(checkpoints: Path) -> list[Path]:
     """All published checkpoints, newest first; OSError if they cannot be listed."""
     try:
-        paths = [checkpoints / name for name in os.listdir(checkpoints)]  # glob hides errors, and a run would start anew
+        paths = [checkpoints / name for name in os.listdir(checkpoints)]  # glob would hide an error
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = [path for path in paths if path.name.startswith("step-") and checkpoint_order(path) and path.is_dir()]

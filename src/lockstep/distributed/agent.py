@@ -271,7 +271,7 @@ class _AttemptState:
         self.is_signalled = self.is_signalled or bool(message["signal"])
 
     def add(self, outcomes: Sequence[RankOutcome]) -> None:
-        """Add the outcomes of ranks that have ended now. A rank that ended because it was told to has not failed."""
+        """Add the outcomes of ranks that have ended now. One that was told to end has not failed."""
         self.outcomes += [outcome for outcome in outcomes if not (self.is_ending and _is_interruption(outcome))]
         if self.failed_at is None and (self.is_broken or any(outcome.ends_others for outcome in self.outcomes)):
             self.failed_at = time.monotonic()

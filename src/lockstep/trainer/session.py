@@ -205,8 +205,8 @@ class TrainingSession:
         if path is None and context.command != "fit":
             raise UsageError(f"ckpt_path: must be set to {context.command}: a checkpoint, or a run folder.")
         own = latest_checkpoint(context.run.checkpoints, context.world, set_aside=True) if context.command == "fit" else None
-        is_own = own is not None or path is None
-        return (own, own is not None) if is_own else (find_checkpoint(Path(path), "ckpt_path", context.world), False)
+        found = own if own is not None or path is None else find_checkpoint(Path(path), "ckpt_path", context.world)
+        return found, own is not None
 
     def _resume(self, strategy: AnyStrategy, checkpoint: Checkpoint, is_same_run: bool) -> None:
         """Restore progress from ``checkpoint``; in the same run also the row count, so that no row is logged twice."""
